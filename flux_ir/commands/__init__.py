@@ -1,0 +1,1 @@
+"""The commands, one file per verb: an options dataclass, `run(options)` and `main()`. Start at `main.py`."""

@@ -1,0 +1,82 @@
+"""What a command tells while it works and when it is done: progress on stderr, one table of results on stdout."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+T = TypeVar("T")
+
+
+class Report:
+    """Times phases, draws their progress, and prints the closing table."""
+
+    def __init__(self) -> None:
+        self.notes = Console(stderr=True, highlight=False)
+        self.results = Console(highlight=False, soft_wrap=True)
+        self.seconds: dict[str, float] = {}
+
+    def note(self, text: str) -> None:
+        """One line for the person watching, on stderr. Never interpreted as markup: prompts may hold brackets."""
+        self.notes.print(Text(text))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to the phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def follow(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
+        """The items, with a progress bar that counts them and the time of the whole loop as a phase."""
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Progress(*columns, TimeRemainingColumn(), console=self.notes)
+        with self.phase(name), bar:
+            task = bar.add_task(name, total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
+
+    def table(self, title: str, written: dict[str, Path], memory: dict[str, int]) -> None:
+        """Seconds per phase, peak memory [bytes] per device, and every path with the bytes that lie there."""
+        table = Table(title=Text(title), title_justify="left", box=None, show_header=False, pad_edge=False)
+        for name, seconds in self.seconds.items():
+            table.add_row(name, Text(f"{seconds:.2f} s", justify="right"))
+        table.add_row("in all", Text(f"{sum(self.seconds.values()):.2f} s", justify="right"))
+        for device, size in memory.items():
+            table.add_row(f"peak memory, {device}", Text(in_units(size), justify="right"))
+        for name, path in written.items():
+            table.add_row(name, Text(in_units(bytes_at(path)), justify="right"), Text(str(path), overflow="fold"))
+        self.results.print(table)
+
+
+def bytes_at(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def in_units(size: int) -> str:
+    """A number of bytes for people: 512 B, 3.4 MB, 80.7 GB (powers of ten)."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007 (the unit reached is the result)
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{size} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def peak_host_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

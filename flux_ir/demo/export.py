@@ -1,0 +1,85 @@
+"""The finished model as files: bf16 safetensors, transformers folders for the text encoders, and where it all came from."""
+
+import hashlib
+import json
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+from flux_ir.demo.train_autoencoder import held_out_psnr_db
+from flux_ir.demo.train_flow import TextToVelocity
+from flux_ir.layout import complete_file, write_json
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.text import TextEncoder
+
+DEFAULT_STEPS = 8
+PROVENANCE = "provenance.json"
+
+
+def export(autoencoder: AutoEncoder, model: TextToVelocity, run_dir: Path, folder: Path) -> None:
+    """Write the model's folder. `params.json` says what it is, `provenance.json` where it came from and its hashes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_bf16(model.flux, folder / "transformer.safetensors")
+    save_bf16(autoencoder, folder / "ae.safetensors")
+    save_text_encoder(model.t5, folder / "t5")
+    save_text_encoder(model.clip, folder / "clip")
+    params = {
+        "flux": asdict(model.flux.params),
+        "autoencoder": asdict(autoencoder.params),
+        "text_tokens": model.t5.max_tokens,
+        "default_steps": DEFAULT_STEPS,
+    }
+    write_json(folder / "params.json", params)
+    write_json(folder / PROVENANCE, provenance(autoencoder, run_dir, folder))
+
+
+def save_bf16(model: nn.Module, path: Path) -> None:
+    """The weights in bf16, and in `model` too, so that what is measured next is what was saved."""
+    model.to("cpu", torch.bfloat16)
+    with complete_file(path) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
+
+
+def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
+    """A transformers folder: configuration, bf16 weights, tokenizer."""
+    encoder.model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+
+
+def provenance(autoencoder: AutoEncoder, run_dir: Path, folder: Path) -> dict[str, object]:
+    """Where the files came from, what was measured at export, and the sha256 of each."""
+    state = {stage: torch.load(run_dir / f"{stage}.pt", weights_only=True, mmap=True) for stage in ("autoencoder", "text", "flow")}
+    return {
+        "command": "python -m flux_ir.demo.train",
+        "flux_ir": version("flux-ir"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+        "seed": 0,
+        "steps": {stage: saved["done"] for stage, saved in state.items()},
+        "autoencoder_held_out_psnr_db": round(held_out_psnr_db(autoencoder.float(), seed=0), 2),
+        "files": {str(path.relative_to(folder)): sha256(path) for path in shipped_files(folder)},
+    }
+
+
+def shipped_files(folder: Path) -> list[Path]:
+    """Every file of the folder but the provenance itself, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit() -> str | None:
+    """The commit the training code stood at, or None outside a git checkout."""
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return asked.stdout.strip() or None if asked.returncode == 0 else None

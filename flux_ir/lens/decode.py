@@ -1,0 +1,157 @@
+"""Readings as pictures: decoded in batches, written by a pool of threads while the next batch is decoded.
+
+Beside the pictures stand the numbers of `measures`, collected into one `lens.json` per run.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flux_ir.capture.store import Capture
+from flux_ir.layout import RunFolder, complete_file
+from flux_ir.lens.measures import cosine, finite, psnr_db, relative_distance
+from flux_ir.lens.readout import Lens, Reading, read_step, readable_sites
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.transformer import Flux
+from flux_ir.sampling.generate import decode
+from flux_ir.sampling.image import jpeg_bytes
+from flux_ir.shapes import PackedLatent, Pixels
+from flux_ir.sites import Site
+
+WRITER_THREADS = 2  # JPEG encoding of one batch keeps pace with decoding the next
+WAITING_PICTURES = 64  # no more than this many pictures wait to be written
+BATCH_PIXELS = {"cpu": 16 * 128 * 128, "cuda": 8 * 1024 * 1024}  # decoded at once, where no batch size is asked for
+
+
+class Place(NamedTuple):
+    """Where one picture belongs."""
+
+    lens: Lens
+    step: int
+    site: Site
+
+
+class Decoded(NamedTuple):
+    """One picture on its way to disk, and its likeness to the final picture [dB] (None: equal, or no final picture)."""
+
+    place: Place
+    path: Path
+    psnr_db: float | None
+
+
+class StepNumbers(NamedTuple):
+    """How far one block's velocity is from the final velocity of the same step (None where that was not captured)."""
+
+    step: int
+    site: Site
+    cosine: float | None
+    relative_distance: float | None
+
+
+def batch_size(height: int, width: int, device: torch.device) -> int:
+    """Pictures decoded at once: as many as fit a fixed number of pixels, at least one."""
+    return max(1, BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // (height * width))
+
+
+def compare_step(readings: Sequence[Reading], last_site: Site) -> list[StepNumbers]:
+    """Distances of the readings of one step from the one at `last_site`, if it is among them."""
+    final = next((r.velocity for r in readings if r.site == last_site), None)
+    if final is None:
+        return [StepNumbers(r.step, r.site, None, None) for r in readings]
+    return [
+        StepNumbers(r.step, r.site, cosine(r.velocity, final), relative_distance(r.velocity, final)) for r in readings
+    ]
+
+
+class LensDecoder:
+    """Decodes one capture into the pictures of a run folder. Iterate `pictures()`; `numbers` fills as it goes."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        model: Flux,
+        autoencoder: AutoEncoder,
+        folder: RunFolder,
+        lenses: Sequence[Lens],
+        *,
+        final_picture: Pixels | None = None,
+        batch: int | None = None,
+    ) -> None:
+        self.capture, self.model, self.autoencoder, self.folder = capture, model, autoencoder, folder
+        self.lenses = tuple(lenses)
+        self.height, self.width = capture.metadata["height"], capture.metadata["width"]
+        self.final_picture = final_picture
+        device = autoencoder.decoder.conv_in.weight.device
+        self.batch = batch or batch_size(self.height, self.width, device)
+        self.last_site = Site.parse(f"single.{model.params.depth_single_blocks - 1}")
+        self.numbers: list[StepNumbers] = []
+
+    def __len__(self) -> int:
+        """How many pictures there will be."""
+        return len(self.capture.steps) * len(readable_sites(self.capture)) * len(self.lenses)
+
+    def pictures(self) -> Iterator[Decoded]:
+        """Every picture once it is on disk, in the order of steps and depth."""
+        with ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="jpeg") as pool:
+            waiting: list[Future[Decoded]] = []
+            for places, pixels in self._batches():
+                waiting += [pool.submit(self._write, place, pixels, i) for i, place in enumerate(places)]
+                while waiting and (waiting[0].done() or len(waiting) > WAITING_PICTURES):
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+    def _batches(self) -> Iterator[tuple[list[Place], Pixels]]:
+        places: list[Place] = []
+        latents: list[PackedLatent] = []
+        for place, latent in self._latents():
+            places.append(place)
+            latents.append(latent)
+            if len(places) == self.batch:
+                yield places, self._decode(latents)
+                places, latents = [], []
+        if places:
+            yield places, self._decode(latents)
+
+    def _latents(self) -> Iterator[tuple[Place, PackedLatent]]:
+        for step in self.capture.steps:
+            readings = list(read_step(self.model, self.capture, step))
+            self.numbers += compare_step(readings, self.last_site)
+            for reading in readings:
+                for lens in self.lenses:
+                    yield Place(lens, step, reading.site), reading.latent(lens)
+
+    def _decode(self, latents: list[PackedLatent]) -> Pixels:
+        return decode(self.autoencoder, torch.cat(latents), self.height, self.width)
+
+    def _write(self, place: Place, pixels: Pixels, index: int) -> Decoded:
+        path = self.folder.decoded_image(place.lens, place.step, place.site.kind, place.site.block)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(path) as beside:
+            beside.write_bytes(jpeg_bytes(pixels, index))
+        likeness = None if self.final_picture is None else psnr_db(pixels[index : index + 1], self.final_picture)
+        return Decoded(place, path, likeness)
+
+
+def lens_report(decoder: LensDecoder, pictures: Iterable[Decoded], earlier: dict[str, object] | None = None) -> dict[str, object]:
+    """The content of `lens.json`: per site a list over steps of what is known there.
+
+    `earlier` is the content of a previous reading of the same capture; what this one did not compute is kept from it.
+    """
+    sites: dict[str, dict[int, dict[str, float | int | None]]] = {}
+    for old_site, rows in (earlier or {}).get("sites", {}).items():  # type: ignore[attr-defined]
+        sites[old_site] = {row["step"]: dict(row) for row in rows}
+    for number in decoder.numbers:
+        row = sites.setdefault(str(number.site), {}).setdefault(number.step, {"step": number.step})
+        row |= {"cosine": finite(number.cosine), "relative_distance": finite(number.relative_distance)}
+    for picture in pictures:
+        row = sites[str(picture.place.site)][picture.place.step]
+        row[f"psnr_{picture.place.lens}_db"] = finite(picture.psnr_db)
+    return {
+        "generation_id": decoder.folder.generation_id,
+        "reference": {"velocity": f"{decoder.last_site} of the same step", "picture": decoder.folder.image().name},
+        "sites": {site: [rows[step] for step in sorted(rows)] for site, rows in sites.items()},
+    }

@@ -1,0 +1,86 @@
+"""What each block would have predicted had it been the last: block output -> velocity -> latent.
+
+The trained last layer applied at an earlier depth (the logit lens, nostalgebraist 2020), through the very functions the
+sampler uses: read at the last single block, the `euler` reading is the sampler's next state, bit for bit.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+from flux_ir.capture.store import Capture
+from flux_ir.errors import FluxIRError
+from flux_ir.models.transformer import Flux
+from flux_ir.sampling.denoise import clean_estimate, euler_step, per_sample
+from flux_ir.shapes import Conditioning, PackedLatent, Tokens, Velocity
+from flux_ir.sites import Site
+
+Lens = Literal["euler", "x0"]
+
+
+class Reading(NamedTuple):
+    """One block read at one step, batch included. `euler` is the state it would lead to, `x0` the image it believes in."""
+
+    step: int
+    site: Site
+    velocity: Velocity
+    euler: PackedLatent
+    x0: PackedLatent
+
+    def latent(self, lens: Lens) -> PackedLatent:
+        """The packed latent of one lens."""
+        return self.euler if lens == "euler" else self.x0
+
+
+def velocity_at(model: Flux, block_output: Tokens, vec: Conditioning, *, txt_tokens: int = 0) -> Velocity:
+    """The velocity [latent units per unit of flow time] the network would predict if it stopped at this block.
+
+    A single-stream block carries text and image together: `txt_tokens` leading tokens are dropped (0 for the image half of
+    a double-stream block).
+
+    Raises FluxIRError if no image tokens are left.
+    """
+    img = block_output[:, txt_tokens:]
+    if img.shape[1] == 0:
+        raise FluxIRError(
+            f"no image tokens left: the block output has {block_output.shape[1]} tokens and txt_tokens is {txt_tokens}",
+            hint="pass the text length recorded with this step",
+        )
+    return model.read_out(img, vec)
+
+
+def readable_sites(capture: Capture) -> list[Site]:
+    """The captured sites a lens can read: image outputs of whole blocks, in depth order.
+
+    Raises FluxIRError if there is none.
+    """
+    sites = [site for site in capture.sites if site.part is None and site.stream != "txt"]
+    whole = {(site.kind, site.block) for site in sites if site.stream is None}
+    readable = [site for site in sites if site.stream is None or (site.kind, site.block) not in whole]
+    if not readable:
+        raise FluxIRError(
+            f"a lens reads image outputs of blocks, and {capture.path} holds none: it has {capture.sites[0]} and such",
+            hint="capture again with sites such as double.*.img or single.*",
+        )
+    return readable
+
+
+@torch.no_grad()
+def read_step(model: Flux, capture: Capture, step: int) -> Iterator[Reading]:
+    """Every readable block of one captured step, in depth order. One block's tensors are in memory at a time."""
+    device = model.img_in.weight.device
+    context = capture.context(step)
+    img, y = context.img.to(device), context.y.to(device)
+    guidance = None if model.guidance_in is None else per_sample(context.guidance, img)
+    vec = model.conditioning(per_sample(context.t_curr, img), y, guidance)
+    for site in readable_sites(capture):
+        txt_tokens = context.txt_tokens if site.kind == "single" and site.stream is None else 0
+        velocity = velocity_at(model, capture.read(site, step).to(device), vec, txt_tokens=txt_tokens)
+        yield Reading(
+            step,
+            site,
+            velocity,
+            euler=euler_step(img, velocity, context.t_curr, context.t_prev),
+            x0=clean_estimate(img, velocity, context.t_curr),
+        )

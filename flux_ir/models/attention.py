@@ -1,0 +1,84 @@
+"""Attention with rotary positions: how text and image tokens look at each other. Next: `blocks`."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flux_ir.shapes import Heads, PositionIds, Rotation, Tokens
+
+
+def rotary_table(ids: PositionIds, axes_dim: Sequence[int], theta: float) -> Rotation:
+    """Rotation matrices of rotary position embedding (Su et al., 2021), one block of channels per position axis.
+
+    `axes_dim[i]` channels of every head turn with `ids[..., i]`. float32, whatever the network's dtype: bf16 angles
+    would merge neighbouring positions.
+    """
+    angles = torch.cat([_angles(ids[..., i], dim, theta) for i, dim in enumerate(axes_dim)], dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    rotation = rearrange([cos, -sin, sin, cos], "(row col) b n d -> b 1 n d row col", row=2, col=2)
+    return rotation.float()
+
+
+def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    # float64 as in the reference: theta ** x in float32 is off in the last digits and the golden tensors show it.
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    return positions.double()[..., None] * (1.0 / theta**exponent)
+
+
+def rotate(x: Heads, rotation: Rotation) -> Heads:
+    """Turn each pair of channels of `x` by its position's angle; float32 inside, the dtype of `x` outside."""
+    pairs = rearrange(x.float(), "b heads n (d col) -> b heads n d 1 col", col=2)
+    turned = rotation[..., 0] * pairs[..., 0] + rotation[..., 1] * pairs[..., 1]
+    return rearrange(turned, "b heads n d row -> b heads n (d row)").to(x.dtype)
+
+
+def attention(q: Heads, k: Heads, v: Heads, rotation: Rotation) -> Tokens:
+    """Scaled dot-product attention over rotated queries and keys, heads joined again; no mask: padding is attended."""
+    out = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+    return rearrange(out, "b heads n d -> b n (heads d)")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale: normalised in float32, cast back, then scaled (eps 1e-6)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Heads) -> Heads:
+        x32 = x.float()
+        inverse_rms = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + 1e-6)
+        return (x32 * inverse_rms).to(x.dtype) * self.scale
+
+
+class QKNorm(nn.Module):
+    """Separate RMS norms for queries and keys (Dehghani et al., 2023), so that attention logits stay bounded."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads]:
+        """Normalised queries and keys in the dtype of `v` (a float32 scale would lift bf16 queries to float32)."""
+        return self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+
+
+class SelfAttention(nn.Module):
+    """The attention weights of one stream of a double block. It has no forward: both streams attend together."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def queries_keys_values(self, x: Tokens) -> tuple[Heads, Heads, Heads]:
+        """Normalised queries and keys, and values, of one stream's tokens."""
+        q, k, v = rearrange(self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.num_heads)
+        q, k = self.norm(q, k, v)
+        return q, k, v

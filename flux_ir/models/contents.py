@@ -1,0 +1,228 @@
+"""What a weight file holds, and whether it is what a model needs: all of it from headers, before anything is loaded.
+
+Next: `sources`, which decides which file to look at, and `weights`, which loads what passed here.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.headers import TensorEntry, read_entries
+from flux_ir.models.keymap import Parts, diffusers_parts
+from flux_ir.models.registry import MODELS, ModelSpec
+from flux_ir.models.transformer import Flux
+
+Part = Literal["transformer", "autoencoder"]
+Layout = Literal["bfl", "diffusers"]
+
+# A tensor that every file of this part and layout has.
+_MARKS: dict[tuple[Part, Layout], str] = {
+    ("transformer", "bfl"): "img_in.weight",
+    ("transformer", "diffusers"): "x_embedder.weight",
+    ("autoencoder", "bfl"): "encoder.down.0.block.0.conv1.weight",
+    ("autoencoder", "diffusers"): "encoder.down_blocks.0.resnets.0.conv1.weight",
+}
+_GUIDANCE_MARKS: dict[Layout, str] = {
+    "bfl": "guidance_in.in_layer.weight",
+    "diffusers": "time_text_embed.guidance_embedder.linear_1.weight",
+}
+# Files that hold several networks put a prefix before the names of each.
+_PREFIXES: dict[Part, tuple[str, ...]] = {
+    "transformer": ("", "model.diffusion_model."),
+    "autoencoder": ("", "vae.", "first_stage_model."),
+}
+_ALL_PREFIXES = ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
+_VARIANTS = {128: "the Canny and Depth variants take 128", 384: "the Fill variant takes 384"}
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights that were found and fit their model. `origin` says what led to them: a flag, a variable, hub, package."""
+
+    part: Part
+    path: Path
+    layout: Layout
+    origin: str
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+    """Every tensor of the network by its name in this layout, without prefix."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that loading will read."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+def blank_network(spec: ModelSpec, part: Part) -> Flux | AutoEncoder:
+    """The network on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return Flux(spec.flux) if part == "transformer" else AutoEncoder(spec.autoencoder)
+
+
+def layout_parts(layout: Layout, network: Flux | AutoEncoder) -> dict[str, Parts]:
+    """For each tensor of the network, the names it has in a file of this layout."""
+    names = network.state_dict()
+    return {name: Parts((name,)) for name in names} if layout == "bfl" else diffusers_parts(names, network.params)
+
+
+def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSource:
+    """The file (or index of shards) as a source of this part of the model, if every name and shape fits.
+
+    Raises FluxIRError saying what the file is instead: broken, of another part, another model, incomplete.
+    """
+    stored = read_entries(path)
+    found = _layout_and_prefix(part, stored)
+    if found is None:
+        raise _wrong_part(spec, part, path, origin, stored)
+    layout, prefix = found
+    entries = {
+        name.removeprefix(prefix): entry
+        for name, entry in stored.items()
+        if name.startswith(prefix) or not name.startswith(_ALL_PREFIXES)
+    }
+    source = WeightSource(part, path, layout, origin, entries)
+    if part == "transformer":
+        _check_family(spec, source)
+    else:
+        _check_autoencoder_config(spec, source)
+    _check_tensors(spec, source)
+    return source
+
+
+def _layout_and_prefix(part: Part, names: Iterable[str]) -> tuple[Layout, str] | None:
+    present = set(names)
+    for (marked, layout), mark in _MARKS.items():
+        for prefix in _PREFIXES[part]:
+            if marked == part and prefix + mark in present:
+                return layout, prefix
+    return None
+
+
+class _Family(NamedTuple):
+    """What tells one transformer from another at a glance."""
+
+    guidance: bool
+    img_channels: int
+    hidden_size: int
+
+
+def _family(source: WeightSource) -> _Family:
+    hidden_size, img_channels = source.entries[_MARKS["transformer", source.layout]].shape
+    return _Family(_GUIDANCE_MARKS[source.layout] in source.entries, img_channels, hidden_size)
+
+
+def _family_of(spec: ModelSpec) -> _Family:
+    return _Family(spec.flux.guidance_embed, spec.flux.in_channels, spec.flux.hidden_size)
+
+
+def _check_family(spec: ModelSpec, source: WeightSource) -> None:
+    found, wanted = _family(source), _family_of(spec)
+    if found == wanted:
+        return
+    if found.hidden_size != wanted.hidden_size:
+        reason = f"its hidden size is {found.hidden_size}, not {wanted.hidden_size}"
+    elif found.img_channels != wanted.img_channels:
+        note = f" ({_VARIANTS[found.img_channels]})" if found.img_channels in _VARIANTS else ""
+        reason = f"it takes {found.img_channels} latent channels, not {wanted.img_channels}{note}"
+    elif found.guidance:
+        reason = "it has guidance_in, as only the guidance-distilled dev family has"
+    else:
+        reason = "it lacks guidance_in, which the guidance-distilled dev family has"
+    alike = [other.name for other in MODELS.values() if _family_of(other) == found]
+    looks_like = f"; it looks like {' or '.join(alike)}" if alike else ""
+    raise FluxIRError(
+        f"{_named(source.path, source.origin)} is not {spec.name}: {reason}{looks_like}",
+        hint=" or ".join([*(f"--model {name}" for name in alike), _remedy(spec, source.origin)]),
+    )
+
+
+def _check_autoencoder_config(spec: ModelSpec, source: WeightSource) -> None:
+    """Other families' autoencoders have the same tensors and other factors: they would decode to wrong colours."""
+    config = source.path.with_name("config.json")
+    if source.layout != "diffusers" or not config.is_file():
+        return
+    stored = json.loads(config.read_text(encoding="utf-8"))
+    params = spec.autoencoder
+    wanted = {
+        "scaling_factor": params.scale_factor,
+        "shift_factor": params.shift_factor,
+        "norm_num_groups": params.norm_groups,
+    }
+    for key, value in wanted.items():
+        if stored.get(key) is not None and not math.isclose(stored[key], value, rel_tol=1e-6):
+            raise FluxIRError(
+                f"{_named(source.path, source.origin)} is not the autoencoder of {spec.name}: "
+                f"its {key} is {stored[key]}, not {value}",
+                hint=_remedy(spec, source.origin),
+            )
+
+
+def _check_tensors(spec: ModelSpec, source: WeightSource) -> None:
+    network = blank_network(spec, source.part)
+    parts = layout_parts(source.layout, network)
+    expected = {
+        name: shape
+        for ours, tensor in network.state_dict().items()
+        for name, shape in zip(parts[ours].names, parts[ours].shapes(tuple(tensor.shape)), strict=True)
+    }
+    where = _named(source.path, source.origin)
+    missing = [name for name in expected if name not in source.entries]
+    unexpected = [name for name in source.entries if name not in expected]
+    if missing or unexpected:
+        faults = [f"lacks {_listed(missing)}"] if missing else []
+        faults += [f"has {_listed(unexpected)} that do not belong"] if unexpected else []
+        raise FluxIRError(
+            f"{where} must hold the {len(expected)} tensors of the {source.part} of {spec.name}: it {' and '.join(faults)}",
+            hint=_remedy(spec, source.origin),
+        )
+    wrong = [name for name, shape in expected.items() if source.entries[name].shape != shape]
+    if wrong:
+        name = wrong[0]
+        raise FluxIRError(
+            f"{where} does not fit {spec.name}: {name} must have the shape {expected[name]} and has "
+            f"{source.entries[name].shape}" + (f"; {len(wrong) - 1} more differ" if len(wrong) > 1 else ""),
+            hint=_remedy(spec, source.origin),
+        )
+
+
+def _wrong_part(spec: ModelSpec, part: Part, path: Path, origin: str, names: Iterable[str]) -> FluxIRError:
+    return FluxIRError(
+        f"{_named(path, origin)} must hold the {part} of {spec.name}: it holds {_description(list(names))}",
+        hint=_remedy(spec, origin),
+    )
+
+
+def _description(names: list[str]) -> str:
+    for other in ("transformer", "autoencoder"):
+        if _layout_and_prefix(other, names):
+            return f"a FLUX {other}"
+    if any(name.startswith(("text_model.", "encoder.block.", "shared.")) for name in names):
+        return "a text encoder"
+    if any("lora" in name for name in names):
+        return "a LoRA, which is not a whole network"
+    return f"{len(names)} tensors of something else ({', '.join(sorted(names)[:_NAMES_SHOWN])})"
+
+
+def _named(path: Path, origin: str) -> str:
+    return f"{path} (from {origin})"
+
+
+def _remedy(spec: ModelSpec, origin: str) -> str:
+    """What to change so that another file is taken."""
+    if origin.startswith("--"):
+        return f"pass the weights of {spec.name} with {origin}"
+    if origin.isupper():
+        return f"set {origin} to the weights of {spec.name}, or unset it"
+    return "delete the file and let it be fetched again"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{len(names)} ({shown}{', ...' if len(names) > _NAMES_SHOWN else ''})"

@@ -1,0 +1,98 @@
+"""The hub and its cache: is a file there already, and if not, fetch it or say in one line why that cannot be.
+
+`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` and their kin are read by huggingface_hub itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.registry import ModelSpec
+
+Announce = Callable[[str], None]
+_OTHER_WAYS = "or name a local copy with --checkpoint"
+
+
+def repository(spec: ModelSpec) -> str:
+    """The model's repository. Raises FluxIRError for a model that is not on the hub."""
+    if spec.repo_id is None:
+        raise FluxIRError(f"{spec.name} is neither in the package nor on the hub", hint="pass it with --checkpoint")
+    return spec.repo_id
+
+
+def cached(repo_id: str, filename: str) -> Path | None:
+    """Where the hub's cache holds this file of the repository's main revision, or None."""
+    found = try_to_load_from_cache(repo_id, filename)
+    return Path(found) if isinstance(found, str) else None  # a third answer is "known not to exist"
+
+
+def download(repo_id: str, filename: str, announce: Announce | None) -> Path:
+    """Fetches one file into the hub's cache. Raises FluxIRError if there is no network, no access or no such file."""
+    if announce is not None:
+        announce(f"downloading {filename} from {repo_id}")
+    with _plain_errors(repo_id, filename):
+        return Path(hf_hub_download(repo_id, filename))
+
+
+def download_folders(repo_id: str, folders: tuple[str, ...], announce: Announce | None) -> Path:
+    """Fetches whole folders of a repository into the hub's cache: the local folder they stand in."""
+    wanted = " and ".join(f"{folder}/" for folder in folders)
+    if announce is not None:
+        announce(f"downloading {wanted} from {repo_id}")
+    with _plain_errors(repo_id, wanted):
+        return Path(snapshot_download(repo_id, allow_patterns=[f"{folder}/*" for folder in folders]))
+
+
+@contextmanager
+def _plain_errors(repo_id: str, wanted: str) -> Iterator[None]:
+    """Turns what may go wrong on the way to the hub into one line each. The order matters: later classes are wider."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise FluxIRError(
+            f"{repo_id} is gated: the hub gives {wanted} only to accounts that have accepted its licence",
+            hint="accept the licence on the model's page on the hub, then set HF_TOKEN to a token of that account",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FluxIRError(
+            f"the hub does not show the repository {repo_id} to this account", hint="check HF_TOKEN and HF_ENDPOINT"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(repo_id, wanted, error.__cause__) from error
+    except EntryNotFoundError as error:
+        raise FluxIRError(f"{repo_id} has no {wanted}", hint="check HF_ENDPOINT") from error
+    except HfHubHTTPError as error:
+        raise _unreachable(repo_id, wanted, error) from error
+    except OSError as error:  # connection lost half-way, disk full
+        raise FluxIRError(
+            f"fetching {wanted} from {repo_id} stopped: {error}",
+            hint=f"try again (it goes on where it stopped), {_OTHER_WAYS}",
+        ) from error
+
+
+def _unreachable(repo_id: str, wanted: str, cause: BaseException | None) -> FluxIRError:
+    if isinstance(cause, OfflineModeIsEnabled):
+        return FluxIRError(
+            f"{wanted} of {repo_id} is not in the hub's cache and HF_HUB_OFFLINE forbids fetching it",
+            hint=f"unset HF_HUB_OFFLINE, {_OTHER_WAYS}",
+        )
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        return FluxIRError(
+            f"the hub refused {wanted} of {repo_id} with status {cause.response.status_code}",
+            hint=f"check HF_TOKEN, try again later, {_OTHER_WAYS}",
+        )
+    return FluxIRError(
+        f"{wanted} of {repo_id} is not in the hub's cache and the hub cannot be reached",
+        hint=f"check the network, {_OTHER_WAYS}",
+    )

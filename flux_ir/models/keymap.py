@@ -1,0 +1,161 @@
+"""Where each of our tensors stands in a diffusers file, and back. Both directions follow from one table.
+
+Our names are those of the published single files. diffusers splits what they fuse (queries, keys, values and the
+feed-forward of a single block), stores the last layer's modulation as (scale, shift) where they have (shift, scale), and
+writes the autoencoder's 1x1 convolutions as linear layers.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.models.autoencoder import AutoEncoderParams
+from flux_ir.models.transformer import FluxParams
+
+_OUTSIDE_BLOCKS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_HALVES_SWAPPED = "final_layer.adaLN_modulation.1"
+_DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_SINGLE_BLOCK: dict[str, tuple[str, ...]] = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_BLOCKS = {
+    "double_blocks": ("transformer_blocks", _DOUBLE_BLOCK),
+    "single_blocks": ("single_transformer_blocks", _SINGLE_BLOCK),
+}
+_MIDDLE = {
+    "block_1": "resnets.0",
+    "block_2": "resnets.1",
+    "attn_1.norm": "attentions.0.group_norm",
+    "attn_1.q": "attentions.0.to_q",
+    "attn_1.k": "attentions.0.to_k",
+    "attn_1.v": "attentions.0.to_v",
+    "attn_1.proj_out": "attentions.0.to_out.0",
+}
+_AS_LINEAR = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")
+
+
+class Parts(NamedTuple):
+    """One of our tensors as a file has it: the names it is stored under, and how its rows are arranged there."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    """Rows of each part, if there are several: stacked in this order they are our tensor."""
+    swap_halves: bool = False
+    """The first and second half of the rows change places."""
+    as_linear: bool = False
+    """A 1x1 convolution stored without its two last axes."""
+
+    def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shape of each part, if our tensor has the shape `ours`."""
+        ours = ours[:2] if self.as_linear else ours
+        return [(rows, *ours[1:]) for rows in self.rows] if self.rows else [ours]
+
+    def split(self, ours: Tensor) -> list[Tensor]:
+        """The parts of our tensor, as views where possible."""
+        if self.as_linear:
+            ours = ours[..., 0, 0]
+        if self.swap_halves:
+            ours = torch.cat(ours.chunk(2)[::-1])
+        return list(ours.split(self.rows)) if self.rows else [ours]
+
+    def fill(self, ours: Tensor, parts: Iterable[Tensor]) -> None:
+        """Copies the parts into our tensor, one after the other: it may have another device and dtype than they."""
+        target = ours[..., 0, 0] if self.as_linear else ours
+        for place, part in zip(target.split(self.rows) if self.rows else [target], parts, strict=True):
+            if self.swap_halves:
+                first, second = place.chunk(2)
+                first.copy_(part.chunk(2)[1])
+                second.copy_(part.chunk(2)[0])
+            else:
+                place.copy_(part)
+
+
+def diffusers_parts(names: Iterable[str], params: FluxParams | AutoEncoderParams) -> dict[str, Parts]:
+    """For each of our names (a network's state dict), where diffusers keeps that tensor."""
+    if isinstance(params, FluxParams):
+        return {name: _transformer_parts(name, params) for name in names}
+    levels = len(params.ch_mult)
+    return {name: Parts((_autoencoder_name(name, levels),), as_linear=bool(_AS_LINEAR.search(name))) for name in names}
+
+
+def to_diffusers(state: Mapping[str, Tensor], params: FluxParams | AutoEncoderParams) -> dict[str, Tensor]:
+    """A state dict of ours under diffusers' names."""
+    converted: dict[str, Tensor] = {}
+    for name, parts in diffusers_parts(state, params).items():
+        converted.update(zip(parts.names, parts.split(state[name]), strict=True))
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def from_diffusers(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], params: FluxParams | AutoEncoderParams
+) -> dict[str, Tensor]:
+    """A diffusers state dict under our names. `shapes` are those of our network, by name."""
+    converted: dict[str, Tensor] = {}
+    for name, parts in diffusers_parts(shapes, params).items():
+        found = [state[part] for part in parts.names]
+        converted[name] = found[0].new_empty(shapes[name])
+        parts.fill(converted[name], found)
+    return converted
+
+
+def _transformer_parts(name: str, params: FluxParams) -> Parts:
+    stem, leaf = name.rsplit(".", 1)
+    if stem in _OUTSIDE_BLOCKS:
+        return Parts((f"{_OUTSIDE_BLOCKS[stem]}.{leaf}",), swap_halves=stem == _HALVES_SWAPPED)
+    kind, block, layer = stem.split(".", 2)
+    folder, table = _BLOCKS[kind]
+    leaf = "weight" if leaf == "scale" else leaf
+    names = tuple(f"{folder}.{block}.{part}.{leaf}" for part in table[layer])
+    return Parts(names, _rows(len(names), params))
+
+
+def _rows(parts: int, params: FluxParams) -> tuple[int, ...]:
+    qkv = (params.hidden_size,) * 3
+    return {1: (), 3: qkv, 4: (*qkv, int(params.hidden_size * params.mlp_ratio))}[parts]
+
+
+def _autoencoder_name(name: str, levels: int) -> str:
+    half, module, rest = name.split(".", 2)
+    if module == "mid":
+        layer = next(ours for ours in _MIDDLE if rest.startswith(f"{ours}."))
+        return f"{half}.mid_block.{_MIDDLE[layer]}{rest.removeprefix(layer)}"
+    if module in ("down", "up"):
+        level, rest = rest.split(".", 1)
+        # Our decoder counts its levels from the largest picture, theirs in the order they run.
+        number = int(level) if module == "down" else levels - 1 - int(level)
+        rest = rest.replace("block.", "resnets.", 1).replace(f"{module}sample.", f"{module}samplers.0.", 1)
+        return f"{half}.{module}_blocks.{number}.{rest.replace('nin_shortcut', 'conv_shortcut')}"
+    return f"{half}.conv_norm_out.{rest}" if module == "norm_out" else name

@@ -1,0 +1,74 @@
+"""Paths of weight files: those the user named, those that belong together, those that ship in the package."""
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.headers import shards
+from flux_ir.models.registry import ModelSpec
+
+PACKAGE, CACHE, HUB = "the package", "the hub's cache", "the hub"
+COMPONENT_FOLDERS = ("transformer", "vae")
+"""Where the diffusers layout keeps the weights of our two networks."""
+
+
+class Given(NamedTuple):
+    path: Path
+    origin: str
+
+
+def given(argument: str | Path | None, flag: str, variables: tuple[str, ...]) -> Given | None:
+    """The argument, else the first variable that is set. Raises FluxIRError if that path does not exist."""
+    named = [(str(argument), flag)] if argument is not None else []
+    named += [(os.environ[variable], variable) for variable in variables if os.environ.get(variable)]
+    if not named:
+        return None
+    text, origin = named[0]
+    path = Path(text).expanduser()
+    if not text or not path.exists():
+        raise FluxIRError(
+            f"{origin} must name a file or a folder that exists: got {text!r}",
+            hint=f"correct {origin}, or leave it out to use the next source",
+        )
+    return Given(path, origin)
+
+
+def model_folder(path: Path) -> Path:
+    """The folder whose files belong together with this one: a file's own, or the one above `transformer/` and `vae/`."""
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name in _SUBFOLDERS.values() else folder
+
+
+def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def shards_present(path: Path) -> bool:
+    return not path.name.endswith(".index.json") or all(shard.is_file() for shard in shards(path))
+
+
+def verified(spec: ModelSpec, relative: str) -> Path:
+    """A shipped file, its bytes held against the digest in the provenance (hashed once per process)."""
+    assert spec.assets is not None
+    path = spec.assets / relative
+    if not path.is_file():
+        raise FluxIRError(f"{spec.name} ships in the package, but {path} is missing", hint="install the package again")
+    stat = path.stat()
+    found, wanted = _sha256(path, stat.st_size, stat.st_mtime_ns), spec.sha256.get(relative)
+    if found != wanted:
+        raise FluxIRError(
+            f"{path} is not the file that was shipped: its sha256 is {found}, the provenance says {wanted}",
+            hint="install the package again",
+        )
+    return path
+
+
+@functools.cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # size and time: a changed file is hashed again
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+

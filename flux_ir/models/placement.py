@@ -1,0 +1,91 @@
+"""Where each part of a model runs: plans as data, made without touching a device. `suite` acts on them.
+
+One process, any number of devices. (Many processes for one job is another matter: see `distributed`.)
+"""
+
+from dataclasses import dataclass
+
+from flux_ir.errors import FluxIRError
+
+# Device numbers of (T5, CLIP, transformer, autoencoder encoder, autoencoder decoder) per number of GPUs. The transformer
+# never shares a device: it is the largest part and the only one that is busy at every step.
+SPREAD = {
+    2: (0, 0, 1, 0, 0),
+    3: (0, 1, 2, 1, 1),
+    4: (0, 1, 2, 3, 3),
+    5: (0, 1, 2, 3, 4),
+    6: (0, 1, 2, 4, 5),
+    7: (0, 1, 2, 5, 6),
+}
+MOST_GPUS = max(SPREAD)  # with more, the rest stay free
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The device of each part. With `offload` that is where a part is while it is needed; otherwise it waits on the CPU."""
+
+    t5: str
+    clip: str
+    transformer: str
+    ae_encoder: str
+    ae_decoder: str
+    offload: bool
+    reason: str
+
+    @property
+    def devices(self) -> list[str]:
+        """Every device in use, each once."""
+        return list(dict.fromkeys([self.t5, self.clip, self.transformer, self.ae_encoder, self.ae_decoder]))
+
+
+def plan(num_gpus: int, *, device: str | None = None, multi_gpu: bool = False, offload: bool = False) -> Placement:
+    """The placement for `num_gpus` visible GPUs. `device` None means the first GPU, or the CPU where there is none.
+
+    `multi_gpu` with fewer than two GPUs goes on with one device and says so in `reason`.
+
+    Raises FluxIRError for `multi_gpu` together with `offload` or `device`, and for a GPU that is not there.
+    """
+    if multi_gpu and (offload or device is not None):
+        other = "--offload" if offload else "--device"
+        raise FluxIRError(
+            f"--multi_gpu True spreads the model over GPUs, {other} keeps it on one: got both",
+            hint=f"leave out --multi_gpu or {other}",
+        )
+    if multi_gpu and num_gpus >= min(SPREAD):
+        return _spread(num_gpus)
+    single = _one_device(num_gpus, device)
+    reason = _reason(num_gpus, single, chosen=device is not None, multi_gpu=multi_gpu)
+    if offload and single == "cpu":
+        reason += "; --offload has nothing to move without a GPU"
+    return Placement(single, single, single, single, single, offload=offload and single != "cpu", reason=reason)
+
+
+def _spread(num_gpus: int) -> Placement:
+    numbers = SPREAD[min(num_gpus, MOST_GPUS)]
+    t5, clip, transformer, ae_encoder, ae_decoder = (f"cuda:{number}" for number in numbers)
+    return Placement(
+        t5, clip, transformer, ae_encoder, ae_decoder, offload=False, reason=f"--multi_gpu over {num_gpus} GPUs"
+    )
+
+
+def _one_device(num_gpus: int, device: str | None) -> str:
+    if device is None:
+        return "cuda:0" if num_gpus else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cpu" and not number:
+        return "cpu"
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise FluxIRError(f"--device must be cpu, cuda or cuda:N: got {device!r}", hint="try --device cpu")
+    if int(number or 0) >= num_gpus:
+        seen = "no GPU is visible" if num_gpus == 0 else f"visible are cuda:0 to cuda:{num_gpus - 1}"
+        raise FluxIRError(f"--device {device} must be a GPU of this machine: {seen}", hint="try --device cpu")
+    return f"cuda:{number or 0}"
+
+
+def _reason(num_gpus: int, device: str, *, chosen: bool, multi_gpu: bool) -> str:
+    if multi_gpu:
+        have = "no GPU" if num_gpus == 0 else "one GPU"
+        return f"--multi_gpu needs two GPUs and there is {have}: everything on {device}"
+    if chosen:
+        return "as --device says"
+    return "no GPU is visible" if num_gpus == 0 else "the first GPU"

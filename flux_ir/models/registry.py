@@ -1,0 +1,188 @@
+"""Every model this program knows, as data. A new checkpoint is one more `ModelSpec`: nothing else compares names.
+
+Next: `sources`, which finds a spec's files, and `weights`, which loads them.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.autoencoder import AutoEncoderParams
+from flux_ir.models.transformer import FluxParams
+
+ASSETS = Path(__file__).with_name("assets")
+PARAMS_FILE = "params.json"
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One checkpoint: its shape, where its files come from, and how it is meant to be sampled."""
+
+    name: str
+    flux: FluxParams
+    autoencoder: AutoEncoderParams
+    repo_id: str | None
+    """The hub's repository, which holds the single files and the diffusers layout; None: not on the hub."""
+    transformer_file: str
+    autoencoder_file: str
+    transformer_env: tuple[str, ...]
+    """Environment variables that may name the transformer's file or folder; the first one set counts."""
+    autoencoder_env: tuple[str, ...]
+    text_tokens: int
+    """Length every prompt is padded to for T5."""
+    default_steps: int
+    shifts_schedule: bool
+    """Whether the times of the Euler steps move towards noise as the picture grows."""
+    default_guidance: float
+    default_side_px: int
+    licence: str
+    gated: bool
+    """Whether the hub asks for a token and an accepted licence."""
+    t5_repo_id: str | None = None
+    """An open repository with the same T5, used if the hub's cache has it; likewise for CLIP."""
+    clip_repo_id: str | None = None
+    assets: Path | None = None
+    """The folder in the package that holds every file of the model; None: not shipped."""
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Hex digest of each shipped file, by its path in `assets`."""
+
+
+# The autoencoder is the same in every published FLUX.1 repository.
+_AUTOENCODER = AutoEncoderParams(
+    resolution=256,
+    in_channels=3,
+    ch=128,
+    out_ch=3,
+    ch_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    z_channels=16,
+    scale_factor=0.3611,
+    shift_factor=0.1159,
+)
+
+_DEV_FLUX = FluxParams(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=768,
+    context_in_dim=4096,
+    hidden_size=3072,
+    mlp_ratio=4.0,
+    num_heads=24,
+    depth=19,
+    depth_single_blocks=38,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+
+_DEV = ModelSpec(
+    name="flux-dev",
+    flux=_DEV_FLUX,
+    autoencoder=_AUTOENCODER,
+    repo_id="black-forest-labs/FLUX.1-dev",
+    transformer_file="flux1-dev.safetensors",
+    autoencoder_file="ae.safetensors",
+    transformer_env=("FLUX_MODEL", "FLUX_DEV"),
+    autoencoder_env=("FLUX_AE", "AE"),
+    text_tokens=512,
+    default_steps=50,
+    shifts_schedule=True,
+    default_guidance=2.5,
+    default_side_px=256,
+    licence="FLUX.1 [dev] Non-Commercial License",
+    gated=True,
+    t5_repo_id="google/t5-v1_1-xxl",
+    clip_repo_id="openai/clip-vit-large-patch14",
+)
+
+_KREA = replace(
+    _DEV,
+    name="flux-dev-krea",
+    repo_id="black-forest-labs/FLUX.1-Krea-dev",
+    transformer_file="flux1-krea-dev.safetensors",
+    transformer_env=("FLUX_MODEL", "FLUX_KREA_DEV", "FLUX_KREA"),
+)
+
+_SCHNELL = replace(
+    _DEV,
+    name="flux-schnell",
+    flux=replace(_DEV_FLUX, guidance_embed=False),
+    repo_id="black-forest-labs/FLUX.1-schnell",
+    transformer_file="flux1-schnell.safetensors",
+    transformer_env=("FLUX_MODEL", "FLUX_SCHNELL"),
+    text_tokens=256,
+    default_steps=4,
+    shifts_schedule=False,
+    licence="Apache-2.0",
+)
+
+DEFAULT_MODEL = "flux-schnell"
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (_SCHNELL, _DEV, _KREA)}
+"""The published models. Those in the package are not here: their facts stand beside their weights and are read on demand."""
+PACKAGED_MODELS: dict[str, Path] = {"flux-tiny": ASSETS / "flux-tiny"}
+"""Models that ship in the package, and their folders."""
+
+
+def model_names() -> list[str]:
+    """Every name `get_spec` takes, the default first."""
+    return [*MODELS, *PACKAGED_MODELS]
+
+
+def get_spec(name: str) -> ModelSpec:
+    """The model of this name. Raises FluxIRError with the nearest name, or if a packaged model is not in the package."""
+    if name in MODELS:
+        return MODELS[name]
+    if name in PACKAGED_MODELS:
+        return packaged_spec(name, PACKAGED_MODELS[name])
+    near = difflib.get_close_matches(name, model_names(), n=1, cutoff=0.0)
+    raise FluxIRError(
+        f"--model must be one of {', '.join(model_names())}: got {name!r}", hint=f"did you mean {near[0]}?"
+    )
+
+
+def packaged_spec(name: str, folder: Path) -> ModelSpec:
+    """The model whose files all stand in `folder`: `params.json` says what it is, `provenance.json` has the digests."""
+    if not (folder / PARAMS_FILE).is_file():
+        raise FluxIRError(
+            f"{name} ships in the package, but its weights are not there: no {folder / PARAMS_FILE}",
+            hint="make them with `python -m flux_ir.demo.train`",
+        )
+    facts = _read_object(folder / PARAMS_FILE, required=("flux", "autoencoder", "text_tokens", "default_steps"))
+    provenance = _read_object(folder / PROVENANCE_FILE, required=("files",))
+    autoencoder = AutoEncoderParams(**facts["autoencoder"])
+    return ModelSpec(
+        name=name,
+        flux=FluxParams(**facts["flux"]),
+        autoencoder=autoencoder,
+        repo_id=None,
+        transformer_file="transformer.safetensors",
+        autoencoder_file="ae.safetensors",
+        transformer_env=("FLUX_MODEL", name.upper().replace("-", "_")),
+        autoencoder_env=("FLUX_AE",),
+        text_tokens=facts["text_tokens"],
+        default_steps=facts["default_steps"],
+        shifts_schedule=facts.get("shifts_schedule", False),
+        default_guidance=2.5,
+        default_side_px=autoencoder.resolution,
+        licence="Apache-2.0",
+        gated=False,
+        assets=folder,
+        sha256=provenance["files"],
+    )
+
+
+def _read_object(path: Path, *, required: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FluxIRError(f"{path} must be readable JSON: {error}", hint="install the package again") from error
+    missing = [key for key in required if key not in value]
+    if missing:
+        raise FluxIRError(f"{path} must have the keys {', '.join(required)}: without {', '.join(missing)}")
+    return value

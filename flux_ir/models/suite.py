@@ -1,0 +1,113 @@
+"""A whole model - text encoders, transformer, autoencoder - loaded onto the devices of a `Placement`.
+
+With offload each part is on the GPU only inside the `with` block that needs it. This is the only place that moves parts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.placement import Placement
+from flux_ir.models.registry import ModelSpec
+from flux_ir.models.sources import ModelSource
+from flux_ir.models.text import TextEncoder, load_clip, load_t5
+from flux_ir.models.transformer import Flux
+from flux_ir.models.weights import load_autoencoder, load_flux
+
+
+class TextEncoders(NamedTuple):
+    """Both text encoders, ready to `encode`."""
+
+    t5: TextEncoder
+    clip: TextEncoder
+
+
+class Suite:
+    """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, telling which."""
+
+    def __init__(self, spec: ModelSpec, source: ModelSource, placement: Placement, dtype: torch.dtype) -> None:
+        self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
+        self._t5: TextEncoder | None = None
+        self._clip: TextEncoder | None = None
+        self._transformer: Flux | None = None
+        self._autoencoder: AutoEncoder | None = None
+
+    def load(self) -> Iterator[str]:
+        """Load every part, yielding its name before it is read. Raises FluxIRError as `weights` does."""
+        yield "T5"
+        self._load_t5()
+        yield "CLIP"
+        self._load_clip()
+        yield "transformer"
+        self._load_transformer()
+        yield "autoencoder"
+        self._load_autoencoder()
+
+    @contextmanager
+    def text_encoders(self) -> Iterator[TextEncoders]:
+        """Both text encoders, on their devices."""
+        t5, clip = self._load_t5(), self._load_clip()
+        with self._on(t5, self.placement.t5), self._on(clip, self.placement.clip):
+            yield TextEncoders(t5, clip)
+
+    @contextmanager
+    def transformer(self) -> Iterator[Flux]:
+        """The transformer, on its device."""
+        model = self._load_transformer()
+        with self._on(model, self.placement.transformer):
+            yield model
+
+    @contextmanager
+    def autoencoder(self) -> Iterator[AutoEncoder]:
+        """The autoencoder, its encoder and its decoder on their devices."""
+        model = self._load_autoencoder()
+        with (
+            self._on(model.encoder, self.placement.ae_encoder),
+            self._on(model.decoder, self.placement.ae_decoder),
+        ):
+            yield model
+
+    @contextmanager
+    def _on(self, part: nn.Module, device: str) -> Iterator[None]:
+        if not self.placement.offload:
+            yield
+            return
+        part.to(device)
+        try:
+            yield
+        finally:
+            part.to("cpu")
+
+    def _home(self, device: str) -> str:
+        return "cpu" if self.placement.offload else device
+
+    def _load_t5(self) -> TextEncoder:
+        if self._t5 is None:
+            source = self.source.text.t5
+            device = self._home(self.placement.t5)
+            self._t5 = load_t5(source.model_dir, source.tokenizer_dir, self.spec.text_tokens, device, self.dtype)
+        return self._t5
+
+    def _load_clip(self) -> TextEncoder:
+        if self._clip is None:
+            source = self.source.text.clip
+            self._clip = load_clip(source.model_dir, source.tokenizer_dir, self._home(self.placement.clip), self.dtype)
+        return self._clip
+
+    def _load_transformer(self) -> Flux:
+        if self._transformer is None:
+            device = self._home(self.placement.transformer)
+            self._transformer = load_flux(self.spec, self.source.transformer, device, self.dtype)
+        return self._transformer
+
+    def _load_autoencoder(self) -> AutoEncoder:
+        if self._autoencoder is None:
+            # float32 whatever the transformer's dtype: its latents are decoded from float32.
+            model = load_autoencoder(self.spec, self.source.autoencoder, self._home(self.placement.ae_decoder))
+            model.encoder.to(self._home(self.placement.ae_encoder))
+            self._autoencoder = model
+        return self._autoencoder

@@ -1,0 +1,102 @@
+"""Text encoders: T5 gives every token a vector, CLIP gives the prompt one vector. Both through transformers.
+
+As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask).
+"""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+from flux_ir.shapes import Pooled, TxtTokens
+
+CLIP_TOKENS = 77
+LISTABLE_WORDS = 100  # vocabularies up to this size are spelt out in the note on unknown words
+
+
+class TextEmbedding(NamedTuple):
+    """What the transformer is told: a vector per text token from T5 and one pooled vector from CLIP."""
+
+    txt: TxtTokens
+    y: Pooled
+
+
+class TextEncoder(nn.Module):
+    """A text model with its tokenizer. `forward` gives one row per prompt: token vectors (T5) or a pooled one (CLIP)."""
+
+    def __init__(
+        self,
+        model: T5EncoderModel | CLIPTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        output: Literal["last_hidden_state", "pooler_output"],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.output = output
+
+    def token_ids(self, prompts: list[str]) -> Tensor:
+        """Token numbers, int64 [prompts, max_tokens], cut or padded to the fixed length."""
+        encoded = self.tokenizer(
+            prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
+        return encoded["input_ids"]
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        return getattr(self.model(input_ids=self.token_ids(prompts).to(device)), self.output)
+
+    def notes(self, prompt: str) -> list[str]:
+        """What a user should know of this prompt: words it was cut at, words the tokenizer has never seen."""
+        ids = self.tokenizer(prompt, truncation=False)["input_ids"]
+        notes = []
+        if len(ids) > self.max_tokens:
+            notes.append(f"the prompt has {len(ids)} tokens and is cut after {self.max_tokens}")
+        if unknown := self.unknown_words(prompt):
+            notes.append(f"words never seen in training: {', '.join(unknown)}{self._known_words()}")
+        return notes
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of `prompt` that the tokenizer can only write as its unknown token, each once, in order."""
+        unknown_id = self.tokenizer.unk_token_id
+        if unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
+            return []  # byte-level vocabularies such as CLIP's can spell anything
+        words = dict.fromkeys(prompt.split())
+        return [word for word in words if unknown_id in self.tokenizer(word, add_special_tokens=False)["input_ids"]]
+
+    def _known_words(self) -> str:
+        words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
+        return f". It knows these words: {', '.join(sorted(words))}" if len(words) <= LISTABLE_WORDS else ""
+
+
+def load_t5(
+    model_dir: Path, tokenizer_dir: Path, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+) -> TextEncoder:
+    """The T5 encoder of a local transformers folder. `max_tokens` is the text length the transformer was trained with."""
+    model = T5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    return _finished(TextEncoder(model, tokenizer, max_tokens, "last_hidden_state"), device)
+
+
+def load_clip(
+    model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype
+) -> TextEncoder:
+    """The CLIP text encoder of a local transformers folder."""
+    model = CLIPTextModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    max_tokens = min(CLIP_TOKENS, model.config.max_position_embeddings)
+    return _finished(TextEncoder(model, tokenizer, max_tokens, "pooler_output"), device)
+
+
+def _finished(encoder: TextEncoder, device: torch.device | str) -> TextEncoder:
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(t5: TextEncoder, clip: TextEncoder, prompts: list[str]) -> TextEmbedding:
+    """Both embeddings of some prompts, each on its encoder's device."""
+    return TextEmbedding(t5(prompts), clip(prompts))

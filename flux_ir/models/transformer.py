@@ -1,0 +1,126 @@
+"""FLUX.1's transformer. Names of modules and of params fields are those of the published checkpoints.
+
+The reference is Black Forest Labs' FLUX.1 (2024). Depth, widths and names always come from `FluxParams`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.attention import rotary_table
+from flux_ir.models.blocks import (
+    TIME_CHANNELS,
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    timestep_embedding,
+)
+from flux_ir.shapes import Conditioning, Context, ImgIds, ImgTokens, PackedLatent, PerSample, Pooled, TxtIds, Velocity
+
+
+@dataclass(frozen=True)
+class FluxParams:
+    """The shape of one transformer. `axes_dim` are the rotary channels per position axis (index, row, column)."""
+
+    in_channels: int
+    out_channels: int
+    vec_in_dim: int
+    context_in_dim: int
+    hidden_size: int
+    mlp_ratio: float
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: Sequence[int]
+    theta: int
+    qkv_bias: bool
+    guidance_embed: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))  # JSON gives lists; a tuple can be hashed
+        if self.hidden_size % self.num_heads:
+            raise FluxIRError(
+                f"hidden_size must be a multiple of num_heads: got {self.hidden_size} and {self.num_heads}",
+                hint="change one of the two",
+            )
+        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
+            raise FluxIRError(
+                f"axes_dim must be even and add up to the head width {self.head_dim}: got {self.axes_dim}",
+                hint="for a head of 128 channels FLUX.1 uses (16, 56, 56)",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class Flux(nn.Module):
+    """Predicts the velocity d(latent)/dt of packed image tokens, given text. Holds no device logic."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        self.params = params
+        dim = params.hidden_size
+        self.img_in = nn.Linear(params.in_channels, dim)
+        self.time_in = MLPEmbedder(TIME_CHANNELS, dim)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, dim)
+        self.guidance_in = MLPEmbedder(TIME_CHANNELS, dim) if params.guidance_embed else None
+        self.txt_in = nn.Linear(params.context_in_dim, dim)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(dim, params.num_heads, params.mlp_ratio, qkv_bias=params.qkv_bias)
+            for _ in range(params.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(dim, params.num_heads, params.mlp_ratio) for _ in range(params.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(dim, params.out_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, which is also the dtype of every block's output."""
+        return self.img_in.weight.dtype
+
+    def conditioning(self, timesteps: PerSample, y: Pooled, guidance: PerSample | None = None) -> Conditioning:
+        """The vector that modulates every block: flow time, pooled text and, for distilled models, guidance.
+
+        Raises FluxIRError if a guidance-distilled model gets no guidance.
+        """
+        vec = self.time_in(timestep_embedding(timesteps))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise FluxIRError(
+                    "this model is guidance-distilled (guidance_embed) and needs a guidance strength: got None",
+                    hint="pass a value such as 2.5",
+                )
+            vec = vec + self.guidance_in(timestep_embedding(guidance))
+        return vec + self.vector_in(y)
+
+    def read_out(self, img: ImgTokens, vec: Conditioning) -> Velocity:
+        """The velocity [latent units per unit of flow time] that these image tokens stand for under `vec`."""
+        return self.final_layer(img, vec)
+
+    def forward(
+        self,
+        img: PackedLatent,
+        img_ids: ImgIds,
+        txt: Context,
+        txt_ids: TxtIds,
+        timesteps: PerSample,
+        y: Pooled,
+        guidance: PerSample | None = None,
+    ) -> Velocity:
+        vec = self.conditioning(timesteps, y, guidance)
+        rotation = rotary_table(torch.cat([txt_ids, img_ids], dim=1), self.params.axes_dim, self.params.theta)
+        img = self.img_in(img)
+        txt = self.txt_in(txt)
+        for double_block in self.double_blocks:
+            img, txt = double_block(img, txt, vec, rotation)
+        x = torch.cat([txt, img], dim=1)
+        for single_block in self.single_blocks:
+            x = single_block(x, vec, rotation)
+        return self.read_out(x[:, txt.shape[1] :], vec)

@@ -1,0 +1,76 @@
+"""Weights into networks: strictly, tensor by tensor, from memory-mapped files straight to their device and dtype.
+
+`sources` says where the files are and has checked that they fit; loading a network of 24 GB needs no second copy of it.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.contents import Part, WeightSource, blank_network, layout_parts
+from flux_ir.models.headers import TensorEntry
+from flux_ir.models.registry import ModelSpec
+from flux_ir.models.transformer import Flux
+
+Network = TypeVar("Network", Flux, AutoEncoder)
+Advance = Callable[[int], None]
+
+
+def load_flux(
+    spec: ModelSpec,
+    source: WeightSource,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    advance: Advance | None = None,
+) -> Flux:
+    """The transformer, ready to run. `advance` is told the bytes read after each tensor (`source.nbytes` in all)."""
+    return _filled(cast(Flux, _blank(spec, source, "transformer")), source, device, dtype, advance)
+
+
+def load_autoencoder(
+    spec: ModelSpec,
+    source: WeightSource,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    advance: Advance | None = None,
+) -> AutoEncoder:
+    """The autoencoder, ready to run. float32, as it is published: small errors of its weights are seen in flat colours."""
+    return _filled(cast(AutoEncoder, _blank(spec, source, "autoencoder")), source, device, dtype, advance)
+
+
+def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEncoder:
+    if source.part != part:
+        raise FluxIRError(f"a source of the {part} is needed: got the {source.part} in {source.path}")
+    return blank_network(spec, part)
+
+
+def _filled(
+    network: Network, source: WeightSource, device: torch.device | str, dtype: torch.dtype, advance: Advance | None
+) -> Network:
+    """The network with its weights in place of the meta tensors it was built of."""
+    layout = layout_parts(source.layout, network)
+    state: dict[str, Tensor] = {}
+    for name, blank in network.state_dict().items():
+        entries = [source.entries[part] for part in layout[name].names]
+        state[name] = torch.empty(blank.shape, device=device, dtype=dtype)
+        layout[name].fill(state[name], map(_mapped, entries))
+        if advance is not None:
+            advance(sum(entry.nbytes for entry in entries))
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _mapped(entry: TensorEntry) -> Tensor:
+    """The tensor as a view of its file. Mapped for itself alone: freeing it gives its pages back at once."""
+    try:
+        with safe_open(entry.file, framework="pt") as file:
+            return file.get_tensor(entry.name)
+    except SafetensorError as error:
+        raise FluxIRError(f"{entry.file} cannot be read: {error}", hint="download it again") from error

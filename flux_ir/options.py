@@ -1,0 +1,244 @@
+"""How the options of a command are declared: one frozen dataclass whose fields are its flags.
+
+A field has a type, a default, and what `option` says about it. It is checked whenever the dataclass is constructed,
+from the command line or from Python; `flux_ir.commands.front` turns the same fields into flags and a help page.
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from flux_ir.errors import FluxIRError
+
+T = TypeVar("T")
+Scalar = str | int | float | bool | Path
+
+REQUIRED: Any = MISSING  # the default of an option that has none
+
+_ONE = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", str: "text"}
+_MANY = {int: "whole numbers", float: "numbers", bool: "True or False", Path: "paths", str: "names"}
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_NONE = ("None", "none")
+_RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `option` says about a field, beyond its type and default."""
+
+    help: str
+    unit: str = ""
+    group: str = ""
+    choices: tuple[Scalar, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    multiple_of: int | None = None
+    free_text: bool = False
+    default_text: str = ""
+
+
+def option(
+    default: T,
+    *,
+    help: str,  # noqa: A002 (the word the help page uses)
+    unit: str = "",
+    group: str = "",
+    choices: tuple[Scalar, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    multiple_of: int | None = None,
+    free_text: bool = False,
+    default_text: str = "",
+) -> T:
+    """Declares one field of an `Options` dataclass, in place of its bare default.
+
+        width: int = option(256, help="width of the picture", unit="px", multiple_of=16)
+
+    `default` may be `REQUIRED`. `group` is its heading on the help page; `default_text` stands there for a default that
+    its value does not explain (`None`: "4 for flux-schnell, else 50"). `free_text` marks prompts and the like: the word
+    None is text there, while for every other `X | None` field it means None.
+    """
+    facts = Facts(help, unit, group, choices, minimum, maximum, multiple_of, free_text, default_text)
+    return field(default=default, metadata={"facts": facts})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field of an `Options` dataclass, as a flag: `kind` is its type (of one element, where `many`)."""
+
+    name: str
+    kind: type
+    many: bool
+    optional: bool
+    choices: tuple[Scalar, ...]
+    default: Any
+    facts: Facts
+
+    @property
+    def required(self) -> bool:
+        """Whether the option has no default."""
+        return self.default is MISSING
+
+    def read(self, text: str) -> Any:
+        """The value that `text` from the command line stands for. Free text is never interpreted.
+
+        Raises FluxIRError if the text stands for no value of the field's type.
+        """
+        if self.optional and not self.facts.free_text and text in _NONE:
+            return None
+        try:
+            return self._read_list(text) if self.many else self._read_one(text)
+        except ValueError:
+            raise self._wrong_type(text) from None
+
+    def check(self, value: object) -> None:
+        """Raises FluxIRError unless `value` is of the field's type, one of its choices, and within its bounds."""
+        if value is None and self.optional:
+            return
+        if not self.many:
+            self._check_one(value)
+            return
+        if not isinstance(value, tuple) or not value:
+            raise self._wrong_type(value)
+        for element in value:
+            self._check_one(element)
+
+    def _read_list(self, text: str) -> tuple[Scalar, ...]:
+        """Elements between commas. Numbers may stand in brackets, and whole numbers may be given as a range, 0-3."""
+        elements: list[Scalar] = []
+        for part in (text if self.kind is str else text.strip(" []()")).split(","):
+            if self.kind is int and (ends := _RANGE.fullmatch(part.strip())):
+                first, last = int(ends[1]), int(ends[2])
+                if first > last:
+                    raise ValueError(part)
+                elements.extend(range(first, last + 1))
+            else:
+                elements.append(self._read_one(part.strip()))
+                if elements[-1] == "":
+                    raise ValueError(text)
+        return tuple(elements)
+
+    def _read_one(self, text: str) -> Scalar:
+        if self.kind is bool:
+            if text.lower() not in _TRUTH:
+                raise ValueError(text)
+            return _TRUTH[text.lower()]
+        if self.kind is Path:
+            return _read_path(text)
+        return self.kind(text)
+
+    def _check_one(self, value: object) -> None:
+        if not _is_a(self.kind, value):
+            raise self._wrong_type(value)
+        if self.choices and value not in self.choices:
+            names = [str(choice) for choice in self.choices]
+            near = nearest(str(value), names)
+            raise FluxIRError(
+                f"--{self.name} must be {_either(names)}: got {value!r}",
+                hint=f"did you mean {near}?" if near else None,
+            )
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self._check_bounds(value)
+
+    def _check_bounds(self, value: float) -> None:
+        facts, wanted, hint = self.facts, "", None
+        if not math.isfinite(value):
+            wanted = "a finite number"
+        elif facts.minimum is not None and value < facts.minimum:
+            wanted = f"at least {facts.minimum}"
+        elif facts.maximum is not None and value > facts.maximum:
+            wanted = f"at most {facts.maximum}"
+        elif facts.multiple_of is not None and value % facts.multiple_of:
+            wanted = f"a multiple of {facts.multiple_of}"
+            below = int(value // facts.multiple_of * facts.multiple_of)
+            low, high = facts.minimum or 1, facts.maximum or math.inf
+            hint = "use " + " or ".join(str(n) for n in (below, below + facts.multiple_of) if low <= n <= high)
+        if wanted:
+            raise FluxIRError(f"--{self.name} must be {wanted}: got {value}", hint=hint)
+
+    def _wrong_type(self, value: object) -> FluxIRError:
+        wanted = f"{_MANY[self.kind]} separated by commas" if self.many else _ONE[self.kind]
+        if self.optional and not self.facts.free_text:
+            wanted += " or None"
+        hint = "write them like 0,2,5 or 0-3" if self.many and self.kind is int else None
+        return FluxIRError(f"--{self.name} must be {wanted}: got {value!r}", hint=hint)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every command's options inherit from: a frozen dataclass that checks its fields when it is constructed.
+
+    A subclass with rules of its own (two options that exclude each other) calls `super().__post_init__()` first.
+    """
+
+    def __post_init__(self) -> None:
+        for flag in flags(type(self)):
+            flag.check(getattr(self, flag.name))
+
+
+def flags(options_type: type[Options]) -> list[Flag]:
+    """The flags of a command, in the order its fields are declared."""
+    return [_flag(field.name, field.type, field.default, field.metadata.get("facts")) for field in fields(options_type)]
+
+
+def to_json_dict(options: Options) -> dict[str, Any]:
+    """The options by name as plain JSON values: paths become text, tuples lists."""
+    return {field.name: _plain(getattr(options, field.name)) for field in fields(options)}
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name a person most likely meant by `word`, or None if none comes near."""
+    names = list(known)
+    if close := difflib.get_close_matches(word.lower(), names, n=1):
+        return close[0]
+    starts = (name for name in names if word and name.startswith(word.lower()))
+    holds = (name for name in names if len(word) > 2 and word.lower() in name)
+    return next(starts, None) or next(holds, None)
+
+
+def _flag(name: str, annotation: Any, default: Any, facts: Facts | None) -> Flag:
+    """Reads `X`, `X | None`, `tuple[X, ...]` and `tuple[X, ...] | None`, where X is a scalar type or a Literal."""
+    if facts is None:
+        raise TypeError(f"{name}: every field of an Options dataclass is declared with option(default, help=...)")
+    optional = get_origin(annotation) in (UnionType, Union) and NoneType in get_args(annotation)
+    inner = next(arm for arm in get_args(annotation) if arm is not NoneType) if optional else annotation
+    many = get_origin(inner) is tuple
+    element = get_args(inner)[0] if many else inner
+    choices = get_args(element) if get_origin(element) is Literal else facts.choices
+    kind = type(choices[0]) if get_origin(element) is Literal else element
+    if kind not in _ONE:
+        raise TypeError(f"{name}: no flag can be made of the type {annotation}")
+    return Flag(name, kind, many, optional, choices, default, facts)
+
+
+def _read_path(text: str) -> Path:
+    """A path, with a leading ~ expanded: shells leave it alone after `--output_dir=`."""
+    if not text:
+        raise ValueError("an empty path would silently mean the current folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody without a home folder
+        raise ValueError(text) from error
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether `value` is of `kind`; a whole number is also a number, but True is not a number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _either(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(element) for element in value] if isinstance(value, tuple) else value

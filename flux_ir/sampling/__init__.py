@@ -1,0 +1,1 @@
+"""From noise to a latent, one Euler step at a time: `schedule`, `latents`, `denoise`, then `generate` for whole prompts."""

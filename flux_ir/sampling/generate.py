@@ -1,0 +1,81 @@
+"""Whole prompts: noise and text in, steps out, pixels at the end. A batch of prompts is a batch of independent pictures."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.text import TextEmbedding
+from flux_ir.models.transformer import Flux
+from flux_ir.sampling.denoise import Step, denoise
+from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, text_ids, unpack
+from flux_ir.shapes import Latent, PackedLatent, Pixels, Pooled, PositionIds, TxtTokens
+
+
+class Inputs(NamedTuple):
+    """What the transformer is called with at the first step, for a batch of prompts."""
+
+    img: PackedLatent
+    img_ids: PositionIds
+    txt: TxtTokens
+    txt_ids: PositionIds
+    y: Pooled
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises FluxIRError unless both sides are whole numbers of tokens: nothing is rounded behind the user's back."""
+    if height > 0 and width > 0 and height % TOKEN_PX == 0 and width % TOKEN_PX == 0:
+        return
+    nearest = [max(TOKEN_PX, round(side / TOKEN_PX) * TOKEN_PX) for side in (width, height)]
+    raise FluxIRError(
+        f"width and height must be positive multiples of {TOKEN_PX} px: got {width} x {height}",
+        hint=f"try --width {nearest[0]} --height {nearest[1]}",
+    )
+
+
+def noise_for(seeds: list[int], height: int, width: int, device: torch.device | str, dtype: torch.dtype) -> Latent:
+    """One latent of noise per seed: a picture's noise does not depend on the batch it is drawn in."""
+    return torch.cat([get_noise(1, height, width, device, dtype, seed) for seed in seeds])
+
+
+def prepare(noise: Latent, text: TextEmbedding, height: int, width: int) -> Inputs:
+    """Noise and text as the transformer takes them: packed, with positions, on the noise's device and in its dtype."""
+    batch, txt_tokens = text.txt.shape[:2]
+    if batch != noise.shape[0]:
+        raise FluxIRError(
+            f"every prompt needs its own noise: got {batch} prompts and noise for {noise.shape[0]}",
+            hint="draw noise with one seed per prompt",
+        )
+    return Inputs(
+        img=pack(noise),
+        img_ids=image_ids(batch, height, width).to(noise.device),
+        txt=text.txt.to(noise.device, noise.dtype),
+        txt_ids=text_ids(batch, txt_tokens).to(noise.device),
+        y=text.y.to(noise.device, noise.dtype),
+    )
+
+
+def sample(model: Flux, inputs: Inputs, timesteps: list[float], guidance: float) -> Iterator[Step]:
+    """The steps from noise to picture. The last step's `after` is the finished packed latent."""
+    return denoise(model, *inputs, timesteps, guidance)
+
+
+@torch.no_grad()
+def decode(autoencoder: AutoEncoder, packed: PackedLatent, height: int, width: int) -> Pixels:
+    """Packed latents as pictures, uint8 [batch, height, width, 3] on the CPU.
+
+    Decoded from float32 latents under bf16 autocast, as the published sampler does.
+    """
+    device = autoencoder.decoder.conv_in.weight.device
+    latent = unpack(packed.float(), height, width).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        pictures = autoencoder.decode(latent)
+    return to_pixels(pictures)
+
+
+def to_pixels(pictures: torch.Tensor) -> Pixels:
+    """Pictures [batch, 3, h, w] in [-1, 1] as uint8 [batch, h, w, 3] on the CPU, clamped."""
+    scaled = 127.5 * pictures.float().clamp(-1, 1) + 127.5
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

@@ -1,0 +1,26 @@
+"""Finished pictures as JPEG files that say what made them."""
+
+from io import BytesIO
+
+from PIL import ExifTags, Image
+
+from flux_ir.shapes import Pixels
+
+JPEG_QUALITY = 95
+MAKER = "Black Forest Labs"
+SOFTWARE = "AI generated;txt2img;flux"
+
+
+def jpeg_bytes(pixels: Pixels, index: int = 0, *, model: str | None = None, prompt: str | None = None) -> bytes:
+    """Picture `index` of a batch as a JPEG. With `model` it carries EXIF data; `prompt` becomes its description."""
+    buffer = BytesIO()
+    exif = Image.Exif()
+    if model is not None:
+        exif[ExifTags.Base.Software] = SOFTWARE
+        exif[ExifTags.Base.Make] = MAKER
+        exif[ExifTags.Base.Model] = model
+    if prompt is not None:
+        exif[ExifTags.Base.ImageDescription] = prompt
+    picture = Image.fromarray(pixels[index].numpy())
+    picture.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)
+    return buffer.getvalue()

@@ -1,0 +1,56 @@
+"""Noise, and the two shapes of a latent: a picture of channels for the autoencoder, a row of tokens for the transformer."""
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from flux_ir.shapes import Latent, PackedLatent, PositionIds
+
+PATCH = 2  # latent pixels per token along each side
+LATENT_CHANNELS = 16
+LATENT_DOWNSCALE = 8  # pixels per latent pixel along each side
+TOKEN_PX = PATCH * LATENT_DOWNSCALE
+
+
+def latent_side(side_px: int) -> int:
+    """Latent pixels along a side of `side_px` pixels: whole patches, rounded up."""
+    return PATCH * math.ceil(side_px / TOKEN_PX)
+
+
+def get_noise(
+    num_samples: int, height: int, width: int, device: torch.device | str, dtype: torch.dtype, seed: int
+) -> Latent:
+    """Standard normal latents for pictures of `height` x `width` pixels: the same seed gives the same bits everywhere.
+
+    Drawn in bf16 on the CPU and then moved, as the published sampler does.
+    """
+    shape = (num_samples, LATENT_CHANNELS, latent_side(height), latent_side(width))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, dtype=torch.bfloat16, generator=generator).to(device, dtype)
+
+
+def pack(latent: Latent) -> PackedLatent:
+    """Latent pixels gathered into one token per 2 x 2 patch."""
+    return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
+
+
+def unpack(packed: PackedLatent, height: int, width: int) -> Latent:
+    """Tokens back to latent pixels, for a picture of `height` x `width` pixels."""
+    rows = latent_side(height) // PATCH
+    return rearrange(packed, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, ph=PATCH, pw=PATCH)
+
+
+def image_ids(batch: int, height: int, width: int) -> PositionIds:
+    """Positions of the image tokens, float32 [batch, tokens, 3]: 0, row, column."""
+    rows, columns = latent_side(height) // PATCH, latent_side(width) // PATCH
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return repeat(ids, "h w axes -> b (h w) axes", b=batch)
+
+
+def text_ids(batch: int, txt_tokens: int) -> Tensor:
+    """Positions of the text tokens, float32 [batch, txt_tokens, 3]: all zero, order is the text encoder's business."""
+    return torch.zeros(batch, txt_tokens, 3)

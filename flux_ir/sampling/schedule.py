@@ -1,0 +1,36 @@
+"""When the sampler looks: the flow times of its steps, from 1 (noise) down to 0 (image)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flux_ir.errors import FluxIRError
+
+SHIFT_TOKENS = (256, 4096)  # image tokens between which the shift is interpolated
+
+
+def get_schedule(
+    num_steps: int, image_seq_len: int, base_shift: float = 0.5, max_shift: float = 1.15, shift: bool = True  # noqa: FBT001, FBT002
+) -> list[float]:
+    """`num_steps + 1` flow times from 1 to 0, evenly spaced or, with `shift`, spending more steps near the noise.
+
+    The shift mu grows linearly from `base_shift` at 256 image tokens to `max_shift` at 4096: larger pictures keep their
+    layout visible at higher noise (Esser et al., 2024, section 5.3.2). Computed in float32, so the times have the bits
+    of the published sampler's.
+
+    Raises FluxIRError if there is no step.
+    """
+    if num_steps < 1:
+        raise FluxIRError(f"num_steps must be at least 1: got {num_steps}", hint="try --num_steps 4")
+    times = torch.linspace(1, 0, num_steps + 1)
+    if shift:
+        low, high = SHIFT_TOKENS
+        slope = (max_shift - base_shift) / (high - low)
+        times = shift_times(times, slope * image_seq_len + (base_shift - slope * low))
+    return times.tolist()
+
+
+def shift_times(times: Tensor, mu: float) -> Tensor:
+    """e^mu / (e^mu + 1/t - 1): 1 stays 1, 0 stays 0, and times between move towards the noise for positive mu."""
+    return math.exp(mu) / (math.exp(mu) + (1 / times - 1))

@@ -1,0 +1,36 @@
+"""Array shapes by name, for signatures. Checked while pytest runs (see `tests/conftest.py`) and never otherwise.
+
+Axis names: `batch` pictures, `tokens` positions of one stream or of text and image together, `img` and `txt` positions
+of one stream, `d` the width of the network, `h w` pixels, `lh lw` latent pixels, `c` latent channels. A name stands for
+one number within one call; names that begin with `_` stand for any.
+"""
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+# Transformer
+Tokens = Float[Tensor, "batch tokens d"]
+ImgTokens = Float[Tensor, "batch img d"]
+TxtTokens = Float[Tensor, "batch txt d"]
+PackedLatent = Float[Tensor, "batch img packed"]
+Velocity = Float[Tensor, "batch img packed"]
+Conditioning = Float[Tensor, "batch d"]
+Pooled = Float[Tensor, "batch pooled"]
+Heads = Float[Tensor, "batch heads tokens head_dim"]
+Context = Float[Tensor, "batch txt context"]
+ImgIds = Float[Tensor, "batch img axes"]
+TxtIds = Float[Tensor, "batch txt axes"]
+PositionIds = Float[Tensor, "batch _tokens axes"]  # of either stream, or of both
+Rotation = Float[Tensor, "batch 1 tokens half_head_dim 2 2"]
+PerSample = Float[Tensor, "batch"]
+Shift = Float[Tensor, "batch 1 d"]
+
+# Autoencoder
+Latent = Float[Tensor, "batch c lh lw"]
+Image = Float[Tensor, "batch 3 h w"]
+FeatureMap = Float[Tensor, "batch channels fh fw"]
+MixedFeatureMap = Float[Tensor, "batch _out_channels fh fw"]
+HalvedFeatureMap = Float[Tensor, "batch channels fh//2 fw//2"]
+DoubledFeatureMap = Float[Tensor, "batch channels 2*fh 2*fw"]
+AnyFeatureMap = Float[Tensor, "batch _channels _fh _fw"]
+Pixels = UInt8[Tensor, "batch h w 3"]

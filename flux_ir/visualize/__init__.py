@@ -1,0 +1,1 @@
+"""Pictures of pictures, from a run folder's files alone: no model, no torch."""

@@ -1,0 +1,156 @@
+"""What the tests share: shape checks for the whole package, the golden tensors, and small random networks.
+
+The import hook must stand before the first import of `flux_ir`: it adds a shape and type check to every function of it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from jaxtyping import install_import_hook
+
+# int is accepted where float is asked for, as type checkers accept it.
+install_import_hook("flux_ir", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
+from flux_ir.models.transformer import Flux, FluxParams
+
+Network = TypeVar("Network", bound=nn.Module)
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+class Golden(NamedTuple):
+    """One golden file: its tensors by name, and its metadata (the network's params already parsed)."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    params: Mapping[str, Any]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of the network that made these tensors."""
+        return {name.removeprefix("weights."): t for name, t in self.tensors.items() if name.startswith("weights.")}
+
+
+class FluxInputs(NamedTuple):
+    """The arguments of `Flux.forward`, in order: `flux(*tiny_inputs())`."""
+
+    img: Tensor
+    img_ids: Tensor
+    txt: Tensor
+    txt_ids: Tensor
+    timesteps: Tensor
+    y: Tensor
+    guidance: Tensor | None
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """Reads a golden file by its name: `golden("dev_like")`."""
+
+    def read(name: str) -> Golden:
+        with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return Golden(tensors, metadata, json.loads(metadata.get("params", "{}")))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_params() -> FluxParams:
+    """A transformer of 0.6 M parameters with every part of the real one but the guidance embedder."""
+    return FluxParams(
+        in_channels=64,
+        out_channels=64,
+        vec_in_dim=24,
+        context_in_dim=40,
+        hidden_size=64,
+        mlp_ratio=4.0,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=3,
+        axes_dim=(4, 6, 6),
+        theta=10_000,
+        qkv_bias=True,
+        guidance_embed=False,
+    )
+
+
+@pytest.fixture
+def tiny_flux(tiny_flux_params: FluxParams) -> Callable[..., Flux]:
+    """Makes a random transformer in which every gate is open and every bias counts."""
+
+    def make(*, guidance: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Flux:
+        params = replace(tiny_flux_params, guidance_embed=guidance)
+        return _randomised(Flux(params), seed).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def tiny_autoencoder() -> Callable[..., AutoEncoder]:
+    """Makes a random autoencoder that reduces by 8 and has 16 latent channels."""
+    params = AutoEncoderParams(
+        resolution=64,
+        in_channels=3,
+        ch=32,
+        out_ch=3,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=1,
+        z_channels=16,
+        scale_factor=0.3611,
+        shift_factor=0.1159,
+        norm_groups=8,
+    )
+
+    def make(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoEncoder:
+        return _randomised(AutoEncoder(params), seed).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def tiny_inputs(tiny_flux_params: FluxParams) -> Callable[..., FluxInputs]:
+    """Makes inputs for `tiny_flux`: 7 text tokens and 4 x 3 image tokens (64 x 48 px), so mixed-up streams show."""
+
+    def make(
+        *, batch: int = 1, guidance: float | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> FluxInputs:
+        draw = torch.Generator().manual_seed(seed)
+        rows, columns, txt_tokens = 4, 3, 7
+        img_ids = torch.zeros(rows, columns, 3)
+        img_ids[..., 1] = torch.arange(rows)[:, None]
+        img_ids[..., 2] = torch.arange(columns)[None, :]
+        return FluxInputs(
+            img=torch.randn(batch, rows * columns, tiny_flux_params.in_channels, generator=draw).to(dtype),
+            img_ids=img_ids.reshape(1, rows * columns, 3).repeat(batch, 1, 1),
+            txt=torch.randn(batch, txt_tokens, tiny_flux_params.context_in_dim, generator=draw).to(dtype),
+            txt_ids=torch.zeros(batch, txt_tokens, 3),
+            timesteps=torch.full((batch,), 0.75, dtype=dtype),
+            y=torch.randn(batch, tiny_flux_params.vec_in_dim, generator=draw).to(dtype),
+            guidance=None if guidance is None else torch.full((batch,), guidance, dtype=dtype),
+        )
+
+    return make
+
+
+@torch.no_grad()
+def _randomised(network: Network, seed: int) -> Network:
+    """The network with all parameters redrawn: matrices at unit gain, vectors around their rest value."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=draw)
+        if parameter.ndim > 1:
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        else:
+            rest = 0.0 if name.endswith("bias") else 1.0  # scales of norms rest at one
+            parameter.copy_(rest + 0.1 * noise)
+    return network.eval().requires_grad_(False)

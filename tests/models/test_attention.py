@@ -1,0 +1,64 @@
+"""Rotary positions and norms: what must hold for any positions and any dtype."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_ir.models.attention import RMSNorm, attention, rotary_table, rotate
+
+AXES_DIM, THETA = (4, 6, 6), 10_000
+offsets = st.tuples(*[st.integers(-200, 200)] * 3)
+
+
+def grid_ids(rows: int, columns: int) -> torch.Tensor:
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.reshape(1, -1, 3)
+
+
+def heads(seed: int, tokens: int = 12) -> torch.Tensor:
+    return torch.randn(1, 4, tokens, sum(AXES_DIM), generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=30)
+@given(offset=offsets)
+def test_attention_sees_only_differences_of_positions(offset):
+    q, k, v = heads(0), heads(1), heads(2)
+    ids = grid_ids(4, 3)
+    here = attention(q, k, v, rotary_table(ids, AXES_DIM, THETA))
+    there = attention(q, k, v, rotary_table(ids + torch.tensor(offset), AXES_DIM, THETA))
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-4)
+
+
+def test_attention_does_see_differences_of_positions():
+    q, k, v = heads(0), heads(1), heads(2)
+    grid = attention(q, k, v, rotary_table(grid_ids(4, 3), AXES_DIM, THETA))
+    transposed = attention(q, k, v, rotary_table(grid_ids(3, 4), AXES_DIM, THETA))
+    assert (grid - transposed).abs().max() > 1e-2
+
+
+def test_rotation_at_the_origin_changes_nothing():
+    x = heads(0)
+    assert torch.equal(rotate(x, rotary_table(torch.zeros(1, 12, 3), AXES_DIM, THETA)), x)
+
+
+def test_rotation_keeps_the_length_of_every_head():
+    x = heads(0)
+    turned = rotate(x, rotary_table(grid_ids(4, 3) * 17, AXES_DIM, THETA))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rotation_is_computed_in_float32_whatever_the_dtype():
+    rotation = rotary_table(grid_ids(4, 3).bfloat16() + 256, AXES_DIM, THETA)
+    assert rotation.dtype == torch.float32
+    assert rotate(heads(0).bfloat16(), rotation).dtype == torch.bfloat16
+
+
+def test_rms_norm_normalises_in_float32_before_it_scales_in_bf16():
+    norm = RMSNorm(16).bfloat16()
+    norm.scale.data.fill_(1.5)
+    x = heads(3).bfloat16() * 300
+    x32 = x.float()
+    unit = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + 1e-6)
+    assert torch.equal(norm(x), unit.bfloat16() * torch.tensor(1.5, dtype=torch.bfloat16))

@@ -1,0 +1,86 @@
+"""What the project promises about itself: the lock file, the documented commands, the version, a light import."""
+
+import difflib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import flux_ir
+
+ROOT = Path(__file__).parents[1]
+README_COMMANDS = [
+    "pip install -q uv && uv run python capture_sample.py --model flux-tiny "
+    '--prompt "a large red circle left of a small blue square on a white background"',
+    "pip install -q uv && uv run pytest",
+]
+EXPORT = "uv export -q --no-header --no-annotate --no-emit-project --no-dev"
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pinned(lock: str) -> set[str]:
+    return set(re.findall(r"^([a-z0-9-]+)==", lock, flags=re.MULTILINE))
+
+
+def test_requirements_lock_is_what_uv_resolves():
+    if shutil.which("uv") is None:
+        pytest.skip("uv is not on the PATH")
+    if not (ROOT / "uv.lock").exists():
+        pytest.skip("there is no uv.lock here: `uv run pytest` makes one")
+    # --frozen reads uv.lock as `uv run` has just left it, and so needs no network.
+    export = subprocess.run([*EXPORT.split(), "--frozen"], cwd=ROOT, capture_output=True, text=True, check=True)
+    committed, resolved = read("requirements.lock").splitlines(), export.stdout.splitlines()
+    difference = "\n".join(difflib.unified_diff(committed, resolved, "committed", "resolved", lineterm=""))
+    assert not difference, f"requirements.lock is stale; CONTRIBUTING.md has the command for it\n{difference}"
+
+
+def test_requirements_lock_names_no_host_and_no_path():
+    lock = read("requirements.lock")
+    assert "://" not in lock
+    assert not re.search(r"(^|\s)(-e|-i|-f|--index|--extra-index|--find-links|\.?/|file:)", lock, flags=re.MULTILINE)
+
+
+def test_requirements_lock_pins_every_runtime_dependency_with_hashes():
+    lock = read("requirements.lock")
+    dependencies = tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]
+    names = {re.split(r"[<>=~! \[]", dependency)[0].replace("_", "-") for dependency in dependencies}
+    assert names <= pinned(lock)
+    entries = re.split(r"\n(?=\S)", lock.strip())
+    assert [entry.splitlines()[0] for entry in entries if "--hash=sha256:" not in entry] == []
+
+
+def test_requirements_lock_leaves_out_what_only_development_needs():
+    assert not pinned(read("requirements.lock")) & {"pytest", "hypothesis", "beartype", "diffusers", "ruff", "mypy"}
+
+
+@pytest.mark.parametrize("name", [".ci/run", "CONTRIBUTING.md"])
+def test_lock_is_made_and_checked_by_the_same_command(name):
+    assert EXPORT in read(name)
+
+
+@pytest.mark.parametrize("command", README_COMMANDS)
+def test_readme_has_the_two_commands_on_lines_of_their_own(command):
+    assert command in [line.strip() for line in read("README.md").splitlines()]
+
+
+def test_continuous_integration_ends_with_the_test_command_of_the_readme():
+    assert read(".ci/run").strip().splitlines()[-1] == README_COMMANDS[-1]
+
+
+def test_version_is_the_top_entry_of_the_changelog():
+    released = re.findall(r"^## \[(\d\S*)\] - \d{4}-\d{2}-\d{2}$", read("CHANGELOG.md"), flags=re.MULTILINE)
+    assert released[0] == flux_ir.__version__
+
+
+@pytest.mark.parametrize("module", ["flux_ir", "flux_ir.errors"])
+def test_importing_the_package_does_not_load_torch(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
