@@ -1,4 +1,4 @@
-"""`flux-ir capture` (and `capture_sample.py`): sample one picture, record every block, show what each would have drawn."""
+"""`flux-ir capture` (and `capture_sample.py`): sample a picture, record every block, show what each would draw."""
 
 import sys
 from collections.abc import Sequence
@@ -22,25 +22,45 @@ class CaptureOptions(Options):
     prompt: str = option("a beautiful landscape", help="what to draw", group=PICTURE, free_text=True)
     model: str = option("flux-schnell", help="flux-schnell, flux-dev, flux-dev-krea or flux-tiny", group=PICTURE)
     width: int | None = option(
-        None, help="width of the picture", unit="px", group=PICTURE, multiple_of=16, minimum=16,
+        None,
+        help="width of the picture",
+        unit="px",
+        group=PICTURE,
+        multiple_of=16,
+        minimum=16,
         default_text="256, or 128 for flux-tiny",
     )
     height: int | None = option(
-        None, help="height of the picture", unit="px", group=PICTURE, multiple_of=16, minimum=16,
+        None,
+        help="height of the picture",
+        unit="px",
+        group=PICTURE,
+        multiple_of=16,
+        minimum=16,
         default_text="256, or 128 for flux-tiny",
     )
     seed: int | None = option(
-        None, help="seed of the noise: the same seed gives the same picture", group=PICTURE, minimum=0,
-        maximum=2**63 - 1, default_text="drawn at random and recorded",
+        None,
+        help="seed of the noise: the same seed gives the same picture",
+        group=PICTURE,
+        minimum=0,
+        maximum=2**63 - 1,
+        default_text="drawn at random and recorded",
     )
     num_steps: int | None = option(
-        None, help="Euler steps", group=PICTURE, minimum=1, default_text="the model's own: 4 for flux-schnell, 8 for flux-tiny, else 50",
+        None,
+        help="Euler steps",
+        group=PICTURE,
+        minimum=1,
+        default_text="the model's own: 4 for flux-schnell, 8 for flux-tiny, else 50",
     )
     guidance: float = option(2.5, help="guidance strength, for the guidance-distilled dev family", group=PICTURE)
     add_sampling_metadata: bool = option(True, help="write the prompt into the picture's EXIF data", group=PICTURE)
 
     sites: tuple[str, ...] | None = option(
-        None, help="which sites to record, as shell patterns such as double.*.img or single.3?", group=KEEP,
+        None,
+        help="which sites to record, as shell patterns such as double.*.img or single.3?",
+        group=KEEP,
         default_text="every block's output",
     )
     steps: tuple[int, ...] | None = option(
@@ -61,7 +81,9 @@ class CaptureOptions(Options):
         "bfloat16", help="precision of the text encoders and the transformer, and of what is recorded", group=WHERE
     )
     checkpoint: Path | None = option(
-        None, help="the transformer's weights: a .safetensors file or a diffusers folder", group=WHERE,
+        None,
+        help="the transformer's weights: a .safetensors file or a diffusers folder",
+        group=WHERE,
         default_text="environment, package, hub",
     )
     ae_checkpoint: Path | None = option(

@@ -55,19 +55,18 @@ def _row(flag: Flag, column: int) -> str:
     facts = [text for text in (flag.facts.unit, _bounds(flag)) if text]
     if flag.choices and "|" not in placeholder(flag):
         facts.append("one of " + ", ".join(str(choice) for choice in flag.choices))
-    facts.append("required" if flag.required else f"default {_default_text(flag)}")
+    facts.append("required" if flag.required else f"default: {_default_text(flag)}")
     return _two_columns(_spelling(flag), f"{flag.facts.help} ({'; '.join(facts)})", column)
 
 
 def _bounds(flag: Flag) -> str:
+    """The bounds worth reading: not that a count is at least one, nor how far a machine can count."""
     facts = flag.facts
     if facts.multiple_of is not None:
         return f"a multiple of {facts.multiple_of}"
-    if facts.minimum is not None and facts.maximum is not None:
-        return f"{facts.minimum} to {facts.maximum}"
-    if facts.maximum is not None:
-        return f"at most {facts.maximum}"
-    return f"at least {facts.minimum}" if facts.minimum is not None else ""
+    if facts.maximum is not None and facts.maximum < 2**31:
+        return f"at most {facts.maximum}" if facts.minimum is None else f"{facts.minimum} to {facts.maximum}"
+    return f"at least {facts.minimum}" if facts.minimum is not None and facts.minimum > 1 else ""
 
 
 def _spelling(flag: Flag) -> str:

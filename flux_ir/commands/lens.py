@@ -28,7 +28,8 @@ class LensOptions(Options):
         None, help="cpu, cuda or cuda:N", default_text="the first GPU, or the CPU where there is none"
     )
     checkpoint: Path | None = option(
-        None, help="the transformer's weights: a .safetensors file or a diffusers folder",
+        None,
+        help="the transformer's weights: a .safetensors file or a diffusers folder",
         default_text="those the capture was made with",
     )
     ae_checkpoint: Path | None = option(
@@ -39,7 +40,7 @@ class LensOptions(Options):
 
 def run(options: LensOptions) -> None:
     """Decode as the options say. Raises FluxIRError for what a user can mend, before anything heavy where possible."""
-    from flux_ir.commands.generation import read_again
+    from flux_ir.commands.reading import read_again
 
     read_again(options)
 

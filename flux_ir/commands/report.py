@@ -69,11 +69,20 @@ def bytes_at(path: Path) -> int:
 def in_units(size: int) -> str:
     """A number of bytes for people: 512 B, 3.4 MB, 80.7 GB (powers of ten)."""
     value, unit = float(size), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007 (the unit reached is the result)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
             break
         value /= 1000
     return f"{size} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def peak_memory() -> dict[str, int]:
+    """The largest memory of this process so far [bytes]: resident on the host, allocated on every GPU it used."""
+    import torch
+
+    gpus = range(torch.cuda.device_count())
+    peaks = {f"cuda:{gpu}": torch.cuda.max_memory_allocated(gpu) for gpu in gpus}
+    return {"host": peak_host_bytes()} | {device: peak for device, peak in peaks.items() if peak}
 
 
 def peak_host_bytes() -> int:

@@ -1,7 +1,7 @@
 """How well flux-tiny draws what a caption says: `python -m flux_ir.demo.evaluate`.
 
-Samples held-out captions at the default number of steps, lets `judge` look at the pixels and prints a table. `--write` puts
-the table into the model's provenance.
+Samples held-out captions at the default number of steps, lets `judge` look at the pixels and prints a table. `--write`
+puts the table into the model's provenance.
 """
 
 import argparse

@@ -1,7 +1,6 @@
-"""The finished model as files: bf16 safetensors, transformers folders for the text encoders, and where it all came from."""
+"""The finished model as files: bf16 safetensors, folders for the text encoders, and where they came from."""
 
 import hashlib
-import json
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -48,13 +47,17 @@ def save_bf16(model: nn.Module, path: Path) -> None:
 
 def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     """A transformers folder: configuration, bf16 weights, tokenizer."""
-    encoder.model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    encoder.to("cpu", torch.bfloat16)
+    encoder.model.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
 
 
 def provenance(autoencoder: AutoEncoder, run_dir: Path, folder: Path) -> dict[str, object]:
     """Where the files came from, what was measured at export, and the sha256 of each."""
-    state = {stage: torch.load(run_dir / f"{stage}.pt", weights_only=True, mmap=True) for stage in ("autoencoder", "text", "flow")}
+    state = {
+        stage: torch.load(run_dir / f"{stage}.pt", weights_only=True, mmap=True)
+        for stage in ("autoencoder", "text", "flow")
+    }
     return {
         "command": "python -m flux_ir.demo.train",
         "flux_ir": version("flux-ir"),

@@ -1,7 +1,7 @@
-"""The world flux-tiny knows: one or two coloured shapes on a plain background, captioned, with the ground truth of each.
+"""The world flux-tiny knows: one or two coloured shapes on a plain background, captioned, with their ground truth.
 
-Any number of scenes comes from one seed; the same seed and index always give the same scene. Captions are split once and
-for all into training and held-out ones by a hash of the caption. Next: `drawing`, which turns a scene into pixels.
+Any number of scenes comes from one seed; the same seed and index always give the same scene. Captions are split once
+and for all into training and held-out ones by a hash of the caption. Next: `drawing`, which turns a scene into pixels.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Makes flux-tiny, from nothing to the files in `flux_ir/models/assets/flux-tiny`: `python -m flux_ir.demo.train`.
 
-Four stages, each with its own checkpoint in the run folder: the autoencoder, the text encoders, the flow model, the export.
-Stop it whenever you like; the same command goes on where it stopped.
+Four stages, each with its own checkpoint in the run folder: the autoencoder, the text encoders, the flow model, the
+export. Stop it whenever you like; the same command goes on where it stopped.
 """
 
 import argparse
@@ -19,7 +19,15 @@ from flux_ir.demo.checkpoints import Checkpoint
 from flux_ir.demo.drawing import SIDE_PX
 from flux_ir.demo.export import export
 from flux_ir.demo.train_autoencoder import AE_PARAMS, AutoencoderConfig, measure_latents, train_autoencoder
-from flux_ir.demo.train_flow import Bank, FlowConfig, TextToVelocity, bank_captions, encode_bank, start_model, train_flow
+from flux_ir.demo.train_flow import (
+    Bank,
+    FlowConfig,
+    TextToVelocity,
+    bank_captions,
+    encode_bank,
+    start_model,
+    train_flow,
+)
 from flux_ir.demo.train_text import Describer, TextConfig, build_clip, build_t5, build_tokenizer, train_text
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
@@ -98,9 +106,7 @@ def train(training: Training) -> None:
     follow("autoencoder", ae.steps, train_autoencoder(ae, training.checkpoint("autoencoder"), training.device))
     follow("text", training.text.steps, train_text(training.text, training.checkpoint("text")))
     model = start_model(trained_describer(training), training.flow)
-    flow = train_flow(
-        model, load_bank(training), SIDE_PX, training.flow, training.checkpoint("flow"), training.device
-    )
+    flow = train_flow(model, load_bank(training), SIDE_PX, training.flow, training.checkpoint("flow"), training.device)
     follow("flow", training.flow.steps, flow)
 
 

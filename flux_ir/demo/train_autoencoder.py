@@ -90,7 +90,7 @@ def measure_latents(model: AutoEncoder, seed: int, count: int = 512) -> AutoEnco
 
 
 @torch.no_grad()
-def held_out_psnr_db(model: AutoEncoder, seed: int, count: int = 256) -> float:
+def held_out_psnr_db(model: AutoEncoder, seed: int, count: int = 128) -> float:
     """Mean PSNR [dB] over whole held-out scenes, decoded from the mean latent."""
     held_out = islice(scenes(seed, "held_out"), count)
     errors = []

@@ -92,10 +92,11 @@ def initialise(flux: Flux) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    silent = [flux.final_layer.linear, flux.final_layer.adaLN_modulation[1]]
-    silent += [m for name, m in flux.named_modules() if name.endswith(("mod.lin", "modulation.lin"))]
-    for linear in silent:
-        nn.init.zeros_(linear.weight)
+    for name, module in flux.named_modules():
+        if isinstance(module, nn.Linear) and (
+            name.startswith("final_layer") or name.endswith(("mod.lin", "modulation.lin"))
+        ):
+            nn.init.zeros_(module.weight)
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:

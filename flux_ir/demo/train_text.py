@@ -1,9 +1,9 @@
-"""Second stage: T5 and CLIP learn to describe the scene, so that the flow model meets encoders that understand captions.
+"""Second stage: T5 and CLIP learn to describe the scene, so that the flow model meets encoders that know captions.
 
-Real text encoders come pre-trained; random ones would leave it to the image loss to find out which colour belongs to which
-shape, and that takes hours. Here every word of an object's phrase learns to tell the object's whole description, and the
-pooled vector to tell what stands at each place. The heads that ask are thrown away. Both encoders go on learning with the
-flow model.
+Real text encoders come pre-trained; random ones would leave it to the image loss to find out which colour belongs to
+which shape, and that takes hours. Here every word of an object's phrase learns to tell the object's whole description,
+and the pooled vector to tell what stands at each place. The heads that ask are thrown away. Both encoders go on
+learning with the flow model.
 """
 
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""Reading a block's output as if it were the last block's: `readout` gives latents, `decode` pictures, `measures` numbers."""
+"""Reading a block's output as if it were the last block's: `readout` for latents, `decode` for pictures, `measures`."""

@@ -136,7 +136,9 @@ class LensDecoder:
         return Decoded(place, path, likeness)
 
 
-def lens_report(decoder: LensDecoder, pictures: Iterable[Decoded], earlier: dict[str, object] | None = None) -> dict[str, object]:
+def lens_report(
+    decoder: LensDecoder, pictures: Iterable[Decoded], earlier: dict[str, object] | None = None
+) -> dict[str, object]:
     """The content of `lens.json`: per site a list over steps of what is known there.
 
     `earlier` is the content of a previous reading of the same capture; what this one did not compute is kept from it.

@@ -20,7 +20,7 @@ Lens = Literal["euler", "x0"]
 
 
 class Reading(NamedTuple):
-    """One block read at one step, batch included. `euler` is the state it would lead to, `x0` the image it believes in."""
+    """One block read at one step, batch included. `euler`: the state it leads to; `x0`: the image it believes in."""
 
     step: int
     site: Site
@@ -36,8 +36,8 @@ class Reading(NamedTuple):
 def velocity_at(model: Flux, block_output: Tokens, vec: Conditioning, *, txt_tokens: int = 0) -> Velocity:
     """The velocity [latent units per unit of flow time] the network would predict if it stopped at this block.
 
-    A single-stream block carries text and image together: `txt_tokens` leading tokens are dropped (0 for the image half of
-    a double-stream block).
+    A single-stream block carries text and image together: `txt_tokens` leading tokens are dropped (0 for the image half
+    of a double-stream block).
 
     Raises FluxIRError if no image tokens are left.
     """

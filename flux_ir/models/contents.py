@@ -3,7 +3,6 @@
 Next: `sources`, which decides which file to look at, and `weights`, which loads what passed here.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.headers import TensorEntry, read_entries
 from flux_ir.models.keymap import Parts, diffusers_parts
-from flux_ir.models.registry import MODELS, ModelSpec
+from flux_ir.models.registry import MODELS, ModelSpec, read_object
 from flux_ir.models.transformer import Flux
 
 Part = Literal["transformer", "autoencoder"]
@@ -114,8 +113,8 @@ class _Family(NamedTuple):
 
 
 def _family(source: WeightSource) -> _Family:
-    hidden_size, img_channels = source.entries[_MARKS["transformer", source.layout]].shape
-    return _Family(_GUIDANCE_MARKS[source.layout] in source.entries, img_channels, hidden_size)
+    shape = source.entries[_MARKS["transformer", source.layout]].shape
+    return _Family(_GUIDANCE_MARKS[source.layout] in source.entries, shape[-1], shape[0])
 
 
 def _family_of(spec: ModelSpec) -> _Family:
@@ -148,7 +147,7 @@ def _check_autoencoder_config(spec: ModelSpec, source: WeightSource) -> None:
     config = source.path.with_name("config.json")
     if source.layout != "diffusers" or not config.is_file():
         return
-    stored = json.loads(config.read_text(encoding="utf-8"))
+    stored = read_object(config)
     params = spec.autoencoder
     wanted = {
         "scaling_factor": params.scale_factor,
@@ -176,10 +175,10 @@ def _check_tensors(spec: ModelSpec, source: WeightSource) -> None:
     missing = [name for name in expected if name not in source.entries]
     unexpected = [name for name in source.entries if name not in expected]
     if missing or unexpected:
-        faults = [f"lacks {_listed(missing)}"] if missing else []
-        faults += [f"has {_listed(unexpected)} that do not belong"] if unexpected else []
+        faults = [f"it lacks {_listed(missing)}"] if missing else []
+        faults += [f"it has {_listed(unexpected)} too many"] if unexpected else []
         raise FluxIRError(
-            f"{where} must hold the {len(expected)} tensors of the {source.part} of {spec.name}: it {' and '.join(faults)}",
+            f"{where} must hold the {len(expected)} tensors of the {source.part} of {spec.name}: {', '.join(faults)}",
             hint=_remedy(spec, source.origin),
         )
     wrong = [name for name, shape in expected.items() if source.entries[name].shape != shape]

@@ -98,7 +98,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, value: dict[str, Any]) -> TensorEntry:
+def _entry(path: Path, name: str, value: Any) -> TensorEntry:
     try:
         begin, end = value["data_offsets"]
         return TensorEntry(path, name, tuple(value["shape"]), value["dtype"], end - begin)

@@ -7,28 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,  # of the HTTP library underneath, whichever that is: what a lost connection raises
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.registry import ModelSpec
 
 Announce = Callable[[str], None]
-_OTHER_WAYS = "or name a local copy with --checkpoint"
-
-
-def repository(spec: ModelSpec) -> str:
-    """The model's repository. Raises FluxIRError for a model that is not on the hub."""
-    if spec.repo_id is None:
-        raise FluxIRError(f"{spec.name} is neither in the package nor on the hub", hint="pass it with --checkpoint")
-    return spec.repo_id
+_OTHER_WAYS = "or name local copies with --checkpoint and --ae_checkpoint"
 
 
 def cached(repo_id: str, filename: str) -> Path | None:
@@ -42,6 +41,8 @@ def download(repo_id: str, filename: str, announce: Announce | None) -> Path:
     if announce is not None:
         announce(f"downloading {filename} from {repo_id}")
     with _plain_errors(repo_id, filename):
+        # Asked once first: hf_hub_download would try for half a minute before it gave up, warning at each turn.
+        get_hf_file_metadata(hf_hub_url(repo_id, filename))
         return Path(hf_hub_download(repo_id, filename))
 
 
@@ -72,9 +73,9 @@ def _plain_errors(repo_id: str, wanted: str) -> Iterator[None]:
         raise _unreachable(repo_id, wanted, error.__cause__) from error
     except EntryNotFoundError as error:
         raise FluxIRError(f"{repo_id} has no {wanted}", hint="check HF_ENDPOINT") from error
-    except HfHubHTTPError as error:
+    except (OfflineModeIsEnabled, HTTPError) as error:
         raise _unreachable(repo_id, wanted, error) from error
-    except OSError as error:  # connection lost half-way, disk full
+    except OSError as error:  # a full disk, above all
         raise FluxIRError(
             f"fetching {wanted} from {repo_id} stopped: {error}",
             hint=f"try again (it goes on where it stopped), {_OTHER_WAYS}",

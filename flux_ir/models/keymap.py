@@ -1,8 +1,8 @@
 """Where each of our tensors stands in a diffusers file, and back. Both directions follow from one table.
 
 Our names are those of the published single files. diffusers splits what they fuse (queries, keys, values and the
-feed-forward of a single block), stores the last layer's modulation as (scale, shift) where they have (shift, scale), and
-writes the autoencoder's 1x1 convolutions as linear layers.
+feed-forward of a single block), stores the last layer's modulation as (scale, shift) where they have (shift, scale),
+and writes the autoencoder's 1x1 convolutions as linear layers.
 """
 
 import re
@@ -89,12 +89,12 @@ class Parts(NamedTuple):
             ours = ours[..., 0, 0]
         if self.swap_halves:
             ours = torch.cat(ours.chunk(2)[::-1])
-        return list(ours.split(self.rows)) if self.rows else [ours]
+        return list(torch.split(ours, list(self.rows))) if self.rows else [ours]
 
     def fill(self, ours: Tensor, parts: Iterable[Tensor]) -> None:
         """Copies the parts into our tensor, one after the other: it may have another device and dtype than they."""
         target = ours[..., 0, 0] if self.as_linear else ours
-        for place, part in zip(target.split(self.rows) if self.rows else [target], parts, strict=True):
+        for place, part in zip(torch.split(target, list(self.rows)) if self.rows else [target], parts, strict=True):
             if self.swap_halves:
                 first, second = place.chunk(2)
                 first.copy_(part.chunk(2)[1])

@@ -15,12 +15,14 @@ COMPONENT_FOLDERS = ("transformer", "vae")
 """Where the diffusers layout keeps the weights of our two networks."""
 
 
-class Given(NamedTuple):
+class NamedPath(NamedTuple):
+    """A path that exists, and the flag or variable that named it."""
+
     path: Path
     origin: str
 
 
-def given(argument: str | Path | None, flag: str, variables: tuple[str, ...]) -> Given | None:
+def named_path(argument: str | Path | None, flag: str, variables: tuple[str, ...]) -> NamedPath | None:
     """The argument, else the first variable that is set. Raises FluxIRError if that path does not exist."""
     named = [(str(argument), flag)] if argument is not None else []
     named += [(os.environ[variable], variable) for variable in variables if os.environ.get(variable)]
@@ -33,21 +35,30 @@ def given(argument: str | Path | None, flag: str, variables: tuple[str, ...]) ->
             f"{origin} must name a file or a folder that exists: got {text!r}",
             hint=f"correct {origin}, or leave it out to use the next source",
         )
-    return Given(path, origin)
+    return NamedPath(path, origin)
 
 
 def model_folder(path: Path) -> Path:
-    """The folder whose files belong together with this one: a file's own, or the one above `transformer/` and `vae/`."""
+    """The folder whose files belong together: a file's own, or the one above `transformer/` and `vae/`."""
     folder = path if path.is_dir() else path.parent
-    return folder.parent if folder.name in _SUBFOLDERS.values() else folder
+    return folder.parent if folder.name in COMPONENT_FOLDERS else folder
 
 
 def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of these files that the folder has."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def shards_present(path: Path) -> bool:
+    """Whether every file of an index is there; a file that is no index is whole by itself."""
     return not path.name.endswith(".index.json") or all(shard.is_file() for shard in shards(path))
+
+
+def repository(spec: ModelSpec) -> str:
+    """The model's repository. Raises FluxIRError for a model that is not on the hub."""
+    if spec.repo_id is None:
+        raise FluxIRError(f"{spec.name} is neither in the package nor on the hub", hint="pass it with --checkpoint")
+    return spec.repo_id
 
 
 def verified(spec: ModelSpec, relative: str) -> Path:
@@ -70,5 +81,3 @@ def verified(spec: ModelSpec, relative: str) -> Path:
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # size and time: a changed file is hashed again
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-

@@ -4,11 +4,12 @@ One process, any number of devices. (Many processes for one job is another matte
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flux_ir.errors import FluxIRError
 
-# Device numbers of (T5, CLIP, transformer, autoencoder encoder, autoencoder decoder) per number of GPUs. The transformer
-# never shares a device: it is the largest part and the only one that is busy at every step.
+# Device numbers of (T5, CLIP, transformer, autoencoder encoder, autoencoder decoder) per number of GPUs. The
+# transformer never shares a device: it is the largest part and the only one that is busy at every step.
 SPREAD = {
     2: (0, 0, 1, 0, 0),
     3: (0, 1, 2, 1, 1),
@@ -22,7 +23,7 @@ MOST_GPUS = max(SPREAD)  # with more, the rest stay free
 
 @dataclass(frozen=True)
 class Placement:
-    """The device of each part. With `offload` that is where a part is while it is needed; otherwise it waits on the CPU."""
+    """The device of each part. With `offload` a part is there while it is needed, and on the CPU otherwise."""
 
     t5: str
     clip: str
@@ -32,10 +33,12 @@ class Placement:
     offload: bool
     reason: str
 
+    PARTS: ClassVar = ("t5", "clip", "transformer", "ae_encoder", "ae_decoder")
+
     @property
     def devices(self) -> list[str]:
         """Every device in use, each once."""
-        return list(dict.fromkeys([self.t5, self.clip, self.transformer, self.ae_encoder, self.ae_decoder]))
+        return list(dict.fromkeys(getattr(self, part) for part in self.PARTS))
 
 
 def plan(num_gpus: int, *, device: str | None = None, multi_gpu: bool = False, offload: bool = False) -> Placement:

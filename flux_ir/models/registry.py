@@ -124,7 +124,7 @@ _SCHNELL = replace(
 
 DEFAULT_MODEL = "flux-schnell"
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (_SCHNELL, _DEV, _KREA)}
-"""The published models. Those in the package are not here: their facts stand beside their weights and are read on demand."""
+"""The published models. The facts of those in the package stand beside their weights and are read on demand."""
 PACKAGED_MODELS: dict[str, Path] = {"flux-tiny": ASSETS / "flux-tiny"}
 """Models that ship in the package, and their folders."""
 
@@ -135,7 +135,7 @@ def model_names() -> list[str]:
 
 
 def get_spec(name: str) -> ModelSpec:
-    """The model of this name. Raises FluxIRError with the nearest name, or if a packaged model is not in the package."""
+    """The model of this name. Raises FluxIRError with the nearest name, or if a packaged model is not there."""
     if name in MODELS:
         return MODELS[name]
     if name in PACKAGED_MODELS:
@@ -153,8 +153,8 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
             f"{name} ships in the package, but its weights are not there: no {folder / PARAMS_FILE}",
             hint="make them with `python -m flux_ir.demo.train`",
         )
-    facts = _read_object(folder / PARAMS_FILE, required=("flux", "autoencoder", "text_tokens", "default_steps"))
-    provenance = _read_object(folder / PROVENANCE_FILE, required=("files",))
+    facts = read_object(folder / PARAMS_FILE, required=("flux", "autoencoder", "text_tokens", "default_steps"))
+    provenance = read_object(folder / PROVENANCE_FILE, required=("files",))
     autoencoder = AutoEncoderParams(**facts["autoencoder"])
     return ModelSpec(
         name=name,
@@ -177,12 +177,16 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
     )
 
 
-def _read_object(path: Path, *, required: tuple[str, ...]) -> dict[str, Any]:
+def read_object(path: Path, *, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object with at least the required keys. Raises FluxIRError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FluxIRError(f"{path} must be readable JSON: {error}", hint="install the package again") from error
+        raise FluxIRError(f"{path} must be readable JSON: {error}", hint="install or download it again") from error
     missing = [key for key in required if key not in value]
-    if missing:
-        raise FluxIRError(f"{path} must have the keys {', '.join(required)}: without {', '.join(missing)}")
+    if missing or not isinstance(value, dict):
+        raise FluxIRError(
+            f"{path} must be an object with the keys {', '.join(required)}: it lacks {', '.join(missing)}",
+            hint="install or download it again",
+        )
     return value

@@ -1,24 +1,35 @@
 """Where a model's files are. First what the user names, then what is on disk, and only then the hub.
 
-The order: arguments (`--checkpoint`, `--ae_checkpoint`), environment variables, the package, the hub's cache, the hub. A
-path that is named but missing is an error, never a download. What is found is checked (`contents`); `weights` loads it.
+The order: arguments (`--checkpoint`, `--ae_checkpoint`), environment variables, the package, the hub's cache, the hub.
+A path that is named but missing is an error, never a download. What is found is checked (`contents`); `weights` loads.
 """
 
-import functools
-import hashlib
-import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
 from flux_ir.models.contents import Part, WeightSource, inspect
-from flux_ir.models.headers import INDEX_SUFFIX, shards
+from flux_ir.models.headers import INDEX_SUFFIX
 from flux_ir.models.hub import Announce
+from flux_ir.models.paths import (
+    CACHE,
+    COMPONENT_FOLDERS,
+    HUB,
+    PACKAGE,
+    NamedPath,
+    first_file,
+    model_folder,
+    named_path,
+    repository,
+    shards_present,
+    verified,
+)
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.text_sources import TextSource, download_encoder, encoder_on_disk
 
-_SUBFOLDERS: dict[Part, str] = {"transformer": "transformer", "autoencoder": "vae"}
 _DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", f"diffusion_pytorch_model{INDEX_SUFFIX}")
+
 
 class ModelSource(NamedTuple):
     """Everything a model needs, found and checked."""
@@ -68,82 +79,70 @@ def locate_autoencoder(
 
 
 def _transformer_on_disk(spec: ModelSpec, checkpoint: str | Path | None) -> WeightSource | None:
-    given = given(checkpoint, "--checkpoint", spec.transformer_env)
-    if given is not None:
-        return inspect(spec, "transformer", _weight_file(spec, "transformer", given), given.origin)
+    named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
+    if named is not None:
+        return inspect(spec, "transformer", _weight_file(spec, "transformer", named), named.origin)
     return _shipped(spec, "transformer") or _cached(spec, "transformer")
 
 
 def _autoencoder_on_disk(
     spec: ModelSpec, ae_checkpoint: str | Path | None, checkpoint: str | Path | None
 ) -> WeightSource | None:
-    given = given(ae_checkpoint, "--ae_checkpoint", spec.autoencoder_env)
-    if given is not None:
-        return inspect(spec, "autoencoder", _weight_file(spec, "autoencoder", given), given.origin)
-    given = given(checkpoint, "--checkpoint", spec.transformer_env)
-    if given is not None and (beside := _inmodel_folder(spec, "autoencoder", model_folder(given.path))):
-        return inspect(spec, "autoencoder", beside, given.origin)
+    own = named_path(ae_checkpoint, "--ae_checkpoint", spec.autoencoder_env)
+    if own is not None:
+        return inspect(spec, "autoencoder", _weight_file(spec, "autoencoder", own), own.origin)
+    named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
+    if named is not None and (beside := _in_folder(spec, "autoencoder", model_folder(named.path))):
+        return inspect(spec, "autoencoder", beside, named.origin)
     return _shipped(spec, "autoencoder") or _cached(spec, "autoencoder")
 
 
-# What the user named
-
-
-def _weight_file(spec: ModelSpec, part: Part, given: Given) -> Path:
+def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
     """The file (or index of shards) a path stands for: itself, or what lies in the folder."""
-    if given.path.is_file():
-        return given.path
-    found = _inmodel_folder(spec, part, given.path) or first_file(given.path, _DIFFUSERS_FILES)
+    if named.path.is_file():
+        return named.path
+    found = _in_folder(spec, part, named.path) or first_file(named.path, _DIFFUSERS_FILES)
     if found is not None:
         return found
-    indexes = sorted(given.path.glob(f"*{INDEX_SUFFIX}"))
-    candidates = indexes or sorted(given.path.glob("*.safetensors"))
+    candidates = sorted(named.path.glob(f"*{INDEX_SUFFIX}")) or sorted(named.path.glob("*.safetensors"))
     if len(candidates) == 1:
         return candidates[0]
-    problem = f"has {len(candidates)} safetensors files and no index" if candidates else "has none"
+    problem = f"{len(candidates)} safetensors files and no index" if candidates else "no safetensors file"
+    single, diffusers, _ = _places(spec, part)
     raise FluxIRError(
-        f"{given.origin} must lead to the {part} of {spec.name}: the folder {given.path} {problem}",
-        hint=f"name the file itself, or a folder with {_file_name(spec, part)} or {_SUBFOLDERS[part]}/",
+        f"{named.origin} must lead to the {part} of {spec.name}: the folder {named.path} has {problem}",
+        hint=f"name the file itself, or a folder with {single} or {diffusers}",
     )
 
 
-def _inmodel_folder(spec: ModelSpec, part: Part, folder: Path) -> Path | None:
-    in_subfolder = (f"{_SUBFOLDERS[part]}/{name}" for name in _DIFFUSERS_FILES)
-    return first_file(folder, (_file_name(spec, part), *in_subfolder))
+def _in_folder(spec: ModelSpec, part: Part, folder: Path) -> Path | None:
+    """The weights of one part in a model's folder, in the published or the diffusers layout."""
+    return first_file(folder, _places(spec, part))
 
 
-# What ships in the package
+def _places(spec: ModelSpec, part: Part) -> tuple[str, ...]:
+    """Where a model's folder or repository may hold the weights of one part: the published single file first."""
+    name, folder = {
+        "transformer": (spec.transformer_file, COMPONENT_FOLDERS[0]),
+        "autoencoder": (spec.autoencoder_file, COMPONENT_FOLDERS[1]),
+    }[part]
+    return (name, *(f"{folder}/{file}" for file in _DIFFUSERS_FILES))
 
 
 def _shipped(spec: ModelSpec, part: Part) -> WeightSource | None:
-    if spec.assets is None:
-        return None
-    return inspect(spec, part, verified(spec, _file_name(spec, part)), PACKAGE)
-
-
-# The hub's cache, and the hub
+    return inspect(spec, part, verified(spec, _places(spec, part)[0]), PACKAGE) if spec.assets else None
 
 
 def _cached(spec: ModelSpec, part: Part) -> WeightSource | None:
-    """The published single file, or the diffusers layout if all its shards are there."""
+    """What the hub's cache has in full; a set of shards with gaps counts as absent."""
     if spec.repo_id is None:
         return None
-    for name in (_file_name(spec, part), *(f"{_SUBFOLDERS[part]}/{name}" for name in _DIFFUSERS_FILES)):
-        path = hub.cached(spec.repo_id, name)
+    for place in _places(spec, part):
+        path = hub.cached(spec.repo_id, place)
         if path is not None and shards_present(path):
             return inspect(spec, part, path, CACHE)
     return None
 
 
 def _download(spec: ModelSpec, part: Part, announce: Announce | None) -> WeightSource:
-    path = hub.download(hub.repository(spec), _file_name(spec, part), announce)
-    return inspect(spec, part, path, HUB)
-
-
-# Files of one part
-
-
-def _file_name(spec: ModelSpec, part: Part) -> str:
-    return spec.transformer_file if part == "transformer" else spec.autoencoder_file
-
-
+    return inspect(spec, part, hub.download(repository(spec), _places(spec, part)[0], announce), HUB)

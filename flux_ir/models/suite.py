@@ -1,6 +1,7 @@
 """A whole model - text encoders, transformer, autoencoder - loaded onto the devices of a `Placement`.
 
-With offload each part is on the GPU only inside the `with` block that needs it. This is the only place that moves parts.
+With offload each part is on the GPU only inside the `with` block that needs it. This is the only place that moves
+parts.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ class TextEncoders(NamedTuple):
 
 class Suite:
     """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, telling which."""
+
+    PARTS = 4
 
     def __init__(self, spec: ModelSpec, source: ModelSource, placement: Placement, dtype: torch.dtype) -> None:
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype

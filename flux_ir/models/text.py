@@ -3,12 +3,15 @@
 As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.utils import logging
 
 from flux_ir.shapes import Pooled, TxtTokens
 
@@ -24,7 +27,7 @@ class TextEmbedding(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """A text model with its tokenizer. `forward` gives one row per prompt: token vectors (T5) or a pooled one (CLIP)."""
+    """A text model with its tokenizer. `forward` gives token vectors (T5) or a pooled vector (CLIP) per prompt."""
 
     def __init__(
         self,
@@ -76,20 +79,32 @@ class TextEncoder(nn.Module):
 def load_t5(
     model_dir: Path, tokenizer_dir: Path, max_tokens: int, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
-    """The T5 encoder of a local transformers folder. `max_tokens` is the text length the transformer was trained with."""
-    model = T5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    """The T5 encoder of a local transformers folder. `max_tokens`: the text length the transformer was trained with."""
+    with _without_progress_bars():
+        model = T5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
     return _finished(TextEncoder(model, tokenizer, max_tokens, "last_hidden_state"), device)
 
 
-def load_clip(
-    model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype
-) -> TextEncoder:
+def load_clip(model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
     """The CLIP text encoder of a local transformers folder."""
-    model = CLIPTextModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    with _without_progress_bars():
+        model = CLIPTextModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
     max_tokens = min(CLIP_TOKENS, model.config.max_position_embeddings)
     return _finished(TextEncoder(model, tokenizer, max_tokens, "pooler_output"), device)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Progress belongs to the caller: transformers' own bars stay away, and come back after."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def _finished(encoder: TextEncoder, device: torch.device | str) -> TextEncoder:

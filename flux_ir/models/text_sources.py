@@ -7,7 +7,17 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
 from flux_ir.models.headers import INDEX_SUFFIX
 from flux_ir.models.hub import Announce
-from flux_ir.models.paths import CACHE, HUB, PACKAGE, first_file, given, model_folder, shards_present, verified
+from flux_ir.models.paths import (
+    CACHE,
+    HUB,
+    PACKAGE,
+    first_file,
+    model_folder,
+    named_path,
+    repository,
+    shards_present,
+    verified,
+)
 from flux_ir.models.registry import ModelSpec
 
 Encoder = Literal["t5", "clip"]
@@ -48,9 +58,10 @@ def locate_text(
 
 
 def encoder_on_disk(spec: ModelSpec, encoder: Encoder, checkpoint: str | Path | None) -> EncoderSource | None:
-    given = given(checkpoint, "--checkpoint", spec.transformer_env)
-    if given is not None and (found := _encoder_in(model_folder(given.path), encoder)):
-        return _complete(EncoderSource(*found, given.origin), encoder)
+    """The text encoder beside the transformer that the user named, in the package, or in the hub's cache."""
+    named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
+    if named is not None and (found := _encoder_in(model_folder(named.path), encoder)):
+        return _complete(EncoderSource(*found, named.origin), encoder)
     return _shipped_encoder(spec, encoder) or _cached_encoder(spec, encoder)
 
 
@@ -71,22 +82,24 @@ def _shipped_encoder(spec: ModelSpec, encoder: Encoder) -> EncoderSource | None:
 
 
 def _cached_encoder(spec: ModelSpec, encoder: Encoder) -> EncoderSource | None:
-    open_repo_id = spec.t5_repo_id if encoder == "t5" else spec.clip_repo_id
+    """The model's own copy if it is whole, else that of the open repository with the same weights."""
     model, tokenizer = _FOLDERS[encoder][0]
     if spec.repo_id and (config := hub.cached(spec.repo_id, f"{model}/config.json")):
-        found = EncoderSource(config.parent, config.parent.parent / tokenizer, CACHE)
-        if not _lacking(found):
-            return found
+        own = EncoderSource(config.parent, config.parent.parent / tokenizer, CACHE)
+        if not _lacking(own):
+            return own
+    open_repo_id = spec.t5_repo_id if encoder == "t5" else spec.clip_repo_id
     if open_repo_id and (config := hub.cached(open_repo_id, "config.json")):
-        found = EncoderSource(config.parent, config.parent, CACHE)
-        if not _lacking(found):
-            return found
+        same = EncoderSource(config.parent, config.parent, CACHE)
+        if not _lacking(same):
+            return same
     return None
 
 
 def download_encoder(spec: ModelSpec, encoder: Encoder, announce: Announce | None) -> EncoderSource:
+    """The text encoder of the model's own repository, fetched from the hub."""
     model, tokenizer = _FOLDERS[encoder][0]
-    folder = hub.download_folders(hub.repository(spec), (model, tokenizer), announce)
+    folder = hub.download_folders(repository(spec), (model, tokenizer), announce)
     return _complete(EncoderSource(folder / model, folder / tokenizer, HUB), encoder)
 
 

@@ -41,7 +41,7 @@ def load_autoencoder(
     *,
     advance: Advance | None = None,
 ) -> AutoEncoder:
-    """The autoencoder, ready to run. float32, as it is published: small errors of its weights are seen in flat colours."""
+    """The autoencoder, ready to run; float32 as it is published."""
     return _filled(cast(AutoEncoder, _blank(spec, source, "autoencoder")), source, device, dtype, advance)
 
 

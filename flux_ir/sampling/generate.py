@@ -1,4 +1,4 @@
-"""Whole prompts: noise and text in, steps out, pixels at the end. A batch of prompts is a batch of independent pictures."""
+"""Whole prompts: noise and text in, steps out, pixels at the end. The pictures of a batch are independent."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

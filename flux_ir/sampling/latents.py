@@ -1,4 +1,4 @@
-"""Noise, and the two shapes of a latent: a picture of channels for the autoencoder, a row of tokens for the transformer."""
+"""Noise, and the two shapes of a latent: a picture for the autoencoder, a row of tokens for the transformer."""
 
 import math
 

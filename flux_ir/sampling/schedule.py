@@ -11,7 +11,11 @@ SHIFT_TOKENS = (256, 4096)  # image tokens between which the shift is interpolat
 
 
 def get_schedule(
-    num_steps: int, image_seq_len: int, base_shift: float = 0.5, max_shift: float = 1.15, shift: bool = True  # noqa: FBT001, FBT002
+    num_steps: int,
+    image_seq_len: int,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    shift: bool = True,  # noqa: FBT001, FBT002
 ) -> list[float]:
     """`num_steps + 1` flow times from 1 to 0, evenly spaced or, with `shift`, spending more steps near the noise.
 

@@ -1,4 +1,4 @@
-"""The contact sheet: every block at every step on one page, steps across, blocks down, so that one look tells the story."""
+"""The contact sheet: every block at every step on one page, steps across, blocks down, the whole story at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     pictures: list[Path | None]
 
 
-def draw_sheet(title: str, steps: Sequence[str], rows: Sequence[Row], path: Path) -> tuple[int, int]:
+def draw_sheet(title: str, subtitle: str, steps: Sequence[str], rows: Sequence[Row], path: Path) -> tuple[int, int]:
     """Write the sheet as JPEG to `path` and give its width and height [px].
 
     `steps` are the column headers. Raises FluxIRError if there is nothing to show.
@@ -37,6 +37,8 @@ def draw_sheet(title: str, steps: Sequence[str], rows: Sequence[Row], path: Path
     page = Image.new("RGB", (frame.width_px, frame.height_px), PAGE)
     pen = ImageDraw.Draw(page)
     pen.text((frame.gap_px, frame.gap_px), _fitted(title, frame.title_font, frame.width_px), INK, frame.title_font)
+    below_title = (frame.gap_px, frame.gap_px + 1.5 * frame.text_px)
+    pen.text(below_title, _fitted(subtitle, frame.font, frame.width_px), FAINT, frame.font)
     for column, step in enumerate(steps):
         x, _ = frame.corner(column, 0)
         pen.text((x + cell_px / 2, frame.top_px - frame.gap_px), step, FAINT, frame.font, anchor="mb")
@@ -59,6 +61,7 @@ class _Frame(NamedTuple):
     left_px: int
     top_px: int
     gap_px: int
+    text_px: int
     width_px: int
     height_px: int
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -71,13 +74,14 @@ class _Frame(NamedTuple):
         font, title_font = ImageFont.load_default(text_px), ImageFont.load_default(round(text_px * 1.2))
         gap_px = max(2, text_px // 3)
         left_px = round(max(font.getlength(label) for label in labels)) + 2 * gap_px
-        top_px = round(text_px * 3.6)
+        top_px = round(text_px * 4.8)
         return cls(
             cell_width_px,
             cell_height_px,
             left_px,
             top_px,
             gap_px,
+            text_px,
             width_px=left_px + columns * (cell_width_px + gap_px),
             height_px=top_px + len(labels) * (cell_height_px + gap_px),
             font=font,

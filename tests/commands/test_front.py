@@ -1,4 +1,3 @@
-import errno
 import os
 import signal
 import subprocess
@@ -185,33 +184,6 @@ def test_help_wins_over_everything_else(words, capsys):
     assert page.startswith("Draw a toy.\n\nusage: toy [--flag value ...]\n\nIt is only a toy.\n")
 
 
-def test_the_help_page_shows_every_flag_once_with_its_facts_in_aligned_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    launch(Toy, lambda _: None, ["--help"], prog="toy")
-    lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line for line in lines if line.startswith("  --")}
-    assert list(rows) == [
-        "--prompt", "--width", "--num_steps", "--seed", "--[no]offload", "--[no]multi_gpu",
-        "--[no]should_decode_intermediates", "--device", "--output_dir", "--steps", "--lens",
-    ]  # fmt: skip
-    assert 'what is drawn (default "a cat")' in rows["--prompt"]
-    assert "width of the picture (px; a multiple of 16; default 256)" in rows["--width"]
-    assert "steps (at least 1; default 4 for toys)" in rows["--num_steps"]
-    assert "--lens euler|x0 " in rows["--lens"]
-    starts = {
-        row.index(text)
-        for row, text in [(rows["--prompt"], "what is"), (rows["--width"], "width of"), (rows["--lens"], "reading")]
-    }
-    assert len(starts) == 1
-    assert lines.index("picture:") < lines.index("options:")
-    assert max(map(len, lines)) <= 100
-
-
-def test_a_required_option_stands_in_the_usage_line(capsys):
-    launch(Needy, lambda _: None, ["--help"], prog="toy")
-    assert "usage: toy --generation_id NAME [--flag value ...]" in capsys.readouterr().out
-
-
 SCRIPT = """
 import errno, os, signal, sys
 from dataclasses import dataclass
@@ -337,14 +309,6 @@ def test_the_broken_pipe_of_something_else_is_not_hidden(command):
     done = command("read, write = os.pipe(); os.close(read); os.write(write, b'frame')")
     assert done.returncode == 1
     assert "BrokenPipeError" in done.stderr
-
-
-def test_a_full_disk_inside_the_process_is_told_with_the_folder(capsys):
-    def run(_: Toy) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    assert launch(Toy, run, ["--output_dir", "here"]) == 2
-    assert "error: here: no space left on device\n" in capsys.readouterr().err
 
 
 def test_an_error_of_the_options_themselves_is_told_like_any_other(capsys):

@@ -1,0 +1,151 @@
+"""What a capture file will hold, known before the first step: so it can be laid out, and its size told, in advance."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from flux_ir.capture.recorder import check_sites
+from flux_ir.errors import FluxIRError
+from flux_ir.models.transformer import FluxParams
+from flux_ir.sites import Site
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """Everything known of a capture before the first step. Sites and steps are sorted, and repeated ones dropped.
+
+    Raises FluxIRError for sites the model does not have and steps the schedule does not have.
+    """
+
+    flux: FluxParams
+    sites: Sequence[Site]
+    timesteps: Sequence[float]
+    """The sampler's whole schedule, from noise to image: one more than there are steps."""
+    txt_tokens: int
+    img_tokens: int
+    guidance: float
+    metadata: Mapping[str, Any]
+    """Kept with the tensors as it is: anything that JSON can say."""
+    steps: Sequence[int] | None = None
+    """The steps to keep; None: all."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of what the sites put out."""
+    context_dtype: torch.dtype | None = None
+    """Of the sampler's state and the pooled text; None: the same as `dtype`."""
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        num_steps = len(self.timesteps) - 1
+        steps = range(num_steps) if self.steps is None else sorted(set(self.steps))
+        unknown = [step for step in steps if step not in range(num_steps)]
+        if unknown or not steps:
+            raise FluxIRError(
+                f"steps to keep must be among the schedule's {num_steps}, counted from 0: got {unknown or 'none'}",
+                hint=f"pass --steps between 0 and {num_steps - 1}, or more --num_steps",
+            )
+        if not self.sites:
+            raise FluxIRError("a capture needs at least one site: got none", hint="leave --sites out for every block")
+        check_sites(self.sites, self.flux.depth, self.flux.depth_single_blocks)
+        # frozen, so not by plain assignment
+        object.__setattr__(self, "steps", tuple(steps))
+        object.__setattr__(self, "sites", tuple(sorted(set(self.sites))))
+        object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """The steps to keep, in order."""
+        return tuple(self.steps or ())
+
+    @property
+    def img_shape(self) -> Shape:
+        """Of the packed state before a step."""
+        return self.batch, self.img_tokens, self.flux.in_channels
+
+    @property
+    def y_shape(self) -> Shape:
+        """Of the pooled text."""
+        return self.batch, self.flux.vec_in_dim
+
+    def shape(self, site: Site) -> Shape:
+        """[batch, tokens, width] of one site at one step."""
+        tokens = {"img": self.img_tokens, "txt": self.txt_tokens, None: self.txt_tokens + self.img_tokens}[site.stream]
+        width = self.flux.hidden_size
+        return self.batch, tokens, int(width * self.flux.mlp_ratio) if site.part == "neurons" else width
+
+
+def capture_bytes(plan: CapturePlan) -> int:
+    """Bytes of all tensors of the capture. The file adds about 4 kB a tensor at most; `store.file_bytes` is exact."""
+    context_dtype = plan.context_dtype or plan.dtype
+    per_step = sum(prod(plan.shape(site)) for site in plan.sites) * plan.dtype.itemsize
+    per_step += (prod(plan.img_shape) + prod(plan.y_shape)) * context_dtype.itemsize
+    return per_step * len(plan.kept_steps)
+
+
+def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> dict[str, Any]:
+    """The dictionary in the capture file, with `make(shape, dtype)` for every tensor.
+
+    A double block kept with both streams stands under `double_blocks` as pairs, a single block kept whole under
+    `single_blocks`; every other site, a lone stream too, stands under `sites` by its name (where there are such).
+    """
+    steps = plan.kept_steps
+    file: dict[str, Any] = {"double_blocks": {}, "single_blocks": {}, "denoising_context": {}, "metadata": {}}
+    for site in plan.sites:
+        if _is_half_of_a_pair(site, plan.sites):
+            pair = file["double_blocks"].setdefault(_block(site), [])
+            if not pair:  # made with the first stream of the two
+                shapes = [plan.shape(Site("double", site.block, stream)) for stream in ("img", "txt")]
+                pair += [tuple(make(shape, plan.dtype) for shape in shapes) for _ in steps]
+        else:
+            whole = site.kind == "single" and site.stream is None and site.part is None
+            place, name = ("single_blocks", _block(site)) if whole else ("sites", str(site))
+            file.setdefault(place, {})[name] = [make(plan.shape(site), plan.dtype) for _ in steps]
+    context_dtype = plan.context_dtype or plan.dtype
+    file["denoising_context"] = {
+        "y": [make(plan.y_shape, context_dtype) for _ in steps],
+        "txt_seq_len": [plan.txt_tokens for _ in steps],
+        "img_state": [make(plan.img_shape, context_dtype) for _ in steps],
+        "timestep_pairs": [(plan.timesteps[step], plan.timesteps[step + 1]) for step in steps],
+        "guidance": plan.guidance,
+    }
+    file["metadata"] = {**plan.metadata, "captured_steps": list(steps), "sites": [str(site) for site in plan.sites]}
+    return file
+
+
+def stored_value(file: Mapping[str, Any], site: Site, index: int) -> Any:
+    """What the dictionary holds for a stored site at its `index`-th kept step. Raises KeyError for other sites."""
+    if site.part is None and site.kind == "double" and _block(site) in file["double_blocks"]:
+        img, txt = file["double_blocks"][_block(site)][index]
+        return img if site.stream == "img" else txt
+    if site.part is None and site.stream is None:
+        return file["single_blocks"][_block(site)][index]
+    return file["sites"][str(site)][index]
+
+
+def stored_sites(file: Mapping[str, Any]) -> list[Site]:
+    """The sites a capture's dictionary holds, in depth order."""
+    sites = [Site.parse(name) for name in file.get("sites", {})]
+    sites += [Site.parse(f"single.{_number(name)}") for name in file["single_blocks"]]
+    for name in file["double_blocks"]:
+        sites += [Site.parse(f"double.{_number(name)}.{stream}") for stream in ("img", "txt")]
+    return sorted(sites)
+
+
+def _is_half_of_a_pair(site: Site, sites: Sequence[Site]) -> bool:
+    if site.kind != "double" or site.part is not None:
+        return False
+    return all(Site("double", site.block, stream) in sites for stream in ("img", "txt"))
+
+
+def _block(site: Site) -> str:
+    return f"block_{site.block}"
+
+
+def _number(name: str) -> str:
+    return name.removeprefix("block_")

@@ -1,0 +1,118 @@
+"""Places in the transformer whose output can be recorded, by name: one grammar for flags, file keys and plots.
+
+`double.18.img` is the image output of double block 18, `single.9` text and image behind single block 9, `single.9.img`
+its image half; a last word names a part of the block (`double.18.img.mlp`). `capture.recorder` listens there.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from flux_ir.errors import FluxIRError
+
+Kind = Literal["double", "single"]
+Stream = Literal["img", "txt"]
+Part = Literal["attn", "mlp", "neurons", "update", "out"]
+
+# In the order sites sort by. None is the whole: both streams of a single block, the block's own output.
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+_STREAMS: dict[Kind, tuple[Stream | None, ...]] = {"double": ("img", "txt"), "single": (None, "img", "txt")}
+_PARTS: dict[Kind, tuple[Part | None, ...]] = {
+    "double": (None, "attn", "mlp", "neurons", "update"),
+    "single": (None, "neurons", "update", "out"),
+}
+_GRAMMAR = re.compile(
+    r"(?P<kind>double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt))?(\.(?P<part>attn|mlp|neurons|update|out))?"
+)
+_HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.img or single.9.out"
+
+
+@functools.total_ordering
+@dataclass(frozen=True)
+class Site:
+    """One place in the transformer. `str(site)` is its name; sites sort by depth: double before single, 2 before 10."""
+
+    kind: Kind
+    block: int
+    stream: Stream | None = None
+    """None: text and image together, which only single blocks have."""
+    part: Part | None = None
+    """None: the block's output. attn, mlp, out: before the gate; neurons: after the activation; update: out - in."""
+
+    def __post_init__(self) -> None:
+        if self.block < 0 or self.stream not in _STREAMS[self.kind] or self.part not in _PARTS[self.kind]:
+            raise FluxIRError(f"there is no site {self}: {self._what_exists()}", hint=_HINT)
+
+    def _what_exists(self) -> str:
+        streams = " or ".join(stream or "none" for stream in _STREAMS[self.kind])
+        parts = ", ".join(part for part in _PARTS[self.kind] if part)
+        return f"a {self.kind} block has the streams {streams}, and the parts {parts}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """The site of this name. Raises FluxIRError if there can be none."""
+        found = _GRAMMAR.fullmatch(text)
+        if found is None:
+            raise FluxIRError(f"a site is kind.block[.stream][.part]: got {text!r}", hint=_HINT)
+        return cls(found["kind"], int(found["block"]), found["stream"], found["part"])  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return ".".join(str(word) for word in (self.kind, self.block, self.stream, self.part) if word is not None)
+
+    @property
+    def whole(self) -> "Site":
+        """The site this one is half of; itself, unless it is one stream of a single block."""
+        return replace(self, stream=None) if self.kind == "single" else self
+
+    def __lt__(self, other: "Site") -> bool:
+        return self._depth_order() < other._depth_order()
+
+    def _depth_order(self) -> tuple[int, ...]:
+        streams, parts = _STREAMS[self.kind], _PARTS[self.kind]
+        return _KINDS.index(self.kind), self.block, streams.index(self.stream), parts.index(self.part)
+
+
+def all_sites(depth: int, depth_single_blocks: int) -> list[Site]:
+    """Every site of a transformer with so many double and single blocks, in depth order."""
+    blocks: dict[Kind, int] = {"double": depth, "single": depth_single_blocks}
+    return [
+        Site(kind, block, stream, part)
+        for kind in _KINDS
+        for block in range(blocks[kind])
+        for stream in _STREAMS[kind]
+        for part in _PARTS[kind]
+    ]
+
+
+def block_outputs(depth: int, depth_single_blocks: int) -> list[Site]:
+    """What every block puts out: both streams of the double blocks, then the single blocks whole."""
+    return [site for site in all_sites(depth, depth_single_blocks) if site.part is None and site.whole == site]
+
+
+def match_sites(patterns: Iterable[str], available: Sequence[Site]) -> list[Site]:
+    """The available sites that match any of the shell patterns (`double.*.img`, `single.3?`, `*.update`), by depth.
+
+    A pattern that matches a site of a single block whole does not match its two halves as well: they are views of it.
+    Halves are matched by patterns that name them (`single.*.img`).
+
+    Raises FluxIRError for a pattern that matches nothing, naming the nearest sites.
+    """
+    found = {site for pattern in patterns for site in _matching(pattern, available)}
+    return sorted(found)
+
+
+def _matching(pattern: str, available: Sequence[Site]) -> set[Site]:
+    found = {site for site in available if fnmatchcase(str(site), pattern)}
+    if not found:
+        nearest = nearest_names(pattern, map(str, available))
+        raise FluxIRError(f"no site of this model matches {pattern!r}", hint=f"the nearest are {nearest}")
+    return {site for site in found if site.whole == site or site.whole not in found}
+
+
+def nearest_names(wanted: str, names: Iterable[str]) -> str:
+    """The three names most like the wanted one, for error messages."""
+    return ", ".join(difflib.get_close_matches(wanted, list(names), n=3, cutoff=0.0)) or "none"

@@ -1,0 +1,36 @@
+"""The schedule has the published sampler's bits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flux_ir.errors import FluxIRError
+from flux_ir.sampling.schedule import get_schedule
+
+
+def test_schedules_equal_the_golden_ones_bit_for_bit(golden) -> None:
+    schedules = {name: times for name, times in golden("sampling").tensors.items() if name.startswith("schedule.")}
+    assert len(schedules) == 3
+    for name, times in schedules.items():
+        steps, tokens, shift = (part.lstrip("stepokn hif") for part in name.split(".")[1:])
+        assert get_schedule(int(steps), int(tokens), shift=shift == "1") == times.tolist()
+
+
+@given(st.integers(1, 60), st.integers(1, 8192), st.booleans())
+def test_times_fall_from_one_to_zero(num_steps: int, tokens: int, shift: bool) -> None:
+    times = get_schedule(num_steps, tokens, shift=shift)
+    assert len(times) == num_steps + 1
+    assert times[0] == pytest.approx(1, abs=1e-7)  # float32, as published: one bit below for some mu
+    assert times[-1] == 0
+    assert all(later < earlier for earlier, later in zip(times, times[1:], strict=False))
+
+
+def test_larger_pictures_stay_longer_near_the_noise() -> None:
+    small, large = get_schedule(10, 256), get_schedule(10, 4096)
+    assert all(a < b for a, b in zip(small[1:-1], large[1:-1], strict=True))
+
+
+@pytest.mark.parametrize("num_steps", [0, -3])
+def test_a_schedule_without_a_step_is_refused(num_steps: int) -> None:
+    with pytest.raises(FluxIRError, match=f"num_steps must be at least 1: got {num_steps}"):
+        get_schedule(num_steps, 256)

@@ -1,0 +1,142 @@
+"""The grammar of sites, their order, and patterns over them."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flux_ir.errors import FluxIRError
+from flux_ir.sites import Site, all_sites, block_outputs, match_sites
+
+blocks = st.integers(0, 99)
+doubles = st.builds(
+    Site,
+    st.just("double"),
+    blocks,
+    st.sampled_from(["img", "txt"]),
+    st.sampled_from([None, "attn", "mlp", "neurons", "update"]),
+)
+singles = st.builds(
+    Site,
+    st.just("single"),
+    blocks,
+    st.sampled_from([None, "img", "txt"]),
+    st.sampled_from([None, "neurons", "update", "out"]),
+)
+
+
+@given(doubles | singles)
+def test_parsing_a_sites_name_gives_the_site_back(site):
+    assert Site.parse(str(site)) == site
+
+
+@given(st.text(alphabet="doublesinge.img0123txt* ", max_size=20))
+def test_whatever_parses_has_this_name(text):
+    try:
+        site = Site.parse(text)
+    except FluxIRError:
+        return
+    assert str(site) == text
+
+
+@given(doubles, doubles, singles, singles)
+def test_order_is_by_depth(double, other_double, single, other_single):
+    assert double < single
+    for one, other in ((double, other_double), (single, other_single)):
+        if one.block != other.block:
+            assert (one < other) == (one.block < other.block)
+
+
+def test_order_is_numeric_and_images_come_first():
+    names = ["single.0", "double.10.txt", "double.10.img", "double.2.txt", "single.10", "single.2", "single.2.img"]
+    assert [str(site) for site in sorted(map(Site.parse, names))] == [
+        "double.2.txt",
+        "double.10.img",
+        "double.10.txt",
+        "single.0",
+        "single.2",
+        "single.2.img",
+        "single.10",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "double.1",  # its streams are apart
+        "double.1.img.out",
+        "single.1.mlp",
+        "single.1.attn",
+        "single.01",
+        "single.-1",
+        "single.1.img.",
+        "triple.1",
+        "double.1.img.img",
+        " single.1",
+        "single.1\n",
+        "single.\N{ARABIC-INDIC DIGIT ONE}",
+    ],
+)
+def test_what_is_no_site_is_refused_with_the_grammar(text):
+    with pytest.raises(FluxIRError) as caught:
+        Site.parse(text)
+    assert "double.18.img" in str(caught.value)
+    if text.startswith("double.1.img.out"):
+        assert "attn, mlp, neurons, update" in caught.value.message
+
+
+def test_a_network_has_every_site_of_the_grammar_once():
+    sites = all_sites(2, 3)
+    assert len(sites) == len(set(sites)) == 2 * 2 * 5 + 3 * 3 * 4
+    assert sites == sorted(sites)
+    assert {site.block for site in sites if site.kind == "double"} == {0, 1}
+    assert {site.block for site in sites if site.kind == "single"} == {0, 1, 2}
+
+
+def test_block_outputs_are_both_streams_of_double_blocks_then_whole_single_blocks():
+    assert list(map(str, block_outputs(2, 1))) == [
+        "double.0.img",
+        "double.0.txt",
+        "double.1.img",
+        "double.1.txt",
+        "single.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["double.*.img"], [f"double.{i}.img" for i in range(3)]),
+        (["single.1?"], ["single.10", "single.11"]),
+        (["single.1"], ["single.1"]),
+        (["single.1.img"], ["single.1.img"]),
+        (["single.1[01].txt"], ["single.10.txt", "single.11.txt"]),
+        (["single.11", "double.2.txt", "double.2.txt", "single.2"], ["double.2.txt", "single.2", "single.11"]),
+        (["single.4.*t"], ["single.4.out", "single.4.txt"]),
+        (["single.4", "single.4.img"], ["single.4", "single.4.img"]),
+        (["[ds]*.0.*.mlp"], ["double.0.img.mlp", "double.0.txt.mlp"]),
+    ],
+)
+def test_patterns_match_in_depth_order_and_halves_only_by_name(patterns, expected):
+    available = all_sites(3, 12)
+    random.Random(0).shuffle(available)
+    assert list(map(str, match_sites(patterns, available))) == expected
+
+
+def test_every_update_is_matched_without_halves():
+    found = match_sites(["*.update"], all_sites(1, 2))
+    assert list(map(str, found)) == ["double.0.img.update", "double.0.txt.update", "single.0.update", "single.1.update"]
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest_sites():
+    with pytest.raises(FluxIRError) as caught:
+        match_sites(["single.*", "double.1.imgs"], all_sites(2, 2))
+    assert "'double.1.imgs'" in caught.value.message
+    assert "double.1.img" in (caught.value.hint or "")
+
+
+def test_the_whole_of_a_half_is_the_block():
+    assert Site.parse("single.3.img.out").whole == Site.parse("single.3.out")
+    assert Site.parse("double.3.img").whole == Site.parse("double.3.img")
