@@ -113,9 +113,14 @@ def test_a_file_has_its_name_only_when_it_is_complete(tmp_path):
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(error), complete_file(path) as beside:
-        beside.write_text("half of")
-        raise error
+
+    def interrupted():
+        with complete_file(path) as beside:
+            beside.write_text("half of")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

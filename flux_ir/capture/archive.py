@@ -103,23 +103,6 @@ class _Counter(io.RawIOBase):
         return self._position
 
 
-def records(file: io.FileIO) -> dict[str, Record]:
-    """Every record of the file, by the name that `StoredTensor.record` has."""
-    found = {}
-    with zipfile.ZipFile(file) as archive:
-        central = archive.start_dir
-        for info in archive.infolist():
-            file.seek(info.header_offset)
-            offset = info.header_offset + _header_bytes(file.read(_LOCAL_HEADER.size))
-            crcs = [central + _CRC_IN_CENTRAL_HEADER]
-            if info.flag_bits & _HAS_DESCRIPTOR:
-                crcs.append(offset + info.file_size + _CRC_IN_DESCRIPTOR)
-            found[_record_name(info)] = Record(offset, info.file_size, tuple(crcs))
-            name_bytes = len(info.orig_filename.encode())
-            central += _CENTRAL_HEADER_BYTES + name_bytes + len(info.extra) + len(info.comment)
-    return found
-
-
 def _record_name(info: zipfile.ZipInfo) -> str:
     return info.filename.partition("/")[2]  # the first folder is named after the file
 
@@ -145,6 +128,7 @@ class Archive:
             if "data.pkl" not in self._infos:
                 raise zipfile.BadZipFile("it is a zip, but not one of torch.save")
             data = archive.read(self._infos["data.pkl"])
+            self._central_directory = archive.start_dir
         self.contents = _Unpickler(io.BytesIO(data)).load()
 
     def tensor(self, stored: StoredTensor) -> Tensor:
@@ -155,6 +139,21 @@ class Archive:
         count = info.file_size // stored.dtype.itemsize
         storage = torch.frombuffer(self._map, dtype=stored.dtype, count=count, offset=offset)
         return storage.as_strided(stored.shape, stored.stride, stored.storage_offset)
+
+    def records(self) -> dict[str, Record]:
+        """Every record, by the name that `StoredTensor.record` has."""
+        found, central = {}, self._central_directory
+        with self.path.open("rb", buffering=0) as file:
+            for name, info in self._infos.items():
+                file.seek(info.header_offset)
+                offset = info.header_offset + _header_bytes(file.read(_LOCAL_HEADER.size))
+                crcs = [central + _CRC_IN_CENTRAL_HEADER]
+                if info.flag_bits & _HAS_DESCRIPTOR:
+                    crcs.append(offset + info.file_size + _CRC_IN_DESCRIPTOR)
+                found[name] = Record(offset, info.file_size, tuple(crcs))
+                name_bytes = len(info.orig_filename.encode())
+                central += _CENTRAL_HEADER_BYTES + name_bytes + len(info.extra) + len(info.comment)
+        return found
 
     @cached_property
     def _map(self) -> mmap.mmap:

@@ -19,6 +19,8 @@ from flux_ir.capture.archive import Record
 from flux_ir.layout import disk_error
 
 QUEUE_BYTES = 256 * 2**20
+# The thread sleeps until so much waits: waking it for every tensor of a small network would cost more than it writes.
+BATCH_BYTES = 2**20
 
 
 class _Job(NamedTuple):
@@ -40,6 +42,7 @@ class RecordFiller:
         self._size = os.fstat(file.fileno()).st_size
         self._jobs: deque[_Job] = deque()
         self._held_bytes = 0
+        self._producer_waits = False
         self._failure: BaseException | None = None
         self._closing = False
         self._changed = Condition()
@@ -54,17 +57,22 @@ class RecordFiller:
     def put(self, record: Record, value: Tensor) -> None:
         """Hand a tensor over; waits while the queue is full. CPU tensors are not copied and must not change after."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._fits(record.nbytes))
+            while not self._fits(record.nbytes):
+                self._producer_waits = True
+                self._changed.notify_all()
+                self._changed.wait()
             if self._failure:
                 raise self._failure
             self._held_bytes += record.nbytes
         job = self._staged(record, value.detach())
         with self._changed:
             self._jobs.append(job)
-            self._changed.notify_all()
+            if self._producer_waits or self._held_bytes >= BATCH_BYTES:
+                self._changed.notify_all()
 
     def _fits(self, nbytes: int) -> bool:
-        return self._held_bytes == 0 or self._held_bytes + nbytes <= self.queue_bytes
+        room = self._held_bytes == 0 or self._held_bytes + nbytes <= self.queue_bytes
+        return room or self._failure is not None
 
     def _staged(self, record: Record, value: Tensor) -> _Job:
         """The value on its way to the CPU. From a GPU it is copied on a side stream: nobody waits for it here."""
@@ -127,8 +135,14 @@ class RecordFiller:
 
     def _next_job(self) -> _Job | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closing)
+            if not self._jobs:
+                self._producer_waits = False
+                self._changed.wait_for(self._is_time)
             return self._jobs.popleft() if self._jobs else None
+
+    def _is_time(self) -> bool:
+        enough = self._producer_waits or self._held_bytes >= BATCH_BYTES
+        return self._closing or (enough and len(self._jobs) > 0)
 
     def _write(self, job: _Job) -> None:
         data = job.value.contiguous().view(torch.uint8).flatten().numpy().data

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.capture.archive import Archive, Record, blank_tensors, laid_out_bytes, lay_out, records
+from flux_ir.capture.archive import Archive, Record, blank_tensors, laid_out_bytes, lay_out
 from flux_ir.capture.filler import QUEUE_BYTES, RecordFiller
 from flux_ir.capture.plan import CapturePlan, Shape, capture_bytes, contents, stored_sites, stored_value
 from flux_ir.capture.recorder import StepContext
@@ -58,7 +58,7 @@ class CaptureWriter:
             beside = opened.enter_context(complete_file(self.path))
             file = opened.enter_context(beside.open("r+b", buffering=0))
             _reserve(file, self.plan, self.path)
-            self._missing = _places(file, beside, self.plan)
+            self._missing = _places(beside, self.plan)
             filler = RecordFiller(file, self.path, queue_bytes=self.queue_bytes)
             self._filler = opened.enter_context(filler)
             opened.push(self._check_complete)
@@ -113,11 +113,11 @@ def _reserve(file: FileIO, plan: CapturePlan, path: Path) -> None:
     """Lay the file out and take its disk space, so that a full disk is known before anything is computed."""
     needed = capture_bytes(plan)
     try:
-        lay_out(file, contents(plan, blank_tensors()))
-        needed = os.fstat(file.fileno()).st_size
         disk = shutil.disk_usage(path.parent)
         if disk.total and disk.free < needed:  # asked first: taking space till there is none would trouble others
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        lay_out(file, contents(plan, blank_tensors()))
+        needed = os.fstat(file.fileno()).st_size
         _take_space(file, needed)
     except OSError as error:
         raise disk_error(path, error, needed_bytes=needed) from error
@@ -133,9 +133,10 @@ def _take_space(file: FileIO, size: int) -> None:
             raise
 
 
-def _places(file: FileIO, beside: Path, plan: CapturePlan) -> dict[tuple[int, _Of], Record]:
+def _places(beside: Path, plan: CapturePlan) -> dict[tuple[int, _Of], Record]:
     """Where each tensor belongs, read back from the file as laid out: no order of records is taken for granted."""
-    record_of, stored = records(file), Archive(beside).contents
+    archive = Archive(beside)
+    record_of, stored = archive.records(), archive.contents
     places: dict[tuple[int, _Of], Record] = {}
     for index, step in enumerate(plan.kept_steps):
         for part in ("img_state", "y"):

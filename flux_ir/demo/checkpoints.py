@@ -7,13 +7,14 @@ and the number of steps done are the whole state.
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from flux_ir.errors import FluxIRError
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything with a state dict: a network, an optimiser, a schedule, a moving average."""
 

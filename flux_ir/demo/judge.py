@@ -23,7 +23,7 @@ OBJECT_DISTANCE = 30.0
 EDGE_REACH = 0.025
 # Share of the picture. The smallest object, a small star, covers .020; what is below a quarter of that is a speck.
 LEAST_AREA = 0.005
-# Overlap with the best template below which a blob has no shape. Objects as drawn reach .88, degraded ones .82.
+# Overlap with the best template below which a blob has no shape. Objects as drawn reach .88, degraded ones .87.
 LEAST_OVERLAP = 0.75
 # Every shape is tried sharp and with corners rounded by a blur of this share of its radius: a low contrast (purple on
 # gray) leaves the autoencoder with blunt stars, which a person still calls stars.
@@ -250,7 +250,7 @@ def _describe(picture: np.ndarray, blob: np.ndarray) -> Seen:
 
 
 def _window(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """These pixels alone in a square around their centre, just large enough for every template of their area: faster."""
+    """These pixels alone in a square around their centre, large enough for every template of their area: faster."""
     down, right = rows - round(rows.mean()), columns - round(columns.mean())
     tips = math.ceil(0.95 * len(rows) ** 0.5)  # a star's, the furthest of all, reach .9 of the root of its area
     reach = max(tips, int(np.abs(down).max()), int(np.abs(right).max()))
@@ -260,7 +260,7 @@ def _window(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _fit(blob: np.ndarray, shape: str, blunt: float) -> tuple[float, str, float]:
-    """How well this shape of the blob's own area and centre covers it (intersection over union), and its radius [px]."""
+    """How well this shape of the blob's own area and centre covers it (intersection over union), its radius [px]."""
     rows, columns = np.nonzero(blob)
     radius_px = math.sqrt(len(rows) / _area_at_unit_radius(shape, blunt))
     template = _template(shape, float(columns.mean()) + 0.5, float(rows.mean()) + 0.5, radius_px, blunt, len(blob))

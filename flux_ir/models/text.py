@@ -3,20 +3,28 @@
 As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging
 
+from flux_ir.errors import FluxIRError
 from flux_ir.shapes import Pooled, TxtTokens
+
+TextModel = TypeVar("TextModel", T5EncoderModel, CLIPTextModel)
 
 CLIP_TOKENS = 77
 LISTABLE_WORDS = 100  # vocabularies up to this size are spelt out in the note on unknown words
+UNKNOWN_WORDS_TOLD = 20
+LONGEST_WORD_TOLD = 40  # characters
+_WORDS = re.compile(r"\w+|[^\w\s]+")
 
 
 class TextEmbedding(NamedTuple):
@@ -53,23 +61,34 @@ class TextEncoder(nn.Module):
         device = next(self.model.parameters()).device
         return getattr(self.model(input_ids=self.token_ids(prompts).to(device)), self.output)
 
+    @property
+    def name(self) -> str:
+        """What people call the encoder."""
+        return "T5" if self.output == "last_hidden_state" else "CLIP"
+
     def notes(self, prompt: str) -> list[str]:
-        """What a user should know of this prompt: words it was cut at, words the tokenizer has never seen."""
-        ids = self.tokenizer(prompt, truncation=False)["input_ids"]
+        """What a user should know of this prompt: where it is cut, and words that the tokenizer has never seen."""
+        ids = self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
         notes = []
         if len(ids) > self.max_tokens:
-            notes.append(f"the prompt has {len(ids)} tokens and is cut after {self.max_tokens}")
+            notes.append(f"the prompt has {len(ids)} tokens and is cut after {self.max_tokens} for {self.name}")
         if unknown := self.unknown_words(prompt):
-            notes.append(f"words never seen in training: {', '.join(unknown)}{self._known_words()}")
+            told = [repr(word[:LONGEST_WORD_TOLD]) for word in unknown[:UNKNOWN_WORDS_TOLD]]
+            more = f" and {len(unknown) - len(told)} more" if len(unknown) > len(told) else ""
+            notes.append(f"words never seen in training: {', '.join(told)}{more}{self._known_words()}")
         return notes
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of `prompt` that the tokenizer can only write as its unknown token, each once, in order."""
+        """The words and runs of punctuation in `prompt` that hold something the tokenizer has no token for.
+
+        Each once, in order.
+        """
         unknown_id = self.tokenizer.unk_token_id
-        if unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
+        words = list(dict.fromkeys(_WORDS.findall(prompt)))
+        if not words or unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
             return []  # byte-level vocabularies such as CLIP's can spell anything
-        words = dict.fromkeys(prompt.split())
-        return [word for word in words if unknown_id in self.tokenizer(word, add_special_tokens=False)["input_ids"]]
+        ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+        return [word for word, tokens in zip(words, ids, strict=True) if unknown_id in tokens]
 
     def _known_words(self) -> str:
         words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
@@ -79,31 +98,58 @@ class TextEncoder(nn.Module):
 def load_t5(
     model_dir: Path, tokenizer_dir: Path, max_tokens: int, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
-    """The T5 encoder of a local transformers folder. `max_tokens`: the text length the transformer was trained with."""
-    with _without_progress_bars():
-        model = T5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-    return _finished(TextEncoder(model, tokenizer, max_tokens, "last_hidden_state"), device)
+    """The T5 encoder of a local transformers folder. `max_tokens`: the text length the transformer was trained with.
+
+    Raises FluxIRError for a folder that is broken or lacks weights.
+    """
+    model = _load(T5EncoderModel, model_dir, dtype)
+    return _finished(TextEncoder(model, _load_tokenizer(tokenizer_dir), max_tokens, "last_hidden_state"), device)
 
 
 def load_clip(model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    """The CLIP text encoder of a local transformers folder."""
-    with _without_progress_bars():
-        model = CLIPTextModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    """The CLIP text encoder of a local transformers folder. Raises FluxIRError as `load_t5`."""
+    model = _load(CLIPTextModel, model_dir, dtype)
     max_tokens = min(CLIP_TOKENS, model.config.max_position_embeddings)
-    return _finished(TextEncoder(model, tokenizer, max_tokens, "pooler_output"), device)
+    return _finished(TextEncoder(model, _load_tokenizer(tokenizer_dir), max_tokens, "pooler_output"), device)
+
+
+def _load(kind: type[TextModel], folder: Path, dtype: torch.dtype) -> TextModel:
+    """The model with every weight from the folder: transformers alone would draw missing ones at random.
+
+    What the folder has beyond it (T5's decoder, CLIP's picture half) is left.
+    """
+    try:
+        with _quietly():
+            model, told = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(folder, f"{kind.__name__}: {error}") from error
+    if missing := sorted(told["missing_keys"]):
+        raise _unreadable(folder, f"{len(missing)} weights of {kind.__name__} are missing, first {missing[0]}")
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, f"the tokenizer: {error}") from error
+
+
+def _unreadable(folder: Path, problem: str) -> FluxIRError:
+    return FluxIRError(f"the text encoder in {folder} cannot be read: {problem}", hint="fetch the whole folder again")
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Progress belongs to the caller: transformers' own bars stay away, and come back after."""
-    were_on = logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """Progress and complaints are the caller's: transformers' own bars and reports stay away, and come back after."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        if were_on:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 

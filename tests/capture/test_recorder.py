@@ -76,7 +76,7 @@ def forward_by_hand(model, inputs):
             q = rms(q, f"{block}.{s}_attn.norm.query_norm.scale")
             k = rms(k, f"{block}.{s}_attn.norm.key_norm.scale")
             qkv[s] = q, k, v
-        joint = attend(*(torch.cat([of_txt, of_img], 2) for of_txt, of_img in zip(qkv["txt"], qkv["img"])))
+        joint = attend(*(torch.cat([of_txt, of_img], 2) for of_img, of_txt in zip(*qkv.values(), strict=True)))
         attended = {"txt": joint[:, :TXT_TOKENS], "img": joint[:, TXT_TOKENS:]}
         for s in ("img", "txt"):
             _, _, gate_1, shift, scale, gate_2 = mods[s]
@@ -200,6 +200,7 @@ def test_recording_changes_no_bit_of_the_output(tiny_flux, tiny_inputs, dtype):
     model, inputs = tiny_flux(dtype=dtype), tiny_inputs(dtype=dtype)
     plain = model(*inputs)
     with Recorder(model, every_site(model), MemorySink()):
+        assert hooks_on(model) > 0
         recorded = model(*inputs)
     assert torch.equal(plain, recorded)
     assert torch.equal(plain, model(*inputs))
@@ -245,8 +246,8 @@ class Failing(MemorySink):
 def test_no_hook_remains_when_a_block_is_interrupted(tiny_flux, tiny_inputs, at, error):
     model, inputs = tiny_flux(), tiny_inputs()
     plain = model(*inputs)
-    with pytest.raises(type(error)), Recorder(model, every_site(model), Failing(at, error)):
-        assert hooks_on(model) > 0
+    recorder = Recorder(model, every_site(model), Failing(at, error))
+    with pytest.raises(type(error)), recorder:
         model(*inputs)
     assert hooks_on(model) == 0
     assert torch.equal(model(*inputs), plain)

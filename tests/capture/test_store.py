@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_ir.capture.archive import blank_tensors, lay_out, records
+from flux_ir.capture.archive import Archive, blank_tensors, lay_out
 from flux_ir.capture.filler import RecordFiller
 from flux_ir.capture.recorder import MemorySink, Recorder, StepContext
 from flux_ir.capture.store import CapturePlan, CaptureWriter, capture_bytes, file_bytes, load_capture
@@ -35,7 +35,7 @@ def plan(tiny_flux_params):
 
     def make(sites=None, **changes):
         sites = block_outputs(2, 3) if sites is None else match_sites(sites, all_sites(2, 3))
-        known = dict(txt_tokens=7, img_tokens=12, timesteps=TIMESTEPS, guidance=2.5, metadata=METADATA)
+        known = {"txt_tokens": 7, "img_tokens": 12, "timesteps": TIMESTEPS, "guidance": 2.5, "metadata": METADATA}
         return CapturePlan(tiny_flux_params, sites, **{**known, "dtype": torch.float32, **changes})
 
     return make
@@ -320,9 +320,9 @@ def test_the_queue_is_bounded_in_bytes(tmp_path):
 
     kilobyte = torch.zeros(256)
     with (tmp_path / "f").open("wb", buffering=0) as file:
-        lay_out(file, {i: blank_tensors()((256,), torch.float32) for i in range(10)})
+        lay_out(file, {str(i): blank_tensors()((256,), torch.float32) for i in range(10)})
     with Stopped(tmp_path / "f", "r+") as file:
-        places = [place for name, place in records(file).items() if name.startswith("data/")]
+        places = [place for name, place in Archive(tmp_path / "f").records().items() if name.startswith("data/")]
         taken = []
         with RecordFiller(file, tmp_path / "f", queue_bytes=4 * 1024) as filler:
 
@@ -354,10 +354,26 @@ def test_nothing_stays_in_memory_once_written(tmp_path, plan, tiny_flux, tiny_in
     """At any moment no more bytes are held than the queue may hold."""
     asked, model = plan(), tiny_flux()
     largest = 19 * 64 * 4
-    with CaptureWriter(tmp_path / "c.pt", asked, queue_bytes=2 * largest) as writer, Recorder(model, asked.sites, writer):
+    with (
+        CaptureWriter(tmp_path / "c.pt", asked, queue_bytes=2 * largest) as writer,
+        Recorder(model, asked.sites, writer),
+    ):
         for step in range(4):
             model(*tiny_inputs(seed=step))
             assert writer._filler.held_bytes <= 2 * largest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="holes in files and maps as on Linux")
+def test_a_file_larger_than_memory_is_read(tmp_path):
+    gigabytes = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30 + 1
+    make = blank_tensors()
+    with (tmp_path / "f").open("wb", buffering=0) as file:
+        lay_out(file, {str(i): make((2**28,), torch.float32) for i in range(gigabytes)})
+    assert (tmp_path / "f").stat().st_blocks * 512 < 2**20
+    archive = Archive(tmp_path / "f")
+    last = archive.tensor(archive.contents[str(gigabytes - 1)])
+    assert last.nbytes == 2**30
+    assert last[-1000:].unique().tolist() == [0.0]
 
 
 # ---- Complete or absent
@@ -371,14 +387,15 @@ def left_in(folder):
 def test_an_exception_inside_leaves_no_file(tmp_path, plan, tiny_flux, tiny_inputs, error):
     model, asked = tiny_flux(), plan()
     threads = threading.active_count()
-    with (
-        pytest.raises(error),
-        CaptureWriter(tmp_path / "c.pt", asked) as writer,
-        Recorder(model, asked.sites, writer),
-    ):
-        model(*tiny_inputs())
-        assert left_in(tmp_path) == ["c.pt.partial"]
-        raise error
+
+    def interrupted():
+        with CaptureWriter(tmp_path / "c.pt", asked) as writer, Recorder(model, asked.sites, writer):
+            model(*tiny_inputs())
+            assert left_in(tmp_path) == ["c.pt.partial"]
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert left_in(tmp_path) == []
     assert threading.active_count() == threads
 
@@ -403,7 +420,10 @@ def test_a_site_that_never_came_is_an_error_and_leaves_no_file(tmp_path, plan, t
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"img_tokens": 13}, r"img_state at step 0 must be torch.float32 \[1, 13, 64\].*got torch.float32 \[1, 12, 64\]"),
+        (
+            {"img_tokens": 13},
+            r"img_state at step 0 must be torch.float32 \[1, 13, 64\].*got torch.float32 \[1, 12, 64\]",
+        ),
         ({"dtype": torch.bfloat16, "context_dtype": torch.float32}, "double.0.img at step 0 must be torch.bfloat16"),
         ({"context_dtype": torch.bfloat16}, "img_state at step 0 must be torch.bfloat16"),
         ({"txt_tokens": 8}, "step 0 must have 8 text tokens, as planned: got 7"),
@@ -422,10 +442,12 @@ def test_what_is_not_as_planned_is_refused(tmp_path, plan, tiny_flux, tiny_input
     assert left_in(tmp_path) == []
 
 
-def test_a_second_value_for_the_same_place_is_refused(tmp_path, plan):
+def test_a_second_value_for_the_same_place_is_refused(tmp_path, plan, tiny_flux, tiny_inputs):
     asked, site = plan(["single.0"]), Site("single", 0)
-    with pytest.raises(FluxIRError, match="came twice"), CaptureWriter(tmp_path / "c.pt", asked) as writer:
-        for _ in range(2):
+    with CaptureWriter(tmp_path / "c.pt", asked) as writer, Recorder(model := tiny_flux(), asked.sites, writer):
+        for step in range(4):
+            model(*tiny_inputs(seed=step))
+        with pytest.raises(FluxIRError, match="at step 0 is not in the plan of this capture, or came twice"):
             writer.write(0, site, torch.zeros(asked.shape(site)))
 
 
@@ -488,7 +510,8 @@ from flux_ir.capture.store import CapturePlan
 from flux_ir.models.transformer import Flux, FluxParams
 from flux_ir.sites import block_outputs
 params = FluxParams(64, 64, 24, 40, 64, 4.0, 4, 2, 3, (4, 6, 6), 10_000, True, False)
-plan = CapturePlan(params, block_outputs(2, 3), [1.0, 0.5, 0.0], txt_tokens=7, img_tokens=12, guidance=1.0, metadata={})
+plan = CapturePlan(params, block_outputs(2, 3), [1.0, 0.5, 0.0], txt_tokens=7, img_tokens=12, guidance=1.0, metadata={},
+                   dtype=torch.float32)
 """
 
 
@@ -509,23 +532,25 @@ def test_space_that_cannot_be_taken_is_said_before_anything_is_computed(tmp_path
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
 @pytest.mark.parametrize("swallowed", [True, False])
 def test_a_disk_that_runs_full_while_writing_stops_the_producer_and_leaves_no_file(tmp_path, plan, swallowed):
-    asked = plan()
+    asked = plan(img_tokens=5000)  # the thread does not wake for less than a megabyte
     writer, site = CaptureWriter(tmp_path / "c.pt", asked), Site("single", 0)
     seen = []
-    with pytest.raises(FluxIRError) as caught, writer:
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, writer._filler.file.fileno())  # what the thread writes from here on meets a full disk
-        os.close(full)
-        writer.write(0, site, torch.zeros(asked.shape(site)))
-        writer._filler._thread.join(60)
-        try:
-            writer.write(1, site, torch.zeros(asked.shape(site)))
-        except FluxIRError as error:
-            seen.append(error)
-            if not swallowed:
-                raise
-        if swallowed:  # a caller that goes on must not end up with a file
-            writer._missing.clear()
+
+    def capture():
+        with writer, Path("/dev/full").open("wb") as full:
+            os.dup2(full.fileno(), writer._filler.file.fileno())  # from here on the thread meets a full disk
+            writer.write(0, site, torch.zeros(asked.shape(site)))
+            writer._filler._thread.join(60)
+            try:
+                writer.write(1, site, torch.zeros(asked.shape(site)))
+            except FluxIRError as error:
+                seen.append(error)
+                if not swallowed:
+                    raise
+            writer._missing.clear()  # a caller that goes on must not end up with a file
+
+    with pytest.raises(FluxIRError) as caught:
+        capture()
     assert seen == [caught.value]
     assert "c.pt: No space left on device" in caught.value.message
     assert isinstance(caught.value.__cause__, OSError)
@@ -559,9 +584,6 @@ def capture():
             for site in plan.sites:
                 writer.write(step, site, values[site])
 
-plan = CapturePlan(params, plan.sites, plan.timesteps, txt_tokens=7, img_tokens=12, guidance=1.0, metadata={{}},
-                   dtype=torch.float32)
-values = {{site: torch.randn(plan.shape(site)) for site in plan.sites}}
 for moment in [0, 1, 2, 7, 11, 17, 18]:
     if (child := os.fork()) == 0:
         capture()
@@ -614,7 +636,7 @@ def test_other_files_of_torch_save_are_refused_by_name(tmp_path, value):
 def test_a_zip_of_something_else_is_refused_by_name(tmp_path):
     with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(FluxIRError, match="not one of torch.save"):
+    with pytest.raises(FluxIRError, match="not one of torch"):
         load_capture(tmp_path / "c.pt")
 
 

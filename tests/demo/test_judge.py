@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from flux_ir.demo.drawing import RGB, draw
+from flux_ir.demo.drawing import RGB, SIDE_PX, draw, silhouette
 from flux_ir.demo.judge import ObjectVerdict, Row, Sight, Verdict, judge, look, tally
 from flux_ir.demo.scenes import PLACES, RADIUS, RELATIONS, SHAPES, Scene, Thing, scenes
 
@@ -59,7 +59,7 @@ def test_mild_degradation_changes_almost_no_verdict(
     degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray],
 ) -> None:
     rng = np.random.default_rng(0)
-    rows = tally((judge(degrade(draw(scene), rng), scene), scene) for scene in TRUE_SCENES[:100])
+    rows = tally((judge(degrade(draw(scene), rng), scene), scene) for scene in TRUE_SCENES[:60])
     assert len(rows) == 7 + 10
     assert [row for row in rows if row.share < 0.99] == []
 
@@ -198,6 +198,16 @@ def test_a_blob_like_no_shape_has_none() -> None:
     picture = draw(replace(RED_CIRCLE, things=())).copy()
     picture[60:68, 10:118] = RGB["red"]
     assert look(picture).objects[0].shape is None
+
+
+def test_a_star_that_lost_its_tips_is_still_a_star() -> None:
+    """What a strongly compressing autoencoder makes of a small purple star on gray."""
+    star = thing("small", "purple", "star", "in the center")
+    across, down = np.meshgrid(np.arange(SIDE_PX) + 0.5, np.arange(SIDE_PX) + 0.5)
+    near = np.hypot(across - star.x * SIDE_PX, down - star.y * SIDE_PX) < 0.62 * star.radius * SIDE_PX
+    picture = draw(Scene((), None, "gray")).copy()
+    picture[silhouette(star) & near] = RGB["purple"]
+    assert look(picture).objects[0].shape == "star"
 
 
 def test_objects_a_few_pixels_apart_stay_two() -> None:
