@@ -5,7 +5,7 @@ of one stream, `d` the width of the network, `h w` pixels, `lh lw` latent pixels
 one number within one call; names that begin with `_` stand for any.
 """
 
-from jaxtyping import Float, UInt8
+from jaxtyping import Complex64, Float, UInt8
 from torch import Tensor
 
 # Transformer
@@ -21,7 +21,7 @@ Context = Float[Tensor, "batch txt context"]
 ImgIds = Float[Tensor, "batch img axes"]
 TxtIds = Float[Tensor, "batch txt axes"]
 PositionIds = Float[Tensor, "batch _tokens axes"]  # of either stream, or of both
-Rotation = Float[Tensor, "batch 1 tokens half_head_dim 2 2"]
+Rotation = Complex64[Tensor, "batch 1 tokens half_head_dim"]
 PerSample = Float[Tensor, "batch"]
 Shift = Float[Tensor, "batch 1 d"]
 

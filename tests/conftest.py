@@ -4,6 +4,8 @@ The import hook must stand before the first import of `flux_ir`: it adds a shape
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.transformer import Flux, FluxParams
 
 Network = TypeVar("Network", bound=nn.Module)
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
@@ -49,6 +52,24 @@ class FluxInputs(NamedTuple):
     timesteps: Tensor
     y: Tensor
     guidance: Tensor | None
+
+
+class CapturedRun(NamedTuple):
+    """One run of the whole command: the words it was given, what it said, and the folder it left."""
+
+    words: tuple[str, ...]
+    prompt: str
+    stdout: str
+    stderr: str
+    folder: Path
+
+
+class TextFolders(NamedTuple):
+    """Small text encoders as transformers saves them: a folder each, with its tokenizer."""
+
+    t5: Path
+    clip: Path
+    vocabulary: list[str]
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +161,61 @@ def tiny_inputs(tiny_flux_params: FluxParams) -> Callable[..., FluxInputs]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def captured_run(tmp_path_factory: pytest.TempPathFactory) -> CapturedRun:
+    """The command as a user starts it: flux-tiny, three steps, every block. Read it only; copy the folder to change it.
+
+    The words `[red]` and `[/red]` would be colours, were they taken for the markup of the progress bars' library.
+    """
+    prompt = 'a "large" red circle,\nit\'s on [red]white[/red] \N{CAT}'
+    words = ("--model", "flux-tiny", "--seed", "1", "--num_steps", "3", "--prompt", prompt)
+    output_dir = tmp_path_factory.mktemp("output")
+    command = [sys.executable, str(ROOT / "capture_sample.py"), *words, "--output_dir", str(output_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (folder,) = output_dir.iterdir()
+    return CapturedRun(words, prompt, done.stdout, done.stderr, folder)
+
+
+@pytest.fixture(scope="session")
+def text_folders(tmp_path_factory: pytest.TempPathFactory, tiny_flux_params: FluxParams) -> TextFolders:
+    """Random T5 and CLIP encoders as wide as `tiny_flux` takes them, which know 9 words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    vocabulary = ["a", "blue", "circle", "large", "on", "red", "small", "square", "white"]
+    numbers = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *vocabulary])}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=7
+    )
+    t5_config = T5Config(
+        vocab_size=12, d_model=tiny_flux_params.context_in_dim, d_kv=8, d_ff=48, num_layers=2, num_heads=2
+    )
+    clip_config = CLIPTextConfig(
+        vocab_size=12,
+        hidden_size=tiny_flux_params.vec_in_dim,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("text")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        T5EncoderModel(t5_config).save_pretrained(folder / "t5")
+        CLIPTextModel(clip_config).save_pretrained(folder / "clip")
+    for encoder in ("t5", "clip"):
+        tokenizer.save_pretrained(folder / encoder)
+    return TextFolders(folder / "t5", folder / "clip", vocabulary)
 
 
 @torch.no_grad()

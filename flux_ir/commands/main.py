@@ -34,6 +34,18 @@ VERBS = {
         "run",
         "decode an existing capture again, without sampling",
     ),
+    "visualize": Verb(
+        "flux_ir.commands.visualize",
+        "VisualizeOptions",
+        "run",
+        "make a film or a contact sheet of what each block would have drawn",
+    ),
+    "explore": Verb(
+        "flux_ir.commands.explore",
+        "ExploreOptions",
+        "run",
+        "write one HTML page to look at runs with: every block at every step",
+    ),
 }
 
 

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
@@ -20,7 +19,8 @@ class Report:
     """Times phases, draws their progress, and prints the closing table."""
 
     def __init__(self) -> None:
-        self.notes = Console(stderr=True, highlight=False)
+        # Lines are never broken here: a path or an id must survive being copied, and being piped into a file.
+        self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
         self.results = Console(highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
 
@@ -49,15 +49,14 @@ class Report:
 
     def table(self, title: str, written: dict[str, Path], memory: dict[str, int]) -> None:
         """Seconds per phase, peak memory [bytes] per device, and every path with the bytes that lie there."""
-        table = Table(title=Text(title), title_justify="left", box=None, show_header=False, pad_edge=False)
-        for name, seconds in self.seconds.items():
-            table.add_row(name, Text(f"{seconds:.2f} s", justify="right"))
-        table.add_row("in all", Text(f"{sum(self.seconds.values()):.2f} s", justify="right"))
-        for device, size in memory.items():
-            table.add_row(f"peak memory, {device}", Text(in_units(size), justify="right"))
-        for name, path in written.items():
-            table.add_row(name, Text(in_units(bytes_at(path)), justify="right"), Text(str(path), overflow="fold"))
-        self.results.print(table)
+        seconds = self.seconds | {"in all": sum(self.seconds.values())}
+        rows = [(name, f"{value:.2f} s", "") for name, value in seconds.items()]
+        rows += [(f"peak memory, {device}", in_units(size), "") for device, size in memory.items()]
+        rows += [(name, in_units(bytes_at(path)), str(path)) for name, path in written.items()]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        self.results.print(Text(title, style="bold"))
+        for name, amount, path in rows:
+            self.results.print(Text(f"{name:<{widths[0]}}  {amount:>{widths[1]}}  {path}".rstrip()))
 
 
 def bytes_at(path: Path) -> int:
@@ -67,13 +66,13 @@ def bytes_at(path: Path) -> int:
 
 
 def in_units(size: int) -> str:
-    """A number of bytes for people: 512 B, 3.4 MB, 80.7 GB (powers of ten)."""
+    """A number of bytes for people: 512 B, 3.4 MB, 80.7 GB (powers of ten, three digits)."""
     value, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
+        if value < 999.5 or unit == "TB":
             break
         value /= 1000
-    return f"{size} B" if unit == "B" else f"{value:.3g} {unit}"
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def peak_memory() -> dict[str, int]:

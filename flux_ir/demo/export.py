@@ -21,7 +21,9 @@ DEFAULT_STEPS = 8
 PROVENANCE = "provenance.json"
 
 
-def export(autoencoder: AutoEncoder, model: TextToVelocity, run_dir: Path, folder: Path) -> None:
+def export(
+    autoencoder: AutoEncoder, model: TextToVelocity, run_dir: Path, folder: Path, *, psnr_scenes: int = 128
+) -> None:
     """Write the model's folder. `params.json` says what it is, `provenance.json` where it came from and its hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     save_bf16(model.flux, folder / "transformer.safetensors")
@@ -35,7 +37,8 @@ def export(autoencoder: AutoEncoder, model: TextToVelocity, run_dir: Path, folde
         "default_steps": DEFAULT_STEPS,
     }
     write_json(folder / "params.json", params)
-    write_json(folder / PROVENANCE, provenance(autoencoder, run_dir, folder))
+    psnr_db = held_out_psnr_db(autoencoder.float(), seed=0, count=psnr_scenes)
+    write_json(folder / PROVENANCE, provenance(run_dir, folder, psnr_db))
 
 
 def save_bf16(model: nn.Module, path: Path) -> None:
@@ -52,7 +55,7 @@ def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     encoder.tokenizer.save_pretrained(folder)
 
 
-def provenance(autoencoder: AutoEncoder, run_dir: Path, folder: Path) -> dict[str, object]:
+def provenance(run_dir: Path, folder: Path, psnr_db: float) -> dict[str, object]:
     """Where the files came from, what was measured at export, and the sha256 of each."""
     state = {
         stage: torch.load(run_dir / f"{stage}.pt", weights_only=True, mmap=True)
@@ -66,7 +69,7 @@ def provenance(autoencoder: AutoEncoder, run_dir: Path, folder: Path) -> dict[st
         "commit": commit(),
         "seed": 0,
         "steps": {stage: saved["done"] for stage, saved in state.items()},
-        "autoencoder_held_out_psnr_db": round(held_out_psnr_db(autoencoder.float(), seed=0), 2),
+        "autoencoder_held_out_psnr_db": round(psnr_db, 2),
         "files": {str(path.relative_to(folder)): sha256(path) for path in shipped_files(folder)},
     }
 

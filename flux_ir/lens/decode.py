@@ -5,10 +5,13 @@ Beside the pictures stand the numbers of `measures`, collected into one `lens.js
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
 from flux_ir.capture.store import Capture
 from flux_ir.layout import RunFolder, complete_file
@@ -35,7 +38,7 @@ class Place(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """One picture on its way to disk, and its likeness to the final picture [dB] (None: equal, or no final picture)."""
+    """One picture on disk, and its likeness to the final one [dB], both as saved (None: equal, or no final picture)."""
 
     place: Place
     path: Path
@@ -56,9 +59,15 @@ def batch_size(height: int, width: int, device: torch.device) -> int:
     return max(1, BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // (height * width))
 
 
+def read_picture(file: Path | BytesIO) -> Pixels:
+    """A saved picture as pixels [1, height, width, 3]."""
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB")))[None]
+
+
 def compare_step(readings: Sequence[Reading], last_site: Site) -> list[StepNumbers]:
-    """Distances of the readings of one step from the one at `last_site`, if it is among them."""
-    final = next((r.velocity for r in readings if r.site == last_site), None)
+    """Distances of the readings of one step from the one at `last_site` (or its image half), if it is among them."""
+    final = next((r.velocity for r in readings if r.site.whole == last_site), None)
     if final is None:
         return [StepNumbers(r.step, r.site, None, None) for r in readings]
     return [
@@ -88,6 +97,10 @@ class LensDecoder:
         self.batch = batch or batch_size(self.height, self.width, device)
         self.last_site = Site.parse(f"single.{model.params.depth_single_blocks - 1}")
         self.numbers: list[StepNumbers] = []
+        self.drift = 0.0
+        """How far, at worst and relative to it, the sampler's next state is from the one read at the last block. Other
+        weights than the capture was made with show here; the right ones leave nothing, or rounding on another device.
+        """
 
     def __len__(self) -> int:
         """How many pictures there will be."""
@@ -97,12 +110,16 @@ class LensDecoder:
         """Every picture once it is on disk, in the order of steps and depth."""
         with ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="jpeg") as pool:
             waiting: list[Future[Decoded]] = []
-            for places, pixels in self._batches():
-                waiting += [pool.submit(self._write, place, pixels, i) for i, place in enumerate(places)]
-                while waiting and (waiting[0].done() or len(waiting) > WAITING_PICTURES):
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+            try:
+                for places, pixels in self._batches():
+                    waiting += [pool.submit(self._write, place, pixels, i) for i, place in enumerate(places)]
+                    while waiting and (waiting[0].done() or len(waiting) > WAITING_PICTURES):
+                        yield waiting.pop(0).result()
+                for future in waiting:
+                    yield future.result()
+            except BaseException:  # Ctrl-C and full disks above all: what is not begun is left
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _batches(self) -> Iterator[tuple[list[Place], Pixels]]:
         places: list[Place] = []
@@ -111,40 +128,48 @@ class LensDecoder:
             places.append(place)
             latents.append(latent)
             if len(places) == self.batch:
-                yield places, self._decode(latents)
+                yield places, self._decode(torch.cat(latents))
                 places, latents = [], []
         if places:
-            yield places, self._decode(latents)
+            yield places, self._decode(torch.cat(latents))
 
     def _latents(self) -> Iterator[tuple[Place, PackedLatent]]:
         for step in self.capture.steps:
             readings = list(read_step(self.model, self.capture, step))
             self.numbers += compare_step(readings, self.last_site)
+            self.drift = max(self.drift, self._drift_at(step, readings))
             for reading in readings:
                 for lens in self.lenses:
                     yield Place(lens, step, reading.site), reading.latent(lens)
 
-    def _decode(self, latents: list[PackedLatent]) -> Pixels:
-        return decode(self.autoencoder, torch.cat(latents), self.height, self.width)
+    def _drift_at(self, step: int, readings: Sequence[Reading]) -> float:
+        last = next((r.euler for r in readings if r.site.whole == self.last_site), None)
+        if last is None or step + 1 not in self.capture.steps:
+            return 0.0
+        return relative_distance(last.cpu(), self.capture.context(step + 1).img)
+
+    def _decode(self, latents: PackedLatent) -> Pixels:
+        return decode(self.autoencoder, latents, self.height, self.width)
 
     def _write(self, place: Place, pixels: Pixels, index: int) -> Decoded:
         path = self.folder.decoded_image(place.lens, place.step, place.site.kind, place.site.block)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        encoded = jpeg_bytes(pixels, index)
         with complete_file(path) as beside:
-            beside.write_bytes(jpeg_bytes(pixels, index))
-        likeness = None if self.final_picture is None else psnr_db(pixels[index : index + 1], self.final_picture)
+            beside.write_bytes(encoded)
+        # Both as saved, so that the last block of the last step, which is the final picture, is found equal to it.
+        likeness = None if self.final_picture is None else psnr_db(read_picture(BytesIO(encoded)), self.final_picture)
         return Decoded(place, path, likeness)
 
 
 def lens_report(
-    decoder: LensDecoder, pictures: Iterable[Decoded], earlier: dict[str, object] | None = None
-) -> dict[str, object]:
+    decoder: LensDecoder, pictures: Iterable[Decoded], earlier: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of `lens.json`: per site a list over steps of what is known there.
 
     `earlier` is the content of a previous reading of the same capture; what this one did not compute is kept from it.
     """
     sites: dict[str, dict[int, dict[str, float | int | None]]] = {}
-    for old_site, rows in (earlier or {}).get("sites", {}).items():  # type: ignore[attr-defined]
+    for old_site, rows in (earlier or {}).get("sites", {}).items():
         sites[old_site] = {row["step"]: dict(row) for row in rows}
     for number in decoder.numbers:
         row = sites.setdefault(str(number.site), {}).setdefault(number.step, {"step": number.step})

@@ -4,7 +4,7 @@ The trained last layer applied at an earlier depth (the logit lens, nostalgebrai
 sampler uses: read at the last single block, the `euler` reading is the sampler's next state, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,14 +50,15 @@ def velocity_at(model: Flux, block_output: Tokens, vec: Conditioning, *, txt_tok
     return model.read_out(img, vec)
 
 
-def readable_sites(capture: Capture) -> list[Site]:
-    """The captured sites a lens can read: image outputs of whole blocks, in depth order.
+def image_outputs(sites: Sequence[Site]) -> list[Site]:
+    """The sites among these that a lens can read: image outputs of blocks, one per block, in depth order."""
+    outputs = [site for site in sorted(set(sites)) if site.part is None and site.stream != "txt"]
+    return [site for site in outputs if site.whole == site or site.whole not in outputs]
 
-    Raises FluxIRError if there is none.
-    """
-    sites = [site for site in capture.sites if site.part is None and site.stream != "txt"]
-    whole = {(site.kind, site.block) for site in sites if site.stream is None}
-    readable = [site for site in sites if site.stream is None or (site.kind, site.block) not in whole]
+
+def readable_sites(capture: Capture) -> list[Site]:
+    """The captured sites a lens can read. Raises FluxIRError if there is none."""
+    readable = image_outputs(capture.sites)
     if not readable:
         raise FluxIRError(
             f"a lens reads image outputs of blocks, and {capture.path} holds none: it has {capture.sites[0]} and such",

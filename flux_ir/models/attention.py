@@ -11,15 +11,13 @@ from flux_ir.shapes import Heads, PositionIds, Rotation, Tokens
 
 
 def rotary_table(ids: PositionIds, axes_dim: Sequence[int], theta: float) -> Rotation:
-    """Rotation matrices of rotary position embedding (Su et al., 2021), one block of channels per position axis.
+    """Rotations of rotary position embedding (Su et al., 2021) as complex numbers e^(i angle), per pair of channels.
 
-    `axes_dim[i]` channels of every head turn with `ids[..., i]`. float32, whatever the network's dtype: bf16 angles
-    would merge neighbouring positions.
+    `axes_dim[i]` channels of every head turn with `ids[..., i]`. Two float32 each, whatever the network's dtype: bf16
+    angles would merge neighbouring positions.
     """
     angles = torch.cat([_angles(ids[..., i], dim, theta) for i, dim in enumerate(axes_dim)], dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    rotation = rearrange([cos, -sin, sin, cos], "(row col) b n d -> b 1 n d row col", row=2, col=2)
-    return rotation.float()
+    return torch.complex(angles.cos().float(), angles.sin().float())[:, None]
 
 
 def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
@@ -30,9 +28,10 @@ def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 def rotate(x: Heads, rotation: Rotation) -> Heads:
     """Turn each pair of channels of `x` by its position's angle; float32 inside, the dtype of `x` outside."""
-    pairs = rearrange(x.float(), "b heads n (d col) -> b heads n d 1 col", col=2)
-    turned = rotation[..., 0] * pairs[..., 0] + rotation[..., 1] * pairs[..., 1]
-    return rearrange(turned, "b heads n d row -> b heads n (d row)").to(x.dtype)
+    # One complex product: on a CPU several times faster than sines and cosines apart, and the same to the bit.
+    pairs = torch.view_as_complex(rearrange(x.float(), "b heads n (d pair) -> b heads n d pair", pair=2))
+    turned = torch.view_as_real(pairs * rotation)
+    return rearrange(turned, "b heads n d pair -> b heads n (d pair)").to(x.dtype)
 
 
 def attention(q: Heads, k: Heads, v: Heads, rotation: Rotation) -> Tokens:

@@ -28,7 +28,7 @@ class TextEncoders(NamedTuple):
 
 
 class Suite:
-    """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, telling which."""
+    """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, one by one."""
 
     PARTS = 4
 
@@ -40,15 +40,15 @@ class Suite:
         self._autoencoder: AutoEncoder | None = None
 
     def load(self) -> Iterator[str]:
-        """Load every part, yielding its name before it is read. Raises FluxIRError as `weights` does."""
-        yield "T5"
+        """Load every part, yielding its name once it is there. Raises FluxIRError as `weights` and `text` do."""
         self._load_t5()
-        yield "CLIP"
+        yield "T5"
         self._load_clip()
-        yield "transformer"
+        yield "CLIP"
         self._load_transformer()
-        yield "autoencoder"
+        yield "transformer"
         self._load_autoencoder()
+        yield "autoencoder"
 
     @contextmanager
     def text_encoders(self) -> Iterator[TextEncoders]:
@@ -79,8 +79,8 @@ class Suite:
         if not self.placement.offload:
             yield
             return
-        part.to(device)
         try:
+            part.to(device)
             yield
         finally:
             part.to("cpu")

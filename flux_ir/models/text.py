@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -120,9 +120,10 @@ def _load(kind: type[TextModel], folder: Path, dtype: torch.dtype) -> TextModel:
     """
     try:
         with _quietly():
-            model, told = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+            loaded: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(folder, f"{kind.__name__}: {error}") from error
+    model, told = loaded
     if missing := sorted(told["missing_keys"]):
         raise _unreadable(folder, f"{len(missing)} weights of {kind.__name__} are missing, first {missing[0]}")
     return model
@@ -144,7 +145,7 @@ def _quietly() -> Iterator[None]:
     """Progress and complaints are the caller's: transformers' own bars and reports stay away, and come back after."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     try:
         yield
     finally:

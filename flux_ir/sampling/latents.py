@@ -24,11 +24,12 @@ def get_noise(
 ) -> Latent:
     """Standard normal latents for pictures of `height` x `width` pixels: the same seed gives the same bits everywhere.
 
-    Drawn in bf16 on the CPU and then moved, as the published sampler does.
+    The numbers are the published sampler's, which draws in bf16 on the CPU. They are drawn in float32 here and rounded:
+    the same bits, but with torch 2.8 too, whose own draw in bf16 gives other numbers.
     """
     shape = (num_samples, LATENT_CHANNELS, latent_side(height), latent_side(width))
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, dtype=torch.bfloat16, generator=generator).to(device, dtype)
+    return torch.randn(shape, generator=generator).bfloat16().to(device, dtype)
 
 
 def pack(latent: Latent) -> PackedLatent:

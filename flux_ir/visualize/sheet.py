@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 def draw_sheet(
     title: str, subtitle: str, columns: Sequence[Column], rows: Sequence[Row], path: Path
 ) -> tuple[int, int]:
-    """Write the sheet as JPEG to `path` and give its width and height [px].
+    """Write the sheet to `path`, as PNG if it is named so and else as JPEG, and give its width and height [px].
 
     Raises FluxIRError if there is nothing to show, or more than `MOST_COLUMNS`.
     """
@@ -61,7 +61,10 @@ def draw_sheet(
             if picture is not None:
                 _paste(page, picture, frame.corner(column, line), cell)
     encoded = BytesIO()  # encoded before it is written: a full disk shows as one, not as an error of the encoder
-    page.save(encoded, format="JPEG", quality=92, subsampling=0)
+    if path.suffix == ".png":
+        page.save(encoded, format="PNG")
+    else:
+        page.save(encoded, format="JPEG", quality=92, subsampling=0)
     with complete_file(path) as beside:
         beside.write_bytes(encoded.getbuffer())
     return page.size
@@ -146,8 +149,12 @@ def _write_labels(pen: ImageDraw.ImageDraw, frame: _Frame, columns: Sequence[Col
 
 
 def _paste(page: Image.Image, path: Path, corner: tuple[int, int], size: tuple[int, int]) -> None:
+    """A picture in the middle of its cell, in its own proportions: two runs on one sheet may differ in them."""
     with Image.open(path) as picture:
-        page.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), corner)
+        picture.draft("RGB", size)  # a JPEG much larger than its cell is decoded at a fraction of its size
+        fitted = ImageOps.contain(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    (x, y), (width, height) = corner, size
+    page.paste(fitted, (x + (width - fitted.width) // 2, y + (height - fitted.height) // 2))
 
 
 def _fitted(text: str, font: Font, room_px: float) -> str:

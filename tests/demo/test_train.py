@@ -49,7 +49,9 @@ def run_flow(path: Path, stop_after: int | None = None) -> Checkpoint:
     captions = [scene.caption for scene in islice(scenes(0, "train"), 6)]
     latents = torch.randn(6, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     checkpoint = Checkpoint(path, every_seconds=0)
-    steps = train_flow(start_model(describer(), SMALL_FLOW), Bank(latents, captions), 128, SMALL_FLOW, checkpoint, "cpu")
+    steps = train_flow(
+        start_model(describer(), SMALL_FLOW), Bank(latents, captions), 128, SMALL_FLOW, checkpoint, "cpu"
+    )
     list(islice(steps, stop_after))
     return checkpoint
 
@@ -143,7 +145,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     autoencoder = AutoEncoder(AE_PARAMS).eval().requires_grad_(False)
     autoencoder.params = measure_latents(autoencoder, seed=0, count=4)
     folder = tmp_path_factory.mktemp("assets") / "flux-tiny"
-    export(autoencoder, start_model(describer(), SMALL_FLOW), run_dir, folder)
+    export(autoencoder, start_model(describer(), SMALL_FLOW), run_dir, folder, psnr_scenes=4)
     return folder
 
 

@@ -51,7 +51,7 @@ def test_rotation_keeps_the_length_of_every_head():
 
 def test_rotation_is_computed_in_float32_whatever_the_dtype():
     rotation = rotary_table(grid_ids(4, 3).bfloat16() + 256, AXES_DIM, THETA)
-    assert rotation.dtype == torch.float32
+    assert rotation.dtype == torch.complex64
     assert rotate(heads(0).bfloat16(), rotation).dtype == torch.bfloat16
 
 

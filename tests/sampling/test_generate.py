@@ -1,5 +1,7 @@
 """Whole prompts through random networks with unequal text and image token counts."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ def embedding(flux, prompts: int, seed: int = 0) -> TextEmbedding:
     generator = torch.Generator().manual_seed(seed)
     params = flux.params
     txt = torch.randn(prompts, TXT_TOKENS, params.context_in_dim, generator=generator)
-    return TextEmbedding(txt.to(flux.dtype), torch.randn(prompts, params.vec_in_dim, generator=generator).to(flux.dtype))
+    return TextEmbedding(
+        txt.to(flux.dtype), torch.randn(prompts, params.vec_in_dim, generator=generator).to(flux.dtype)
+    )
 
 
 def walk(flux, seeds: list[int], text: TextEmbedding, num_steps: int = 3, guidance: float = 2.5):
@@ -44,7 +48,7 @@ def test_steps_are_chained_and_counted(tiny_flux) -> None:
     flux = tiny_flux()
     steps = walk(flux, [5], embedding(flux, 1), num_steps=4)
     assert [step.number for step in steps] == [0, 1, 2, 3]
-    for step, following in zip(steps, steps[1:], strict=False):
+    for step, following in itertools.pairwise(steps):
         assert following.before is step.after
         assert following.t_curr == step.t_prev
         assert torch.equal(step.after, euler_step(step.before, step.velocity, step.t_curr, step.t_prev))

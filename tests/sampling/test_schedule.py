@@ -1,5 +1,7 @@
 """The schedule has the published sampler's bits."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_times_fall_from_one_to_zero(num_steps: int, tokens: int, shift: bool) -
     assert len(times) == num_steps + 1
     assert times[0] == pytest.approx(1, abs=1e-7)  # float32, as published: one bit below for some mu
     assert times[-1] == 0
-    assert all(later < earlier for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(times))
 
 
 def test_larger_pictures_stay_longer_near_the_noise() -> None:

@@ -1,0 +1,111 @@
+"""What capturing costs: sampling with and without a full capture to a file, and the peak memory at 4 and 50 steps."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from capturing import Sampling, Setting, settings
+from measure import Target, arguments, interleaved, machine, parse, print_report
+
+from flux_ir.capture.store import file_bytes
+from flux_ir.commands.report import in_units, peak_host_bytes
+
+SECONDS_RATIO = {"tiny": Target("most", 1.15), "wide": Target("most", 1.10)}
+MEMORY_RATIO = Target("most", 1.1)
+FEW_STEPS, MANY_STEPS = 4, 50
+STATUS = Path("/proc/self/status")
+
+
+def main() -> None:
+    """Print both tables, or, in the process that is weighed, one peak."""
+    options = options_of_this_run()
+    if options.peak_of:
+        name, steps = options.peak_of
+        print(*peak_bytes(settings()[name], int(steps), options.device, options.dir))
+        return
+    known = settings()
+    names = ["tiny", "wide", *(["full"] if options.full else [])]
+    # Weighed first: a process keeps the peak of the one it was forked from.
+    memory = [row for name in names for row in memory_rows(name, known[name], options)]
+    seconds = [seconds_row(name, known[name], options) for name in names]
+    about = machine(options.device)
+    columns = ["network", "steps", "file", "plain [s]", "captured [s]", "ratio", "target"]
+    print_report("Capture: seconds of sampling", columns, seconds, about)
+    columns = ["network", "memory", f"{FEW_STEPS} steps", f"{MANY_STEPS} steps", "ratio", "target"]
+    print_report("Capture: peak memory", columns, memory, about)
+
+
+def options_of_this_run() -> argparse.Namespace:
+    """The command line."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--dir", type=Path, help="where the captures are written (default: a temporary folder)")
+    parser.add_argument("--full", action="store_true", help="also the full-size network, on a GPU")
+    parser.add_argument("--peak_of", nargs=2, metavar=("NETWORK", "STEPS"), help=argparse.SUPPRESS)
+    return parse(parser)
+
+
+def seconds_row(name: str, setting: Setting, options: argparse.Namespace) -> list[str]:
+    """One network sampled both ways in turns."""
+    sampling = Sampling(setting, options.device)
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        path = Path(folder) / "capture.pt"
+        seconds = interleaved(
+            {"plain": sampling.plain, "captured": lambda: sampling.captured(path)},
+            options.repetitions,
+            device=options.device,
+        )
+    ratio = seconds["captured"] / seconds["plain"]
+    return [
+        f"{setting.name}, {setting.side_px} px, {setting.txt_tokens} text tokens",
+        str(setting.steps),
+        in_units(file_bytes(sampling.plan)),
+        f"{seconds['plain']:.3f}",
+        f"{seconds['captured']:.3f}",
+        f"{ratio:.3f}",
+        SECONDS_RATIO[name].verdict(ratio) if name in SECONDS_RATIO else "none",
+    ]
+
+
+def memory_rows(name: str, setting: Setting, options: argparse.Namespace) -> list[list[str]]:
+    """The peaks of a short and a long capture: of the host, and of the GPU if there is one in use."""
+    few, many = (weigh(name, steps, options) for steps in (FEW_STEPS, MANY_STEPS))
+    rows = []
+    for place, at_few, at_many in zip(("resident", options.device), few, many, strict=False):
+        ratio = at_many / at_few
+        figures = [in_units(at_few), in_units(at_many), f"{ratio:.3f}"]
+        rows.append([setting.name, place, *figures, MEMORY_RATIO.verdict(ratio)])
+    return rows
+
+
+def weigh(name: str, steps: int, options: argparse.Namespace) -> list[int]:
+    """The peaks [bytes] of a process of its own that samples and captures."""
+    command = [sys.executable, __file__, "--device", options.device, "--peak_of", name, str(steps)]
+    command += ["--dir", str(options.dir)] if options.dir else []
+    command += ["--full"] if options.full else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+    return [int(peak) for peak in done.stdout.split()]
+
+
+def peak_bytes(setting: Setting, steps: int, device: str, folder: Path | None) -> list[int]:
+    """Sample and capture; the peak of this process, and on a GPU that of its memory."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        Sampling(setting, device, steps).captured(Path(temporary) / "capture.pt")
+    on_gpu = torch.device(device).type == "cuda"
+    return [peak_resident_bytes(), *([torch.cuda.max_memory_allocated(device)] if on_gpu else [])]
+
+
+def peak_resident_bytes() -> int:
+    """Of this program alone: on Linux, `getrusage` would answer no less than what the parent had at the fork."""
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_host_bytes()
+
+
+if __name__ == "__main__":
+    main()

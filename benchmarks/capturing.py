@@ -1,0 +1,66 @@
+"""Sampling with a random network, every block captured or none: what the other benchmarks time, weigh and read."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from networks import FULL, SIDE_PX, TXT_TOKENS, WIDE, random_flux, random_inputs
+
+from flux_ir.capture.recorder import Recorder
+from flux_ir.capture.store import CapturePlan, CaptureWriter
+from flux_ir.models.registry import get_spec
+from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.sampling.generate import Inputs, sample
+from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sites import block_outputs
+
+GUIDANCE = 0.0  # none of these networks takes any
+
+
+class Setting(NamedTuple):
+    """A network and what it draws."""
+
+    name: str
+    params: FluxParams
+    side_px: int
+    txt_tokens: int
+    steps: int
+
+
+def settings() -> dict[str, Setting]:
+    """What is timed, by the name it has on the command line."""
+    tiny = get_spec("flux-tiny")
+    return {
+        "tiny": Setting("flux-tiny", tiny.flux, tiny.default_side_px, tiny.text_tokens, tiny.default_steps),
+        "wide": Setting("hidden 1024, 4 + 8 blocks", WIDE, SIDE_PX, TXT_TOKENS, 4),
+        "full": Setting("full size", FULL, SIDE_PX, TXT_TOKENS, 4),
+    }
+
+
+class Sampling:
+    """A network of one setting on its device in bf16, ready to sample."""
+
+    def __init__(self, setting: Setting, device: str, steps: int | None = None) -> None:
+        self.setting, self.device = setting, device
+        self.model: Flux = random_flux(setting.params, device, torch.bfloat16)
+        self.inputs: Inputs = random_inputs(setting.params, setting.side_px, setting.txt_tokens, device, torch.bfloat16)
+        self.timesteps = get_schedule(steps or setting.steps, self.inputs.img.shape[1], shift=False)
+        self.plan = CapturePlan(
+            flux=setting.params,
+            sites=block_outputs(setting.params.depth, setting.params.depth_single_blocks),
+            timesteps=self.timesteps,
+            txt_tokens=self.inputs.txt.shape[1],
+            img_tokens=self.inputs.img.shape[1],
+            guidance=GUIDANCE,
+            metadata={"height": setting.side_px, "width": setting.side_px},
+        )
+
+    def plain(self) -> None:
+        """Every step, watched by no one."""
+        for _ in sample(self.model, self.inputs, self.timesteps, GUIDANCE):
+            pass
+
+    def captured(self, path: Path) -> None:
+        """Every step, with all block outputs written to `path`."""
+        with CaptureWriter(path, self.plan) as sink, Recorder(self.model, self.plan.sites, sink):
+            self.plain()

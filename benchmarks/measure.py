@@ -1,0 +1,104 @@
+"""What every benchmark shares: interleaved timing, targets, tables in Markdown, and the machine in words."""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Target(NamedTuple):
+    """What a figure must reach."""
+
+    at: Literal["most", "least"]
+    value: float
+
+    def verdict(self, figure: float) -> str:
+        """The target in words, and whether `figure` meets it. No figure is rounded in its favour."""
+        met = figure <= self.value if self.at == "most" else figure >= self.value
+        return f"at {self.at} {self.value:g}: {'met' if met else 'MISSED'}"
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each way (default 5)")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, checked: full-size networks need a GPU."""
+    options = parser.parse_args()
+    if options.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
+    if getattr(options, "full", False) and torch.device(options.device).type != "cuda":
+        parser.error("--full builds a network of 12 billion weights on the device: it needs --device cuda")
+    return options
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits until a GPU has done all that it was given; nothing to wait for on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds of wall clock from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    *,
+    device: torch.device | str = "cpu",
+    warm_up: int = 1,
+) -> dict[str, float]:
+    """Median seconds of each way of doing the same thing, timed in turns (A B A B ...), so that a machine that is busy
+    for a while is so for all of them. The first `warm_up` rounds do not count.
+    """
+    rounds = [{name: seconds_of(work, device) for name, work in ways.items()} for _ in range(warm_up + repetitions)]
+    return {name: median(one[name] for one in rounds[warm_up:]) for name in ways}
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """What a figure depends on besides the code: date, processor, threads, versions, and how busy the machine was."""
+    load = ", ".join(f"{part:.2f}" for part in os.getloadavg())
+    lines = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "software": f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
+        "load average": f"{load} (1, 5 and 15 minutes)",
+    }
+    if torch.device(device).type == "cuda":
+        lines["GPU"] = torch.cuda.get_device_name(device)
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def _processor() -> str:
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], about: str) -> None:
+    """A Markdown section, as it can be pasted into RESULTS.md: heading, machine, table."""
+    print(f"\n## {title}\n\n{about}\n")
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    for row in (columns, ["-" * width for width in widths], *rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")

@@ -1,0 +1,176 @@
+"""What the page knows: run folders read into one JSON value, described in docs/file-formats.md.
+
+Only what lies in the run folders is read: which pictures there are, `lens.json` and the metadata. No path is ever taken
+from their content.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import RunFolder
+
+Kind = Literal["double", "single"]
+Lens = Literal["euler", "x0"]
+LENSES: tuple[Lens, ...] = ("euler", "x0")
+NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db")
+FACTS = ("model", "seed", "width", "height", "guidance", "num_steps", "timestamp")  # shown as they are
+
+_FOLDER = re.compile(r"[0-9a-f]{8}")
+_STEP = re.compile(r"step_(0|[1-9]\d*)")
+_PICTURE = re.compile(r"(double|single)_block_(0|[1-9]\d*)\.jpg")
+_SITE = re.compile(r"(double|single)\.(0|[1-9]\d*)(\.img)?")
+
+
+class Block(NamedTuple):
+    """One block of the transformer. Sorts in depth order: double before single, 2 before 10."""
+
+    kind: Kind
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.number}"
+
+
+Pictures = Mapping[tuple[Block, int], Path]  # by block and step
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation as the page shows it: blocks in depth order, steps, and a picture for most of their pairs."""
+
+    folder: RunFolder
+    facts: Mapping[str, Any]
+    prompt: str
+    timesteps: Sequence[float]
+    blocks: Sequence[Block]
+    steps: Sequence[int]
+    pictures: Mapping[Lens, Pictures]
+    numbers: Mapping[tuple[Block, int], Mapping[str, float | None]]
+
+    def missing(self, lens: Lens) -> list[tuple[int, int]]:
+        """Places in the grid without a picture, as (row, column)."""
+        pictures = self.pictures[lens]
+        return [
+            (row, column)
+            for row, block in enumerate(self.blocks)
+            for column, step in enumerate(self.steps)
+            if (block, step) not in pictures
+        ]
+
+
+def find_runs(output_dir: Path) -> list[str]:
+    """The ids of all runs with decoded pictures, oldest first. Raises FluxIRError if there are none."""
+    if not output_dir.is_dir():
+        raise FluxIRError(
+            f"the folder {output_dir} does not exist", hint="name the folder of the runs with --output_dir"
+        )
+    ids = sorted(path.name for path in output_dir.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir())
+    decoded = [name for name in ids if any(_pictures(RunFolder(output_dir, name)).values())]
+    if not decoded:
+        raise FluxIRError(
+            f"the explorer needs decoded pictures: {output_dir} has {len(ids)} runs and none of them has any",
+            hint="flux-ir lens --generation_id ID decodes a run" if ids else "make one with capture_sample.py",
+        )
+    return sorted(decoded, key=lambda name: (RunFolder(output_dir, name).find_metadata().name, name))
+
+
+def read_run(output_dir: Path, generation_id: str) -> Run:
+    """One run from its folder. Raises FluxIRError where there is no such run, no picture in it, or a broken file."""
+    folder = RunFolder(output_dir, generation_id)
+    metadata = _read_object(folder.find_metadata())
+    pictures = {lens: found for lens, found in _pictures(folder).items() if found}
+    if not pictures:
+        raise FluxIRError(
+            f"generation {generation_id} has no decoded pictures",
+            hint=f"flux-ir lens --generation_id {generation_id} --lens both makes them",
+        )
+    cells = {cell for found in pictures.values() for cell in found}
+    return Run(
+        folder=folder,
+        facts={name: metadata.get(name) for name in FACTS},
+        prompt=str(metadata.get("prompt", "")),
+        timesteps=[float(t) for t in metadata.get("timesteps") or []],
+        blocks=sorted({block for block, _ in cells}),
+        steps=sorted({step for _, step in cells}),
+        pictures=pictures,
+        numbers=_numbers(folder.lens_json),
+    )
+
+
+def run_entry(run: Run) -> dict[str, Any]:
+    """What the page's JSON says of a run, all but the addresses of its pictures (`lenses`, `picture`)."""
+    numbers = {
+        name: [[run.numbers.get((block, step), {}).get(name) for step in run.steps] for block in run.blocks]
+        for name in NUMBERS
+    }
+    return {
+        "id": run.folder.generation_id,
+        "prompt": run.prompt,
+        **run.facts,
+        "blocks": [str(block) for block in run.blocks],
+        "steps": list(run.steps),
+        "times": [_interval(run.timesteps, step) for step in run.steps],
+        "numbers": {name: rows for name, rows in numbers.items() if any(v is not None for row in rows for v in row)},
+    }
+
+
+def _pictures(folder: RunFolder) -> dict[Lens, Pictures]:
+    return {lens: _pictures_below(folder.decoded(lens)) for lens in LENSES}
+
+
+def _pictures_below(decoded: Path) -> Pictures:
+    found: dict[tuple[Block, int], Path] = {}
+    for path in decoded.glob("step_*/*_block_*.jpg"):
+        step, name = _STEP.fullmatch(path.parent.name), _PICTURE.fullmatch(path.name)
+        if step and name:
+            kind: Kind = "double" if name[1] == "double" else "single"
+            found[Block(kind, int(name[2])), int(step[1])] = path
+    return found
+
+
+def _numbers(lens_json: Path) -> dict[tuple[Block, int], dict[str, float | None]]:
+    """The numbers of `lens.json` by block and step; empty without the file (a decoding that was interrupted)."""
+    if not lens_json.exists():
+        return {}
+    numbers: dict[tuple[Block, int], dict[str, float | None]] = {}
+    try:
+        for site, rows in _read_object(lens_json)["sites"].items():
+            if parsed := _SITE.fullmatch(site):
+                block = Block("double" if parsed[1] == "double" else "single", int(parsed[2]))
+                for row in rows:
+                    numbers[block, row["step"]] = {name: _finite(row.get(name)) for name in NUMBERS}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _broken(lens_json, f"{type(error).__name__}: {error}") from error
+    return numbers
+
+
+def _finite(value: object) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _interval(timesteps: Sequence[float], step: int) -> tuple[float, float] | None:
+    """Flow time before and after a step."""
+    return (timesteps[step], timesteps[step + 1]) if step + 1 < len(timesteps) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _broken(path, f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _broken(path: Path, why: str) -> FluxIRError:
+    return FluxIRError(
+        f"{path} is not what this program writes: {why}",
+        hint="make the run again, or leave it out by naming the others with --generation_id",
+    )

@@ -1,0 +1,86 @@
+"""Run folders without a model: every picture is one colour that tells its lens, block and step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux_ir.layout import RunFolder, write_json
+
+MakeRun = Callable[..., RunFolder]
+
+
+def colour_of(lens: str, depth: int, step: int) -> tuple[int, int, int]:
+    """Red says the step, green the block (double before single), blue the lens."""
+    return (20 + 24 * step, 20 + 16 * depth, 220 if lens == "x0" else 40)
+
+
+@pytest.fixture
+def colour() -> Callable[[str, int, int], tuple[int, int, int]]:
+    """The colour of a picture, by its lens, its depth and its step."""
+    return colour_of
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    """The folder that holds the runs; its own name must not matter, so it has a space and a hash in it."""
+    folder = tmp_path / "out put #1"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def make_run(output_dir: Path) -> MakeRun:
+    """Makes a run: `make_run("1a2b3c4d", double=2, single=11, steps=(0, 1, 2))`."""
+
+    def make(
+        generation_id: str = "1a2b3c4d",
+        *,
+        double: int = 2,
+        single: int = 11,
+        steps: tuple[int, ...] = (0, 1, 2),
+        lenses: tuple[str, ...] = ("euler", "x0"),
+        size: tuple[int, int] = (32, 32),
+        prompt: str = "a red circle",
+        seed: int = 7,
+        model: str = "flux-tiny",
+        with_numbers: bool = True,
+    ) -> RunFolder:
+        folder = RunFolder(output_dir, generation_id)
+        blocks = [("double", i) for i in range(double)] + [("single", i) for i in range(single)]
+        for lens in lenses:
+            for depth, (kind, block) in enumerate(blocks):
+                for step in steps:
+                    path = folder.decoded_image(lens, step, kind, block)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", size, colour_of(lens, depth, step)).save(path, quality=95)
+        facts = {"generation_id": generation_id, "model": model, "prompt": prompt, "seed": seed, "guidance": 2.5}
+        total = max(steps) + 1
+        facts |= {"width": size[0], "height": size[1], "num_steps": total, "timestamp": "20260102_030405"}
+        facts |= {"timesteps": [1 - step / total for step in range(total + 1)]}
+        write_json(folder.metadata_file("20260102_030405", model), facts)
+        if with_numbers:
+            write_json(folder.lens_json, {"generation_id": generation_id, "sites": numbers(blocks, steps)})
+        Image.new("RGB", size, (200, 30, 30)).save(folder.image())
+        return folder
+
+    return make
+
+
+def numbers(blocks: list[tuple[str, int]], steps: tuple[int, ...]) -> dict[str, list[dict[str, float | None]]]:
+    """What lens.json says: distances that fall with depth, PSNR that is unknown at the last block."""
+    last = len(blocks) - 1
+    return {
+        f"{kind}.{block}.img" if kind == "double" else f"{kind}.{block}": [
+            {
+                "step": step,
+                "cosine": depth / last,
+                "relative_distance": round(1 - depth / last, 4),
+                "psnr_euler_db": 10.0 + depth,
+                "psnr_x0_db": None if depth == last else 20.0 + depth,
+            }
+            for step in steps
+        ]
+        for depth, (kind, block) in enumerate(blocks)
+    }

@@ -1,0 +1,207 @@
+"""Text encoders as transformers saved them: fixed length, padding attended to, and notes on what a prompt lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
+from transformers.utils import logging
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.text import TextEncoder, encode, load_clip, load_t5
+
+MAX_TOKENS = 7
+PROMPTS = ["a red circle", "a large blue square on a white circle", ""]
+
+
+@pytest.fixture
+def folders(text_folders, tmp_path):
+    """A copy that may be broken."""
+    for name in ("t5", "clip"):
+        shutil.copytree(getattr(text_folders, name), tmp_path / name)
+    return text_folders._replace(t5=tmp_path / "t5", clip=tmp_path / "clip")
+
+
+def t5_of(folders, dtype=torch.float32, max_tokens=MAX_TOKENS) -> TextEncoder:
+    return load_t5(folders.t5, folders.t5, max_tokens, "cpu", dtype)
+
+
+def clip_of(folders, dtype=torch.float32) -> TextEncoder:
+    return load_clip(folders.clip, folders.clip, "cpu", dtype)
+
+
+@torch.no_grad()
+def test_the_encoders_give_what_transformers_gives_for_the_padded_prompt(text_folders):
+    t5, clip = t5_of(text_folders), clip_of(text_folders)
+    ids = torch.tensor([[3, 8, 5, 1, 0, 0, 0]])  # a red circle </s>, then padding
+    assert torch.equal(t5.token_ids(["a red circle"]), ids)
+    text = encode(t5, clip, ["a red circle"])
+    expected = T5EncoderModel.from_pretrained(text_folders.t5)(input_ids=ids).last_hidden_state
+    assert torch.equal(text.txt, expected)
+    assert torch.equal(text.y, CLIPTextModel.from_pretrained(text_folders.clip)(input_ids=ids).pooler_output)
+
+
+@torch.no_grad()
+def test_padding_is_attended_to(text_folders):
+    t5 = t5_of(text_folders)
+    ids = t5.token_ids(["a red circle"])
+    masked = t5.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    assert not torch.allclose(t5(["a red circle"])[:, :4], masked[:, :4], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_prompt_has_the_fixed_length_and_the_dtype_asked_for(text_folders, dtype):
+    text = encode(t5_of(text_folders, dtype, max_tokens=12), clip_of(text_folders, dtype), PROMPTS)
+    assert text.txt.shape == (3, 12, 40)
+    assert text.y.shape == (3, 24)
+    assert text.txt.dtype == text.y.dtype == dtype
+    assert not text.txt.requires_grad
+
+
+def test_an_embedding_does_not_depend_on_the_other_prompts(text_folders):
+    t5, clip = t5_of(text_folders), clip_of(text_folders)
+    together = encode(t5, clip, PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = encode(t5, clip, [prompt])
+        torch.testing.assert_close(alone.txt[0], together.txt[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.y[0], together.y[i], atol=1e-5, rtol=0)
+    assert not torch.allclose(together.y[0], together.y[1], atol=1e-3)
+
+
+def test_encoders_are_finished(text_folders):
+    for encoder in (t5_of(text_folders), clip_of(text_folders)):
+        assert not encoder.training  # dropout would make two readings differ
+        assert not any(parameter.requires_grad for parameter in encoder.parameters())
+        assert torch.equal(encoder(PROMPTS), encoder(PROMPTS))
+
+
+def test_clip_reads_no_further_than_it_has_positions(text_folders):
+    assert clip_of(text_folders).token_ids(["a red circle " * 50]).shape == (1, MAX_TOKENS)
+
+
+# ---- Notes
+
+
+def test_a_prompt_that_is_understood_needs_no_note(text_folders):
+    for encoder in (t5_of(text_folders), clip_of(text_folders)):
+        assert encoder.notes("A large RED circle") == []
+        assert encoder.notes("") == []
+
+
+def test_a_prompt_that_is_cut_is_told_by_each_encoder(text_folders, capfd):
+    prompt = "a red circle " * 1000
+    assert t5_of(text_folders).notes(prompt) == ["the prompt has 3001 tokens and is cut after 7 for T5"]
+    assert clip_of(text_folders).notes(prompt) == ["the prompt has 3001 tokens and is cut after 7 for CLIP"]
+    assert t5_of(text_folders, max_tokens=3001).notes(prompt) == []
+    assert capfd.readouterr().err == ""  # the tokenizer would warn as well
+
+
+def test_unknown_words_are_told_once_with_the_words_that_are_known(text_folders):
+    (note,) = t5_of(text_folders, max_tokens=20).notes("a green circle, a green [red]cat[/red]\n\N{CAT}")
+    known = ", ".join(sorted(text_folders.vocabulary))
+    unknown = "'green', ',', '[', ']', 'cat', '[/', '\N{CAT}'"
+    assert note == f"words never seen in training: {unknown}. It knows these words: {known}"
+
+
+def test_a_flood_of_unknown_words_makes_a_short_note(text_folders):
+    t5 = t5_of(text_folders, max_tokens=10**6)
+    words = [f"w{number}" for number in range(5000)]
+    (note,) = t5.notes(" ".join(words))
+    assert "'w19' and 4980 more. It knows" in note
+    (note,) = t5.notes("x" * 50_000)
+    assert f"'{'x' * 40}'. It knows" in note
+    assert len(note) < 300
+
+
+def test_a_large_vocabulary_is_not_spelt_out(folders):
+    tokenizer = json.loads((folders.t5 / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"word{number}": 12 + number for number in range(100)}
+    (folders.t5 / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert t5_of(folders).notes("a cat") == ["words never seen in training: 'cat'"]
+
+
+@pytest.mark.parametrize("unknown", [None, "</s>"])
+def test_a_tokenizer_that_can_spell_anything_knows_every_word(text_folders, unknown):
+    """As CLIP's, whose unknown token is its end of text."""
+    vocabulary = {"</s>": 0, "a": 1}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token=unknown)
+    clip = clip_of(text_folders)
+    assert TextEncoder(clip.model, tokenizer, 7, "pooler_output").unknown_words("a cat") == []
+
+
+# ---- Loading
+
+
+def test_loading_is_silent_and_leaves_transformers_as_it_was(folders, capfd):
+    """Also where a folder holds more than the encoder: T5's decoder, CLIP's picture half."""
+    t5_config = T5EncoderModel.from_pretrained(folders.t5).config
+    t5_config.decoder_start_token_id = 0
+    t5_config.is_encoder_decoder = True
+    T5ForConditionalGeneration(t5_config).save_pretrained(folders.t5)
+    text_config = CLIPTextModel.from_pretrained(folders.clip).config.to_dict()
+    vision_config = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision_config |= {"image_size": 16, "patch_size": 8}
+    whole = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=8))
+    whole.save_pretrained(folders.clip)
+    capfd.readouterr()
+    logging.enable_progress_bar()
+    verbosity = logging.get_verbosity()
+    clip, _ = clip_of(folders), t5_of(folders)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert logging.is_progress_bar_enabled()
+    assert logging.get_verbosity() == verbosity
+    own = whole.text_model.state_dict()
+    read = clip.model.state_dict()
+    assert read
+    for name, tensor in read.items():
+        assert torch.equal(tensor, own[name.removeprefix("text_model.")])
+
+
+def test_weights_that_are_missing_are_never_drawn_at_random(folders):
+    weights = load_file(folders.t5 / "model.safetensors")
+    gone = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    del weights[gone]
+    save_file(weights, folders.t5 / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FluxIRError, match=f"1 weights of T5EncoderModel are missing, first {gone}") as caught:
+        t5_of(folders)
+    assert str(folders.t5) in caught.value.message
+    assert caught.value.hint == "fetch the whole folder again"
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other_shape(path):
+    weights = load_file(path)
+    name = next(iter(weights))
+    save_file({**weights, name: torch.zeros(3, 3)}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("model.safetensors", _cut),
+        ("model.safetensors", _other_shape),
+        ("model.safetensors", lambda path: path.unlink()),
+        ("config.json", lambda path: path.write_text("{")),
+        ("tokenizer.json", lambda path: path.unlink()),
+    ],
+)
+def test_a_broken_folder_is_one_clear_error(folders, file, change):
+    change(folders.clip / file)
+    with pytest.raises(FluxIRError, match="cannot be read") as caught:
+        clip_of(folders)
+    assert str(folders.clip) in caught.value.message
