@@ -13,7 +13,7 @@ from measure import Target, arguments, interleaved, machine, parse, print_report
 
 from flux_ir.capture.store import Capture, load_capture
 from flux_ir.layout import RunFolder
-from flux_ir.lens.decode import LensDecoder, read_picture
+from flux_ir.lens.decode import LensDecoder
 from flux_ir.lens.readout import read_step
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.registry import get_spec
@@ -43,9 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(case, Path(folder) / str(i), options) for i, case in enumerate(cases(full=options.full))]
     columns = ["autoencoder", "pictures", "one by one [pictures/s]", "ours [pictures/s]", "ratio", "target"]
-    print_report(
-        "Lens: pictures per second", [*columns, "mean difference [levels of 255]"], rows, machine(options.device)
-    )
+    print_report("Lens: pictures per second", columns, rows, machine(options.device))
 
 
 def cases(*, full: bool) -> list[Case]:
@@ -83,7 +81,6 @@ def row(case: Case, folder: Path, options: argparse.Namespace) -> list[str]:
         f"{count / seconds['ours']:.2f}",
         f"{ratio:.2f}",
         case.target.verdict(ratio) if case.target else "none",
-        f"{mean_difference(ours, theirs):.2f}",
     ]
 
 
@@ -108,13 +105,6 @@ def one_by_one(capture: Capture, model: Flux, autoencoder: AutoEncoder, folder: 
             path = folder.decoded_image("euler", step, reading.site.kind, reading.site.block)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg_bytes(to_pixels(picture)))
-
-
-def mean_difference(one: RunFolder, other: RunFolder) -> float:
-    """How far the saved pictures of two runs are apart, on average over all of them [levels of 255]."""
-    paths = [path.relative_to(one.path) for path in sorted(one.path.rglob("*.jpg"))]
-    pairs = [(read_picture(one.path / path), read_picture(other.path / path)) for path in paths]
-    return sum((a.double() - b.double()).abs().mean().item() for a, b in pairs) / len(pairs)
 
 
 if __name__ == "__main__":

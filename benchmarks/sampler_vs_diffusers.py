@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from measure import Target, arguments, interleaved, machine, parse, print_report
 from networks import FULL, NARROW, SIDE_PX, TXT_TOKENS, WIDE, random_flux, random_inputs
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_ir.models.keymap import to_diffusers
 from flux_ir.models.transformer import Flux, FluxParams
@@ -69,7 +70,7 @@ def their_forward(model: Flux, inputs: Inputs) -> Callable[[], Tensor]:
     """One velocity of diffusers', computed with our very weights: the two share them."""
     params = model.params
     with torch.device("meta"):
-        theirs: nn.Module = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
+        theirs: Any = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
             in_channels=params.in_channels,
             num_layers=params.depth,
             num_single_layers=params.depth_single_blocks,

@@ -26,7 +26,8 @@ from flux_ir.sites import Site
 
 WRITER_THREADS = 2  # JPEG encoding of one batch keeps pace with decoding the next
 WAITING_PICTURES = 64  # no more than this many pictures wait to be written
-BATCH_PIXELS = {"cpu": 16 * 128 * 128, "cuda": 8 * 1024 * 1024}  # decoded at once, where no batch size is asked for
+# Handed to the decoder at once, where no batch size is asked for: per thread on a CPU, in all on a GPU.
+BATCH_PIXELS = {"cpu": 8 * 128 * 128, "cuda": 8 * 1024 * 1024}
 
 
 class Place(NamedTuple):
@@ -56,7 +57,8 @@ class StepNumbers(NamedTuple):
 
 def batch_size(height: int, width: int, device: torch.device) -> int:
     """Pictures decoded at once: as many as fit a fixed number of pixels, at least one."""
-    return max(1, BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // (height * width))
+    pixels = BATCH_PIXELS["cuda"] if device.type == "cuda" else BATCH_PIXELS["cpu"] * torch.get_num_threads()
+    return max(1, pixels // (height * width))
 
 
 def read_picture(file: Path | BytesIO) -> Pixels:

@@ -353,6 +353,18 @@ def test_a_machine_without_gpus_is_told_and_works(run, capsys, word, note):
     assert metadata_of(folder)["devices"]["transformer"] == "cpu"
 
 
+@pytest.mark.gpu
+def test_offload_changes_no_bit_of_what_a_gpu_draws(run):
+    words = ("--model", "flux-tiny", "--seed", "1", "--num_steps", "2", "--prompt", "a red circle")
+    resident, offloaded = run(*words, "--device", "cuda"), run(*words, "--offload")
+    assert metadata_of(resident)["devices"] == metadata_of(offloaded)["devices"]
+    assert metadata_of(offloaded)["devices"]["transformer"] == "cuda:0"
+    assert (metadata_of(resident)["offload"], metadata_of(offloaded)["offload"]) == (False, True)
+    for name in files_in(resident):
+        if name.endswith(".jpg"):
+            assert (resident / name).read_bytes() == (offloaded / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
