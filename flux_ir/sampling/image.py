@@ -20,7 +20,8 @@ def jpeg_bytes(pixels: Pixels, index: int = 0, *, model: str | None = None, prom
         exif[ExifTags.Base.Make] = MAKER
         exif[ExifTags.Base.Model] = model
     if prompt is not None:
-        exif[ExifTags.Base.ImageDescription] = prompt
+        # As bytes: of a str, Pillow would write every letter but ASCII as a question mark.
+        exif[ExifTags.Base.ImageDescription] = prompt.encode()
     picture = Image.fromarray(pixels[index].numpy())
     picture.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)
     return buffer.getvalue()

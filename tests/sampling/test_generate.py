@@ -110,13 +110,15 @@ def test_a_saved_picture_says_what_made_it(tmp_path) -> None:
 
     path = tmp_path / "picture.jpg"
     pixels = torch.zeros(1, 16, 32, 3, dtype=torch.uint8)
-    path.write_bytes(jpeg_bytes(pixels, model="flux-tiny", prompt="a red circle, 50 % \N{GREEK SMALL LETTER ALPHA}"))
+    prompt = "a red circle, 50 % \N{GREEK SMALL LETTER ALPHA}"
+    path.write_bytes(jpeg_bytes(pixels, model="flux-tiny", prompt=prompt))
     with Image.open(path) as picture:
         exif = picture.getexif()
         assert picture.size == (32, 16)
     assert exif[0x0131] == "AI generated;txt2img;flux"
     assert exif[0x010F] == "Black Forest Labs"
     assert exif[0x0110] == "flux-tiny"
+    assert prompt.encode() in path.read_bytes()
     path.write_bytes(jpeg_bytes(pixels))
     with Image.open(path) as picture:
         assert not picture.getexif()
