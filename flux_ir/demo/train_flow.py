@@ -56,7 +56,7 @@ class FlowConfig:
     ema_decay: float = 0.998
     seed: int = 0
     compile: bool = True
-    """Compile the transformer: 1.6 times the steps per second on two cores, after a minute of compiling."""
+    """Compile the transformer: more steps per second, after a minute or two of compiling."""
 
 
 class Bank(NamedTuple):
