@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(dim, 3 * self.branches * dim)
 
     def forward(self, vec: Conditioning) -> list[ModulationOut]:
-        parts = self.lin(nn.functional.silu(vec))[:, None, :].chunk(3 * self.branches, dim=-1)
+        parts = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.branches, dim=-1)
         return [ModulationOut(*parts[3 * i : 3 * i + 3]) for i in range(self.branches)]
 
 
@@ -133,12 +134,22 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tokens, vec: Conditioning, rotation: Rotation) -> Tokens:
         (mod,) = self.modulation(vec)
-        hidden = self.linear1(modulate(self.pre_norm(x), mod.shift, mod.scale))
-        qkv, mlp = hidden.split([self.qkv_dim, self.mlp_dim], dim=-1)
+        qkv, mlp = self.project(modulate(self.pre_norm(x), mod.shift, mod.scale))
         q, k, v = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.num_heads)
         q, k = self.norm(q, k, v)
         out = self.linear2(torch.cat([attention(q, k, v, rotation), self.mlp_act(mlp)], dim=-1))
         return x + mod.gate * out
+
+
+    def project(self, x: Tokens) -> tuple[Tensor, Tensor]:
+        """`linear1` as two products, for attention and for feed-forward.
+
+        Each result is one block of memory: halves of one large result are strided, and everything after them is slower.
+        """
+        weights = self.linear1.weight.split([self.qkv_dim, self.mlp_dim])
+        biases = self.linear1.bias.split([self.qkv_dim, self.mlp_dim])
+        qkv, mlp = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return qkv, mlp
 
 
 class LastLayer(nn.Module):
