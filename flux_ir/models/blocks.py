@@ -140,7 +140,6 @@ class SingleStreamBlock(nn.Module):
         out = self.linear2(torch.cat([attention(q, k, v, rotation), self.mlp_act(mlp)], dim=-1))
         return x + mod.gate * out
 
-
     def project(self, x: Tokens) -> tuple[Tensor, Tensor]:
         """`linear1` as two products, for attention and for feed-forward.
 
