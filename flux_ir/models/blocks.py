@@ -145,10 +145,8 @@ class SingleStreamBlock(nn.Module):
 
         Each result is one block of memory: halves of one large result are strided, and everything after them is slower.
         """
-        weights = self.linear1.weight.split([self.qkv_dim, self.mlp_dim])
-        biases = self.linear1.bias.split([self.qkv_dim, self.mlp_dim])
-        qkv, mlp = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-        return qkv, mlp
+        weight, bias, rows = self.linear1.weight, self.linear1.bias, self.qkv_dim
+        return F.linear(x, weight[:rows], bias[:rows]), F.linear(x, weight[rows:], bias[rows:])
 
 
 class LastLayer(nn.Module):
