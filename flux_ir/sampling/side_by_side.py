@@ -29,6 +29,6 @@ def side_by_side(work: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -
     workers = available // share
     try:
         with ThreadPoolExecutor(workers, "pictures", initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            return torch.cat(list(pool.map(work, batch.split(1))))
+            return torch.cat(list(pool.map(work, batch.chunk(len(batch)))))
     finally:
         torch.set_num_threads(available)  # a thread sets the number for itself, and for all that start later
