@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from measure import Target, arguments, interleaved, machine, parse, print_report
+from measure import Target, arguments, interleaved, keep_freed_memory, machine, parse, print_report
 from networks import FULL, NARROW, SIDE_PX, TXT_TOKENS, WIDE, random_flux, random_inputs
 from torch import Tensor
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--full", action="store_true", help="the full-size network, in bf16 on a GPU")
     options = parse(parser)
+    keep_freed_memory()
     networks = {"full size": FULL} if options.full else {"hidden 384": NARROW, "hidden 1024": WIDE}
     dtypes = [torch.bfloat16] if options.full else [torch.bfloat16, torch.float32]
     rows = [

@@ -151,9 +151,9 @@ class Flag:
         if not math.isfinite(value):
             wanted = "a finite number"
         elif facts.minimum is not None and value < facts.minimum:
-            wanted = f"at least {facts.minimum}"
+            wanted, hint = f"at least {facts.minimum}", f"use {facts.minimum} or more"
         elif facts.maximum is not None and value > facts.maximum:
-            wanted = f"at most {facts.maximum}"
+            wanted, hint = f"at most {facts.maximum}", f"use {facts.maximum} or less"
         elif facts.multiple_of is not None and value % facts.multiple_of:
             wanted = f"a multiple of {facts.multiple_of}"
             below = int(value // facts.multiple_of * facts.multiple_of)

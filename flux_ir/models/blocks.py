@@ -134,19 +134,29 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tokens, vec: Conditioning, rotation: Rotation) -> Tokens:
         (mod,) = self.modulation(vec)
-        qkv, mlp = self.project(modulate(self.pre_norm(x), mod.shift, mod.scale))
-        q, k, v = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.num_heads)
-        q, k = self.norm(q, k, v)
-        out = self.linear2(torch.cat([attention(q, k, v, rotation), self.mlp_act(mlp)], dim=-1))
+        out = self.linear2(self.branches(modulate(self.pre_norm(x), mod.shift, mod.scale), rotation))
         return x + mod.gate * out
 
-    def project(self, x: Tokens) -> tuple[Tensor, Tensor]:
-        """`linear1` as two products, for attention and for feed-forward.
+    def branches(self, normed: Tokens, rotation: Rotation) -> Tensor:
+        """Attention and feed-forward neurons side by side. What they were made of is freed before `linear2` runs."""
+        neurons = self.neurons(normed)
+        return torch.cat([self.attend(normed, rotation), neurons], dim=-1)
 
-        Each result is one block of memory: halves of one large result are strided, and everything after them is slower.
+    def attend(self, normed: Tokens, rotation: Rotation) -> Tokens:
+        """The attention branch: the first `3 * dim` rows of `linear1`, then all tokens look at each other."""
+        weight, bias = self.linear1.weight[: self.qkv_dim], self.linear1.bias[: self.qkv_dim]
+        qkv = F.linear(normed, weight, bias)
+        q, k, v = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.num_heads)
+        q, k = self.norm(q, k, v)
+        return attention(q, k, v, rotation)
+
+    def neurons(self, normed: Tokens) -> Tensor:
+        """The feed-forward neurons after their activation: the other rows of `linear1`.
+
+        Two products instead of one: each result is one block of memory, and the activation finds its own in the cache.
         """
-        weight, bias, rows = self.linear1.weight, self.linear1.bias, self.qkv_dim
-        return F.linear(x, weight[:rows], bias[:rows]), F.linear(x, weight[rows:], bias[rows:])
+        weight, bias = self.linear1.weight[self.qkv_dim :], self.linear1.bias[self.qkv_dim :]
+        return self.mlp_act(F.linear(normed, weight, bias))
 
 
 class LastLayer(nn.Module):
