@@ -81,9 +81,10 @@ def interleaved(
     device: torch.device | str = "cpu",
     warm_up: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of each way of doing the same thing, timed in turns (A B, B A, ...), so that a machine that is busy
-    for a while is so for all of them and none always finds the memory as another left it. The first `warm_up` rounds do
-    not count.
+    """Median seconds of each way of doing the same thing, timed in turns (A B, B A, ...).
+
+    A machine that is busy for a while is so for all of them, and none always finds the memory as another left it. The
+    first `warm_up` rounds do not count.
     """
     names = list(ways)
     orders = [names if number % 2 == 0 else names[::-1] for number in range(warm_up + repetitions)]

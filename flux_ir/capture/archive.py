@@ -69,7 +69,7 @@ def blank_tensors() -> Callable[[Shape, torch.dtype], Tensor]:
     return make
 
 
-def lay_out(file: io.RawIOBase, contents: Mapping[str, Any]) -> None:
+def lay_out(file: io.RawIOBase | io.BytesIO, contents: Mapping[str, Any]) -> None:
     """Write the file without the bytes of its tensors: their places are skipped, and their CRC-32 is zero."""
     with torch.serialization.skip_data():
         torch.save(contents, file)  # type: ignore[arg-type]
@@ -114,6 +114,29 @@ def _header_bytes(header: bytes) -> int:
     return _LOCAL_HEADER.size + name_bytes + extra_bytes
 
 
+def records_in(file: io.BufferedReader | io.BytesIO) -> dict[str, Record]:
+    """Every record of a file of `torch.save`, by the name that `StoredTensor.record` has."""
+    with zipfile.ZipFile(file) as archive:
+        infos, central = archive.infolist(), archive.start_dir
+    found = {}
+    for info in infos:
+        file.seek(info.header_offset)
+        offset = info.header_offset + _header_bytes(file.read(_LOCAL_HEADER.size))
+        crcs = [central + _CRC_IN_CENTRAL_HEADER]
+        if info.flag_bits & _HAS_DESCRIPTOR:
+            crcs.append(offset + info.file_size + _CRC_IN_DESCRIPTOR)
+        found[_record_name(info)] = Record(offset, info.file_size, tuple(crcs))
+        name_bytes = len(info.orig_filename.encode())
+        central += _CENTRAL_HEADER_BYTES + name_bytes + len(info.extra) + len(info.comment)
+    return found
+
+
+def unpickled(data: bytes) -> dict[str, Any]:
+    """The dictionary of a `data.pkl`, with a `StoredTensor` for every tensor."""
+    contents: dict[str, Any] = _Unpickler(io.BytesIO(data)).load()
+    return contents
+
+
 class Archive:
     """A file of `torch.save`: `contents` is its dictionary with a `StoredTensor` for every tensor, `tensor` reads one.
 
@@ -128,8 +151,7 @@ class Archive:
             if "data.pkl" not in self._infos:
                 raise zipfile.BadZipFile("it is a zip, but not one of torch.save")
             data = archive.read(self._infos["data.pkl"])
-            self._central_directory = archive.start_dir
-        self.contents = _Unpickler(io.BytesIO(data)).load()
+        self.contents = unpickled(data)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """The tensor, mapped from the file. Writing to it changes this process' memory and never the file."""
@@ -142,18 +164,8 @@ class Archive:
 
     def records(self) -> dict[str, Record]:
         """Every record, by the name that `StoredTensor.record` has."""
-        found, central = {}, self._central_directory
-        with self.path.open("rb", buffering=0) as file:
-            for name, info in self._infos.items():
-                file.seek(info.header_offset)
-                offset = info.header_offset + _header_bytes(file.read(_LOCAL_HEADER.size))
-                crcs = [central + _CRC_IN_CENTRAL_HEADER]
-                if info.flag_bits & _HAS_DESCRIPTOR:
-                    crcs.append(offset + info.file_size + _CRC_IN_DESCRIPTOR)
-                found[name] = Record(offset, info.file_size, tuple(crcs))
-                name_bytes = len(info.orig_filename.encode())
-                central += _CENTRAL_HEADER_BYTES + name_bytes + len(info.extra) + len(info.comment)
-        return found
+        with self.path.open("rb") as file:
+            return records_in(file)
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -206,6 +218,7 @@ _MAKERS: dict[tuple[str, str], Any] = {
     ("torch", "BFloat16Storage"): torch.bfloat16,
     ("torch", "HalfStorage"): torch.float16,
     ("torch", "FloatStorage"): torch.float32,
+    ("torch", "IntStorage"): torch.int32,
     ("torch", "DoubleStorage"): torch.float64,
     ("torch.storage", "UntypedStorage"): None,
 }

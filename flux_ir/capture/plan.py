@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flux_ir.capture.precision import FLOAT8, READ_AS, ROUNDED
 from flux_ir.capture.recorder import check_sites
 from flux_ir.errors import FluxIRError
 from flux_ir.models.transformer import FluxParams
@@ -37,8 +38,14 @@ class CapturePlan:
     dtype: torch.dtype = torch.bfloat16
     """Of what the sites put out."""
     context_dtype: torch.dtype | None = None
-    """Of the sampler's state and the pooled text; None: the same as `dtype`."""
+    """Of the sampler's state and the pooled text; None: the same as `dtype` (bfloat16, where that is float8)."""
     batch: int = 1
+    img_positions: Sequence[int] | None = None
+    """The image tokens to keep, by their places on the image grid, row by row: of every site, every step, and the
+    sampler's state. None: all. Text tokens are always kept."""
+    rounds: bool = False
+    """Whether values of any float dtype are taken and rounded to `dtype`; float8 gets a scale per token. If not, only
+    values of that dtype are taken, and kept bit for bit."""
 
     def __post_init__(self) -> None:
         num_steps = len(self.timesteps) - 1
@@ -52,6 +59,11 @@ class CapturePlan:
         if not self.sites:
             raise FluxIRError("a capture needs at least one site: got none", hint="leave --sites out for every block")
         check_sites(self.sites, self.flux.depth, self.flux.depth_single_blocks)
+        if self.rounds and self.dtype not in ROUNDED:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROUNDED)
+            raise FluxIRError(f"activations are rounded to one of {names}: got {self.dtype}", hint="pass another dtype")
+        if self.img_positions is not None:
+            object.__setattr__(self, "img_positions", _checked_positions(self.img_positions, self.img_tokens))
         # frozen, so not by plain assignment
         object.__setattr__(self, "steps", tuple(steps))
         object.__setattr__(self, "sites", tuple(sorted(set(self.sites))))
@@ -64,8 +76,28 @@ class CapturePlan:
         return tuple(self.steps or ())
 
     @property
+    def kept_img_tokens(self) -> int:
+        """How many of the image tokens are kept."""
+        return self.img_tokens if self.img_positions is None else len(self.img_positions)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the values are float8 with a scale per token."""
+        return self.rounds and self.dtype == FLOAT8
+
+    @property
+    def of_context(self) -> torch.dtype:
+        """The dtype of the sampler's state and the pooled text."""
+        return self.context_dtype or (READ_AS if self.scales else self.dtype)
+
+    @property
     def img_shape(self) -> Shape:
-        """Of the packed state before a step."""
+        """Of the packed state before a step, as kept."""
+        return self.batch, self.kept_img_tokens, self.flux.in_channels
+
+    @property
+    def full_img_shape(self) -> Shape:
+        """Of the packed state before a step, as the sampler has it."""
         return self.batch, self.img_tokens, self.flux.in_channels
 
     @property
@@ -74,18 +106,27 @@ class CapturePlan:
         return self.batch, self.flux.vec_in_dim
 
     def shape(self, site: Site) -> Shape:
-        """[batch, tokens, width] of one site at one step."""
-        tokens = {"img": self.img_tokens, "txt": self.txt_tokens, None: self.txt_tokens + self.img_tokens}[site.stream]
+        """[batch, tokens, width] of one site at one step, as kept."""
+        return self._shape(site, self.kept_img_tokens)
+
+    def full_shape(self, site: Site) -> Shape:
+        """[batch, tokens, width] of one site at one step, as the network puts it out."""
+        return self._shape(site, self.img_tokens)
+
+    def _shape(self, site: Site, img_tokens: int) -> Shape:
+        tokens = {"img": img_tokens, "txt": self.txt_tokens, None: self.txt_tokens + img_tokens}[site.stream]
         width = self.flux.hidden_size
         return self.batch, tokens, int(width * self.flux.mlp_ratio) if site.part == "neurons" else width
 
 
 def capture_bytes(plan: CapturePlan) -> int:
     """Bytes of all tensors of the capture. The file adds about 4 kB a tensor at most; `store.file_bytes` is exact."""
-    context_dtype = plan.context_dtype or plan.dtype
     per_step = sum(prod(plan.shape(site)) for site in plan.sites) * plan.dtype.itemsize
-    per_step += (prod(plan.img_shape) + prod(plan.y_shape)) * context_dtype.itemsize
-    return per_step * len(plan.kept_steps)
+    per_step += (prod(plan.img_shape) + prod(plan.y_shape)) * plan.of_context.itemsize
+    if plan.scales:
+        per_step += sum(prod(plan.shape(site)[:2]) for site in plan.sites) * torch.float32.itemsize
+    positions = plan.kept_img_tokens * torch.int32.itemsize if plan.img_positions is not None else 0
+    return per_step * len(plan.kept_steps) + positions
 
 
 def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> dict[str, Any]:
@@ -93,6 +134,8 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
 
     A double block kept with both streams stands under `double_blocks` as pairs, a single block kept whole under
     `single_blocks`; every other site, a lone stream too, stands under `sites` by its name (where there are such).
+    Every site has its scales under `scales`, where the plan has such; `token_positions` is there where not all image
+    tokens are.
     """
     steps = plan.kept_steps
     file: dict[str, Any] = {"double_blocks": {}, "single_blocks": {}, "denoising_context": {}, "metadata": {}}
@@ -106,7 +149,7 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
             whole = site.kind == "single" and site.stream is None and site.part is None
             place, name = ("single_blocks", _block(site)) if whole else ("sites", str(site))
             file.setdefault(place, {})[name] = [make(plan.shape(site), plan.dtype) for _ in steps]
-    context_dtype = plan.context_dtype or plan.dtype
+    context_dtype = plan.of_context
     file["denoising_context"] = {
         "y": [make(plan.y_shape, context_dtype) for _ in steps],
         "txt_seq_len": [plan.txt_tokens for _ in steps],
@@ -115,6 +158,10 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
         "guidance": plan.guidance,
     }
     file["metadata"] = {**plan.metadata, "captured_steps": list(steps), "sites": [str(site) for site in plan.sites]}
+    if plan.scales:
+        file["scales"] = {str(s): [make(plan.shape(s)[:2], torch.float32) for _ in steps] for s in plan.sites}
+    if plan.img_positions is not None:
+        file["token_positions"] = make((plan.kept_img_tokens,), torch.int32)
     return file
 
 
@@ -135,6 +182,17 @@ def stored_sites(file: Mapping[str, Any]) -> list[Site]:
     for name in file["double_blocks"]:
         sites += [Site.parse(f"double.{_number(name)}.{stream}") for stream in ("img", "txt")]
     return sorted(sites)
+
+
+def _checked_positions(positions: Sequence[int], img_tokens: int) -> tuple[int, ...]:
+    kept = tuple(positions)
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= img_tokens:
+        raise FluxIRError(
+            f"img_positions must be places among the {img_tokens} image tokens, counted from 0, in order, each once: "
+            f"got {list(kept[:8]) or 'none'}{' ...' if len(kept) > 8 else ''}",
+            hint="choose other places, or None to keep every image token",
+        )
+    return kept
 
 
 def _is_half_of_a_pair(site: Site, sites: Sequence[Site]) -> bool:

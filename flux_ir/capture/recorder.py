@@ -4,7 +4,7 @@ Every site is the output of some module, or what a block made of its input; `_ta
 that writes the capture file.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from inspect import signature
 from types import TracebackType
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.transformer import Flux
+from flux_ir.sampling.denoise import Step
 from flux_ir.shapes import PackedLatent, Pooled
 from flux_ir.sites import Site, all_sites, nearest_names
 
@@ -51,21 +52,47 @@ class MemorySink:
         self.values[step, site] = value.detach()
 
 
+class RecordingComplete(Exception):  # noqa: N818 (a signal, not an error)
+    """Ends a forward that was to be recorded only as far as it has come: `until_recorded` takes it for the end."""
+
+
+def until_recorded(steps: Iterator[Step]) -> Iterator[Step]:
+    """The sampler's steps, up to the one that a recorder with `stop_early` cut short: that one has no velocity."""
+    try:
+        yield from steps
+    except RecordingComplete:
+        return
+
+
 class Recorder:
     """Records the sites of every forward of `model` while its `with` lasts: one forward is one step, counted from 0.
 
     `steps` are the steps to record (None: all); the others pass untouched. No hook is left behind, whatever raises.
 
+    With `stop_early` the forward of the last of `steps` ends by `RecordingComplete` as soon as its last site is
+    recorded: nothing deeper is computed. The steps before it run whole, for the sampler goes on from their velocity.
+
     Raises FluxIRError for sites the model does not have.
     """
 
-    def __init__(self, model: Flux, sites: Sequence[Site], sink: Sink, *, steps: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: Flux,
+        sites: Sequence[Site],
+        sink: Sink,
+        *,
+        steps: Collection[int] | None = None,
+        stop_early: bool = False,
+    ) -> None:
         check_sites(sites, model.params.depth, model.params.depth_single_blocks)
+        if stop_early and not steps:
+            raise ValueError("stop_early needs the steps to record: it stops at the last of them")
         self.model, self.sites, self.sink = model, tuple(dict.fromkeys(sites)), sink
         self.steps = None if steps is None else frozenset(steps)
+        self._last_step = max(steps) if stop_early and steps else None
         self._signature = signature(model.forward)
         self._hooks: ExitStack | None = None
-        self._step, self._txt_tokens, self._recording = -1, 0, False
+        self._step, self._txt_tokens, self._recording, self._to_come = -1, 0, False, 0
 
     def __enter__(self) -> "Recorder":
         if self._hooks is not None:
@@ -96,12 +123,20 @@ class Recorder:
             given = self._signature.bind(*args, **kwargs).arguments
             self._txt_tokens = given["txt"].shape[1]
             self.sink.begin_step(self._step, StepContext(given["img"], given["y"], self._txt_tokens))
+            self._to_come = len(self.sites)
+            self._stop_if_complete()
+
+    def _stop_if_complete(self) -> None:
+        if self._step == self._last_step and self._to_come == 0:
+            raise RecordingComplete
 
     def _listener(self, site: Site, take: "_Take") -> Callable[..., None]:
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._recording:
                 value = take(args, kwargs, output)
                 self.sink.write(self._step, site, _half(value, site, self._txt_tokens))
+                self._to_come -= 1
+                self._stop_if_complete()
 
         return listen
 

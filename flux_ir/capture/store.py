@@ -13,14 +13,16 @@ from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flux_ir.capture.archive import Archive, Record, blank_tensors, laid_out_bytes, lay_out
+from flux_ir.capture.archive import Archive, Record, StoredTensor, blank_tensors, laid_out_bytes, lay_out
 from flux_ir.capture.filler import QUEUE_BYTES, RecordFiller
+from flux_ir.capture.pieces import Of, Piece, not_planned, pieces_of_context, pieces_of_site, places, positions
 from flux_ir.capture.plan import CapturePlan, Shape, capture_bytes, contents, stored_sites, stored_value
+from flux_ir.capture.precision import READ_AS, dequantised
 from flux_ir.capture.recorder import StepContext
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, disk_error, newest_capture
@@ -28,9 +30,6 @@ from flux_ir.shapes import PackedLatent, Pooled, Tokens
 from flux_ir.sites import Site, nearest_names
 
 __all__ = ["Capture", "CaptureContext", "CapturePlan", "CaptureWriter", "capture_bytes", "file_bytes", "load_capture"]
-
-# What one tensor of the file is of: a site, or a part of the step's context.
-_Of = Site | Literal["img_state", "y"]
 
 
 def file_bytes(plan: CapturePlan) -> int:
@@ -51,16 +50,20 @@ class CaptureWriter:
     def __init__(self, path: Path, plan: CapturePlan, *, queue_bytes: int = QUEUE_BYTES) -> None:
         self.path, self.plan, self.queue_bytes = path, plan, queue_bytes
         self._open = ExitStack()
-        self._missing: dict[tuple[int, _Of], Record] = {}
+        self._missing: dict[tuple[int, Of], Record] = {}
 
     def __enter__(self) -> "CaptureWriter":
         with ExitStack() as opened:  # undone at once if a later part fails
             beside = opened.enter_context(complete_file(self.path))
             file = opened.enter_context(beside.open("r+b", buffering=0))
             _reserve(file, self.plan, self.path)
-            self._missing = _places(beside, self.plan)
+            archive = Archive(beside)  # read back as laid out: no order of records is taken for granted
+            record_of = archive.records()
+            self._missing = {at: record_of[of.record] for at, of in places(self.plan, archive.contents).items()}
             filler = RecordFiller(file, self.path, queue_bytes=self.queue_bytes)
             self._filler = opened.enter_context(filler)
+            if (kept := positions(self.plan)) is not None:
+                filler.put(record_of[archive.contents["token_positions"].record], kept)
             opened.push(self._check_complete)
             self._open = opened.pop_all()
         return self
@@ -72,32 +75,19 @@ class CaptureWriter:
 
     def begin_step(self, step: int, context: StepContext) -> None:
         """Writes what the step began with."""
-        if context.txt_tokens != self.plan.txt_tokens:
-            raise FluxIRError(
-                f"step {step} must have {self.plan.txt_tokens} text tokens, as planned: got {context.txt_tokens}",
-                hint="plan the capture with the text this prompt is encoded to",
-            )
-        dtype = self.plan.context_dtype or self.plan.dtype
-        self._put(step, "img_state", context.img, self.plan.img_shape, dtype)
-        self._put(step, "y", context.y, self.plan.y_shape, dtype)
+        for piece in pieces_of_context(self.plan, step, context):
+            self._put(step, piece)
 
     def write(self, step: int, site: Site, value: Tensor) -> None:
         """Writes one site of one step."""
-        self._put(step, site, value, self.plan.shape(site), self.plan.dtype)
+        for piece in pieces_of_site(self.plan, step, site, value):
+            self._put(step, piece)
 
-    def _put(self, step: int, of: _Of, value: Tensor, shape: Shape, dtype: torch.dtype) -> None:
-        if tuple(value.shape) != shape or value.dtype != dtype:
-            raise FluxIRError(
-                f"{of} at step {step} must be {dtype} {list(shape)}, as planned: got {value.dtype} {list(value.shape)}",
-                hint="plan the capture with the sizes and the dtype the network runs with",
-            )
-        record = self._missing.pop((step, of), None)
+    def _put(self, step: int, piece: Piece) -> None:
+        record = self._missing.pop((step, piece.of), None)
         if record is None:
-            raise FluxIRError(
-                f"{of} at step {step} is not in the plan of this capture, or came twice",
-                hint="record the sites and the steps of the plan, one forward for each step",
-            )
-        self._filler.put(record, value)
+            raise not_planned(step, piece.of)
+        self._filler.put(record, piece.value)
 
     def _check_complete(self, kind: type[BaseException] | None, *unused: object) -> None:
         if kind is None and self._missing:
@@ -133,19 +123,6 @@ def _take_space(file: FileIO, size: int) -> None:
             raise
 
 
-def _places(beside: Path, plan: CapturePlan) -> dict[tuple[int, _Of], Record]:
-    """Where each tensor belongs, read back from the file as laid out: no order of records is taken for granted."""
-    archive = Archive(beside)
-    record_of, stored = archive.records(), archive.contents
-    places: dict[tuple[int, _Of], Record] = {}
-    for index, step in enumerate(plan.kept_steps):
-        for part in ("img_state", "y"):
-            places[step, part] = record_of[stored["denoising_context"][part][index].record]
-        for site in plan.sites:
-            places[step, site] = record_of[stored_value(stored, site, index).record]
-    return places
-
-
 class CaptureContext(NamedTuple):
     """What a step began with, and where it went: state before it, pooled text, from and to flow time."""
 
@@ -177,27 +154,59 @@ class Capture:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what the sites put out."""
-        dtype: torch.dtype = stored_value(self._contents, self.sites[0], 0).dtype
+        """Of what `read` gives: the dtype of the file, but bfloat16 for float8 with scales."""
+        return READ_AS if "scales" in self._contents else self.stored_dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the values of the sites in the file."""
+        dtype: torch.dtype = self._stored(self.sites[0], 0).dtype
         return dtype
+
+    @property
+    def img_positions(self) -> Tensor | None:
+        """The places on the image grid, row by row, of the image tokens that were kept: int32. None: all of them."""
+        kept = self._contents.get("token_positions")
+        return None if kept is None else self._archive.tensor(kept)
 
     def shape(self, site: Site) -> Shape:
         """[batch, tokens, width] of one site, as at the first kept step."""
-        return tuple(self.read(site, self.steps[0]).shape)
+        batch, tokens, width = self._stored(site, 0).shape
+        txt_tokens = self._context["txt_seq_len"][0]
+        if site not in self._known:  # a half
+            tokens = txt_tokens if site.stream == "txt" else tokens - txt_tokens
+        return batch, tokens, width
 
     def read(self, site: Site, step: int) -> Tokens:
-        """One site at one step: [batch, tokens, width], mapped from the file.
+        """One site at one step: [batch, tokens, width], mapped from the file; float8 with scales becomes bfloat16.
 
         Raises FluxIRError for a site or a step that was not captured.
         """
-        index, stored = self._index_of(step), site if site in self._known else site.whole
+        return dequantised(*self.read_stored(site, step))
+
+    def read_stored(self, site: Site, step: int) -> tuple[Tensor, Tensor | None]:
+        """The values as the file holds them, mapped from it, and the scales [batch, tokens] of float8 values."""
+        index = self._index_of(step)
+        value = self._half(self._archive.tensor(self._stored(site, index)), site, index)
+        if "scales" not in self._contents:
+            return value, None
+        stored = site if site in self._known else site.whole
+        scale = self._archive.tensor(self._contents["scales"][str(stored)][index])
+        return value, self._half(scale, site, index)
+
+    def _stored(self, site: Site, index: int) -> StoredTensor:
+        """What holds the site, or the single block it is half of. Raises FluxIRError if it was not captured."""
+        stored = site if site in self._known else site.whole
         if stored not in self._known:
             raise FluxIRError(
                 f"{site} was not captured in {self.path}, which holds {len(self.sites)} sites",
                 hint=f"the nearest are {nearest_names(str(site), map(str, self.sites))}",
             )
-        value = self._archive.tensor(stored_value(self._contents, stored, index))
-        if stored == site:
+        found: StoredTensor = stored_value(self._contents, stored, index)
+        return found
+
+    def _half(self, value: Tensor, site: Site, index: int) -> Tensor:
+        if site in self._known:
             return value
         txt_tokens = self._context["txt_seq_len"][index]
         return value[:, :txt_tokens] if site.stream == "txt" else value[:, txt_tokens:]
@@ -212,7 +221,7 @@ class Capture:
     def check(self) -> None:
         """Raises FluxIRError unless there are sites, and as many tensors of each as there are steps."""
         lists = {part: self._context[part] for part in ("img_state", "y", "txt_seq_len", "timestep_pairs")}
-        for group in ("double_blocks", "single_blocks", "sites"):
+        for group in ("double_blocks", "single_blocks", "sites", "scales"):
             lists |= {f"{group}.{name}": values for name, values in self._contents.get(group, {}).items()}
         wrong = {name: len(values) for name, values in lists.items() if len(values) != len(self.steps)}
         if wrong or not self.sites or not self.steps:

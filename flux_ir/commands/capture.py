@@ -90,10 +90,18 @@ class CaptureOptions(Options):
         None, help="the autoencoder's weights, likewise", group=WHERE, default_text="environment, package, hub"
     )
     output_dir: Path = option(Path("output"), help="where the run's folder is made", group=WHERE)
+    plan: bool = option(
+        False, help="only say what it would take: tokens, bytes, memory and time, from a short trial", group=WHERE
+    )
 
 
 def run(options: CaptureOptions) -> None:
     """Capture as the options say. Raises FluxIRError for what a user can mend, before anything heavy where possible."""
+    if options.plan:
+        from flux_ir.commands.planning import plan_capture
+
+        plan_capture(options)
+        return
     from flux_ir.commands.generation import capture
 
     capture(options)

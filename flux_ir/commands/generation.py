@@ -179,7 +179,18 @@ def generate(options: CaptureOptions, job: Job, folder: RunFolder, suite: Suite,
         metadata=folder.metadata_file(timestamp, job.spec.name),
     )
     metadata = describe(options, job, folder, timestamp)
-    planned = CapturePlan(
+    planned = planned_file(options, job, metadata)
+    with CaptureWriter(files.capture, planned) as sink:  # takes its disk space before a weight is read
+        latent = paint(options, job, suite, sink, report)
+    write_json(files.metadata, metadata | {"options": to_json_dict(options), **surroundings(job, suite)})
+    with report.phase("picture"):
+        save_picture(options, job, suite, latent, files.picture)
+    return files
+
+
+def planned_file(options: CaptureOptions, job: Job, metadata: dict[str, Any]) -> CapturePlan:
+    """What the capture file will hold."""
+    return CapturePlan(
         flux=job.spec.flux,
         sites=job.sites,
         timesteps=job.timesteps,
@@ -190,12 +201,6 @@ def generate(options: CaptureOptions, job: Job, folder: RunFolder, suite: Suite,
         steps=job.kept_steps,
         dtype=job.dtype,
     )
-    with CaptureWriter(files.capture, planned) as sink:  # takes its disk space before a weight is read
-        latent = paint(options, job, suite, sink, report)
-    write_json(files.metadata, metadata | {"options": to_json_dict(options), **surroundings(job, suite)})
-    with report.phase("picture"):
-        save_picture(options, job, suite, latent, files.picture)
-    return files
 
 
 def paint(options: CaptureOptions, job: Job, suite: Suite, sink: Sink, report: Report) -> PackedLatent:
@@ -246,7 +251,9 @@ def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
         "dtype": str(job.dtype).removeprefix("torch."),
         "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},
         "offload": job.placement.offload,
-        "files": {part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items()},
+        "files": {
+            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
+        },
         "versions": {
             # Not from the installed package: a clone that is run in place has none.
             "flux_ir": import_module("flux_ir").__version__,

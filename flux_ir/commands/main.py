@@ -28,6 +28,42 @@ VERBS = {
         "run",
         "sample a picture, record every block, and show what each would have drawn",
     ),
+    "collect": Verb(
+        "flux_ir.commands.collect",
+        "CollectOptions",
+        "run",
+        "collect activations over thousands of prompts, with any number of processes",
+    ),
+    "collect-clip": Verb(
+        "flux_ir.commands.collect_clip",
+        "CollectClipOptions",
+        "run",
+        "collect CLIP's activations of a folder of pictures as training data",
+    ),
+    "export": Verb(
+        "flux_ir.commands.export",
+        "ExportOptions",
+        "run",
+        "write captured activations as plain arrays: safetensors or npy",
+    ),
+    "train-sae": Verb(
+        "flux_ir.commands.train_sae",
+        "TrainSAEOptions",
+        "run",
+        "train sparse autoencoders on captured activations, or on live ones",
+    ),
+    "evaluate-sae": Verb(
+        "flux_ir.commands.evaluate_sae",
+        "EvaluateSAEOptions",
+        "run",
+        "measure autoencoders on images they were not trained on, and splice them into the model",
+    ),
+    "export-sae": Verb(
+        "flux_ir.commands.export_sae",
+        "ExportSAEOptions",
+        "run",
+        "write an autoencoder as another program reads it, or put it on the hub",
+    ),
     "lens": Verb(
         "flux_ir.commands.lens",
         "LensOptions",

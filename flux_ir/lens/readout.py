@@ -57,7 +57,12 @@ def image_outputs(sites: Sequence[Site]) -> list[Site]:
 
 
 def readable_sites(capture: Capture) -> list[Site]:
-    """The captured sites a lens can read. Raises FluxIRError if there is none."""
+    """The captured sites a lens can read. Raises FluxIRError if there is none, or tokens of the picture are missing."""
+    if capture.img_positions is not None:
+        raise FluxIRError(
+            f"a lens needs every image token, and {capture.path} keeps {len(capture.img_positions)} of them",
+            hint="capture the picture again with all its tokens",
+        )
     readable = image_outputs(capture.sites)
     if not readable:
         raise FluxIRError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
+    HfApi,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -55,8 +56,28 @@ def download_folders(repo_id: str, folders: tuple[str, ...], announce: Announce 
         return Path(snapshot_download(repo_id, allow_patterns=[f"{folder}/*" for folder in folders]))
 
 
+def download_repository(repo_id: str, patterns: tuple[str, ...], announce: Announce | None) -> Path:
+    """Fetches the files of a repository whose names match into the hub's cache: the local folder they stand in."""
+    if announce is not None:
+        announce(f"downloading {', '.join(patterns)} from {repo_id}")
+    with _plain_errors(repo_id, " and ".join(patterns), "or name a local folder"):
+        return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+
+
+def upload_folder(folder: Path, repo_id: str, names: tuple[str, ...], *, private: bool) -> str:
+    """Puts these files of a folder into a repository as one commit; makes the repository if there is none.
+
+    Returns the address of the commit. Raises FluxIRError if there is no network, or no right to write there.
+    """
+    with _plain_errors(repo_id, "what was to be written", "or copy the folder by hand"):
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(names))
+    return str(commit.commit_url)
+
+
 @contextmanager
-def _plain_errors(repo_id: str, wanted: str) -> Iterator[None]:
+def _plain_errors(repo_id: str, wanted: str, other_ways: str = _OTHER_WAYS) -> Iterator[None]:
     """Turns what may go wrong on the way to the hub into one line each. The order matters: later classes are wider."""
     try:
         yield
@@ -70,30 +91,30 @@ def _plain_errors(repo_id: str, wanted: str) -> Iterator[None]:
             f"the hub does not show the repository {repo_id} to this account", hint="check HF_TOKEN and HF_ENDPOINT"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise _unreachable(repo_id, wanted, error.__cause__) from error
+        raise _unreachable(repo_id, wanted, error.__cause__, other_ways) from error
     except EntryNotFoundError as error:
         raise FluxIRError(f"{repo_id} has no {wanted}", hint="check HF_ENDPOINT") from error
     except (OfflineModeIsEnabled, HTTPError) as error:
-        raise _unreachable(repo_id, wanted, error) from error
+        raise _unreachable(repo_id, wanted, error, other_ways) from error
     except OSError as error:  # a full disk, above all
         raise FluxIRError(
             f"fetching {wanted} from {repo_id} stopped: {error}",
-            hint=f"try again (it goes on where it stopped), {_OTHER_WAYS}",
+            hint=f"try again (it goes on where it stopped), {other_ways}",
         ) from error
 
 
-def _unreachable(repo_id: str, wanted: str, cause: BaseException | None) -> FluxIRError:
+def _unreachable(repo_id: str, wanted: str, cause: BaseException | None, other_ways: str) -> FluxIRError:
     if isinstance(cause, OfflineModeIsEnabled):
         return FluxIRError(
             f"{wanted} of {repo_id} is not in the hub's cache and HF_HUB_OFFLINE forbids fetching it",
-            hint=f"unset HF_HUB_OFFLINE, {_OTHER_WAYS}",
+            hint=f"unset HF_HUB_OFFLINE, {other_ways}",
         )
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return FluxIRError(
             f"the hub refused {wanted} of {repo_id} with status {cause.response.status_code}",
-            hint=f"check HF_TOKEN, try again later, {_OTHER_WAYS}",
+            hint=f"check HF_TOKEN, try again later, {other_ways}",
         )
     return FluxIRError(
         f"{wanted} of {repo_id} is not in the hub's cache and the hub cannot be reached",
-        hint=f"check the network, {_OTHER_WAYS}",
+        hint=f"check the network, {other_ways}",
     )

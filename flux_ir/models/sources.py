@@ -35,7 +35,8 @@ class ModelSource(NamedTuple):
     """Everything a model needs, found and checked."""
 
     transformer: WeightSource
-    autoencoder: WeightSource
+    autoencoder: WeightSource | None
+    """None: not asked for."""
     text: TextSource
 
 
@@ -44,15 +45,19 @@ def locate_model(
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
     *,
+    autoencoder: bool = True,
     announce: Announce | None = None,
 ) -> ModelSource:
-    """All parts of the model. Everything on disk is found and checked first, so a mistake shows before any download."""
+    """All parts of the model, without its autoencoder if that is not needed.
+
+    Everything on disk is found and checked first, so a mistake shows before any download.
+    """
     transformer = _transformer_on_disk(spec, checkpoint)
-    autoencoder = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint)
+    draws = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
     t5, clip = encoder_on_disk(spec, "t5", checkpoint), encoder_on_disk(spec, "clip", checkpoint)
     return ModelSource(
         # Small files first: they tell whether the hub gives access at all.
-        autoencoder=autoencoder or _download(spec, "autoencoder", announce),
+        autoencoder=(draws or _download(spec, "autoencoder", announce)) if autoencoder else None,
         text=TextSource(
             clip=clip or download_encoder(spec, "clip", announce), t5=t5 or download_encoder(spec, "t5", announce)
         ),

@@ -57,6 +57,12 @@ class Suite:
         with self._on(t5, self.placement.t5), self._on(clip, self.placement.clip):
             yield TextEncoders(t5, clip)
 
+    def free_text_encoders(self) -> None:
+        """Lets go of both text encoders, and of the GPU memory they took. They are loaded again if asked for."""
+        self._t5, self._clip = None, None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @contextmanager
     def transformer(self) -> Iterator[Flux]:
         """The transformer, on its device."""
@@ -109,6 +115,8 @@ class Suite:
 
     def _load_autoencoder(self) -> AutoEncoder:
         if self._autoencoder is None:
+            if self.source.autoencoder is None:
+                raise ValueError("this model was located without its autoencoder")
             # float32 whatever the transformer's dtype: its latents are decoded from float32.
             model = load_autoencoder(self.spec, self.source.autoencoder, self._home(self.placement.ae_decoder))
             model.encoder.to(self._home(self.placement.ae_encoder))

@@ -4,23 +4,18 @@ As in the reference, prompts are padded to a fixed length and the padding is att
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
-from transformers.utils import logging
+from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from flux_ir.errors import FluxIRError
+from flux_ir.models.pretrained import load_pretrained, load_tokenizer
 from flux_ir.shapes import Pooled, TxtTokens
 
-TextModel = TypeVar("TextModel", T5EncoderModel, CLIPTextModel)
-
 CLIP_TOKENS = 77
+_WHAT = "the text encoder"
 LISTABLE_WORDS = 100  # vocabularies up to this size are spelt out in the note on unknown words
 UNKNOWN_WORDS_TOLD = 20
 LONGEST_WORD_TOLD = 40  # characters
@@ -102,56 +97,17 @@ def load_t5(
 
     Raises FluxIRError for a folder that is broken or lacks weights.
     """
-    model = _load(T5EncoderModel, model_dir, dtype)
-    return _finished(TextEncoder(model, _load_tokenizer(tokenizer_dir), max_tokens, "last_hidden_state"), device)
+    model = load_pretrained(T5EncoderModel, model_dir, dtype, what=_WHAT)
+    tokenizer = load_tokenizer(tokenizer_dir, what=_WHAT)
+    return _finished(TextEncoder(model, tokenizer, max_tokens, "last_hidden_state"), device)
 
 
 def load_clip(model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
     """The CLIP text encoder of a local transformers folder. Raises FluxIRError as `load_t5`."""
-    model = _load(CLIPTextModel, model_dir, dtype)
+    model = load_pretrained(CLIPTextModel, model_dir, dtype, what=_WHAT)
     max_tokens = min(CLIP_TOKENS, model.config.max_position_embeddings)
-    return _finished(TextEncoder(model, _load_tokenizer(tokenizer_dir), max_tokens, "pooler_output"), device)
-
-
-def _load(kind: type[TextModel], folder: Path, dtype: torch.dtype) -> TextModel:
-    """The model with every weight from the folder: transformers alone would draw missing ones at random.
-
-    What the folder has beyond it (T5's decoder, CLIP's picture half) is left.
-    """
-    try:
-        with _quietly():
-            loaded: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(folder, f"{kind.__name__}: {error}") from error
-    model, told = loaded
-    if missing := sorted(told["missing_keys"]):
-        raise _unreadable(folder, f"{len(missing)} weights of {kind.__name__} are missing, first {missing[0]}")
-    return model
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, f"the tokenizer: {error}") from error
-
-
-def _unreadable(folder: Path, problem: str) -> FluxIRError:
-    return FluxIRError(f"the text encoder in {folder} cannot be read: {problem}", hint="fetch the whole folder again")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Progress and complaints are the caller's: transformers' own bars and reports stay away, and come back after."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    tokenizer = load_tokenizer(tokenizer_dir, what=_WHAT)
+    return _finished(TextEncoder(model, tokenizer, max_tokens, "pooler_output"), device)
 
 
 def _finished(encoder: TextEncoder, device: torch.device | str) -> TextEncoder:

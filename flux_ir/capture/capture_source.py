@@ -1,0 +1,237 @@
+"""Captures as training data: a collection of any size, finished or not, or files that belong together."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, overload
+
+from flux_ir.capture.store import Capture, load_capture
+from flux_ir.capture.token_blocks import Generation, TokenBlock, leading_txt, token_positions
+from flux_ir.errors import FluxIRError
+from flux_ir.sites import Site
+
+# Brings a file of a collection that is elsewhere, by its name: its local path.
+Fetch = Callable[[str], Path]
+
+_OPEN_FILES = 8  # mapped at once: readers take all they want of a file before the next
+
+
+class _Row(NamedTuple):
+    """One generation of a source, in little memory: there may be a million."""
+
+    id: str
+    prompt: str
+    path: str
+    used_txt: int | None
+
+
+class _Layout(NamedTuple):
+    """What captures of one source have in common."""
+
+    model: str | None
+    sites: list[Site]
+    steps: list[int]
+    widths: dict[Site, int]
+    tokens: dict[Site, int]
+
+
+class CaptureSource:
+    """Activations in capture files, opened when they are read. A few stay open, mapped."""
+
+    def __init__(self, root: Path, rows: Sequence[_Row], *, fetch: Fetch | None = None) -> None:
+        self._root, self._rows, self._fetch = root, rows, fetch
+        self._open: OrderedDict[int, Capture] = OrderedDict()
+        self._lock = Lock()
+        self._first = self._capture(0)
+        layout = _layout(self._first)
+        self.sites: list[Site] = layout.sites
+        self.steps: list[int] = layout.steps
+        self.model: str | None = layout.model
+        self.generations: Sequence[Generation] = _Generations(root, rows)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> "CaptureSource":
+        """The captures in these files, in their order. All are opened once: they must fit together."""
+        first: tuple[Path, _Layout] | None = None
+        rows = []
+        for file in files:
+            capture = load_capture(file)
+            layout, metadata = _layout(capture), capture.metadata
+            first = first or (file, layout)
+            _check_same(*first, file, layout)
+            name = metadata.get("generation_id") or file.stem
+            rows.append(_Row(name, metadata.get("prompt") or "", str(file), metadata.get("used_txt")))
+        return cls(Path(), rows)
+
+    @classmethod
+    def of_collection(cls, folder: Path, *, fetch: Fetch | None = None) -> "CaptureSource":
+        """The generations of a collection that are finished. With `fetch` the folder holds its indexes alone."""
+        rows = _rows_of(folder)
+        if not rows:
+            raise FluxIRError(
+                f"the collection {folder} holds no finished generation yet",
+                hint="let flux-ir collect go on for a while",
+            )
+        return cls(folder, rows, fetch=fetch)
+
+    def d(self, site: Site | None) -> int:
+        """The width of a site."""
+        return self._shape(site)[2]
+
+    def tokens(self, site: Site | None) -> int:
+        """Tokens of a site per generation and step."""
+        return self._shape(site)[1]
+
+    def read(self, generation_index: int, site: Site | None, step: int) -> TokenBlock:
+        """One block, mapped from its file."""
+        site, row, capture = _named(site), self._rows[generation_index], self._capture(generation_index)
+        if capture.shape(site) != self._shape(site):
+            raise FluxIRError(
+                f"all captures must have the same sizes: {site} is {list(capture.shape(site))} in {capture.path} and "
+                f"{list(self._shape(site))} in {self.generations[0].path}",
+                hint="keep captures of different sizes in different folders",
+            )
+        values, scale = capture.read_stored(site, step)
+        txt_tokens = capture.context(step).txt_tokens
+        return TokenBlock(
+            values=values[0],
+            scale=None if scale is None else scale[0],
+            site=site,
+            step=step,
+            generation=row.id,
+            prompt=row.prompt,
+            positions=token_positions(site, txt_tokens, capture.img_positions, values.shape[1]),
+            txt_tokens=leading_txt(site, txt_tokens),
+            used_txt=row.used_txt,
+        )
+
+    def _shape(self, site: Site | None) -> tuple[int, ...]:
+        return self._first.shape(_named(site))
+
+    def _local(self, path: str) -> Path:
+        return self._root / path if self._fetch is None else self._fetch(path)
+
+    def _capture(self, index: int) -> Capture:
+        with self._lock:
+            if index not in self._open:
+                self._open[index] = load_capture(self._local(self._rows[index].path))
+                while len(self._open) > _OPEN_FILES:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(index)
+            return self._open[index]
+
+
+class _Generations(Sequence[Generation]):
+    """The rows as `Generation`s, made when they are asked for."""
+
+    def __init__(self, root: Path, rows: Sequence[_Row]) -> None:
+        self._root, self._rows = root, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Generation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Generation]: ...
+    def __getitem__(self, index: int | slice) -> Generation | Sequence[Generation]:
+        if isinstance(index, slice):
+            return _Generations(self._root, self._rows[index])
+        row = self._rows[index]
+        return Generation(row.id, row.prompt, self._root / row.path)
+
+
+def is_collection(folder: Path) -> bool:
+    """Whether `flux-ir collect` has been at work in this folder."""
+    return (folder / "collection.json").is_file() or (folder / "index.jsonl").is_file()
+
+
+def _rows_of(folder: Path) -> list[_Row]:
+    """The finished generations, in order: from the index at the end, before that from groups and their journals."""
+    rows: list[_Row] = []
+    prompts: dict[str, str] = {}  # repeats share one text
+    first: dict[str, Any] | None = None
+    for found in _json_rows(folder):
+        first = first or found
+        for word in ("model", "sites", "steps"):
+            if found.get(word) != first.get(word):
+                raise FluxIRError(
+                    f"a collection has one list of {word}: generation {found['id']} of {folder} has {found.get(word)}, "
+                    f"{first['id']} has {first.get(word)}",
+                    hint="two collections were put into one folder: keep them apart",
+                )
+        prompt = prompts.setdefault(found["prompt"], found["prompt"])
+        rows.append(_Row(found["id"], prompt, found["path"], found.get("used_txt")))
+    return rows
+
+
+def _json_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    if (folder / "index.jsonl").is_file():
+        yield from _lines(folder / "index.jsonl")
+        return
+    for group in sorted(folder.glob("groups/*")):
+        index = group / "index.jsonl"
+        if index.is_file():
+            yield from _lines(index)
+        elif (group / "journal.jsonl").is_file():
+            yield from _lines(group / "journal.jsonl", growing=True)
+
+
+def _lines(file: Path, *, growing: bool = False) -> Iterator[dict[str, Any]]:
+    """One dictionary per line; the last line of a `growing` file may be cut short."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if growing and not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+                row["id"], row["path"], row["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise FluxIRError(
+                    f"{file}, line {number}, is no row of a collection: {error!r}",
+                    hint="run flux-ir collect again in this folder: it repairs what is broken",
+                ) from error
+            yield row
+
+
+def _named(site: Site | None) -> Site:
+    if site is None:
+        raise FluxIRError("captures are read by site: got None", hint="name a site such as double.18.img")
+    return site
+
+
+def _layout(capture: Capture) -> _Layout:
+    shapes = {site: capture.shape(site) for site in capture.sites}
+    batch = max(shape[0] for shape in shapes.values())
+    if batch != 1:
+        raise FluxIRError(
+            f"a capture to train on holds one picture: {capture.path} holds {batch}", hint="capture them one by one"
+        )
+    return _Layout(
+        model=capture.metadata.get("model"),
+        sites=list(capture.sites),
+        steps=list(capture.steps),
+        widths={site: shape[2] for site, shape in shapes.items()},
+        tokens={site: shape[1] for site, shape in shapes.items()},
+    )
+
+
+def _check_same(first: Path, expected: _Layout, file: Path, found: _Layout) -> None:
+    """Raises FluxIRError for the first thing in which a capture differs from the first one."""
+    for word, one, other in zip(_Layout._fields, expected, found, strict=True):
+        if one != other:
+            raise FluxIRError(
+                f"all captures of a folder must have the same {word}: {file} has {_short(other)}, {first} has "
+                f"{_short(one)}",
+                hint="keep different captures in different folders",
+            )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = sorted(set(value.values()))
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" if len(value) > 4 else "")

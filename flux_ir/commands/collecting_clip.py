@@ -1,0 +1,74 @@
+"""From a folder of pictures to shards of activations: the heavy half of the command `collect-clip`."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flux_ir.capture.captions import read_captions
+from flux_ir.capture.clip_images import (
+    CAPTIONS,
+    IMAGES,
+    INDEX_FILE,
+    ClipCollection,
+    Collected,
+    Networks,
+    check_images,
+    collect_images,
+    image_names,
+)
+from flux_ir.commands.collect_clip import CollectClipOptions
+from flux_ir.commands.report import Report, peak_memory
+from flux_ir.models.clip import load_vision, locate_clip, read_preprocessing
+from flux_ir.models.placement import plan
+from flux_ir.models.text import load_clip
+
+
+def collect_clip(options: CollectClipOptions) -> None:
+    """Check everything that is cheap to check, load the networks, write the shards; print where they are."""
+    report = Report()
+    placement = plan(torch.cuda.device_count(), device=options.device)
+    names = image_names(options.images)
+    collection = ClipCollection(
+        images=options.images,
+        names=names,
+        captions=None if options.captions is None else read_captions(options.captions, names),
+        clip=options.clip,
+        tokens=options.tokens,
+        dtype=getattr(torch, options.dtype),
+        batch_size=options.batch_size,
+        output_dir=options.output_dir,
+    )
+    with report.phase("check"):
+        check_images(options.images, names)
+    folder = locate_clip(options.clip, announce=report.note)
+    report.note(f"{len(names)} pictures, {options.clip} on {placement.t5} ({placement.reason}), {options.dtype}")
+    with report.phase("load"):
+        text = None
+        if collection.captions is not None:
+            text = load_clip(folder, folder, placement.clip, collection.dtype)
+        vision = load_vision(folder, placement.clip, collection.dtype)
+        networks = Networks(vision, read_preprocessing(folder), text)
+    done = follow(report, collection, networks)
+    if done.earlier:
+        report.note(f"{done.earlier} pictures were there from earlier runs")
+    if done.cut_captions:
+        report.note(f"{done.cut_captions} of the captions are cut to CLIP's length")
+    written = {kind: options.output_dir / kind for kind in (IMAGES, *([CAPTIONS] if text is not None else []))}
+    report.table(f"{len(names)} pictures", written | {"index": options.output_dir / INDEX_FILE}, peak_memory())
+
+
+def follow(report: Report, collection: ClipCollection, networks: Networks) -> Collected:
+    """Collect with a progress bar that counts pictures."""
+    done = Collected(0, 0, 0)
+    for now in report.follow("collect", per_image(collect_images(collection, networks)), total=len(collection.names)):
+        done = now
+    return done
+
+
+def per_image(batches: Iterator[Collected]) -> Iterator[Collected]:
+    """The same, once for each picture."""
+    images = 0
+    for now in batches:
+        for _ in range(now.images - images):
+            yield now
+        images = now.images

@@ -1,0 +1,126 @@
+"""The heavy half of the command `evaluate-sae`: every autoencoder by itself, then all of them in one picture."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+
+from flux_ir.capture.tokens import open_source
+from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
+from flux_ir.commands.judged import Judged, draw_fronts, result_table, write_results
+from flux_ir.commands.report import Report, peak_memory
+from flux_ir.commands.splicing import Splicer, network_dtype
+from flux_ir.errors import FluxIRError
+from flux_ir.models.placement import plan
+from flux_ir.sae.base import load_sae
+from flux_ir.sae.baselines import Baseline
+from flux_ir.sae.config import HAS_K
+from flux_ir.sae.files import CONFIG_FILE
+from flux_ir.sae.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
+from flux_ir.sae.held_out import Subject, subject_of
+from flux_ir.sae.metrics import Evaluation, evaluate
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+
+
+class Judge:
+    """Judges autoencoders on one source; what several of them share is made once."""
+
+    def __init__(self, options: EvaluateSAEOptions, report: Report) -> None:
+        self.options, self.report = options, report
+        self.source = open_source(options.captures)
+        placement = plan(torch.cuda.device_count(), device=options.device)
+        report.note(f"on {placement.transformer} ({placement.reason})")
+        self.device = torch.device(placement.transformer)
+        self._fits: dict[str, BaselineFits] = {}
+        self._baselines: dict[tuple[Any, ...], tuple[int, Evaluation]] = {}
+        self._splicer: Splicer | None = None
+
+    def judge(self, folder: Path) -> Judged:
+        """All numbers of the autoencoder in a folder."""
+        sae = load_sae(folder, device=self.device)
+        subject = subject_of(sae, self.source, held_out=self.options.held_out)
+        if "split" not in sae.metadata and "held_out" not in sae.metadata:
+            self.report.note(f"note: {folder} does not say what was held out: some tokens may have been trained on")
+        with self.report.phase("autoencoders"):
+            evaluation = self._evaluate(sae, sae.config.d_sae, subject)
+        k = sae.config.k if sae.config.architecture in HAS_K else max(1, round(evaluation.overall.l0))
+        key = json.dumps(subject.described())
+        if key not in self._fits:
+            self._fits[key] = self._new_fits(subject)
+        fits, baselines = self._fits[key], dict[str, tuple[int, Evaluation]]()
+        with self.report.phase("baselines"):
+            for name in dict.fromkeys(self.options.baselines or ()):
+                shared = (name, key, k) if name in ("pca", "neurons") else (name, key, k, sae.config.d_sae)
+                if shared not in self._baselines:
+                    self._baselines[shared] = self._baseline(name, subject, fits, k, sae.config.d_sae)
+                baselines[name] = self._baselines[shared]
+        splice = self._splicer_for(subject).measure(sae, subject, fits, k) if self.options.splice else None
+        return Judged(folder, sae, subject, evaluation, baselines, splice)
+
+    def _evaluate(self, reconstructor: SparseAutoencoder | Baseline, d_sae: int, subject: Subject) -> Evaluation:
+        tokens = subject.tokens("held_out", self.options.batch_tokens, self.options.max_tokens)
+        return evaluate(reconstructor, tokens, d_sae=d_sae, device=self.device)
+
+    def _new_fits(self, subject: Subject) -> BaselineFits:
+        return BaselineFits(
+            subject, fit_tokens=self.options.fit_tokens, batch_tokens=self.options.batch_tokens, device=self.device
+        )
+
+    def _baseline(self, name: str, subject: Subject, fits: BaselineFits, k: int, d_sae: int) -> tuple[int, Evaluation]:
+        if name == "neurons":
+            neurons_of(subject)  # before the model is loaded
+            with self._splicer_for(subject).suite.transformer() as model:
+                neurons, found = evaluate_neurons(
+                    model,
+                    subject,
+                    k,
+                    fit_tokens=self.options.fit_tokens,
+                    batch_tokens=self.options.batch_tokens,
+                    device=self.device,
+                )
+            return neurons.config.k, found
+        make = {
+            "pca": lambda: fits.pca(k),
+            "random": lambda: fits.random(d_sae, k),
+            "itda": lambda: fits.itda(d_sae, k),
+        }
+        baseline = make[name]()
+        return baseline.config.k, self._evaluate(baseline, baseline.config.d_sae, subject)
+
+    def _splicer_for(self, subject: Subject) -> Splicer:
+        if self._splicer is None:
+            self._splicer = Splicer(self.options, self.source.model, network_dtype(subject), self.report)
+        return self._splicer
+
+
+def evaluate_saes(options: EvaluateSAEOptions) -> None:
+    """Judge every autoencoder, write what came of it into its folder, and print one table."""
+    report = Report()
+    folders = find_saes(options.sae)
+    judge, judged, written = Judge(options, report), [], dict[str, Path]()
+    for folder in report.follow("evaluate", folders, total=len(folders)):
+        judged.append(judge.judge(folder))
+        write_results(judged[-1], options)
+        written[f"numbers, {folder.name}"] = folder / "metrics.json"
+    if len(judged) > 1:
+        written |= draw_fronts(judged)
+    for line in result_table(judged):
+        report.results.print(Text(line))
+    report.table(f"{len(judged)} evaluated", written, peak_memory())
+
+
+def find_saes(paths: Sequence[Path]) -> list[Path]:
+    """The folders of autoencoders among these and below them. Raises FluxIRError for a path that leads to none."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        below = [path] if (path / CONFIG_FILE).is_file() else sorted(p.parent for p in path.rglob(CONFIG_FILE))
+        if not below:
+            raise FluxIRError(
+                f"there is no autoencoder in {path}: no folder there has a {CONFIG_FILE}",
+                hint="name the folder that training left",
+            )
+        found |= dict.fromkeys(below)
+    return list(found)

@@ -1,0 +1,63 @@
+"""`flux-ir export-sae`: an autoencoder for another program, from another program, or for the hub."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flux_ir.commands.front import launch
+from flux_ir.errors import FluxIRError
+from flux_ir.options import REQUIRED, Options, option
+
+
+@dataclass(frozen=True)
+class ExportSAEOptions(Options):
+    """Write an autoencoder as another program reads it, or put it on the hub.
+
+    What flux-ir trains is read by sae-lens as it stands. Folders of sparsify, dictionary_learning and earlier
+    autoencoders for flow-matching models are read as well, so this also turns theirs into ours (--format sae_lens).
+    """
+
+    sae: str = option(REQUIRED, help="the autoencoder: a folder, or the name of a repository on the hub")
+    format: Literal["sae_lens", "sparsify", "dictionary_learning"] = option(
+        "sae_lens", help="the program that shall read it; sparsify knows topk only"
+    )
+    output_dir: Path | None = option(
+        None, help="the folder to write; sparsify takes its name for the site", default_text="nothing is written"
+    )
+    push_to: str | None = option(
+        None,
+        help="a repository on the hub to put it into, with a model card",
+        default_text="nothing is sent",
+    )
+    private: bool = option(False, help="make the repository private, if it is made")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.output_dir is None) == (self.push_to is None):
+            raise FluxIRError(
+                "an autoencoder is exported to one place: give --output_dir or --push_to",
+                hint="export to a folder first, then push that folder",
+            )
+        if self.push_to is not None and self.format != "sae_lens":
+            raise FluxIRError(
+                f"--push_to puts our own files on the hub, which sae-lens reads: got --format {self.format}",
+                hint="leave --format out",
+            )
+
+
+def run(options: ExportSAEOptions) -> None:
+    """Export as the options say. Raises FluxIRError for what a user can mend."""
+    from flux_ir.commands.exporting_sae import export_sae
+
+    export_sae(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return launch(ExportSAEOptions, run, argv, prog="flux-ir export-sae")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""From captures to plain arrays, a generation at a time: the heavy half of the command `export`."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from flux_ir.capture.exported_source import METADATA_KEY, SETTINGS, Facts, array_name
+from flux_ir.capture.tokens import TokenBlock, TokenSource, open_source
+from flux_ir.commands.export import ExportOptions
+from flux_ir.commands.report import Report
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import complete_file, write_json
+from flux_ir.sites import Site, Stream, match_sites
+
+
+def export(options: ExportOptions) -> None:
+    """Write every generation; print where they are."""
+    report = Report()
+    source = open_source(options.captures)
+    sites, steps = choose_sites(source, options), choose_steps(source, options)
+    check_ids(source)
+    check_folder(options.output_dir, settings_of(source, options, sites, steps))
+    for blocks in report.follow("export", generations(source, sites, steps), total=len(source.generations)):
+        write_generation(options, source, blocks)
+    report.table(f"{len(source.generations)} generations", {"arrays": options.output_dir}, {})
+
+
+def choose_sites(source: TokenSource, options: ExportOptions) -> list[Site]:
+    """The sites to write: the chosen ones of those there are and their halves."""
+    if not source.sites:
+        raise FluxIRError(
+            f"what is exported has sites, and {options.captures} is a plain array", hint="it can be trained on as it is"
+        )
+    if options.sites is None:
+        return list(source.sites)
+    streams: tuple[Stream, ...] = ("img", "txt")
+    whole = [site for site in source.sites if site.kind == "single" and site.stream is None]
+    halves = [Site(site.kind, site.block, stream, site.part) for site in whole for stream in streams]
+    return match_sites(options.sites, sorted({*source.sites, *halves}))
+
+
+def choose_steps(source: TokenSource, options: ExportOptions) -> list[int]:
+    """The steps to write. Raises FluxIRError for one that is not there."""
+    if options.steps is None:
+        return list(source.steps)
+    if missing := sorted(set(options.steps) - set(source.steps)):
+        raise FluxIRError(
+            f"--steps must be among those captured: got {', '.join(map(str, missing))}",
+            hint=f"{options.captures} holds the steps {', '.join(map(str, source.steps))}",
+        )
+    return sorted(set(options.steps))
+
+
+def check_ids(source: TokenSource) -> None:
+    """Raises FluxIRError unless every id can be the name of a file of its own."""
+    seen: set[str] = set()
+    for generation in source.generations:
+        name = generation.id
+        if name in seen or name != Path(name).name or name.startswith(".") or f"{name}.json" == SETTINGS:
+            why = "there twice" if name in seen else "no name of a file"
+            raise FluxIRError(
+                f"every generation needs an id to name its file with: {name!r} of {generation.path} is {why}",
+                hint="export the captures from folders of their own",
+            )
+        seen.add(name)
+
+
+def settings_of(
+    source: TokenSource, options: ExportOptions, sites: Sequence[Site], steps: Sequence[int]
+) -> dict[str, Any]:
+    """What all files of one export have in common."""
+    return {
+        "format": options.format,
+        "model": source.model,
+        "sites": [str(site) for site in sites],
+        "steps": list(steps),
+    }
+
+
+def check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or finds it to be of the same export. Raises FluxIRError for any other."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise FluxIRError(f"{folder} has other things in it", hint="name a new folder with --output_dir")
+        write_json(path, settings)
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        differences = [name for name in settings if earlier[name] != settings[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FluxIRError(
+            f"{path} is not of an export: {error!r}", hint="name a new folder with --output_dir"
+        ) from error
+    if differences:
+        name = differences[0]
+        raise FluxIRError(
+            f"{folder} was exported with other {name}: {_listed(earlier[name])}, now {_listed(settings[name])}",
+            hint="name a new folder with --output_dir",
+        )
+
+
+def generations(source: TokenSource, sites: Sequence[Site], steps: Sequence[int]) -> Iterator[list[TokenBlock]]:
+    """All blocks of one generation after the other."""
+    for number in range(len(source.generations)):
+        yield [source.read(number, site, step) for site in sites for step in steps]
+
+
+def write_generation(options: ExportOptions, source: TokenSource, blocks: Sequence[TokenBlock]) -> None:
+    """Write one generation, complete or not at all."""
+    facts = facts_of(source, blocks)
+    if options.format == "safetensors":
+        # Copied: two halves of one block lie in one piece of memory, which the format does not allow.
+        tensors = {name_of(block): block.floats().clone(memory_format=torch.contiguous_format) for block in blocks}
+        write(options.output_dir / f"{facts.id}.safetensors", save(tensors, {METADATA_KEY: facts.to_json()}))
+        return
+    for block in blocks:
+        write(options.output_dir / name_of(block) / f"{facts.id}.npy", npy_bytes(block.floats()))
+    write(options.output_dir / f"{facts.id}.json", f"{facts.to_json()}\n".encode())  # last: now it is complete
+
+
+def facts_of(source: TokenSource, blocks: Sequence[TokenBlock]) -> Facts:
+    """What stands beside the numbers of one generation."""
+    first = blocks[0]
+    places = next((block.positions[block.txt_tokens :] for block in blocks if _has_image_tokens(block)), None)
+    every = places is None or torch.equal(places, torch.arange(len(places), dtype=places.dtype))
+    return Facts(
+        id=first.generation,
+        prompt=first.prompt,
+        model=source.model,
+        txt_tokens=max(block.txt_tokens for block in blocks),
+        used_txt=first.used_txt,
+        img_positions=None if places is None or every else places.tolist(),
+    )
+
+
+def name_of(block: TokenBlock) -> str:
+    """The name of a block's array."""
+    assert block.site is not None  # `choose_sites` refuses arrays without sites
+    return array_name(block.site, block.step)
+
+
+def npy_bytes(values: torch.Tensor) -> bytes:
+    """An array as the content of an .npy file; bfloat16, of which NumPy knows nothing, as float32."""
+    file = io.BytesIO()
+    values = values.float() if values.dtype == torch.bfloat16 else values
+    np.save(file, np.ascontiguousarray(values.numpy()))
+    return file.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, complete or not at all."""
+    with complete_file(path) as beside:
+        beside.write_bytes(content)
+
+
+def _has_image_tokens(block: TokenBlock) -> bool:
+    return len(block.positions) > block.txt_tokens
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

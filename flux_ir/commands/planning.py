@@ -1,0 +1,179 @@
+"""`--plan`: what a capture or a collection would take, in tokens, bytes, memory and time.
+
+Sizes are exact; times come from a short trial of the model itself, on the machine at hand. Nothing stays behind.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.text import Text
+
+from flux_ir.capture.collection import CollectSettings
+from flux_ir.capture.plan import CapturePlan
+from flux_ir.capture.prompts import WorkList
+from flux_ir.capture.sizes import captures_bytes, embeddings_bytes, site_sizes
+from flux_ir.capture.store import file_bytes
+from flux_ir.commands.capture import CaptureOptions
+from flux_ir.commands.collect import CollectOptions
+from flux_ir.commands.collecting import place
+from flux_ir.commands.collecting import settle as settle_collection
+from flux_ir.commands.generation import describe, planned_file, settle
+from flux_ir.commands.report import Report, bytes_at, in_units
+from flux_ir.commands.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
+from flux_ir.commands.trials import TRIAL_STEPS, Pace, measure_capture, measure_collection
+from flux_ir.distributed import Ranks, joined
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import RunFolder
+from flux_ir.lens.readout import image_outputs
+from flux_ir.models.pretrained import load_tokenizer
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import Suite
+
+Rows = list[tuple[str, str, str]]
+
+
+def plan_capture(options: CaptureOptions) -> None:
+    """Print what the capture would take. Raises FluxIRError if it does not fit."""
+    report = Report()
+    job = settle(options)
+    metadata = describe(options, job, RunFolder(options.output_dir, "0" * 8), "00000000_000000")  # as long as any
+    planned = planned_file(options, job, metadata)
+    total, steps = file_bytes(planned), len(job.timesteps) - 1
+    _title(
+        report,
+        f"plan: {job.spec.name}, {job.width} x {job.height} px, {len(planned.kept_steps)} of {steps} steps kept",
+    )
+    _print(report, _size_rows(planned, 1, total))
+    pictures = len(image_outputs(job.sites)) * len(planned.kept_steps) if options.should_decode_intermediates else 0
+    pictures *= 2 if options.lens == "both" else 1
+    room = room_at(str(options.output_dir))
+    _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_room_rows(room)])
+    check_disk(total, room, flags="--sites or --steps")
+    source = locate_model(job.spec, options.checkpoint, options.ae_checkpoint, announce=report.note)
+    suite = Suite(job.spec, source, job.placement, job.dtype)
+    weights = weights_bytes(suite)
+    check_memory(weights, suite.placement)
+    report.note(f"a trial of {TRIAL_STEPS} steps")
+    with _enough_memory():
+        pace = measure_capture(job, options, planned, suite, room, pictures=pictures)
+    _print(report, _pace_rows(pace, "step", steps, sum(weights.values())))
+
+
+def plan_collection(options: CollectOptions) -> None:
+    """Print what the whole collection would take. Raises FluxIRError if it does not fit."""
+    report = Report()
+    settings = settle_collection(options)
+    with joined() as ranks:
+        if ranks.is_first:
+            _plan_collection(options, settings, ranks, report)
+
+
+def _plan_collection(options: CollectOptions, settings: CollectSettings, ranks: Ranks, report: Report) -> None:
+    recipe, placement = settings.recipe, place(options, ranks)
+    work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
+    source = locate_model(
+        recipe.spec,
+        options.checkpoint,
+        options.ae_checkpoint,
+        autoencoder=settings.save_images,
+        announce=report.note,
+    )
+    suite = Suite(recipe.spec, source, placement, recipe.network_dtype)
+    total, embedded = captures_bytes(recipe, work, text_counter(suite)), embeddings_bytes(recipe, work)
+    _title(report, f"plan: {len(work)} generations of {recipe.spec.name}, {recipe.width} x {recipe.height} px")
+    texts = ("embedded prompts", in_units(embedded), f"{len(set(settings.prompts))} different ones")
+    _print(report, [*_size_rows(recipe.plan(), len(work), total), texts])
+    room = room_at(options.output_dir)
+    there = 0 if room.folder is None else bytes_at(Path(options.output_dir).expanduser())
+    _print(report, [*_room_rows(room), *([("already there", in_units(there), options.output_dir)] if there else [])])
+    check_disk(total + embedded - there, room, flags="--sites, --steps, --tokens_per_image or --dtype")
+    weights = weights_bytes(suite)
+    check_memory(weights, placement, encoders_go_first=True)
+    report.note("a trial of two rounds of batches")
+    with _enough_memory():
+        pace = measure_collection(settings, suite, options.output_dir, room)
+    once = {"text": pace.once["text"] * len(set(settings.prompts))}
+    rows = _pace_rows(pace._replace(once=once), "generation", len(work), sum(weights.values()))
+    if ranks.world_size > 1:
+        rows.append(("processes", f"{ranks.world_size}", "the times above are those of one"))
+    _print(report, rows)
+
+
+def text_counter(suite: Suite) -> Callable[[str], int]:
+    """Counts the text tokens of a prompt that are not padding, as they will be recorded with it."""
+    source, most = suite.source.text.t5, suite.spec.text_tokens
+    tokenizer = load_tokenizer(source.tokenizer_dir, what="the text encoder")
+
+    @cache
+    def count(prompt: str) -> int:
+        return len(tokenizer(prompt, truncation=True, max_length=most)["input_ids"])
+
+    return count
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FluxIRError(
+            f"it does not fit: the trial ran out of memory: {str(error).splitlines()[0]}",
+            hint="try --offload, a smaller --width and --height, or a GPU with more memory",
+        ) from error
+
+
+def _size_rows(plan: CapturePlan, captures: int, total: int) -> Rows:
+    """Tokens and bytes of every site, and of everything: `total` is exact."""
+    steps, sizes = len(plan.kept_steps), site_sizes(plan)
+    tokens = sum(size.tokens for size in sizes) * steps * captures
+    rows: Rows = [("tokens", f"{tokens}", f"{len(sizes)} sites x {steps} steps x {captures} generations")]
+    for size in sizes:
+        note = f"{size.tokens} tokens x {size.d} per step, {in_units(size.bytes * captures)}"
+        rows.append((str(size.site), f"{size.bytes * captures} B", note))
+    rest = total - sum(size.bytes for size in sizes) * captures
+    rows.append(("state and layout", f"{rest} B", "what each step began with, and the files' own structure"))
+    rows.append(("in all", f"{total} B", f"{in_units(total)}, exactly what the captures will take"))
+    return rows
+
+
+def _room_rows(room: Room) -> Rows:
+    if room.free_bytes is None:
+        return [("free disk", "unknown", f"of {room.where}")]
+    return [("free disk", in_units(room.free_bytes), f"at {room.where}")]
+
+
+def _pace_rows(pace: Pace, unit: str, units: int, weights: int) -> Rows:
+    rows: Rows = [("weights", in_units(weights), "of all parts of the model")]
+    for device, peak in pace.memory.items():
+        free = free_memory("cpu" if device == "host" else device)
+        note = "peak of the trial" + (f"; {in_units(free)} are free now" if free is not None else "")
+        rows.append((f"memory, {device}", in_units(peak), note))
+    rows += [
+        (f"{name} per {unit}", in_units(size), f"{in_units(size * units)} in all") for name, size in pace.extras.items()
+    ]
+    rows += [(f"time, {name}", _duration(seconds), "once") for name, seconds in pace.once.items()]
+    parts = f"compute {pace.compute:.3g} s, copy {pace.copy:.3g} s, disk {pace.disk:.3g} s"
+    rows.append((f"time, per {unit}", f"{pace.unit:.3g} s", f"{parts}; they overlap"))
+    rows.append(("time, in all", _duration(pace.seconds(units)), f"for {units} {unit}s, as the trial went"))
+    rows.append(("what limits", pace.limit, ""))
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people: 12.3 s, 4.5 min, 6.7 h, 8.9 days."""
+    for size, name in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.3g} s"
+
+
+def _title(report: Report, text: str) -> None:
+    report.results.print(Text(text, style="bold"))
+
+
+def _print(report: Report, rows: Rows) -> None:
+    for name, amount, note in rows:
+        report.results.print(Text(f"{name:<24}  {amount:>18}  {note}".rstrip()))

@@ -1,0 +1,104 @@
+"""What there is: free disk and memory, and what a model's weights take of it. Raised where something does not fit."""
+
+import re
+import shutil
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flux_ir.commands.report import in_units
+from flux_ir.errors import FluxIRError
+from flux_ir.models.contents import Part, blank_network
+from flux_ir.models.headers import INDEX_SUFFIX, read_entries
+from flux_ir.models.paths import first_file
+from flux_ir.models.placement import Placement
+from flux_ir.models.suite import Suite
+
+# Of a text encoder's checkpoint, what is never loaded: T5's decoder, CLIP's picture half.
+_LEFT_OUT = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+class Room(NamedTuple):
+    """Where results go. `folder` is the nearest folder that exists, None for a URL; so is `free_bytes`."""
+
+    where: str
+    folder: Path | None
+    free_bytes: int | None
+
+
+def room_at(where: str) -> Room:
+    """The disk that `--output_dir` lies on."""
+    if "://" in where:
+        return Room(where, None, None)
+    path = Path(where).expanduser().absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    return Room(where, folder, shutil.disk_usage(folder).free)
+
+
+def check_disk(needed_bytes: int, room: Room, *, flags: str) -> None:
+    """Raises FluxIRError if the disk has less. `flags` are those that make it less."""
+    if room.free_bytes is not None and needed_bytes > room.free_bytes:
+        raise FluxIRError(
+            f"it does not fit: {needed_bytes} bytes ({in_units(needed_bytes)}) are needed, and {room.free_bytes} "
+            f"({in_units(room.free_bytes)}) are free at {room.where}",
+            hint=f"keep less with {flags}, free some space, or use another --output_dir",
+        )
+
+
+def weights_bytes(suite: Suite) -> dict[str, int]:
+    """Bytes of memory that the parts of a model take, by their names in `Placement` (both halves of the autoencoder
+    as its decoder); text encoders of an older format than safetensors count as nothing.
+    """
+    parts: dict[str, int] = {
+        "t5": _encoder_elements(suite.source.text.t5.model_dir) * suite.dtype.itemsize,
+        "clip": _encoder_elements(suite.source.text.clip.model_dir) * suite.dtype.itemsize,
+        "transformer": _elements(suite, "transformer") * suite.dtype.itemsize,
+    }
+    if suite.source.autoencoder is not None:
+        parts["ae_decoder"] = _elements(suite, "autoencoder") * torch.float32.itemsize
+    return parts
+
+
+def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_first: bool = False) -> None:
+    """Raises FluxIRError if the weights alone are more than a device has. `encoders_go_first`: freed after use."""
+    for device in dict.fromkeys(["cpu", *placement.devices] if placement.offload else placement.devices):
+        here = {part: size for part, size in parts.items() if _is_on(part, device, placement)}
+        text = here.get("t5", 0) + here.get("clip", 0)
+        needed = sum(here.values())
+        if placement.offload and device != "cpu":
+            needed = max(here.values(), default=0)
+        elif encoders_go_first:
+            needed = max(text, needed - text)
+        free = free_memory(device)
+        if free is not None and needed > free:
+            raise FluxIRError(
+                f"it does not fit: the weights take {in_units(needed)} on {device}, and {in_units(free)} are free",
+                hint="try --offload, another --device, or a machine with more memory",
+            )
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a device has left; None where that is not known."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    told = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", told.read_text(), flags=re.MULTILINE) if told.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def _is_on(part: str, device: str, placement: Placement) -> bool:
+    return (placement.offload and device == "cpu") or getattr(placement, part) == device
+
+
+def _elements(suite: Suite, part: Part) -> int:
+    return sum(parameter.numel() for parameter in blank_network(suite.spec, part).parameters())
+
+
+def _encoder_elements(folder: Path) -> int:
+    weights = first_file(folder, ("model.safetensors", f"model{INDEX_SUFFIX}"))
+    if weights is None:
+        return 0
+    entries = read_entries(weights)
+    return sum(prod(entry.shape) for name, entry in entries.items() if not name.startswith(_LEFT_OUT))

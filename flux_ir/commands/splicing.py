@@ -1,0 +1,195 @@
+"""Reconstructions put back into the model that was captured, on held-out prompts with their own noise."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flux_ir.capture.embeddings import EmbeddedPrompt, embed_prompts
+from flux_ir.capture.store import load_capture
+from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
+from flux_ir.commands.report import Report
+from flux_ir.errors import FluxIRError
+from flux_ir.models.placement import plan
+from flux_ir.models.registry import get_spec
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import Suite
+from flux_ir.models.text import TextEmbedding
+from flux_ir.sae.fit_baselines import BaselineFits
+from flux_ir.sae.held_out import Subject
+from flux_ir.sae.metrics import rounded
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.splice import (
+    Replace,
+    SpliceMeter,
+    SpliceNumbers,
+    check_spliceable,
+    mean_ablation,
+    reconstruction,
+    recovered,
+    zero_ablation,
+)
+from flux_ir.sampling.generate import decode, noise_for, prepare
+
+ANCHORS = ("zero", "mean")
+
+
+class Run(NamedTuple):
+    """One captured generation, as it can be run again."""
+
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    timesteps: tuple[float, ...]
+    guidance: float
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What must be equal for generations to go through the model together."""
+        return self.width, self.height, self.timesteps, self.guidance
+
+
+class Splicer:
+    """The model, loaded when the first autoencoder asks for it, and the prompts that were embedded for it."""
+
+    def __init__(self, options: EvaluateSAEOptions, model: str | None, dtype: torch.dtype, report: Report) -> None:
+        name = options.model or model
+        if name is None:
+            raise FluxIRError("the captures do not say which model they are of", hint="name it with --model")
+        self.options, self.report, self.dtype = options, report, dtype
+        self.spec = get_spec(name)
+        self._embedded: dict[str, EmbeddedPrompt] = {}
+
+    @cached_property
+    def suite(self) -> Suite:
+        """The model's parts."""
+        options = self.options
+        placement = plan(torch.cuda.device_count(), device=options.device)
+        source = locate_model(
+            self.spec,
+            options.checkpoint,
+            options.ae_checkpoint,
+            autoencoder=options.splice and options.pictures,
+            announce=self.report.note,
+        )
+        return Suite(self.spec, source, placement, self.dtype)
+
+    def measure(self, sae: SparseAutoencoder, subject: Subject, fits: BaselineFits, k: int) -> dict[str, Any]:
+        """What the splices of one autoencoder and of its anchors come to, as `metrics.json` has it."""
+        if subject.site is None:
+            raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
+        runs = held_out_runs(subject, self.options.prompts)
+        self._embed([run.prompt for run in runs])
+        steps = self.options.splice_steps or tuple(subject.filters.steps_of(subject.source.steps))
+        with self.suite.transformer() as model:
+            check_spliceable(subject.site, model)
+            meter = SpliceMeter(model, subject.site, replacements(sae, fits, k), steps=steps)
+            batches = list(self._batches(runs))
+            for batch in self.report.follow(f"splice {subject.site}", batches, total=len(batches)):
+                self._add(meter, batch)
+        return as_json(meter.result(), runs=len(runs), steps=steps)
+
+    def _add(self, meter: SpliceMeter, runs: list[Run]) -> None:
+        first = runs[0]
+        device = self.suite.placement.transformer
+        noise = noise_for([run.seed for run in runs], first.height, first.width, device, self.dtype)
+        parts = zip(*(self._embedded[run.prompt].text for run in runs), strict=True)
+        inputs = prepare(noise, TextEmbedding(*map(torch.cat, parts)), first.height, first.width)
+        latents = meter.add(inputs, list(first.timesteps), first.guidance)
+        if self.options.pictures:
+            with self.suite.autoencoder() as autoencoder:
+                meter.add_pictures(
+                    {name: decode(autoencoder, latent, first.height, first.width) for name, latent in latents.items()}
+                )
+
+    def _batches(self, runs: list[Run]) -> Iterator[list[Run]]:
+        for _, alike in groupby(runs, key=lambda run: run.shape):
+            together = list(alike)
+            for start in range(0, len(together), self.options.splice_batch):
+                yield together[start : start + self.options.splice_batch]
+
+    def _embed(self, prompts: list[str]) -> None:
+        missing = [prompt for prompt in prompts if prompt not in self._embedded]
+        if missing:
+            with self.report.phase("text"), self.suite.text_encoders() as encoders:
+                self._embedded |= zip(missing, embed_prompts(encoders, missing), strict=True)
+
+
+def replacements(sae: SparseAutoencoder, fits: BaselineFits, k: int) -> dict[str, Replace]:
+    """What is put in place: the reconstruction, the same with its error, PCA of the same rank, the mean, nothing."""
+    return {
+        "sae": reconstruction(sae, sae.config.d_sae),
+        "sae_with_error": reconstruction(sae, sae.config.d_sae, keep_error=True),
+        "pca": reconstruction(fits.pca(k), k),
+        "mean": mean_ablation(fits.mean),
+        "zero": zero_ablation,
+    }
+
+
+def held_out_runs(subject: Subject, most: int) -> list[Run]:
+    """The first held-out generations, one per prompt. Raises FluxIRError where files do not say how they were made."""
+    runs: dict[str, Run] = {}
+    for generation in subject.source.generations:
+        if len(runs) == most:
+            break
+        if generation.prompt not in runs and subject.split.has("held_out", generation.id, generation.prompt):
+            runs[generation.prompt] = _run_of(generation.path)
+    return list(runs.values())
+
+
+def network_dtype(subject: Subject) -> torch.dtype:
+    """What the captured model computed in. Raises FluxIRError where files do not say how they were made."""
+    path = subject.source.generations[0].path
+    _check_capture(path)
+    capture = load_capture(path) if path is not None else None
+    return torch.bfloat16 if capture is None else capture.context(capture.steps[0]).img.dtype
+
+
+def _run_of(path: Path | None) -> Run:
+    _check_capture(path)
+    facts: Mapping[str, Any] = {} if path is None else load_capture(path).metadata
+    try:
+        return Run(
+            facts["prompt"],
+            facts["seed"],
+            facts["width"],
+            facts["height"],
+            tuple(facts["timesteps"]),
+            float(facts["guidance"]),
+        )
+    except KeyError as error:
+        hint = "use captures made with flux-ir capture or flux-ir collect"
+        raise FluxIRError(f"{path} does not say its {error.args[0]}, so it cannot be run again", hint=hint) from error
+
+
+def _check_capture(path: Path | None) -> None:
+    if path is None or path.suffix != ".pt":
+        raise FluxIRError(
+            f"a splice runs the captured generations again, from their prompt and seed: got {path or 'a plain array'}",
+            hint="use captures made with flux-ir capture or flux-ir collect, or leave out --splice",
+        )
+
+
+def as_json(results: Mapping[str, SpliceNumbers], *, runs: int, steps: tuple[int, ...]) -> dict[str, Any]:
+    """The numbers of every replacement with what it recovered of each ablation, overall and per step."""
+    rows: dict[str, Any] = {}
+    for name, numbers in results.items():
+        per_step = numbers.velocity_mse_per_step
+        rows[name] = {
+            "velocity_mse": rounded(numbers.velocity_mse),
+            "velocity_mse_per_step": {str(step): rounded(value) for step, value in per_step.items()},
+            "image_mse": None if numbers.image_mse is None else rounded(numbers.image_mse),
+            "image_psnr_db": None if numbers.image_psnr_db is None else rounded(numbers.image_psnr_db),
+        }
+        for anchor in ANCHORS:
+            ablated = results[anchor]
+            rows[name][f"recovered_from_{anchor}"] = rounded(recovered(numbers.velocity_mse, ablated.velocity_mse))
+            rows[name][f"recovered_from_{anchor}_per_step"] = {
+                str(step): rounded(recovered(value, ablated.velocity_mse_per_step[step]))
+                for step, value in per_step.items()
+            }
+    return {"generations": runs, "steps": list(steps), "replacements": rows}

@@ -1,0 +1,306 @@
+"""What `train-sae` trains on: stored activations, or a model that runs along; both in the same words."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_ir.capture.batches import Recipe
+from flux_ir.capture.collection import CollectSettings
+from flux_ir.capture.live import live_blocks
+from flux_ir.capture.prompts import prompts_digest, read_prompts
+from flux_ir.capture.stream import block_bytes, stream_blocks
+from flux_ir.capture.token_blocks import TokenBlock, TokenSource
+from flux_ir.capture.tokens import open_source
+from flux_ir.commands.generation import check_steps
+from flux_ir.commands.train_sae import TrainSAEOptions
+from flux_ir.distributed import Ranks
+from flux_ir.errors import FluxIRError
+from flux_ir.models.placement import plan
+from flux_ir.models.registry import get_spec
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import Suite
+from flux_ir.sae.chunks import Blocks
+from flux_ir.sae.data import TokenBatches, choose_sites
+from flux_ir.sae.filters import Filters, SiteKey
+from flux_ir.sae.held_out import Subject
+from flux_ir.sae.measure_data import measure_normalisation, norm_limits, sample_tokens
+from flux_ir.sae.metrics import EvaluationBatch
+from flux_ir.sae.splits import Split, split_prompts, split_source
+from flux_ir.sites import all_sites, match_sites
+
+SAMPLE_TOKENS = 8_192  # that b_dec starts from
+MEASURED_TOKENS = 100_000  # that the normalisation is measured on
+MEASURED_BYTES = 2**29  # of a live stream: what of it is held in memory meanwhile
+AHEAD_BYTES = 2**28  # of a live stream: what is made before it is wanted
+EVALUATION_TOKENS = 4_096  # encoded at once
+COUNTED_GENERATIONS = 64  # whose tokens are counted, to know about how many an epoch has
+WITHOUT_END = 2**62  # tokens; how long a run is, its steps say
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where tokens come from, and which of them are trained on."""
+
+    name: str
+    model: str | None
+    sites: list[SiteKey]
+    steps: list[int]
+    source: TokenSource | Blocks
+    """Stored activations, or what begins a live stream."""
+    beginning: Callable[[], TokenSource | Blocks]
+    """Enough of it to measure: all that is stored, or the first blocks of the stream, held in memory."""
+    held_out: Blocks | None
+    """A live stream of the held-out prompts; None: they are in the source."""
+    split: Split
+    filters: Filters
+    generations: int
+    """On the training side."""
+    widths: dict[SiteKey, int]
+    described: dict[str, Any]
+    """What the weights depend on, for comparisons."""
+
+    def batches(
+        self, sites: list[SiteKey], options: TrainSAEOptions, ranks: Ranks, device: torch.device
+    ) -> TokenBatches:
+        """Training batches without end, or until a live stream ends."""
+        return TokenBatches(
+            self.source,
+            sites,
+            batch_tokens=options.batch_tokens,
+            pool_bytes=int(options.pool_gb * 1e9),
+            seed=options.seed[0],
+            filters=self.filters,
+            split=self.split,
+            max_tokens=WITHOUT_END,
+            ranks=ranks,
+            device=device,
+        )
+
+    def measure(self, site: SiteKey, *, normalise: bool) -> tuple[Tensor, float, Tensor]:
+        """Mean, scale and a sample of raw tokens of a site."""
+        source = self.beginning()
+        sample = sample_tokens(source, [site], SAMPLE_TOKENS, filters=self.filters, split=self.split)[site].float()
+        if not normalise:
+            return torch.zeros(sample.shape[1]), 1.0, sample
+        found = measure_normalisation(
+            source, [site], filters=self.filters, split=self.split, least_tokens=MEASURED_TOKENS
+        )[site]
+        return found.mean.float(), found.scale, sample
+
+    def epoch_tokens(self, site: SiteKey) -> int:
+        """Tokens of a site that one pass over the training side gives; where text is padded, about."""
+        blocks = list(self._first_blocks(site))
+        each = sum(map(self._kept, blocks)) / len(blocks)
+        return int(each * self.generations * len(self.steps))
+
+    def _first_blocks(self, site: SiteKey) -> Iterator[TokenBlock]:
+        source = self.beginning()
+        if callable(source):
+            yield from (block for block in source() if block.site == site)
+            return
+        here = (i for i, one in enumerate(source.generations) if self.split.has("training", one.id, one.prompt))
+        for index in islice(here, COUNTED_GENERATIONS):
+            yield source.read(index, site, self.steps[0])
+
+    def _kept(self, block: TokenBlock) -> int:
+        """How many tokens of a block are trained on."""
+        rows, used = self.filters.rows(block), self.filters.used(block)
+        side = self.split.tokens("training", block.generation, block.positions[rows])
+        kept = torch.ones(len(block.positions[rows]), dtype=torch.bool)
+        for mask in (used, side):
+            kept = kept if mask is None else kept & mask
+        return int(kept.sum())
+
+    def evaluation_batches(self, site: SiteKey, most_tokens: int) -> Iterator[EvaluationBatch]:
+        """Held-out tokens of a site; where nothing is held out, training tokens."""
+        side = "held_out" if self.split.threshold > 0 else "training"
+        filters = replace(self.filters, outlier_factor=None, limits={})  # outliers are part of the data
+        if not callable(self.source):
+            yield from Subject(self.source, site, self.split, filters).tokens(side, EVALUATION_TOKENS, most_tokens)
+            return
+        blocks = self.held_out if self.held_out is not None else self.source
+        with TokenBatches(
+            blocks,
+            [site],
+            batch_tokens=EVALUATION_TOKENS,
+            pool_bytes=AHEAD_BYTES,
+            filters=filters,
+            split=self.split,
+            side=side,
+            max_tokens=most_tokens,
+        ) as batches:
+            for batch in batches:
+                yield _OneSite(batch.values[site], batch.steps, batch.is_text)
+
+    def note(self) -> str:
+        """The data in a line for whoever trains on them."""
+        return f"{self.generations} generations of {self.model or 'an array'}, {self.split.note}"
+
+    def metadata(self) -> dict[str, Any]:
+        """What an autoencoder's folder says of its data, so that it can be judged on what was held out."""
+        filters = {"stream": self.filters.stream, "padding": self.filters.padding, "steps": self.steps}
+        return {"split": asdict(self.split), "filters": filters, "data": self.described}
+
+
+@dataclass(frozen=True)
+class _OneSite:
+    values: Tensor
+    steps: Tensor
+    is_text: Tensor
+
+
+def open_data(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
+    """The data the options name. Raises FluxIRError for all that can be wrong with them, before they are read."""
+    return _stored(options, options.captures) if options.captures is not None else _live(options, ranks)
+
+
+def _stored(options: TrainSAEOptions, path: Path) -> TrainingData:
+    source = open_source(path)
+    filters = _filters(options)
+    steps = filters.steps_of(source.steps)
+    sites = _of_stream(choose_sites(source, _patterns(options, source)), options)
+    split = split_source(source, options.held_out)
+    filters = norm_limits(source, sites, filters, split=split)
+    name = path.resolve().name if path.is_dir() else path.stem
+    described = {
+        "captures": str(path),
+        "generations": len(source.generations),
+        "tokens_each": {str(site): source.tokens(site) for site in sites},
+        "prompts_sha256": prompts_digest([f"{one.id} {one.prompt}" for one in source.generations]),
+    }
+    return TrainingData(
+        name=name,
+        model=source.model,
+        sites=sites,
+        steps=steps,
+        source=source,
+        beginning=lambda: source,
+        held_out=None,
+        split=split,
+        filters=filters,
+        generations=sum(split.has("training", one.id, one.prompt) for one in source.generations),
+        widths={site: source.d(site) for site in sites},
+        described=described,
+    )
+
+
+def _patterns(options: TrainSAEOptions, source: TokenSource) -> tuple[str, ...]:
+    if options.site is not None:
+        if not source.sites:
+            raise FluxIRError(
+                f"a plain array has no sites: got --site {','.join(options.site)}", hint="leave --site out"
+            )
+        return options.site
+    if len(source.sites) > 1:
+        raise FluxIRError(
+            f"the captures have {len(source.sites)} sites, {source.sites[0]} to {source.sites[-1]}: say which",
+            hint=f"pass --site {source.sites[0]}, or patterns such as --site 'single.*'",
+        )
+    return tuple(map(str, source.sites))
+
+
+def _of_stream(sites: list[SiteKey], options: TrainSAEOptions) -> list[SiteKey]:
+    """The sites that have tokens of the stream asked for."""
+    kept = [site for site in sites if options.stream is None or site is None or site.stream in (None, options.stream)]
+    if not kept:
+        raise FluxIRError(
+            f"none of the sites has {options.stream} tokens: {', '.join(map(str, sites))}", hint="leave --stream out"
+        )
+    return kept
+
+
+def _filters(options: TrainSAEOptions) -> Filters:
+    return Filters(stream=options.stream, steps=options.steps, padding=options.padding, outlier_factor=options.outliers)
+
+
+def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
+    assert options.model is not None
+    assert options.prompts is not None
+    assert options.site is not None
+    spec = get_spec(options.model)
+    prompts = read_prompts(options.prompts)
+    sites = match_sites(options.site, all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
+    sites = [site for site in _of_stream(list(sites), options) if site is not None]
+    recipe = Recipe(
+        spec=spec,
+        width=spec.default_side_px,
+        height=spec.default_side_px,
+        num_steps=spec.default_steps,
+        guidance=2.5,
+        sites=tuple(sites),
+        steps=tuple(check_steps(options.steps, spec.default_steps)),
+        stored_dtype=torch.bfloat16,
+        network_dtype=torch.bfloat16,
+    )
+    split = split_prompts(prompts, options.held_out)
+    training = [prompt for prompt in prompts if split.has("training", "", prompt)]
+    held_out = [prompt for prompt in prompts if split.has("held_out", "", prompt)]
+    if not training:
+        raise FluxIRError(f"all {len(prompts)} prompts are held out", hint="give more prompts, or --held_out 0")
+    shape = recipe.plan()
+    # Nothing is made before it is wanted, so with --max_tokens there may be far too many repeats.
+    repeats = options.repeats or -(-(options.max_tokens or 1) // len(training))
+    placement = plan(torch.cuda.device_count(), device=str(ranks.device(options.device)))
+    suite = Suite(spec, locate_model(spec, None, None, autoencoder=False), placement, recipe.network_dtype)
+    made = _stream(CollectSettings(recipe=recipe, prompts=training, repeats=repeats), suite)
+    filters = _filters(options)
+    first = _Beginning(made, most_tokens=MEASURED_TOKENS * len(sites))
+    if filters.outlier_factor is not None:
+        filters = norm_limits(first(), list(sites), filters, split=split)
+    return TrainingData(
+        name=spec.name,
+        model=spec.name,
+        sites=list(sites),
+        steps=list(recipe.steps),
+        source=made,
+        beginning=first,
+        held_out=_stream(CollectSettings(recipe=recipe, prompts=held_out), suite) if held_out else None,
+        split=split,
+        filters=filters,
+        generations=len(training) * repeats,
+        widths={site: shape.shape(site)[2] for site in sites},
+        described={
+            "model": spec.name,
+            "prompts": len(prompts),
+            "prompts_sha256": prompts_digest(prompts),
+            "repeats": repeats,
+        },
+    )
+
+
+def _stream(settings: CollectSettings, suite: Suite) -> Blocks:
+    """What begins the live stream of these settings."""
+
+    def blocks() -> Iterator[TokenBlock]:
+        with stream_blocks(lambda: live_blocks(settings, suite), capacity_bytes=AHEAD_BYTES) as ahead:
+            yield from ahead
+
+    return blocks
+
+
+class _Beginning:
+    """The first blocks of a stream, made once and then held: everything is measured on them."""
+
+    def __init__(self, blocks: Blocks, *, most_tokens: int) -> None:
+        self.blocks, self.most_tokens = blocks, most_tokens
+        self._held: list[TokenBlock] = []
+
+    def __call__(self) -> Blocks:
+        if not self._held:
+            self._held = list(self._first())
+        return lambda: iter(self._held)
+
+    def _first(self) -> Iterator[TokenBlock]:
+        """Whole generations, until there are enough tokens or bytes."""
+        tokens, nbytes, generation = 0, 0, None
+        for block in self.blocks():
+            if block.generation != generation and (tokens >= self.most_tokens or nbytes >= MEASURED_BYTES):
+                return
+            generation = block.generation
+            tokens, nbytes = tokens + len(block.values), nbytes + block_bytes(block)
+            yield block

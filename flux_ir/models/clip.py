@@ -1,0 +1,177 @@
+"""CLIP as a source of activations: its picture half, stopped before the last layer, and the pixels it looks at.
+
+The checkpoint is a folder as transformers saves it, or one of the hub's that is fetched once. The text half is that of
+`text`.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models import hub
+from flux_ir.models.headers import INDEX_SUFFIX
+from flux_ir.models.hub import Announce
+from flux_ir.models.paths import first_file, shards_present
+from flux_ir.models.pretrained import load_pretrained, unreadable
+from flux_ir.models.registry import read_object
+
+TokenChoice = Literal["cls", "patches", "all"]
+
+WHAT = "the CLIP model"
+_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
+_PIXELS = ("preprocessor_config.json", "processor_config.json")  # the second is how transformers 5 saves it
+_TOKENIZERS = ("tokenizer.json", "vocab.json")
+# What the hub's repositories of this family hold; a tokenizer.json needs none of the older tokenizer files.
+_HUB_FILES = ("config.json", _PIXELS[0], "tokenizer_config.json", _TOKENIZERS[0], _WEIGHTS[0])
+
+
+class Preprocessing(NamedTuple):
+    """From a picture of any size to the square that CLIP was trained on, as its checkpoint says."""
+
+    shortest_side_px: int
+    crop_px: tuple[int, int]
+    """Height and width."""
+    resample: int
+    """How Pillow reduces pictures: 3 is bicubic."""
+    mean: tuple[float, ...]
+    """Of the channels, of values in [0, 1]."""
+    std: tuple[float, ...]
+
+
+class ClipVision(nn.Module):
+    """The picture half of CLIP up to its last layer but one. `forward` gives token vectors, the class token first."""
+
+    def __init__(self, model: CLIPVisionModel) -> None:
+        super().__init__()
+        inner: Any = getattr(model, "vision_model", model)  # transformers 4 has one more level
+        # hidden_states[-2] is what the last layer is given, so that layer never runs.
+        inner.encoder.layers = inner.encoder.layers[:-1]
+        self.model = model
+        self._patches = int(inner.embeddings.num_patches)
+
+    @property
+    def d(self) -> int:
+        """The width of a token."""
+        return int(self.model.config.hidden_size)
+
+    def tokens(self, choice: TokenChoice) -> int:
+        """How many tokens a picture has: one for its class, one per patch, or both kinds."""
+        return {"cls": 1, "patches": self._patches, "all": 1 + self._patches}[choice]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Vision `hidden_states[-2]`, [images, 1 + patches, d], of float pixels [images, 3, height, width]."""
+        weight = next(self.model.parameters())
+        return self.model(pixel_values=pixels.to(weight.device, weight.dtype)).last_hidden_state
+
+
+def choose_tokens(tokens: Tensor, choice: TokenChoice) -> Tensor:
+    """The class token [images, 1, d], the patches, or all, of what `ClipVision` gives."""
+    return {"cls": tokens[:, :1], "patches": tokens[:, 1:], "all": tokens}[choice]
+
+
+def locate_clip(clip: str, *, announce: Announce | None = None) -> Path:
+    """The folder of a CLIP checkpoint: the folder of this name, or the hub's repository, fetched unless cached.
+
+    Raises FluxIRError for a folder that lacks something, and for a name that is neither.
+    """
+    folder = Path(clip).expanduser()
+    if folder.is_dir():
+        if lacking := _lacking(folder):
+            raise FluxIRError(f"{WHAT} in {folder} is incomplete: {lacking}", hint="fetch the whole folder again")
+        return folder
+    if folder.exists() or not _REPO_ID.fullmatch(clip):
+        raise FluxIRError(
+            f"--clip must be a folder or a repository of the hub: got {clip!r}",
+            hint="name a folder that exists, or a repository such as openai/clip-vit-large-patch14",
+        )
+    config = hub.cached(clip, "config.json")
+    if config is not None and not _lacking(config.parent):
+        return config.parent
+    try:
+        files = [hub.download(clip, name, announce) for name in _HUB_FILES]
+    except FluxIRError as error:  # its hint is about the transformer's flags
+        raise FluxIRError(error.message, hint="or name a local copy of the whole folder with --clip") from error
+    return files[0].parent
+
+
+def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipVision:
+    """The picture half of the checkpoint, ready to run. Raises FluxIRError for one that is broken or lacks weights."""
+    model = load_pretrained(CLIPVisionModel, folder, dtype, what=WHAT)
+    return ClipVision(model).to(device).eval().requires_grad_(False)
+
+
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """What the checkpoint says of its pictures. Raises FluxIRError for a file that says something else than CLIP's."""
+    path = first_file(folder, _PIXELS)
+    if path is None:
+        raise unreadable(folder, f"no {_PIXELS[0]}", what=WHAT)
+    said = read_object(path)
+    said = said.get("image_processor", said)
+    steps = ("do_resize", "do_center_crop", "do_normalize")
+    if skipped := [name for name in steps if said.get(name) is False]:
+        raise unreadable(folder, f"{path.name} leaves out {', '.join(skipped)}, which CLIP does", what=WHAT)
+    try:
+        crop = said["crop_size"]
+        return Preprocessing(
+            shortest_side_px=_side(said["size"], "shortest_edge"),
+            crop_px=(_side(crop, "height"), _side(crop, "width")),
+            resample=int(said.get("resample", Image.Resampling.BICUBIC)),
+            mean=tuple(map(float, said["image_mean"])),
+            std=tuple(map(float, said["image_std"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(folder, f"{path.name} has no usable {error}", what=WHAT) from error
+
+
+def read_pixels(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """A picture file as CLIP takes it: float32 [3, height, width], upright, reduced, cut to its middle, normalised.
+
+    Raises FluxIRError for a file that is no picture, or one that is cut short.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+        raise broken_image(path, error) from error
+    short = min(picture.size)
+    width, height = (int(preprocessing.shortest_side_px * side / short) for side in picture.size)
+    picture = picture.resize((width, height), preprocessing.resample)
+    rows, columns = preprocessing.crop_px
+    top, left = (height - rows) // 2, (width - columns) // 2
+    picture = picture.crop((left, top, left + columns, top + rows))
+    mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    values = (np.asarray(picture, np.float32) / 255 - mean) / std
+    return torch.from_numpy(values.transpose(2, 0, 1).copy())
+
+
+def broken_image(path: Path, error: BaseException) -> FluxIRError:
+    """One line on a file that Pillow cannot read."""
+    return FluxIRError(
+        f"{path} must be a picture that can be read: {error}",
+        hint="mend the file or take it out of the folder, then run the same command again",
+    )
+
+
+def _lacking(folder: Path) -> str | None:
+    if not (folder / "config.json").is_file():
+        return "no config.json"
+    weights = first_file(folder, _WEIGHTS)
+    if weights is None or not shards_present(weights):
+        return f"no weights ({' or '.join(_WEIGHTS)}, with all shards)"
+    if not first_file(folder, _PIXELS):
+        return f"no {_PIXELS[0]}"
+    return None if first_file(folder, _TOKENIZERS) else f"no tokenizer ({' or '.join(_TOKENIZERS)})"
+
+
+def _side(size: int | Mapping[str, int], name: str) -> int:
+    """A side in pixels: older checkpoints give one number for all."""
+    return int(size if isinstance(size, int) else size[name])

@@ -1,0 +1,191 @@
+"""Activations in the order they are trained on: chunks of one generation and step, all sites side by side.
+
+Row i of every site of a chunk is the same token: same generation, step and place. So autoencoders for many sites share
+one pass over the data. Next: `pool`, which mixes the rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flux_ir.capture.token_blocks import TokenBlock, TokenSource
+from flux_ir.errors import FluxIRError
+from flux_ir.sae.filters import Filters, SiteKey, check_finite
+from flux_ir.sae.splits import Side, Split
+
+# Steps of one generation that are read in a row: enough that opening a file is not what reading costs, few enough that
+# a pool holds many generations.
+RUN_BYTES = 2 * 2**20
+_WAITING_CHUNKS = 1024  # of a stream, until their last site has come
+
+Blocks = Callable[[], Iterator[TokenBlock]]
+"""Begins a live stream anew: the same blocks in the same order every time."""
+
+
+class Chunk(NamedTuple):
+    """The tokens of one generation and step that may be trained on."""
+
+    ordinal: int
+    """Its place in the order of the epoch."""
+    generation: int
+    """Index among the source's generations; of a stream: in order of appearance."""
+    step: int
+    values: dict[SiteKey, Tensor]
+    """[rows, d] for each site, of the data's own dtype."""
+    is_text: NDArray[np.bool_]
+    kept: NDArray[np.int64]
+    """The rows that passed the filters, ascending."""
+    place: str
+    """Where it was read, for messages."""
+
+    def check_finite(self, rows: slice = slice(None)) -> None:
+        """Raises FluxIRError for NaN and infinity."""
+        for site, values in self.values.items():
+            check_finite(values[rows], self.place, site, self.step)
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """Chunks of one side of a split, an epoch at a time."""
+
+    repeats: bool
+    """Whether there is a second epoch."""
+
+    @property
+    def tokens_at_most(self) -> int | None:
+        """Tokens of an epoch before filters that look at tokens; None: unknown."""
+
+    def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
+        """The chunks of an epoch from number `start` on, and before them those earlier ones that `also` names."""
+
+
+class _Assembler:
+    """Makes chunks of blocks: picks rows, and sees to it that those of all sites are the same tokens."""
+
+    def __init__(self, sites: Sequence[SiteKey], filters: Filters, split: Split, side: Side) -> None:
+        self.sites, self.filters, self.split, self.side = list(sites), filters, split, side
+
+    def chunk(self, ordinal: int, generation: int, blocks: Sequence[TokenBlock], place: str) -> Chunk:
+        """The chunk of these blocks, one per site."""
+        first = blocks[0]
+        rows = self.filters.rows(first)
+        positions = first.positions[rows]
+        for block in blocks[1:]:
+            other = block.positions[self.filters.rows(block)]
+            if other.shape != positions.shape or not torch.equal(other, positions):
+                raise FluxIRError(
+                    f"sites that are trained on together must have the same tokens: {first.site} has "
+                    f"{len(positions)} of them, {block.site} has {len(other)} in {place}",
+                    hint="train image and text sites in separate runs, or keep one stream of whole single blocks",
+                )
+        is_text = np.arange(len(first.positions))[rows] < first.txt_tokens
+        values = {block.site: block.floats()[self.filters.rows(block)] for block in blocks}
+        chunk = Chunk(ordinal, generation, first.step, values, is_text, np.arange(len(is_text)), place)
+        return chunk._replace(kept=self._kept(chunk, first, positions))
+
+    def _kept(self, chunk: Chunk, first: TokenBlock, positions: Tensor) -> NDArray[np.int64]:
+        """A token that is left out at one site is left out at all."""
+        masks = [self.split.tokens(self.side, first.generation, positions), self.filters.used(first)]
+        if self.filters.outlier_factor is not None:
+            chunk.check_finite()  # infinity would pass for an outlier
+            masks += [self.filters.within_limit(values, site, chunk.step) for site, values in chunk.values.items()]
+        given = [mask.numpy() for mask in masks if mask is not None]
+        return np.flatnonzero(np.logical_and.reduce(given)) if given else chunk.kept
+
+
+class SourceFeed:
+    """Stored activations, each epoch in an order of its own that only the seed decides."""
+
+    repeats = True
+
+    def __init__(
+        self, source: TokenSource, sites: Sequence[SiteKey], filters: Filters, split: Split, side: Side, seed: int
+    ) -> None:
+        self.source, self.seed = source, seed
+        self._assembler = _Assembler(sites, filters, split, side)
+        self._steps = filters.steps_of(source.steps)
+        here = [i for i, one in enumerate(source.generations) if split.has(side, one.id, one.prompt)]
+        self._generations = np.array(here, dtype=np.int32)
+        if not here:
+            raise FluxIRError(
+                f"no generation of {len(source.generations)} is on the {side} side of the split",
+                hint="hold out another share with --held_out, or capture more prompts",
+            )
+
+    @property
+    def tokens_at_most(self) -> int:
+        """Exact where nothing is filtered."""
+        site = self._assembler.sites[0]
+        return len(self._generations) * len(self._steps) * self.source.tokens(site)
+
+    def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
+        """Reads chunks as they are asked for."""
+        generations, steps = self._order(epoch)
+        for ordinal in chain(also, range(start, len(generations))):
+            yield self._read(ordinal, int(generations[ordinal]), int(steps[ordinal]))
+
+    def _read(self, ordinal: int, generation: int, step: int) -> Chunk:
+        blocks = [self.source.read(generation, site, step) for site in self._assembler.sites]
+        known = self.source.generations[generation]
+        return self._assembler.chunk(ordinal, generation, blocks, str(known.path or known.id))
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Generation and step of every chunk: runs of steps of one generation, shuffled."""
+        sites = self._assembler.sites
+        bytes_per_chunk = sum(self.source.tokens(site) * self.source.d(site) * 2 for site in sites)
+        run_steps = min(max(RUN_BYTES // max(bytes_per_chunk, 1), 1), len(self._steps))
+        runs_each = -(-len(self._steps) // run_steps)
+        draw = np.random.default_rng([self.seed, epoch])
+        runs = draw.permutation(len(self._generations) * runs_each)
+        index = (runs % runs_each)[:, None] * run_steps + np.arange(run_steps)
+        exists = index < len(self._steps)
+        generations = np.broadcast_to(self._generations[runs // runs_each][:, None], index.shape)[exists]
+        return generations, np.array(self._steps, dtype=np.int32)[index[exists]]
+
+
+class StreamFeed:
+    """A live stream: in the order it comes, one epoch. What was before is had again by beginning anew."""
+
+    repeats = False
+    tokens_at_most = None
+
+    def __init__(self, blocks: Blocks, sites: Sequence[SiteKey], filters: Filters, split: Split, side: Side) -> None:
+        self.blocks, self.side, self.split = blocks, side, split
+        self._assembler = _Assembler(sites, filters, split, side)
+
+    def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
+        """Goes through the whole stream; chunks that are not asked for are passed over."""
+        wanted, numbers = frozenset(also), dict[str, int]()
+        for ordinal, blocks in enumerate(self._complete()):
+            generation = numbers.setdefault(blocks[0].generation, len(numbers))
+            if ordinal >= start or ordinal in wanted:
+                yield self._assembler.chunk(ordinal, generation, blocks, f"generation {blocks[0].generation}")
+
+    def _complete(self) -> Iterator[list[TokenBlock]]:
+        """The blocks of all sites of one generation and step, as soon as the last of them has come."""
+        sites, steps = self._assembler.sites, self._assembler.filters.steps
+        waiting: dict[tuple[str, int], dict[SiteKey, TokenBlock]] = {}
+        for block in self.blocks():
+            wanted = block.site in sites and (steps is None or block.step in steps)
+            if not (wanted and self.split.has(self.side, block.generation, block.prompt)):
+                continue
+            found = waiting.setdefault((block.generation, block.step), {})
+            found[block.site] = block
+            if len(found) == len(sites):
+                del waiting[block.generation, block.step]
+                yield [found[site] for site in sites]
+            elif len(waiting) > _WAITING_CHUNKS:
+                break
+        if waiting:
+            (generation, step), found = next(iter(waiting.items()))
+            missing = ", ".join(str(site) for site in sites if site not in found)
+            raise FluxIRError(
+                f"a stream must give every site of a step: generation {generation} came without {missing} at step "
+                f"{step}",
+                hint="record all sites that are trained on",
+            )

@@ -1,0 +1,1 @@
+"""The arithmetic of a sparse autoencoder whose codes have k entries: one reference, a CPU path and a GPU path."""

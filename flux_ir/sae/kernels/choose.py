@@ -1,0 +1,135 @@
+"""The arithmetic of sparse autoencoders, by the path that suits the device and the sizes. Everyone imports from here.
+
+All functions take float32 weights; `shadow` is their bfloat16 copy (kept fresh by `adam_rows_`) and, where given, is
+what the large products are made with. Codes have the form values [n, k], indices [n, k] int64.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from flux_ir.sae.kernels import cpu, reference
+from flux_ir.sae.kernels.reference import EncodedTopK
+
+__all__ = ["EncodedTopK", "Path", "adam_rows_", "encode_top_k", "path_for", "sparse_decode", "top_k", "using"]
+
+Path = Literal["reference", "cpu", "gpu"]
+_FORCED: list[Path] = []
+
+
+def path_for(tensor: Tensor) -> Path:
+    """The path that works on `tensor`. Each path then chooses between sparse and dense products by the sizes.
+
+    Triton's kernels sum in float32: float64 on a GPU goes to the reference, and so does everything on a
+    device without Triton (it comes with PyTorch for Linux).
+    """
+    if _FORCED:
+        return _FORCED[-1]
+    if tensor.device.type == "cpu":
+        return "cpu"
+    usable = tensor.is_cuda and tensor.element_size() <= 4 and _has_triton()
+    return "gpu" if usable else "reference"
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Everything goes this path while the `with` lasts: for tests and benchmarks."""
+    _FORCED.append(path)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _path(tensor: Tensor) -> ModuleType:
+    match path_for(tensor):
+        case "cpu":
+            return cpu
+        case "gpu":
+            return import_module("flux_ir.sae.kernels.gpu")  # the one import of Triton
+        case _:
+            return reference
+
+
+def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row of `pre` [n, F] and their columns (int64) [n, k], in any order.
+
+    Of equal entries any may be chosen. Differentiable: the gradient reaches the chosen entries.
+    """
+    return _path(pre).top_k(pre, k)
+
+
+def encode_top_k(
+    x: Tensor,
+    encoder: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    dead: Tensor | None = None,
+    k_aux: int = 0,
+    shadow: Tensor | None = None,
+) -> EncodedTopK:
+    """TopK codes of x [n, d]: relu of the k largest of (x - b_dec) encoder^T + b_enc, encoder [F, d].
+
+    `dead` [F] marks the features among which each token's `k_aux` auxiliary ones are chosen, by their pre-activations,
+    which may be negative and are returned as they are. Gradients reach encoder, b_enc and b_dec, through chosen entries
+    with a positive value and through all auxiliary ones, and x only where x requires them. `shadow`: bfloat16 copy of
+    `encoder`.
+    """
+    return _path(x).encode_top_k(x, encoder, b_enc, k, b_dec=b_dec, dead=dead, k_aux=k_aux, shadow=shadow)
+
+
+def sparse_decode(
+    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
+) -> Tensor:
+    """Reconstructions [n, d]: the sum of the `indices` rows of decoder [F, d] times `values`, plus b_dec.
+
+    Gradients reach values, decoder and b_dec. `shadow`: bfloat16 copy of `decoder`.
+    """
+    return _path(values).sparse_decode(values, indices, decoder, b_dec, shadow=shadow)
+
+
+def adam_rows_(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    unit_rows: bool = False,
+    scale: Tensor | float | None = None,
+    shadow: Tensor | None = None,
+) -> None:
+    """One step of Adam in place, in one pass over the rows; `step` counts from 1 and `gradient` may be overwritten.
+
+    With `unit_rows` the rows of `weight` have length 1 before and after: what of the gradient would only change their
+    length is taken away first. `scale` multiplies the gradient (clipping). `shadow` becomes the bfloat16 of the result.
+    """
+    _path(weight).adam_rows_(
+        weight,
+        gradient,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        unit_rows=unit_rows,
+        scale=scale,
+        shadow=shadow,
+    )

@@ -1,0 +1,264 @@
+"""TopK autoencoders on a GPU: gathers of the chosen rows in Triton, or dense bfloat16 products where those are faster.
+
+A gathered row moves 2 d bytes per entry, a dense product makes 2 F d operations per token: at 4.3 TB/s and 790 TFLOP/s
+they take equally long where F = 184 k. Above that, the weight gradients come from one index of the entries sorted by
+feature, shared by both matrices; every row of a gradient is summed by one program and written once, so that the same
+step gives the same bits. Nothing waits for the device. Only `choose` imports this file, and only on a GPU, because it
+needs Triton. With TRITON_INTERPRET=1 before that import it runs on a CPU: so it is tested where there is no GPU.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flux_ir.sae.kernels.reference import EncodedTopK
+from flux_ir.sae.kernels.selection import largest, top_k
+from flux_ir.sae.kernels.triton_kernels import (
+    adam_kernel,
+    row_products_kernel,
+    rows_gradient_kernel,
+    weighted_rows_kernel,
+)
+
+__all__ = ["adam_rows_", "encode_top_k", "sparse_decode", "top_k"]
+
+DENSE_BELOW = 184
+# Pre-activations made at a time: 1 GB of bfloat16.
+CHUNK_ENTRIES = 1 << 29
+# Widths of what one program holds in registers.
+COLUMNS, ENTRIES = 512, 16
+
+
+def encode_top_k(
+    x: Tensor,
+    encoder: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    dead: Tensor | None = None,
+    k_aux: int = 0,
+    shadow: Tensor | None = None,
+) -> EncodedTopK:
+    """As `choose.encode_top_k`."""
+    dead = dead if k_aux > 0 else None
+    return EncodedTopK(*_EncodeTopK.apply(x, encoder, b_enc, b_dec, dead, k, k_aux, shadow))
+
+
+class _EncodeTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        encoder: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor | None,
+        dead: Tensor | None,
+        k: int,
+        k_aux: int,
+        shadow: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        weight = encoder if shadow is None else shadow
+        centred = (x if b_dec is None else x - b_dec).to(weight.dtype).contiguous()
+        bias = b_enc.to(weight.dtype)
+        parts = []
+        for chunk in torch.split(centred, max(1024, CHUNK_ENTRIES // len(encoder))):
+            pre = torch.addmm(bias, chunk, weight.t())
+            aux = () if dead is None else largest(pre.masked_fill(~dead, -torch.inf), min(k_aux, len(dead)))
+            parts.append((*largest(pre, k), *aux))
+        values, indices, *aux_parts = (torch.cat(part) for part in zip(*parts, strict=True))
+        values = values.to(encoder.dtype).relu_()
+        aux_values = aux_indices = None
+        if dead is not None:
+            aux_indices = aux_parts[1]
+            aux_values = aux_parts[0].to(encoder.dtype).masked_fill_(~dead[aux_indices], 0)
+            ctx.mark_non_differentiable(aux_indices)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(centred, encoder, values, indices, aux_indices, dead)
+        ctx.has_b_dec = b_dec is not None
+        return values, indices, aux_values, aux_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, values_gradient: Tensor | None, _: None, aux_gradient: Tensor | None, __: None
+    ) -> tuple[Tensor | None, ...]:
+        centred, encoder, values, indices, aux_indices, dead = ctx.saved_tensors
+        codes = []
+        if values_gradient is not None:
+            codes.append((values_gradient * (values > 0), indices))
+        if aux_gradient is not None:
+            codes.append((aux_gradient * dead[aux_indices], aux_indices))
+        if not codes:
+            return (None,) * 8
+        gradients = [rows_gradient(gradient, where, centred, len(encoder)) for gradient, where in codes]
+        encoder_gradient, b_enc_gradient = gradients[0]
+        for more in gradients[1:]:
+            encoder_gradient.add_(more.rows)
+            b_enc_gradient.add_(more.sums)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            parts = [weighted_rows(gradient, where, encoder, None) for gradient, where in codes]
+            x_gradient = torch.stack(parts).sum(0).to(encoder.dtype)
+        # Every token's x - b_dec goes the same way: no gradient per token is needed.
+        b_dec_gradient = -(b_enc_gradient @ encoder) if ctx.has_b_dec else None
+        return x_gradient, encoder_gradient, b_enc_gradient, b_dec_gradient, None, None, None, None
+
+
+def sparse_decode(
+    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
+) -> Tensor:
+    """As `choose.sparse_decode`."""
+    return _SparseDecode.apply(values, indices, decoder, b_dec, shadow)
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, shadow: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(values, indices, decoder, shadow)
+        return weighted_rows(values, indices, decoder if shadow is None else shadow, b_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, indices, decoder, shadow = ctx.saved_tensors
+        weight = decoder if shadow is None else shadow
+        for_values, _, for_decoder, for_b_dec, _ = ctx.needs_input_grad
+        b_dec_gradient = gradient.sum(0) if for_b_dec else None
+        gradient = gradient.to(weight.dtype).contiguous()
+        values_gradient = row_products(gradient, indices, weight) if for_values else None
+        decoder_gradient = rows_gradient(values, indices, gradient, len(decoder)).rows if for_decoder else None
+        return values_gradient, None, decoder_gradient, b_dec_gradient, None
+
+
+def _is_dense(indices: Tensor, d_sae: int) -> bool:
+    return d_sae < DENSE_BELOW * indices.shape[1]
+
+
+def _dense(values: Tensor, indices: Tensor, d_sae: int, dtype: torch.dtype) -> Tensor:
+    z = torch.zeros(len(values), d_sae, dtype=dtype, device=values.device)
+    return z.scatter_add_(1, indices, values.to(dtype))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The product a @ b, summed and returned in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def weighted_rows(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For each token the sum of the `indices` rows of weight [F, d] times `values`, plus `bias`: float32 [n, d]."""
+    if _is_dense(indices, len(weight)):
+        out = _product(_dense(values, indices, len(weight), weight.dtype), weight)
+        return out if bias is None else out.add_(bias)
+    (n, k), d = indices.shape, weight.shape[1]
+    out = torch.empty(n, d, dtype=torch.float32, device=weight.device)
+    grid = (n, triton.cdiv(d, COLUMNS))
+    weighted_rows_kernel[grid](
+        values.contiguous(), indices, weight, weight if bias is None else bias, out, d, k, bias is not None, COLUMNS
+    )
+    return out
+
+
+def row_products(vectors: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """The inner products of each of `vectors` [n, d] with the `indices` rows of weight [F, d]: float32 [n, k]."""
+    if _is_dense(indices, len(weight)):
+        return (vectors @ weight.t()).gather(1, indices).float()
+    (n, k), d = indices.shape, weight.shape[1]
+    out = torch.empty(n, k, dtype=torch.float32, device=weight.device)
+    row_products_kernel[(n,)](vectors, indices, weight, out, d, k, triton.next_power_of_2(d))
+    return out
+
+
+class RowsGradient(NamedTuple):
+    """The gradient [F, d] of a weight matrix and, for its bias, the sums [F] of the values; float32."""
+
+    rows: Tensor
+    sums: Tensor
+
+
+def rows_gradient(values: Tensor, indices: Tensor, vectors: Tensor, d_sae: int) -> RowsGradient:
+    """For each feature the sum, over its entries, of value times the token's vector."""
+    if _is_dense(indices, d_sae):
+        z = _dense(values, indices, d_sae, vectors.dtype)
+        return RowsGradient(_product(z.t(), vectors), z.sum(0, dtype=torch.float32))
+    d = vectors.shape[1]
+    rows = torch.empty(d_sae, d, dtype=torch.float32, device=vectors.device)
+    sums = torch.empty(d_sae, dtype=torch.float32, device=vectors.device)
+    order, starts = _INDEX.of(indices, d_sae)
+    grid = (d_sae, triton.cdiv(d, COLUMNS))
+    rows_gradient_kernel[grid](
+        values.contiguous(), order, starts, vectors, rows, sums, d, indices.shape[1], COLUMNS, ENTRIES
+    )
+    return RowsGradient(rows, sums)
+
+
+class _FeatureIndex:
+    """Entries sorted by feature, remembered for the codes last asked for: the decoder's gradient makes it, the
+    encoder's, right after it, finds it.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, int, int] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+        """`order` [n k]: entries by feature; `starts` [F + 1]: where each feature's begin."""
+        if self._of is not None and self._last is not None:
+            known, version, features = self._of
+            same = known.data_ptr() == indices.data_ptr() and known.shape == indices.shape
+            if same and version == indices._version and features == d_sae:
+                return self._last
+        sorted_features, order = indices.flatten().to(torch.int32).sort(stable=True)
+        edges = torch.arange(d_sae + 1, dtype=torch.int32, device=indices.device)
+        self._of = (indices, indices._version, d_sae)  # holds the memory, so that its address stays taken
+        self._last = (order, torch.searchsorted(sorted_features, edges))
+        return self._last
+
+
+_INDEX = _FeatureIndex()
+
+
+@torch.no_grad()
+def adam_rows_(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    unit_rows: bool = False,
+    scale: Tensor | float | None = None,
+    shadow: Tensor | None = None,
+) -> None:
+    """As `choose.adam_rows_`: one program per row."""
+    d = weight[0].numel()
+    factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=weight.device)
+    adam_kernel[(len(weight),)](
+        weight,
+        gradient.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        weight if shadow is None else shadow,
+        weight if factor is None else factor,
+        d,
+        lr / (1 - betas[0] ** step),
+        betas[0],
+        betas[1],
+        (1 - betas[1] ** step) ** 0.5,
+        eps,
+        scale is not None,
+        unit_rows,
+        shadow is not None,
+        triton.next_power_of_2(d),
+    )

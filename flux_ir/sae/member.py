@@ -1,0 +1,205 @@
+"""One autoencoder in training: its loss, gradients over processes, optimiser, dead features, average, and its state."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flux_ir.distributed import Ranks, all_sum, first_rank_value
+from flux_ir.errors import FluxIRError
+from flux_ir.sae.average import WeightAverage
+from flux_ir.sae.checkpoints import SavedRun
+from flux_ir.sae.dead import DeadCounter
+from flux_ir.sae.filters import SiteKey
+from flux_ir.sae.losses import LossParts, TrainingState
+from flux_ir.sae.optimiser import RowAdam
+from flux_ir.sae.resample import resample_dead_
+from flux_ir.sae.schedules import Schedule, default_learning_rate
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How every autoencoder of a run is trained. Lengths in optimiser steps or in tokens of all processes, as named."""
+
+    total_steps: int
+    batch_tokens: int
+    dead_after_tokens: int
+    """A feature that fired on none of so many tokens is dead."""
+    learning_rate: float | None = None
+    """At its peak; None: 2e-4 / sqrt(F / 2^14) of each autoencoder."""
+    k_start: int | None = None
+    warmup_steps: int | None = None
+    clip: float | None = 1.0
+    """The largest norm of all gradients of an autoencoder; None: any."""
+    ema_decay: float | None = None
+    """Decay per step of the average of the weights that is written at the end; None: the last weights are."""
+    resample_steps: int | None = None
+    """Steps from one resampling of dead features to the next, in the first half of the run; None: never."""
+    compute_dtype: torch.dtype = torch.float32
+    shard_optimiser: bool = False
+
+    def schedule(self, sae: SparseAutoencoder) -> Schedule:
+        """The curves of one autoencoder."""
+        config = sae.config
+        rate = default_learning_rate(config.d_sae) if self.learning_rate is None else self.learning_rate
+        start = None if self.k_start is None else min(self.k_start, config.d_sae)
+        return Schedule(self.total_steps, rate, config.k, k_start=start, warmup_steps=self.warmup_steps)
+
+
+class AcrossRanks:
+    """Small tensors over all processes, for losses whose terms are not linear in means over tokens."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of every process's `value`."""
+        if self.ranks.world_size == 1:
+            return value
+        return all_sum(value.detach().clone(), self.ranks) / self.ranks.world_size
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Every process's `value`, in order of rank. All are of one shape."""
+        if self.ranks.world_size == 1:
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.ranks.world_size)]
+        dist.all_gather(parts, value.detach().contiguous())
+        return torch.cat(parts)
+
+
+class Numbers(NamedTuple):
+    """What one step measured on one autoencoder, on the device; of this process's share of the batch."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    sparsity: Tensor
+    auxiliary: Tensor
+    fvu: Tensor
+    l0: Tensor
+    dead_share: Tensor
+    gradient_norm: Tensor
+
+
+class Member:
+    """One autoencoder of the run with everything that belongs to its training."""
+
+    def __init__(self, name: str, site: SiteKey, sae: SparseAutoencoder, settings: TrainSettings, ranks: Ranks) -> None:
+        """`site` is the key under which batches hold its tokens."""
+        self.name, self.site, self.sae, self.settings, self.ranks = name, site, sae, settings, ranks
+        self.schedule = settings.schedule(sae)
+        self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())  # tied weights once
+        shadows = self._make_shadows()
+        self.optimiser = RowAdam(
+            self.parameters, unit_rows=["W_dec"], shadows=shadows, ranks=ranks, shard=settings.shard_optimiser
+        )
+        self.dead = DeadCounter(sae.config.d_sae, sae.W_dec.device)
+        self.average = None if settings.ema_decay is None else WeightAverage(self.parameters, settings.ema_decay)
+
+    def step(self, xn: Tensor, number: int, tokens_seen: int) -> Numbers:
+        """One optimiser step on this process's normalised tokens; `number` counts from 0."""
+        dead = self.dead.dead(self.settings.dead_after_tokens)
+        parts = self.sae.loss(xn, self._state(number, tokens_seen, dead))
+        parts.total.backward()  # type: ignore[no-untyped-call]
+        fired = self._share(parts)
+        norm = self.optimiser.step(self.schedule.rate(number), clip=self.settings.clip)
+        self.sae.keep_valid()
+        self.dead.update(fired, self.settings.batch_tokens)
+        self._resample(xn, number)
+        if self.average is not None:
+            self.average.update(number)
+        return Numbers(
+            loss=parts.total.detach(),
+            reconstruction=parts.reconstruction.detach(),
+            sparsity=parts.sparsity.detach(),
+            auxiliary=parts.auxiliary.detach(),
+            fvu=parts.fvu,
+            l0=parts.l0,
+            dead_share=dead.float().mean(),
+            gradient_norm=norm,
+        )
+
+    @torch.no_grad()
+    def finish(self) -> SparseAutoencoder:
+        """The autoencoder to write: the averaged weights if there are any, decoder rows of length one."""
+        if self.average is not None:
+            self.average.take_over()
+            self.sae.normalise_decoder()
+        self.sae.compute_dtype = self.sae.encoder_shadow = self.sae.decoder_shadow = None
+        return self.sae
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the processes have alike: weights, statistics and thresholds, averages, dead counters."""
+        state: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
+        state |= {f"buffers/{name}": buffer for name, buffer in self.sae.named_buffers()}
+        state["tokens_since_fired"] = self.dead.tokens_since_fired
+        if self.average is not None:
+            state |= {f"average/{name}": average for name, average in self.average.averages.items()}
+        return {f"{self.name}/{name}": tensor for name, tensor in state.items()}
+
+    def load(self, saved: SavedRun, steps_done: int) -> None:
+        """Go on from a checkpoint."""
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name not in saved.shared:
+                    raise FluxIRError(f"{saved.path} lacks {name}", hint="delete it, or use another --output_dir")
+                tensor.copy_(saved.shared[name])
+        self.optimiser.load(steps_done, lambda name, rows: saved.moment(f"{self.name}/{name}", rows))
+        self._refresh_shadows()
+
+    def _state(self, number: int, tokens_seen: int, dead: Tensor) -> TrainingState:
+        return TrainingState(
+            optimiser_step=number,
+            tokens_seen=tokens_seen,
+            dead=dead if self.sae.config.aux_features else None,
+            k=self.schedule.k_at(number),
+            l1_scale=self.schedule.sparsity_scale(number),
+            across=AcrossRanks(self.ranks),
+        )
+
+    def _share(self, parts: LossParts) -> Tensor:
+        """Average the gradients over processes, in place. Returns on how many of them each feature fired."""
+        if self.ranks.world_size == 1:
+            return parts.fired
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                raise FluxIRError(f"{name} has no gradient: every parameter must take part in the loss")
+            all_sum(parameter.grad, self.ranks).div_(self.ranks.world_size)
+        return all_sum(parts.fired.to(torch.int32), self.ranks)
+
+    def _resample(self, xn: Tensor, number: int) -> None:
+        """Resample dead features if it is time, from the tokens of all processes."""
+        every, half = self.settings.resample_steps, self.settings.total_steps // 2
+        if every is None or (number + 1) % every or number + 1 > half:
+            return
+        dead, revived = self.dead.dead(self.settings.dead_after_tokens), []
+        xn = AcrossRanks(self.ranks).gather(xn)
+        if self.ranks.is_first:
+            # Seeded by the step, so that nothing random has to be saved.
+            generator = torch.Generator().manual_seed(self.sae.config.seed * 1_000_003 + number)
+            revived = resample_dead_(self.sae, dead, xn, generator=generator).tolist()
+        numbers = torch.tensor(first_rank_value(revived, self.ranks), dtype=torch.int64, device=xn.device)
+        for name, parameter in self.parameters.items():
+            if self.ranks.world_size > 1:
+                dist.broadcast(parameter.data, src=0)
+            if name != "b_dec":
+                self.optimiser.forget(name, numbers)
+        self.dead.revive(numbers)
+        self._refresh_shadows()
+
+    def _make_shadows(self) -> dict[str, Tensor]:
+        """Rounded copies of the matrices, where products are rounded: the optimiser keeps them fresh."""
+        sae, dtype = self.sae, self.settings.compute_dtype
+        if dtype == torch.float32:
+            return {}
+        sae.compute_dtype = dtype
+        sae.decoder_shadow = sae.W_dec.detach().to(dtype)
+        sae.encoder_shadow = sae.decoder_shadow if sae.config.tied else sae.encoder.detach().to(dtype)
+        shadows = {"W_dec": sae.decoder_shadow, "encoder": sae.encoder_shadow}
+        return {name: shadow for name, shadow in shadows.items() if name in self.parameters}
+
+    def _refresh_shadows(self) -> None:
+        for name, shadow in self.optimiser.shadows.items():
+            shadow.copy_(self.parameters[name].detach())

@@ -1,0 +1,312 @@
+"""How good a dictionary is at giving activations back: one definition of each number, for SAEs and baselines alike.
+
+Everything is summed over the whole evaluation set in float64 and divided once at the end, so no number depends on how
+the tokens were cut into batches. Each step, each stream and each pair of them is also an evaluation set of its own,
+with its own mean. Next: `baselines` to compare with, `splice` for what the network makes of a reconstruction.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flux_ir.errors import FluxIRError
+
+Rows = Float[Tensor, "tokens d"]
+Features = Float[Tensor, "tokens d_sae"]
+
+Stream = Literal["img", "txt"]
+Group = tuple[int, Stream]
+
+# Features this rare are shown in the first bin: with fewer than ten million tokens nothing is rarer.
+LOWEST_LOG10 = -7.0
+BINS_PER_DECADE = 8
+DENSE_VALUES = 1 << 25  # feature values held at once while evaluating: 128 MB in float32
+_TINY = 1e-12
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """What can be evaluated: a sparse autoencoder or a baseline. All of it in raw space."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features [tokens, d_sae] of activations [tokens, d]; a feature fires where it is not zero."""
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Activations [tokens, d] that these features stand for."""
+
+
+@runtime_checkable
+class EvaluationBatch(Protocol):
+    """Tokens to evaluate on: raw activations, and which step and stream each is of."""
+
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def steps(self) -> Tensor: ...
+    @property
+    def is_text(self) -> Tensor: ...
+
+
+class Numbers(NamedTuple):
+    """What was measured on one set of tokens. NaN where it is undefined: a set without tokens or without variance."""
+
+    tokens: int
+    fvu: float
+    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean being this set's own."""
+    cosine: float
+    """Mean over tokens of the cosine between x and x_hat, both as they are (not centred)."""
+    l0: float
+    """Mean number of features that fire on a token."""
+    dead_share: float
+    """Share of features that fire on no token of the set."""
+    mean_norm: float
+    """Mean over tokens of ||x||."""
+    mean_norm_reconstructed: float
+    """Mean over tokens of ||x_hat||."""
+    squared_error: float
+    """The FVU's numerator: sum ||x - x_hat||^2."""
+    squared_deviation: float
+    """The FVU's denominator: sum ||x - mean||^2."""
+
+
+class Density(NamedTuple):
+    """How often features fire: a histogram of log10(share of tokens), the dead ones apart."""
+
+    log10_edges: list[float]
+    features: list[int]
+    """Features between one edge and the next."""
+    dead: int
+
+
+class Evaluation(NamedTuple):
+    """All numbers of one reconstructor on one evaluation set."""
+
+    overall: Numbers
+    per_step: dict[int, Numbers]
+    per_stream: dict[Stream, Numbers]
+    per_group: dict[Group, Numbers]
+    """For each step and stream that tokens came from."""
+    density: Density
+    frequency: Tensor
+    """Share of tokens on which each feature fires, float64 [d_sae] on the CPU."""
+
+
+class Deviation:
+    """Count, mean and sum of squared deviations from it, of rows that come in batches; float64, exact to rounding.
+
+    Batches are merged as by Chan, Golub & LeVeque (1983): unlike a difference of two sums it loses no digits where the
+    mean is far larger than the spread, as it is in transformers.
+    """
+
+    def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(d, dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum over rows of ||row - mean||^2."""
+
+    def add(self, rows: Rows) -> None:
+        """Take these rows in."""
+        if len(rows):
+            exact = rows.double()
+            mean = exact.mean(0)
+            self._merge(len(rows), mean, (exact - mean).square().sum())
+
+    def merge(self, other: "Deviation") -> None:
+        """Take in all rows that `other` has seen."""
+        if other.count:
+            self._merge(other.count, other.mean, other.squares)
+
+    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        both = self.count + count
+        apart = mean - self.mean
+        self.squares = self.squares + squares + apart.square().sum() * (self.count * count / both)
+        self.mean = self.mean + apart * (count / both)
+        self.count = both
+
+
+class _Sums:
+    """What one step of one stream has added up to. Nothing is read back from the device before `numbers`."""
+
+    def __init__(self, d: int, d_sae: int, device: torch.device) -> None:
+        self.deviation = Deviation(d, device)
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # squared error, cosine, norm, norm of x_hat
+        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+
+    def add(self, x: Rows, x_hat: Rows, fired: Int[Tensor, " d_sae"]) -> None:
+        self.deviation.add(x)
+        x, x_hat = x.double(), x_hat.double()
+        norm, norm_hat = x.norm(dim=-1), x_hat.norm(dim=-1)
+        cosine = (x * x_hat).sum(-1) / (norm * norm_hat).clamp_min(_TINY)
+        error = (x - x_hat).square().sum()
+        self.totals += torch.stack([error, cosine.sum(), norm.sum(), norm_hat.sum()])
+        self.fired += fired
+
+    def merge(self, other: "_Sums") -> None:
+        self.deviation.merge(other.deviation)
+        self.totals += other.totals
+        self.fired += other.fired
+
+    def numbers(self) -> Numbers:
+        tokens = self.deviation.count
+        error, cosine, norm, norm_hat = self.totals.tolist()
+        deviation = self.deviation.squares.item()
+        return Numbers(
+            tokens=tokens,
+            fvu=_ratio(error, deviation),
+            cosine=_ratio(cosine, tokens),
+            l0=_ratio(self.fired.sum().item(), tokens),
+            dead_share=_ratio((self.fired == 0).sum().item(), len(self.fired)),
+            mean_norm=_ratio(norm, tokens),
+            mean_norm_reconstructed=_ratio(norm_hat, tokens),
+            squared_error=error,
+            squared_deviation=deviation,
+        )
+
+
+class Evaluator:
+    """Adds up batches of tokens with their reconstructions, and gives all numbers at the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Group, _Sums] = {}
+        self._like: tuple[int, int, torch.device] | None = None
+
+    @torch.no_grad()
+    def add(
+        self,
+        x: Rows,
+        x_hat: Rows,
+        features: Features,
+        steps: Int[Tensor, " tokens"] | int = 0,
+        is_text: Bool[Tensor, " tokens"] | bool = False,  # noqa: FBT001, FBT002 (a tensor as a rule)
+    ) -> None:
+        """Take in activations `x`, their reconstructions and their features; `steps` and `is_text` say whence each is.
+
+        Raises FluxIRError if the features are of another number than before.
+        """
+        self._check(x, features)
+        where = _groups(steps, is_text)
+        for group, rows in where.items():
+            chosen = (x, x_hat, features) if rows is None else (x[rows], x_hat[rows], features[rows])
+            sums = self._sums.setdefault(group, _Sums(x.shape[1], features.shape[1], x.device))
+            sums.add(chosen[0], chosen[1], (chosen[2] != 0).sum(0))
+
+    def result(self) -> Evaluation:
+        """The numbers of everything added so far. Raises FluxIRError if that is nothing."""
+        if self._like is None:
+            raise FluxIRError(
+                "an evaluation needs at least one token: got none",
+                hint="check which images are held out, and the filters of the tokens",
+            )
+        groups = sorted(self._sums)  # always in this order, so that the same tokens give the same bits
+        overall = self._merged(groups)
+        frequency = (overall.fired.double() / max(1, overall.deviation.count)).cpu()
+        steps, streams = sorted({step for step, _ in groups}), sorted({stream for _, stream in groups})
+        return Evaluation(
+            overall=overall.numbers(),
+            per_step={step: self._merged([group for group in groups if group[0] == step]).numbers() for step in steps},
+            per_stream={
+                name: self._merged([group for group in groups if group[1] == name]).numbers() for name in streams
+            },
+            per_group={group: self._sums[group].numbers() for group in groups},
+            density=density_of(frequency),
+            frequency=frequency,
+        )
+
+    def _merged(self, groups: Iterable[Group]) -> _Sums:
+        if self._like is None:
+            raise RuntimeError("nothing was added")
+        merged = _Sums(*self._like)
+        for group in groups:
+            merged.merge(self._sums[group])
+        return merged
+
+    def _check(self, x: Tensor, features: Tensor) -> None:
+        like = (x.shape[1], features.shape[1], x.device)
+        if self._like is None:
+            self._like = like
+        elif self._like != like:
+            raise FluxIRError(
+                f"all batches of one evaluation must be alike: got (d, d_sae, device) {like} after {self._like}",
+                hint="evaluate each site and each dictionary by itself",
+            )
+
+
+@torch.no_grad()
+def evaluate(
+    reconstructor: Reconstructor,
+    batches: Iterable[EvaluationBatch],
+    *,
+    d_sae: int,
+    device: torch.device | str = "cpu",
+    target: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """All numbers of a reconstructor on these tokens, in float32 on its `device`.
+
+    `target` makes of a token what is to be given back (None: the token itself). Features are held for a few tokens at a
+    time, as many as `d_sae` allows.
+    """
+    evaluator, at_once = Evaluator(), max(1, DENSE_VALUES // d_sae)
+    for batch in batches:
+        for start in range(0, len(batch.values), at_once):
+            rows = slice(start, start + at_once)
+            x, steps, is_text = (part[rows].to(device) for part in (batch.values, batch.steps, batch.is_text))
+            features = reconstructor.encode(x.float())
+            wanted = x.float() if target is None else target(x.float())
+            evaluator.add(wanted, reconstructor.decode(features).float(), features, steps, is_text)
+    return evaluator.result()
+
+
+def density_of(frequency: Float[Tensor, " d_sae"]) -> Density:
+    """The histogram of how often features fire, given the share of tokens on which each does."""
+    bins = round(-LOWEST_LOG10 * BINS_PER_DECADE)
+    alive = frequency[frequency > 0].double()
+    place = ((alive.log10() - LOWEST_LOG10) * BINS_PER_DECADE).floor().long().clamp(0, bins - 1)
+    return Density(
+        log10_edges=[LOWEST_LOG10 + edge / BINS_PER_DECADE for edge in range(bins + 1)],
+        features=torch.bincount(place, minlength=bins).tolist(),
+        dead=int((frequency == 0).sum()),
+    )
+
+
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain JSON values, rounded to eight digits; None for what is undefined."""
+    return {
+        "overall": numbers_to_json(evaluation.overall),
+        "per_step": {str(step): numbers_to_json(numbers) for step, numbers in evaluation.per_step.items()},
+        "per_stream": {stream: numbers_to_json(numbers) for stream, numbers in evaluation.per_stream.items()},
+        "per_step_and_stream": {
+            f"{step}.{stream}": numbers_to_json(numbers) for (step, stream), numbers in evaluation.per_group.items()
+        },
+        "density": evaluation.density._asdict(),
+    }
+
+
+def numbers_to_json(numbers: Numbers) -> dict[str, Any]:
+    """Numbers as plain JSON values, rounded to eight digits; None for what is undefined."""
+    return {name: rounded(value) for name, value in numbers._asdict().items()}
+
+
+def rounded(value: float) -> float | int | None:
+    """`value` to eight digits for a JSON file, which has no word for infinity or NaN; whole numbers as they are."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan
+
+
+def _groups(steps: Tensor | int, is_text: Tensor | bool) -> dict[Group, Tensor | None]:  # noqa: FBT001
+    """The rows of each step and stream; None for all of them."""
+    if not isinstance(steps, Tensor) and not isinstance(is_text, Tensor):
+        return {(steps, "txt" if is_text else "img"): None}
+    key = 2 * torch.as_tensor(steps) + torch.as_tensor(is_text).long()
+    found = torch.bincount(key).nonzero().flatten().tolist()
+    if len(found) == 1:
+        return {(found[0] // 2, "txt" if found[0] % 2 else "img"): None}
+    return {(value // 2, "txt" if value % 2 else "img"): key == value for value in found}

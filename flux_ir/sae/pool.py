@@ -1,0 +1,182 @@
+"""A bounded number of tokens in memory, in slots: written in reading order, taken in any.
+
+Values of all sites lie in one array each, so that a batch is one gather per site. On a CPU rows move as whole words,
+and the memory of batches is used again once nobody holds them: fresh pages would cost more than the gather.
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flux_ir.errors import FluxIRError
+from flux_ir.sae.chunks import Chunk
+from flux_ir.sae.filters import SiteKey
+
+Slots = NDArray[np.int64]
+
+PIECE_BYTES = 2**20  # checked and copied at once, while it is in the processor's cache
+_SPARE_BATCHES = 3
+_WORDS = {8: np.int64, 4: np.int32, 2: np.int16}
+
+
+class Batch(NamedTuple):
+    """Tokens in random order, the same ones for every site."""
+
+    values: dict[SiteKey, Tensor]
+    """[n, d] for each site, of the data's own dtype (float8 becomes bfloat16)."""
+    steps: Tensor
+    """int16 [n]."""
+    is_text: Tensor
+    """bool [n]."""
+    generations: Tensor
+    """int32 [n]: index among the source's generations; of a stream: in order of appearance."""
+
+
+class Row(NamedTuple):
+    """What a site's tokens are: their width, and the type of their values."""
+
+    d: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one token."""
+        return self.d * self.dtype.itemsize
+
+
+class Pool:
+    """`capacity` slots on a device. Slots that are written must not be taken from at the same time."""
+
+    BYTES_BESIDE = 4 + 2 + 1 + 4 + 4
+    """Bytes per slot beside its values: what the token is, and where it came from."""
+
+    def __init__(self, rows: Mapping[SiteKey, Row], capacity: int, device: torch.device) -> None:
+        self.capacity, self.device = capacity, device
+        self.rows = dict(rows)
+        self._values = {site: _empty(capacity, row, device) for site, row in self.rows.items()}
+        self._generations = np.zeros(capacity, np.int32)
+        self._steps = np.zeros(capacity, np.int16)
+        self._is_text = np.zeros(capacity, np.bool_)
+        self.chunk_of_slot = np.full(capacity, -1, np.int32)
+        """The ordinal of the chunk a slot's token came from; -1: the slot is empty."""
+        self.row_of_slot = np.zeros(capacity, np.int32)
+        self._spare = {site: _SpareMemory() for site in self.rows}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._taken: torch.cuda.Event | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.capacity * slot_bytes(self.rows)
+
+    def put(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
+        """Write these rows of a chunk. Raises FluxIRError for values that are not finite or of another type."""
+        for site, values in chunk.values.items():
+            row = self.rows[site]
+            if (values.shape[1], values.dtype) != row:
+                raise FluxIRError(
+                    f"all tokens of {site or 'the array'} must be {row.dtype} and {row.d} wide: got {values.dtype} and "
+                    f"{values.shape[1]} in {chunk.place}",
+                    hint="keep captures of different models and dtypes in different folders",
+                )
+        if self._copies is None:
+            self._put_here(slots, chunk, rows)
+        else:
+            self._put_on_gpu(slots, chunk, rows, self._copies)
+        self._generations[slots], self._steps[slots] = chunk.generation, chunk.step
+        self._is_text[slots] = chunk.is_text[rows]
+        self.chunk_of_slot[slots], self.row_of_slot[slots] = chunk.ordinal, rows
+
+    def _put_here(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
+        widest = max(row.nbytes for row in self.rows.values())
+        piece = max(PIECE_BYTES // widest, 1)
+        for start in range(0, len(rows), piece):
+            some, into = rows[start : start + piece], slots[start : start + piece]
+            first, last = int(some[0]), int(some[-1]) + 1
+            # rows without gaps are read where they lie; else only they are copied out
+            part: slice | NDArray[np.int64] = slice(first, last) if last - first == len(some) else some
+            for site, values in chunk.values.items():
+                taken = values.detach()[part].cpu().contiguous()
+                _check(taken, chunk, site)
+                _words(self._values[site])[into] = _words(taken)
+
+    def _put_on_gpu(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64], copies: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(copies):
+            if self._taken is not None:
+                copies.wait_event(self._taken)  # these slots may just be being read
+            into = torch.from_numpy(slots).to(self.device)
+            whole = len(rows) == len(chunk.is_text)
+            for site, values in chunk.values.items():
+                taken = values.detach() if whole else values.detach()[torch.from_numpy(rows).to(values.device)]
+                on_gpu = taken.to(self.device)
+                _check(on_gpu, chunk, site)  # waits for the copies, so nothing is left on its way
+                self._values[site].index_copy_(0, into, on_gpu)
+            copies.synchronize()
+
+    def take(self, slots: Slots) -> Batch:
+        """The tokens in these slots, in their order."""
+        index = torch.from_numpy(slots).to(self.device)
+        values = {site: self._gather(site, index) for site in self.rows}
+        beside = (torch.from_numpy(of[slots]).to(self.device) for of in (self._steps, self._is_text, self._generations))
+        if self._copies is not None:
+            self._taken = torch.cuda.current_stream(self.device).record_event()
+        return Batch(values, *beside)
+
+    def _gather(self, site: SiteKey, index: Tensor) -> Tensor:
+        pool, row = self._values[site], self.rows[site]
+        if self.device.type != "cpu":
+            return pool.index_select(0, index)
+        batch = self._spare[site].tensor(len(index), row)
+        torch.index_select(pool, 0, index, out=batch)
+        return batch
+
+
+def slot_bytes(rows: Mapping[SiteKey, Row]) -> int:
+    """Bytes of memory that one token of every site takes in a pool."""
+    return sum(row.nbytes for row in rows.values()) + Pool.BYTES_BESIDE
+
+
+def _check(values: Tensor, chunk: Chunk, site: SiteKey) -> None:
+    chunk._replace(values={site: values}).check_finite()
+
+
+def _empty(tokens: int, row: Row, device: torch.device) -> Tensor:
+    return torch.empty(tokens, row.d, dtype=row.dtype, device=device)
+
+
+def _words(values: Tensor) -> NDArray[np.signedinteger]:
+    """The bytes of tokens [n, d] as [n, few wide words]: NumPy moves them four times as fast as PyTorch, with the
+    interpreter free for other threads.
+    """
+    plain = values.view(torch.uint8).numpy()
+    size = next(size for size in _WORDS if plain.shape[1] % size == 0)
+    return plain.view(_WORDS[size])
+
+
+class _SpareMemory:
+    """Memory of batches, given out again when the last tensor that used it is gone."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def tensor(self, tokens: int, row: Row) -> Tensor:
+        """An uninitialised tensor [tokens, d]."""
+        nbytes = tokens * row.nbytes
+        memory = next((memory for memory in self._free if memory.nbytes >= nbytes), None)
+        if memory is None:
+            memory = np.empty(max(nbytes, 1), np.uint8)
+        else:
+            self._free = [other for other in self._free if other is not memory]
+        # The tensor's storage holds `loan` and nothing else does, so its end is the end of every view of the tensor.
+        loan = memory[:nbytes]
+        weakref.finalize(loan, self._give_back, memory)
+        return torch.from_numpy(loan).view(row.dtype).view(tokens, row.d)
+
+    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+        if len(self._free) < _SPARE_BATCHES:
+            self._free.append(memory)

@@ -1,0 +1,89 @@
+"""Which tokens are left out, and the check that what stays is finite."""
+
+import pytest
+import torch
+
+from flux_ir.capture.token_blocks import TokenBlock
+from flux_ir.errors import FluxIRError
+from flux_ir.sae.filters import Filters, check_finite, lengths
+from flux_ir.sites import Site
+
+IMG, TXT, WHOLE = (Site.parse(name) for name in ("double.0.img", "double.0.txt", "single.0"))
+
+
+def block(site, txt=7, img=12, used_txt=3):
+    leading = {"img": 0, "txt": txt, None: txt}[site.stream]
+    places = torch.cat([torch.arange(leading), torch.arange(0 if site.stream == "txt" else img)]).int()
+    return TokenBlock(torch.zeros(len(places), 4), None, site, 0, "0", "a prompt", places, leading, used_txt)
+
+
+@pytest.mark.parametrize(("stream", "rows"), [(None, slice(0, 19)), ("txt", slice(0, 7)), ("img", slice(7, 19))])
+def test_one_half_of_a_whole_block_can_be_had(stream, rows):
+    picked = range(19)[Filters(stream=stream).rows(block(WHOLE))]
+    assert picked == range(19)[rows]
+
+
+def test_padding_of_the_text_is_left_out_and_image_tokens_stay():
+    assert Filters().used(block(TXT)).tolist() == [True] * 3 + [False] * 4
+    assert Filters().used(block(WHOLE)).tolist() == [True] * 3 + [False] * 4 + [True] * 12
+    assert Filters(stream="txt").used(block(WHOLE)).tolist() == [True] * 3 + [False] * 4
+    assert Filters().used(block(IMG)) is None
+    assert Filters(stream="img").used(block(WHOLE)) is None
+
+
+def test_padding_stays_where_it_is_asked_for_or_unknown():
+    assert Filters(padding=True).used(block(TXT)) is None
+    assert Filters().used(block(TXT, used_txt=None)) is None
+
+
+def test_a_prompt_that_fills_the_text_has_no_padding():
+    assert Filters().used(block(TXT, used_txt=7)).all()
+
+
+def test_steps_are_sorted_and_unique_and_must_be_there():
+    assert Filters().steps_of([4, 0, 2]) == [0, 2, 4]
+    assert Filters(steps=[2, 0, 2]).steps_of([0, 2, 4]) == [0, 2]
+    with pytest.raises(FluxIRError, match=r"got \[1, 3\]") as error:
+        Filters(steps=[3, 1, 0]).steps_of([0, 2, 4])
+    assert "0, 2, 4" in error.value.hint
+
+
+def test_tokens_above_the_limit_are_outliers():
+    values = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 5.1]])
+    assert lengths(values.bfloat16()).tolist() == pytest.approx([5.0, 10.0, 5.09375])
+    filters = Filters(outlier_factor=2.0, limits={(IMG, 3): 5.0})
+    assert filters.within_limit(values, IMG, 3).tolist() == [True, False, False]
+    assert Filters().within_limit(values, IMG, 3) is None
+    with pytest.raises(FluxIRError, match=r"no length was measured for double\.0\.img at step 1"):
+        filters.within_limit(values, IMG, 1)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -3.0, float("nan"), float("inf")])
+def test_a_factor_that_leaves_out_half_of_the_tokens_is_refused(factor):
+    with pytest.raises(FluxIRError, match="must be above 1"):
+        Filters(outlier_factor=factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found_in_every_dtype(dtype, bad):
+    values = torch.randn(50, 7).to(dtype)
+    check_finite(values, "a.pt", IMG, 2)
+    values[11, 3] = values[20, 0] = bad
+    with pytest.raises(FluxIRError, match=r"2 of 50 tokens of double\.0\.img at step 2 in a\.pt hold NaN or infinity"):
+        check_finite(values, "a.pt", IMG, 2)
+
+
+def test_opposite_infinities_do_not_cancel():
+    values = torch.tensor([[float("inf"), -float("inf")]])
+    with pytest.raises(FluxIRError, match="the array at step 0"):
+        check_finite(values, "a.npy", None, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_huge_finite_values_pass_though_their_sum_overflows(dtype):
+    check_finite(torch.full((100, 8), torch.finfo(dtype).max, dtype=dtype), "a.pt", IMG, 0)
+
+
+def test_no_tokens_are_finite():
+    check_finite(torch.empty(0, 4), "a.pt", IMG, 0)

@@ -1,0 +1,181 @@
+"""Every number against its definition written out in float64, and sums that do not care how tokens were batched."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from flux_ir.errors import FluxIRError
+from flux_ir.sae.metrics import Deviation, Evaluator, density_of, evaluate, to_json
+
+
+class Tokens(NamedTuple):
+    """Activations with reconstructions and features, of three steps and both streams."""
+
+    x: torch.Tensor
+    x_hat: torch.Tensor
+    features: torch.Tensor
+    steps: torch.Tensor
+    is_text: torch.Tensor
+
+
+class Batch(NamedTuple):
+    values: torch.Tensor
+    steps: torch.Tensor
+    is_text: torch.Tensor
+
+
+class Halves:
+    """A reconstructor whose features are the positive parts of the activations."""
+
+    def encode(self, x):
+        return x.clamp_min(0)
+
+    def decode(self, features):
+        return 0.5 * features
+
+
+@pytest.fixture
+def tokens():
+    draw = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(500, 12, generator=draw) + 100 * torch.randn(12, generator=draw)  # the mean dwarfs the spread
+    x_hat = x + 0.5 * torch.randn(500, 12, generator=draw)
+    features = (torch.randn(500, 20, generator=draw) - 1).clamp_min(0)
+    features[:, 4] = 0
+    steps = torch.randint(0, 3, (500,), generator=draw)
+    return Tokens(x, x_hat, features, steps, torch.rand(500, generator=draw) < 0.3)
+
+
+def added(tokens, sizes):
+    evaluator, start = Evaluator(), 0
+    while start < len(tokens.x):
+        size = sizes[start % len(sizes)]
+        evaluator.add(*(column[start : start + size] for column in tokens))
+        start += size
+    return evaluator.result()
+
+
+def by_hand(tokens, rows):
+    """FVU, cosine, L0, dead share, mean norms of the chosen rows, in float64."""
+    x, x_hat, fired = tokens.x[rows].double(), tokens.x_hat[rows].double(), tokens.features[rows] > 0
+    return {
+        "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "cosine": torch.nn.functional.cosine_similarity(x, x_hat).mean(),
+        "l0": fired.sum(1).double().mean(),
+        "dead_share": (~fired.any(0)).double().mean(),
+        "mean_norm": x.norm(dim=1).mean(),
+        "mean_norm_reconstructed": x_hat.norm(dim=1).mean(),
+        "squared_error": ((x - x_hat) ** 2).sum(),
+        "squared_deviation": ((x - x.mean(0)) ** 2).sum(),
+    }
+
+
+def same(numbers, expected):
+    return all(getattr(numbers, name) == pytest.approx(float(value), rel=1e-11) for name, value in expected.items())
+
+
+def test_the_numbers_of_the_whole_set_are_their_definitions(tokens):
+    overall = added(tokens, [64]).overall
+    assert overall.tokens == 500
+    assert same(overall, by_hand(tokens, slice(None)))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("text", [False, True])
+def test_each_step_and_stream_is_a_set_of_its_own_with_its_own_mean(tokens, step, text):
+    result = added(tokens, [100])
+    in_step, in_stream = tokens.steps == step, tokens.is_text == text
+    stream = "txt" if text else "img"
+    assert same(result.per_group[step, stream], by_hand(tokens, in_step & in_stream))
+    assert same(result.per_step[step], by_hand(tokens, in_step))
+    assert same(result.per_stream[stream], by_hand(tokens, in_stream))
+
+
+def test_no_number_depends_on_the_size_of_the_batches(tokens):
+    whole, pieces = added(tokens, [500]), added(tokens, [1, 7, 30])
+    assert same(pieces.overall, whole.overall._asdict())
+    assert torch.equal(pieces.frequency, whole.frequency)
+    assert pieces.density == whole.density
+    # Averaging the FVU of batches is another number altogether: one token has no variance.
+    assert math.isnan(added(Tokens(*(column[:1] for column in tokens)), [1]).overall.fvu)
+
+
+def test_sums_of_the_parts_are_the_sums_of_the_whole(tokens):
+    result = added(tokens, [33])
+    for parts in (result.per_step, result.per_stream, result.per_group):
+        assert sum(numbers.tokens for numbers in parts.values()) == 500
+        error = math.fsum(numbers.squared_error for numbers in parts.values())
+        assert error == pytest.approx(result.overall.squared_error, rel=1e-12)
+        # Each part is centred on its own mean, so the parts together deviate less than the whole.
+        assert sum(numbers.squared_deviation for numbers in parts.values()) <= result.overall.squared_deviation
+
+
+def test_adding_the_same_batches_again_gives_the_same_bits(tokens):
+    assert to_json(added(tokens, [50])) == to_json(added(tokens, [50]))
+
+
+def test_one_step_and_stream_for_a_whole_batch_can_be_given_as_plain_values(tokens):
+    evaluator = Evaluator()
+    evaluator.add(tokens.x, tokens.x_hat, tokens.features, 2, True)
+    assert list(evaluator.result().per_group) == [(2, "txt")]
+
+
+def test_a_perfect_reconstruction_has_no_unexplained_variance_and_the_mean_all_of_it(tokens):
+    perfect, mean = Evaluator(), Evaluator()
+    perfect.add(tokens.x, tokens.x, tokens.features)
+    mean.add(tokens.x, tokens.x.mean(0).expand_as(tokens.x), tokens.features)
+    assert perfect.result().overall.fvu == 0
+    assert mean.result().overall.fvu == pytest.approx(1, rel=1e-6)
+
+
+def test_variance_is_exact_where_a_difference_of_float32_sums_has_no_digit_left():
+    draw = torch.Generator().manual_seed(1)
+    rows = 1e4 + 0.01 * torch.randn(1000, 3, generator=draw)
+    deviation = Deviation(3)
+    for part in rows.split(13):
+        deviation.add(part)
+    assert deviation.squares.item() == pytest.approx(
+        ((rows.double() - rows.double().mean(0)) ** 2).sum().item(), rel=1e-9
+    )
+
+
+def test_the_density_counts_every_feature_once():
+    frequency = torch.tensor([0.0, 1e-9, 1e-7, 0.01, 0.0101, 1.0], dtype=torch.float64)
+    density = density_of(frequency)
+    assert density.dead == 1
+    assert sum(density.features) == 5
+    assert density.features[0] == 2  # the rarest share the first bin
+    assert density.features[-1] == 1  # a feature that always fires
+    assert (density.log10_edges[0], density.log10_edges[-1]) == (-7, 0)
+    place = density.log10_edges.index(-2.0)
+    assert density.features[place] == 2
+
+
+def test_evaluate_encodes_and_decodes_what_it_is_given(tokens, monkeypatch):
+    monkeypatch.setattr("flux_ir.sae.metrics.DENSE_VALUES", 12 * 10)  # ten tokens at a time
+    batches = [Batch(tokens.x.bfloat16(), tokens.steps, tokens.is_text)]
+    result = evaluate(Halves(), batches, d_sae=12)
+    x = tokens.x.bfloat16().float()
+    expected = by_hand(tokens._replace(x=x, x_hat=0.5 * x.clamp_min(0), features=x.clamp_min(0)), slice(None))
+    assert same(result.overall, expected)
+
+
+def test_json_has_no_word_for_what_is_undefined(tokens):
+    evaluator = Evaluator()
+    evaluator.add(tokens.x[:1], tokens.x_hat[:1], tokens.features[:1])
+    written = to_json(evaluator.result())
+    assert written["overall"]["fvu"] is None
+    assert written["per_step_and_stream"]["0.img"]["tokens"] == 1
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(FluxIRError, match="needs at least one token: got none"):
+        Evaluator().result()
+
+
+def test_dictionaries_of_two_sizes_are_refused(tokens):
+    evaluator = Evaluator()
+    evaluator.add(tokens.x, tokens.x_hat, tokens.features)
+    with pytest.raises(FluxIRError, match="must be alike"):
+        evaluator.add(tokens.x, tokens.x_hat, tokens.features[:, :5])
