@@ -34,7 +34,7 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     store: Store | None = field(default=None, repr=False, compare=False)
-    """Where ranks count together while each works at its own pace; None: there is one process."""
+    """Where ranks count together while each works at its own pace; None: this process is on its own."""
 
     @property
     def is_first(self) -> bool:
@@ -90,14 +90,14 @@ def joined() -> Iterator[Ranks]:
 
 def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The sum over all ranks, in place and on each of them; the tensor as it is for one process."""
-    if ranks.world_size > 1:
+    if ranks.store is not None:
         dist.all_reduce(tensor)
     return tensor
 
 
 def wait_for_all(ranks: Ranks) -> None:
     """Returns once every rank has come here."""
-    if ranks.world_size > 1:
+    if ranks.store is not None:
         dist.all_reduce(torch.zeros(1))  # on the CPU, so by gloo: a barrier of nccl would need to know the device
 
 
@@ -116,7 +116,7 @@ def arrivals(name: str, ranks: Ranks, *, seconds: float = 0.1) -> Iterator[int]:
 
 def first_rank_value(value: T, ranks: Ranks) -> T:
     """The value that rank 0 passed, on every rank. Anything that can be pickled."""
-    if ranks.world_size == 1:
+    if ranks.store is None:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))

@@ -122,7 +122,7 @@ class Group:
             if is_intact:
                 good[item.id] = self.rows[item.id]
             yield is_intact
-        if self.finished and len(good) == len(self.items) and self._statistics_are_intact():
+        if self.finished and len(good) == len(self.items) and self._ends_are_intact():
             self.storage.remove(self.name(JOURNAL))
         elif self.finished or len(good) < len(self.rows):
             self._reopen(good)
@@ -139,11 +139,15 @@ class Group:
         broken = [file for file in files if not _file_is_intact(self.storage, file, checksums=checksums)]
         return not broken
 
-    def _statistics_are_intact(self) -> bool:
+    def _ends_are_intact(self) -> bool:
+        """Whether index and statistics are as `close` wrote them."""
         try:
-            wanted = self.storage.read(self.name(CHECKSUM)).decode().split()[0]
-            return self.storage.sha256(self.name(STATISTICS)) == wanted
-        except (FileNotFoundError, UnicodeDecodeError, IndexError):
+            wanted = {
+                self.name(CHECKSUM): checksum_line(self.storage.sha256(self.name(STATISTICS))),
+                self.name(INDEX): as_lines(self.rows[item.id] for item in self.items),
+            }
+            return all(self.storage.read(name) == content for name, content in wanted.items())
+        except FileNotFoundError:
             return False
 
     def _reopen(self, good: dict[str, Row]) -> None:
@@ -189,7 +193,12 @@ def publish_statistics(storage: Storage, statistics: Statistics, name: str, *, c
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     storage.publish(path, name)
-    storage.publish(f"{digest}  {STATISTICS}\n".encode(), checksum)
+    storage.publish(checksum_line(digest), checksum)
+
+
+def checksum_line(digest: str) -> bytes:
+    """The line of sha256sum for the statistics."""
+    return f"{digest}  {STATISTICS}\n".encode()
 
 
 def merge_statistics(into: Statistics, more: Statistics) -> None:

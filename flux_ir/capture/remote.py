@@ -9,11 +9,14 @@ import getpass
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import threading
+import weakref
 from pathlib import Path, PurePosixPath
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -23,7 +26,9 @@ from flux_ir.errors import FluxIRError
 
 SCRATCH = "partial"
 _SHOWN_WHEN_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"}
+_URL = re.compile(r"([a-z][a-z0-9+]+):/+")  # two letters at least: one is a drive
 _PIECE_BYTES = 2**22
+_DOWNLOADED_BYTES = 8 * 10**9  # files that are looked at again when a collection is gone on with
 # The extra of this package that brings a filesystem, where there is one.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
@@ -44,7 +49,10 @@ class RemoteStorage:
         self._numbers = itertools.count()
         self._made: set[str] = set()
         self._lock = threading.Lock()
-        self._downloads = Downloads(self._fs, self._root, _everyones_scratch(self.url) / f"rank_{rank}_downloads")
+        # Of this process alone: what another one fetched may have been replaced since.
+        own = _everyones_scratch(self.url) / f"downloads_{os.getpid()}_{uuid4().hex}"
+        self._downloads = Downloads(self._fs, self._root, own, max_bytes=_DOWNLOADED_BYTES)
+        weakref.finalize(self, shutil.rmtree, own, ignore_errors=True)
         self._try_to_write()
 
     @property
@@ -153,6 +161,15 @@ class RemoteStorage:
         name = f"{SCRATCH}/probe_{self.rank}"
         self.publish(b"", name)
         self.remove(name)
+
+
+def as_url(path: Path | str) -> str | None:
+    """The URL that a path was before it became one (`Path` drops a slash of `s3://`); None for a folder's path."""
+    found = _URL.match(str(path))
+    if found is None:
+        return None
+    slashes = ":///" if found[1] in ("file", "local") else "://"
+    return found[1] + slashes + str(path)[found.end() :]
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:

@@ -41,8 +41,9 @@ class SiteStatistics:
     def add(self, values: Tensor, scale: Tensor | None = None) -> None:
         """Count tokens [..., d] as a file holds them, with their scales [...] where they have such."""
         read = dequantised(values, scale).detach().cpu().reshape(-1, self.d)
-        for rows in read.split(max(1, _CACHED_VALUES // self.d)):
-            self._add(rows.double().numpy())
+        rows = max(1, _CACHED_VALUES // self.d)
+        for first in range(0, len(read), rows):
+            self._add(read[first : first + rows].double().numpy())
 
     def _add(self, tokens: NDArray[np.float64]) -> None:
         squares = tokens * tokens
@@ -50,7 +51,7 @@ class SiteStatistics:
         self.sum += tokens.sum(0)
         self.sum_of_squares += squares.sum(0)
         self.sum_of_norms += float(np.sqrt(squares.sum(1)).sum())
-        self.max_abs = np.maximum(self.max_abs, np.sqrt(squares.max(0, initial=0.0)).astype(np.float32))
+        self.max_abs = np.maximum(self.max_abs, np.sqrt(squares.max(0)).astype(np.float32))
 
     def merge(self, other: "SiteStatistics") -> None:
         """Count what `other` has counted, too. Sums are rounded, so the order of merging is part of the result."""

@@ -10,6 +10,7 @@ from flux_ir.capture.array_source import ArraySource
 from flux_ir.capture.capture_source import CaptureSource, is_collection
 from flux_ir.capture.clip_images import IMAGES, SETTINGS_FILE
 from flux_ir.capture.exported_source import ExportedSource, is_exported, npy_generations, safetensors_generation
+from flux_ir.capture.remote import as_url
 from flux_ir.capture.remote_source import open_remote_collection
 from flux_ir.capture.token_blocks import Generation, TokenBlock, TokenSource
 from flux_ir.errors import FluxIRError
@@ -28,8 +29,8 @@ def open_source(path: Path | str) -> TokenSource:
 
     Raises FluxIRError for a path that holds none of these, a broken file, and files that do not belong together.
     """
-    if "://" in str(path):
-        return open_remote_collection(str(path))
+    if (url := as_url(path)) is not None:
+        return open_remote_collection(url)
     where = Path(path)
     if not where.exists():
         raise FluxIRError(f"there is nothing at {where}", hint=f"name {_KINDS}")

@@ -44,30 +44,35 @@ class Judge:
         subject = subject_of(sae, self.source, held_out=self.options.held_out)
         if "split" not in sae.metadata and "held_out" not in sae.metadata:
             self.report.note(f"note: {folder} does not say what was held out: some tokens may have been trained on")
-        with self.report.phase("autoencoders"):
-            evaluation = self._evaluate(sae, sae.config.d_sae, subject)
+        if subject.side == "training":
+            self.report.note(f"note: nothing was held out from {folder}: it is measured on what it was trained on")
+        evaluation = self._evaluate(sae, sae.config.d_sae, subject)
         k = sae.config.k if sae.config.architecture in HAS_K else max(1, round(evaluation.overall.l0))
-        key = json.dumps(subject.described())
-        if key not in self._fits:
-            self._fits[key] = self._new_fits(subject)
-        fits, baselines = self._fits[key], dict[str, tuple[int, Evaluation]]()
-        with self.report.phase("baselines"):
-            for name in dict.fromkeys(self.options.baselines or ()):
-                shared = (name, key, k) if name in ("pca", "neurons") else (name, key, k, sae.config.d_sae)
-                if shared not in self._baselines:
-                    self._baselines[shared] = self._baseline(name, subject, fits, k, sae.config.d_sae)
-                baselines[name] = self._baselines[shared]
-        splice = self._splicer_for(subject).measure(sae, subject, fits, k) if self.options.splice else None
-        return Judged(folder, sae, subject, evaluation, baselines, splice)
+        key, fits, baselines = _key(subject), self._fits_for(subject), dict[str, tuple[int, Evaluation]]()
+        for name in dict.fromkeys(self.options.baselines or ()):
+            shared = (name, key, k) if name in ("pca", "neurons") else (name, key, k, sae.config.d_sae)
+            if shared not in self._baselines:
+                self._baselines[shared] = self._baseline(name, subject, fits, k, sae.config.d_sae)
+            baselines[name] = self._baselines[shared]
+        return Judged(folder, sae.config, subject, k, evaluation, baselines, None)
+
+    def splice(self, judged: Judged) -> Judged:
+        """The same with what the model makes of its reconstructions."""
+        sae, subject = load_sae(judged.folder, device=self.device), judged.subject
+        splicer = self._splicer_for(subject)
+        return judged._replace(splice=splicer.measure(sae, subject, self._fits_for(subject), judged.k))
+
+    def _fits_for(self, subject: Subject) -> BaselineFits:
+        options = self.options
+        if _key(subject) not in self._fits:
+            self._fits[_key(subject)] = BaselineFits(
+                subject, fit_tokens=options.fit_tokens, batch_tokens=options.batch_tokens, device=self.device
+            )
+        return self._fits[_key(subject)]
 
     def _evaluate(self, reconstructor: SparseAutoencoder | Baseline, d_sae: int, subject: Subject) -> Evaluation:
-        tokens = subject.tokens("held_out", self.options.batch_tokens, self.options.max_tokens)
+        tokens = subject.tokens(subject.side, self.options.batch_tokens, self.options.max_tokens)
         return evaluate(reconstructor, tokens, d_sae=d_sae, device=self.device)
-
-    def _new_fits(self, subject: Subject) -> BaselineFits:
-        return BaselineFits(
-            subject, fit_tokens=self.options.fit_tokens, batch_tokens=self.options.batch_tokens, device=self.device
-        )
 
     def _baseline(self, name: str, subject: Subject, fits: BaselineFits, k: int, d_sae: int) -> tuple[int, Evaluation]:
         if name == "neurons":
@@ -100,16 +105,25 @@ def evaluate_saes(options: EvaluateSAEOptions) -> None:
     """Judge every autoencoder, write what came of it into its folder, and print one table."""
     report = Report()
     folders = find_saes(options.sae)
-    judge, judged, written = Judge(options, report), [], dict[str, Path]()
+    judge, judged = Judge(options, report), list[Judged]()
     for folder in report.follow("evaluate", folders, total=len(folders)):
         judged.append(judge.judge(folder))
         write_results(judged[-1], options)
-        written[f"numbers, {folder.name}"] = folder / "metrics.json"
+    if options.splice:  # a bar of its own for each, so not within the loop above
+        for place, one in enumerate(judged):
+            judged[place] = judge.splice(one)
+            write_results(judged[place], options)
+    written = {f"numbers, {folder.name}": folder / "metrics.json" for folder in folders}
     if len(judged) > 1:
         written |= draw_fronts(judged)
     for line in result_table(judged):
         report.results.print(Text(line))
     report.table(f"{len(judged)} evaluated", written, peak_memory())
+
+
+def _key(subject: Subject) -> str:
+    """What baselines of two autoencoders must have in common to be the same."""
+    return json.dumps(subject.described())
 
 
 def find_saes(paths: Sequence[Path]) -> list[Path]:

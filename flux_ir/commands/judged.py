@@ -12,11 +12,10 @@ import torch
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
-from flux_ir.sae.config import HAS_K
+from flux_ir.sae.config import HAS_K, SAEConfig
 from flux_ir.sae.held_out import Subject
 from flux_ir.sae.metrics import Evaluation, Numbers, to_json
 from flux_ir.sae.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
 CURVES = "curves.jsonl"
 PANELS = (
@@ -34,18 +33,20 @@ class Judged(NamedTuple):
     """One autoencoder with its numbers, and those of its baselines by their names."""
 
     folder: Path
-    sae: SparseAutoencoder
+    config: SAEConfig
     subject: Subject
+    k: int
+    """Of the baselines: the autoencoder's own k, or the nearest whole number to its L0."""
     evaluation: Evaluation
     baselines: dict[str, tuple[int, Evaluation]]
-    """k and the numbers."""
+    """k, which may be less where there are not so many features, and the numbers."""
     splice: dict[str, Any] | None
 
 
 def write_results(judged: Judged, options: EvaluateSAEOptions) -> None:
     """metrics.json and the pictures of one autoencoder, the same bytes for the same numbers."""
     folder, evaluation = judged.folder, judged.evaluation
-    what = f"{describe(judged.sae)}: {place_of(judged)}"
+    what = f"{describe(judged.config)}: {place_of(judged)}"
     density_histogram(folder / "density.png", evaluation.density, "How often features fire", subtitle=what)
     fvu_per_step(
         folder / "fvu_per_step.png",
@@ -69,7 +70,7 @@ def write_results(judged: Judged, options: EvaluateSAEOptions) -> None:
 
 def as_json(judged: Judged, options: EvaluateSAEOptions) -> dict[str, Any]:
     """Everything that was measured, and on what."""
-    config = judged.sae.config
+    config = judged.config
     return {
         "sae": {name: getattr(config, name) for name in ("architecture", "d_in", "d_sae", "k", "seed")},
         "data": judged.subject.described()
@@ -99,7 +100,7 @@ def draw_fronts(judged: Sequence[Judged]) -> dict[str, Path]:
     for site in sites:
         here = [one for one in judged if place_of(one) == site]
         name = "pareto.png" if len(sites) == 1 else f"pareto_{site.split()[0]}.png"
-        runs = [Run(family_of(one.sae), *_l0_fvu(one.evaluation.overall)) for one in here]
+        runs = [Run(family_of(one.config), *_l0_fvu(one.evaluation.overall)) for one in here]
         anchors = [
             Run(NAMES[name], *_l0_fvu(found.overall))
             for one in here
@@ -116,7 +117,7 @@ def result_table(judged: Sequence[Judged]) -> list[str]:
     head = ("", "site", "features", "k", "L0", "FVU", "cosine", "dead")
     rows: list[tuple[str, ...]] = [head]
     for one in judged:
-        config = one.sae.config
+        config = one.config
         k = str(config.k) if config.architecture in HAS_K else ""
         rows.append((one.folder.name, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
         for name, (rank, found) in one.baselines.items():
@@ -131,21 +132,20 @@ def result_table(judged: Sequence[Judged]) -> list[str]:
     return lines + (["", *_aligned(spliced)] if len(spliced) > 1 else [])
 
 
-def describe(sae: SparseAutoencoder) -> str:
+def describe(config: SAEConfig) -> str:
     """An autoencoder in a few words."""
-    config = sae.config
     k = f", k {config.k}" if config.architecture in HAS_K else ""
-    return f"{family_of(sae)}{k}"
+    return f"{family_of(config)}{k}"
 
 
-def family_of(sae: SparseAutoencoder) -> str:
+def family_of(config: SAEConfig) -> str:
     """What autoencoders of one line in the picture have in common."""
-    return f"{sae.config.architecture}, {sae.config.d_sae:,} features"
+    return f"{config.architecture}, {config.d_sae:,} features"
 
 
 def place_of(judged: Judged) -> str:
     """Where the activations come from, in words."""
-    model = judged.sae.config.model or judged.subject.source.model
+    model = judged.config.model or judged.subject.source.model
     return str(judged.subject.site or "an array") + (f" of {model}" if model else "")
 
 

@@ -136,7 +136,7 @@ def held_out_runs(subject: Subject, most: int) -> list[Run]:
     for generation in subject.source.generations:
         if len(runs) == most:
             break
-        if generation.prompt not in runs and subject.split.has("held_out", generation.id, generation.prompt):
+        if generation.prompt not in runs and subject.split.has(subject.side, generation.id, generation.prompt):
             runs[generation.prompt] = _run_of(generation.path)
     return list(runs.values())
 

@@ -30,7 +30,7 @@ from flux_ir.sae.filters import Filters, SiteKey
 from flux_ir.sae.held_out import Subject
 from flux_ir.sae.measure_data import measure_normalisation, norm_limits, sample_tokens
 from flux_ir.sae.metrics import EvaluationBatch
-from flux_ir.sae.splits import Split, split_prompts, split_source
+from flux_ir.sae.splits import Side, Split, split_prompts, split_source
 from flux_ir.sites import all_sites, match_sites
 
 SAMPLE_TOKENS = 8_192  # that b_dec starts from
@@ -95,7 +95,7 @@ class TrainingData:
     def epoch_tokens(self, site: SiteKey) -> int:
         """Tokens of a site that one pass over the training side gives; where text is padded, about."""
         blocks = list(self._first_blocks(site))
-        each = sum(map(self._kept, blocks)) / len(blocks)
+        each = sum(map(self._kept, blocks)) / max(1, len(blocks))
         return int(each * self.generations * len(self.steps))
 
     def _first_blocks(self, site: SiteKey) -> Iterator[TokenBlock]:
@@ -118,7 +118,7 @@ class TrainingData:
 
     def evaluation_batches(self, site: SiteKey, most_tokens: int) -> Iterator[EvaluationBatch]:
         """Held-out tokens of a site; where nothing is held out, training tokens."""
-        side = "held_out" if self.split.threshold > 0 else "training"
+        side: Side = "held_out" if self.split.threshold > 0 else "training"
         filters = replace(self.filters, outlier_factor=None, limits={})  # outliers are part of the data
         if not callable(self.source):
             yield from Subject(self.source, site, self.split, filters).tokens(side, EVALUATION_TOKENS, most_tokens)
@@ -168,7 +168,7 @@ def _stored(options: TrainSAEOptions, path: Path) -> TrainingData:
     filters = norm_limits(source, sites, filters, split=split)
     name = path.resolve().name if path.is_dir() else path.stem
     described = {
-        "captures": str(path),
+        "captures": name,
         "generations": len(source.generations),
         "tokens_each": {str(site): source.tokens(site) for site in sites},
         "prompts_sha256": prompts_digest([f"{one.id} {one.prompt}" for one in source.generations]),

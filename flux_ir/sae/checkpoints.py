@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ class Checkpoints:
         """Delete all checkpoints: the run is finished and its results are written."""
         if self.ranks.is_first and self.folder.exists():
             shutil.rmtree(self.folder)
+            with suppress(OSError):  # there are others beside it
+                self.folder.parent.rmdir()
 
     def _complete(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]

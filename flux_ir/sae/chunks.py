@@ -43,10 +43,12 @@ class Chunk(NamedTuple):
     place: str
     """Where it was read, for messages."""
 
-    def check_finite(self, rows: slice = slice(None)) -> None:
-        """Raises FluxIRError for NaN and infinity."""
+    def check_finite(self) -> None:
+        """Raises FluxIRError if a row that is kept holds NaN or infinity."""
+        whole = len(self.kept) == len(self.is_text)
         for site, values in self.values.items():
-            check_finite(values[rows], self.place, site, self.step)
+            rows = values if whole else values[torch.from_numpy(self.kept).to(values.device)]
+            check_finite(rows, self.place, site, self.step)
 
 
 @runtime_checkable
@@ -71,7 +73,7 @@ class _Assembler:
         self.sites, self.filters, self.split, self.side = list(sites), filters, split, side
 
     def chunk(self, ordinal: int, generation: int, blocks: Sequence[TokenBlock], place: str) -> Chunk:
-        """The chunk of these blocks, one per site."""
+        """The chunk of these blocks, one per site. Raises FluxIRError unless all that it keeps is finite."""
         first = blocks[0]
         rows = self.filters.rows(first)
         positions = first.positions[rows]
@@ -86,7 +88,9 @@ class _Assembler:
         is_text = np.arange(len(first.positions))[rows] < first.txt_tokens
         values = {block.site: block.floats()[self.filters.rows(block)] for block in blocks}
         chunk = Chunk(ordinal, generation, first.step, values, is_text, np.arange(len(is_text)), place)
-        return chunk._replace(kept=self._kept(chunk, first, positions))
+        kept = chunk._replace(kept=self._kept(chunk, first, positions))
+        kept.check_finite()
+        return kept
 
     def _kept(self, chunk: Chunk, first: TokenBlock, positions: Tensor) -> NDArray[np.int64]:
         """A token that is left out at one site is left out at all."""

@@ -47,8 +47,9 @@ class SAEConfig:
     """Dead features that explain the residual of each token; None: d_in / 2 (Gao et al. 2024, A.2); 0: none do."""
     aux_coefficient: float = 1 / 32
     """Weight of that auxiliary loss (Gao et al. 2024)."""
-    l1_coefficient: float = 5.0
-    """lambda of l1 and gated, after warm-up (Conerly et al. 2024, for tokens sqrt(d_in) long)."""
+    l1_coefficient: float | None = None
+    """lambda of l1 and gated, after warm-up; None: sqrt(d_in) / 10, which is about the 5 of Conerly et al. 2024 at
+    widths about 2,500, and as much of the loss at others: the error grows as d_in, the penalty as sqrt(d_in)."""
     l0_coefficient: float | None = None
     """lambda of jumprelu, after warm-up; None: 1 with `target_l0`, else 0.001."""
     target_l0: float | None = None
@@ -127,6 +128,11 @@ class SAEConfig:
         """Sizes of the nested dictionaries of a matryoshka, ascending."""
         shares = sorted({max(1, round(share * self.d_sae)) for share in _PREFIX_SHARES})
         return self.prefixes or tuple(shares)
+
+    @property
+    def l1_weight(self) -> float:
+        """The lambda of the L1 penalty."""
+        return math.sqrt(self.d_in) / 10 if self.l1_coefficient is None else self.l1_coefficient
 
     @property
     def l0_weight(self) -> float:

@@ -73,7 +73,7 @@ def evaluate_neurons(
         total += batch.values.to(device).double().sum(0)
         count += len(batch.values)
     neurons = Neurons.of(model, site, min(k, len(total)), rest=(total / max(1, count)).float())
-    tokens = of_neurons.tokens("held_out", batch_tokens)
+    tokens = of_neurons.tokens(subject.side, batch_tokens)
     found = evaluate(neurons, tokens, d_sae=neurons.config.d_sae, device=device, target=neurons.target)
     return neurons, found
 

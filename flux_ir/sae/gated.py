@@ -40,7 +40,7 @@ class Gated(SparseAutoencoder):
         error = losses.squared_error(self.reconstruct(z), xn)
         return losses.parts(
             error,
-            self.config.l1_coefficient * state.l1_scale * losses.l1(opened, self.W_dec),
+            self.config.l1_weight * state.l1_scale * losses.l1(opened, self.W_dec),
             losses.squared_error(self._reconstruct_held(opened), xn),
             fired=losses.fired(z),
             l0=losses.mean_active(z),

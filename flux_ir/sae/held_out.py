@@ -60,12 +60,18 @@ class Subject:
         if count:
             yield _joined(waiting)
 
+    @property
+    def side(self) -> Side:
+        """Which tokens it is judged on: the held-out ones, or if there are none those it was trained on."""
+        return "held_out" if self.split.threshold > 0 else "training"
+
     def described(self) -> dict[str, Any]:
         """What was read, as JSON can say it."""
         return {
             "site": None if self.site is None else str(self.site),
             "model": self.source.model,
             "split": asdict(self.split),
+            "side": self.side,
             "steps": self.filters.steps_of(self.source.steps),
             "stream": self.filters.stream,
             "padding": self.filters.padding,

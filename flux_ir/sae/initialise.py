@@ -42,7 +42,7 @@ def normalisation_of(x: Float[Tensor, "n d_in"]) -> Normalisation:
 def initialise_(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"] | None) -> None:
     """Draw the weights in place; `sample` are normalised tokens for b_dec, which is 0 without them.
 
-    The other parameters keep the values their architecture gives them: biases 0, thresholds a bandwidth above it.
+    The other parameters keep the values their architecture gives them: biases 0, thresholds as `JumpReLU` says.
     """
     config = sae.config
     generator = torch.Generator().manual_seed(config.seed)
@@ -55,6 +55,7 @@ def initialise_(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"] | None) 
         sae.encoder.copy_(draw[config.encoder_init](*shape, generator))
     if sample is not None:
         sae.b_dec.copy_(geometric_median(sample) if config.bias_init == "geometric_median" else sample.mean(dim=0))
+        sae.start_from(sample)
 
 
 def random_rows(rows: int, width: int, generator: torch.Generator) -> Float[Tensor, "{rows} {width}"]:

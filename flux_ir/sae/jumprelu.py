@@ -16,6 +16,7 @@ from flux_ir.sae.config import SAEConfig
 from flux_ir.sae.losses import FeatureRows, LossParts, Rows, TrainingState
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
+_START_VALUES = 2**24  # pre-activations looked at to start from
 _LOWEST = 1e-3  # of the bandwidth: where a threshold lands that was stepped to 0 or below
 
 
@@ -54,6 +55,20 @@ class JumpReLU(SparseAutoencoder):
             l0=l0,
             fvu=fvu,
         )
+
+    @torch.no_grad()
+    def start_from(self, xn: Rows) -> None:
+        """With a target L0, one threshold for all that has so many features active. Otherwise a bandwidth, as it is.
+
+        A threshold moves by about the learning rate per step: from near 0, where half of all features are active, it
+        would take thousands of steps to come where the target is, and the penalty would drown the error till then.
+        """
+        if self.config.target_l0 is None:
+            return
+        some = xn[: max(1, _START_VALUES // self.config.d_sae)]
+        pre = self.pre_activations(some, self.b_enc).flatten()
+        active = min(max(1, round(self.config.target_l0 * len(some))), len(pre))
+        self.threshold.copy_(pre.topk(active, sorted=False).values.min().clamp_min(self.bandwidth))
 
     @torch.no_grad()
     def keep_valid(self) -> None:

@@ -1,9 +1,10 @@
-"""Reads ahead: rows of a feed go into the slots of a pool in the feed's order, on a thread if asked.
+"""Reads ahead, on threads if asked: one opens, maps and checks chunks, another moves their rows into slots of the pool.
 
-What is read depends on the order of the requests alone, never on how far the thread has come.
+What is read depends on the order of the requests alone, never on how far the threads have come.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +14,7 @@ from flux_ir.sae.chunks import Chunk
 from flux_ir.sae.pool import Pool, Slots
 
 _PAST_THE_END = 2**31 - 1
+_CHUNKS_AHEAD = 2
 
 
 class Loader:
@@ -22,7 +24,8 @@ class Loader:
         self, pool: Pool, first: Chunk | None, chunks: Iterator[Chunk], *, offset: int = 0, prefetch: bool = True
     ) -> None:
         self.pool = pool
-        self._chunks, self._chunk = chunks, first
+        self._chunks = read_ahead(chunks) if prefetch else chunks
+        self._chunk = first
         self._ordinal, self._offset = first.ordinal if first else _PAST_THE_END, offset
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokens") if prefetch else None
 
@@ -43,34 +46,42 @@ class Loader:
         return done
 
     def close(self) -> None:
-        """Ends the thread after the slots that it is filling, and what reads the chunks."""
+        """Ends the threads after what they are at, and what reads the chunks."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-        close = getattr(self._chunks, "close", None)
-        if close is not None:
-            close()
+        if isinstance(self._chunks, Generator):
+            self._chunks.close()
 
     def _fill(self, slots: Slots) -> int:
         filled = 0
         while filled < len(slots):
-            chunk = self._current()
-            if chunk is None:
+            if self._chunk is None:
+                self._chunk = next(self._chunks, None)
+                self._ordinal = self._chunk.ordinal if self._chunk else _PAST_THE_END
+            if self._chunk is None:
                 break
-            rows = chunk.kept[self._offset : self._offset + len(slots) - filled]
-            if len(rows):
-                self.pool.put(slots[filled : filled + len(rows)], chunk, rows)
-            filled += len(rows)
-            self._offset += len(rows)
-            if self._offset >= len(chunk.kept):
-                self._chunk, self._ordinal, self._offset = None, chunk.ordinal + 1, 0
+            filled += self._move(self._chunk, slots[filled:])
         self.pool.chunk_of_slot[slots[filled:]] = -1
         return filled
 
-    def _current(self) -> Chunk | None:
-        if self._chunk is None:
-            self._chunk = next(self._chunks, None)
-            self._ordinal = self._chunk.ordinal if self._chunk else _PAST_THE_END
-        return self._chunk
+    def _move(self, chunk: Chunk, slots: Slots) -> int:
+        """As many of the chunk's rows as there are, and as there are slots for."""
+        rows = chunk.kept[self._offset : self._offset + len(slots)]
+        if len(rows):
+            self.pool.put(slots[: len(rows)], chunk, rows)
+        self._offset += len(rows)
+        if self._offset >= len(chunk.kept):
+            self._chunk, self._ordinal, self._offset = None, chunk.ordinal + 1, 0
+        return len(rows)
+
+
+def read_ahead(chunks: Iterator[Chunk]) -> Generator[Chunk, None, None]:
+    """The same chunks, the next two of which are read in a thread: checking them brings them into memory."""
+    with ThreadPoolExecutor(1, thread_name_prefix="chunks") as thread:
+        ahead = deque(thread.submit(next, chunks, None) for _ in range(_CHUNKS_AHEAD))
+        while (chunk := ahead.popleft().result()) is not None:
+            ahead.append(thread.submit(next, chunks, None))
+            yield chunk
 
 
 def already(filled: int) -> Future[int]:

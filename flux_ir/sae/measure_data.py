@@ -88,7 +88,6 @@ def norm_limits(
     steps = set(filters.steps_of(source.steps)) if not callable(source) else set(filters.steps or ())
     for chunk in feed.chunks(0):
         if counts[chunk.step] < tokens_each:
-            chunk.check_finite()
             counts[chunk.step] += len(chunk.kept)
             for site, values in chunk.values.items():
                 found[site, chunk.step].append(lengths(values[torch.from_numpy(chunk.kept)]).cpu())
@@ -135,7 +134,6 @@ def _pieces(feed: Feed, least_tokens: int) -> Iterator[tuple[SiteKey, Tensor]]:
     """The tokens that are measured, in float64 and a few at a time: whole chunks until there are enough."""
     tokens = 0
     for chunk in feed.chunks(0):
-        chunk.check_finite()
         yield from _in_float64(chunk)
         tokens += len(chunk.kept)
         if tokens >= least_tokens:

@@ -77,9 +77,14 @@ class Run(NamedTuple):
 def training_curves(
     path: Path, rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], title: str, *, subtitle: str = ""
 ) -> None:
-    """Each panel's number over the tokens seen (`tokens` of each row); panels without two such rows are left out."""
+    """Each panel's number over the tokens seen (`tokens` of each row).
+
+    Panels that fewer than two rows have a number for are left out, and losses that are zero throughout.
+    """
     shown = [(panel, _points(rows, panel.key)) for panel in panels]
-    shown = [(panel, points) for panel, points in shown if len(points) > 1]
+    shown = [
+        (panel, points) for panel, points in shown if len(points) > 1 and (panel.percent or any(y for _, y in points))
+    ]
     columns = min(3, max(1, len(shown)))
     lines = -(-max(1, len(shown)) // columns)
     with _figure(path, 2.9 * columns + 0.3, 2.05 * lines + 0.75, title, subtitle) as figure:
@@ -87,7 +92,12 @@ def training_curves(
         unit, name = (1e6, "million tokens") if most >= 1e6 else (1e3, "thousand tokens")
         for place, (panel, points) in enumerate(shown):
             axes = figure.add_subplot(lines, columns, place + 1)
-            axes.plot(*_columns([(tokens / unit, value) for tokens, value in points]), color=BLUE, linewidth=1.2)
+            axes.plot(
+                *_columns([(tokens / unit, value) for tokens, value in points]),
+                color=BLUE,
+                linewidth=1.2,
+                clip_on=False,
+            )
             _value_axis(axes, [value for _, value in points], panel.title, log=panel.log, percent=panel.percent)
             axes.set_xlim(0, most / unit)
             axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -148,26 +158,22 @@ def pareto(path: Path, runs: Sequence[Run], title: str, *, subtitle: str = "", a
     """L0 against FVU: a line per family, from sparse to dense, the best filled; `anchors` (baselines) in grey."""
     shown, others = ([run for run in group if _drawable(run)] for group in (runs, anchors))
     best = pareto_front(shown)
-    with _figure(path, 6.2, 4.0, title, subtitle) as figure:
+    with _figure(path, 7.2, 4.0, title, subtitle) as figure:
         axes = figure.add_subplot()
-        ends = []
-        for family in dict.fromkeys(run.family for run in others):
-            points = sorted((run.l0, run.fvu) for run in others if run.family == family)
-            _line(axes, points, SOFT, thin=True)
-            ends.append(_End(*points[-1], family, SOFT))
         for place, family in enumerate(dict.fromkeys(run.family for run in shown)):
-            colour, members = COLOURS[place % len(COLOURS)], [run for run in shown if run.family == family]
+            members = [run for run in shown if run.family == family]
             points = sorted((run.l0, run.fvu) for run in members)
-            _line(axes, points, colour)
+            _line(axes, points, COLOURS[place % len(COLOURS)], label=family)
             beaten = [(run.l0, run.fvu) for run in members if run not in best]
             axes.plot(*_columns(beaten), "o", markersize=3, color="white")
-            ends.append(_End(*points[-1], family, colour))
-        _value_axis(
-            axes, [run.fvu for run in (*shown, *others)], "variance left unexplained (FVU)", log=True, percent=True
-        )
+        for place, family in enumerate(dict.fromkeys(run.family for run in others)):
+            points = sorted({(run.l0, run.fvu) for run in others if run.family == family})
+            _line(axes, points, SOFT, thin=True, label=family, marker="osd^"[place % 4])
+        _value_axis(axes, [run.fvu for run in (*shown, *others)], UNEXPLAINED, log=True, percent=True)
         axes.set_title("filled: beaten by no other", loc="right", fontsize=9, color=SOFT, pad=6)
         _count_axis(axes, [run.l0 for run in (*shown, *others)], "features that fire on a token (L0)")
-        _name_ends(axes, ends)
+        # Lines of several points each cross: names at their ends would hide points.
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor="linecolor", fontsize=9)
 
 
 def pareto_front(runs: Sequence[Run]) -> list[Run]:
@@ -227,10 +233,18 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, *, thin: bool = False) -> None:
-    (line,) = axes.plot(*_columns(points), color=colour, marker="o", markersize=5)
+def _line(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    colour: str,
+    *,
+    thin: bool = False,
+    label: str | None = None,
+    marker: str = "o",
+) -> None:
+    (line,) = axes.plot(*_columns(points), color=colour, marker=marker, markersize=5, label=label)
     if thin:
-        line.set(linestyle=(0, (4, 2)), linewidth=0.9, markersize=3)
+        line.set(linestyle=(0, (4, 2)), linewidth=0.9, markersize=3.5)
 
 
 def _value_axis(axes: Axes, values: Sequence[float], title: str, *, log: bool = False, percent: bool = False) -> None:
@@ -244,7 +258,9 @@ def _value_axis(axes: Axes, values: Sequence[float], title: str, *, log: bool = 
         axes.set_yscale("log")
         axes.set_ylim(low / 1.25, high * 1.25)
         # Within a few decades there are too few powers of ten to read by.
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high / low < 500 else (1.0,)))
+        fine, coarse = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0)
+        subs = fine if high / low < 8 else coarse if high / low < 500 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(10, subs=subs))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(min(0.0, *values, 0.0), 1.1 * max(values, default=0.0) or 1.0)

@@ -19,7 +19,6 @@ from flux_ir.sae.filters import SiteKey
 
 Slots = NDArray[np.int64]
 
-PIECE_BYTES = 2**20  # checked and copied at once, while it is in the processor's cache
 _SPARE_BATCHES = 3
 _WORDS = {8: np.int64, 4: np.int32, 2: np.int16}
 
@@ -59,6 +58,7 @@ class Pool:
         self.capacity, self.device = capacity, device
         self.rows = dict(rows)
         self._values = {site: _empty(capacity, row, device) for site, row in self.rows.items()}
+        self._words = {site: _words(values) for site, values in self._values.items()} if device.type == "cpu" else {}
         self._generations = np.zeros(capacity, np.int32)
         self._steps = np.zeros(capacity, np.int16)
         self._is_text = np.zeros(capacity, np.bool_)
@@ -75,15 +75,9 @@ class Pool:
         return self.capacity * slot_bytes(self.rows)
 
     def put(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
-        """Write these rows of a chunk. Raises FluxIRError for values that are not finite or of another type."""
+        """Write these rows of a chunk, ascending. Raises FluxIRError for values of another type."""
         for site, values in chunk.values.items():
-            row = self.rows[site]
-            if (values.shape[1], values.dtype) != row:
-                raise FluxIRError(
-                    f"all tokens of {site or 'the array'} must be {row.dtype} and {row.d} wide: got {values.dtype} and "
-                    f"{values.shape[1]} in {chunk.place}",
-                    hint="keep captures of different models and dtypes in different folders",
-                )
+            self._check_fits(values, site, chunk.place)
         if self._copies is None:
             self._put_here(slots, chunk, rows)
         else:
@@ -92,18 +86,21 @@ class Pool:
         self._is_text[slots] = chunk.is_text[rows]
         self.chunk_of_slot[slots], self.row_of_slot[slots] = chunk.ordinal, rows
 
+    def _check_fits(self, values: Tensor, site: SiteKey, place: str) -> None:
+        row = self.rows[site]
+        if values.shape[1] != row.d or values.dtype != row.dtype:
+            raise FluxIRError(
+                f"all tokens of {site or 'the array'} must be {row.dtype} and {row.d} wide: got {values.dtype} and "
+                f"{values.shape[1]} in {place}",
+                hint="keep captures of different models and dtypes in different folders",
+            )
+
     def _put_here(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
-        widest = max(row.nbytes for row in self.rows.values())
-        piece = max(PIECE_BYTES // widest, 1)
-        for start in range(0, len(rows), piece):
-            some, into = rows[start : start + piece], slots[start : start + piece]
-            first, last = int(some[0]), int(some[-1]) + 1
-            # rows without gaps are read where they lie; else only they are copied out
-            part: slice | NDArray[np.int64] = slice(first, last) if last - first == len(some) else some
-            for site, values in chunk.values.items():
-                taken = values.detach()[part].cpu().contiguous()
-                _check(taken, chunk, site)
-                _words(self._values[site])[into] = _words(taken)
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        # rows without gaps are read where they lie; of others a copy is made
+        part: slice | Tensor = slice(first, last) if last - first == len(rows) else torch.from_numpy(rows)
+        for site, values in chunk.values.items():
+            self._words[site][slots] = _words(values.detach()[part].cpu().contiguous())
 
     def _put_on_gpu(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64], copies: torch.cuda.Stream) -> None:
         with torch.cuda.stream(copies):
@@ -113,10 +110,8 @@ class Pool:
             whole = len(rows) == len(chunk.is_text)
             for site, values in chunk.values.items():
                 taken = values.detach() if whole else values.detach()[torch.from_numpy(rows).to(values.device)]
-                on_gpu = taken.to(self.device)
-                _check(on_gpu, chunk, site)  # waits for the copies, so nothing is left on its way
-                self._values[site].index_copy_(0, into, on_gpu)
-            copies.synchronize()
+                self._values[site].index_copy_(0, into, taken.to(self.device))
+            copies.synchronize()  # what is copied from may be gone after this
 
     def take(self, slots: Slots) -> Batch:
         """The tokens in these slots, in their order."""
@@ -141,12 +136,15 @@ def slot_bytes(rows: Mapping[SiteKey, Row]) -> int:
     return sum(row.nbytes for row in rows.values()) + Pool.BYTES_BESIDE
 
 
-def _check(values: Tensor, chunk: Chunk, site: SiteKey) -> None:
-    chunk._replace(values={site: values}).check_finite()
-
-
 def _empty(tokens: int, row: Row, device: torch.device) -> Tensor:
-    return torch.empty(tokens, row.d, dtype=row.dtype, device=device)
+    """Uninitialised memory [tokens, d]. On a CPU from NumPy, which asks for large pages: a tenth of the page faults."""
+    if device.type != "cpu":
+        return torch.empty(tokens, row.d, dtype=row.dtype, device=device)
+    return _tensor(np.empty(tokens * row.nbytes, np.uint8), tokens, row)
+
+
+def _tensor(memory: NDArray[np.uint8], tokens: int, row: Row) -> Tensor:
+    return torch.from_numpy(memory).view(row.dtype).view(tokens, row.d)
 
 
 def _words(values: Tensor) -> NDArray[np.signedinteger]:
@@ -175,7 +173,7 @@ class _SpareMemory:
         # The tensor's storage holds `loan` and nothing else does, so its end is the end of every view of the tensor.
         loan = memory[:nbytes]
         weakref.finalize(loan, self._give_back, memory)
-        return torch.from_numpy(loan).view(row.dtype).view(tokens, row.d)
+        return _tensor(loan, tokens, row)
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         if len(self._free) < _SPARE_BATCHES:

@@ -99,6 +99,9 @@ class SparseAutoencoder(nn.Module, ABC):
     def keep_valid(self) -> None:
         """Put back what a step of the optimiser may have broken, other than the decoder's norm. Nothing, for most."""
 
+    def start_from(self, xn: Rows) -> None:
+        """Set what should start at values of the data, once the weights are drawn. Nothing, for most."""
+
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Scale every row of W_dec to length 1. To be called after every step, so that no feature hides in its norm."""

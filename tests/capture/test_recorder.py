@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from flux_ir.capture.recorder import MemorySink, Recorder, RecordingComplete, until_recorded
 from flux_ir.errors import FluxIRError
+from flux_ir.models.registry import get_spec, model_names
+from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import denoise
 from flux_ir.sites import Site, all_sites, block_outputs
 
@@ -136,6 +138,19 @@ def test_every_site_is_what_the_equations_say(tiny_flux, tiny_inputs, batch, gui
     # no two sites of the same shape are so alike that a mix-up could pass
     flat = [value.double().flatten() for value in expected.values() if value.shape == (batch, IMG_TOKENS, 64)]
     assert min((a - b).abs().max() for i, a in enumerate(flat) for b in flat[:i]) > 1e-2
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_site_has_its_module_in_every_model_of_the_registry(name):
+    """On the meta device: the published networks without their weights."""
+    params = get_spec(name).flux
+    with torch.device("meta"):
+        model = Flux(params)
+    sites = every_site(model)
+    assert len(sites) == 10 * params.depth + 12 * params.depth_single_blocks
+    with Recorder(model, sites, MemorySink()):
+        assert hooks_on(model) > len(sites)
+    assert hooks_on(model) == 0
 
 
 def test_values_arrive_in_the_order_of_computation_once_each(tiny_flux, tiny_inputs):

@@ -1,5 +1,6 @@
 """Places for files: a folder, and whatever fsspec has a filesystem for, all with the same manners."""
 
+import gc
 import hashlib
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from flux_ir.capture import remote
 from flux_ir.capture.downloads import Downloads
-from flux_ir.capture.remote import RemoteStorage, open_filesystem
+from flux_ir.capture.remote import RemoteStorage, as_url, open_filesystem
 from flux_ir.capture.storage import LocalStorage, Storage, open_storage
 from flux_ir.errors import FluxIRError
 
@@ -74,6 +75,23 @@ def test_what_was_there_is_replaced(place):
     assert storage.local("1.bin").read_bytes() == b"old"
     storage.publish(b"newer", "1.bin")
     assert storage.read("1.bin") == storage.local("1.bin").read_bytes() == b"newer"
+
+
+def test_what_another_process_replaced_is_fetched_anew(place):
+    place().publish(b"old", "1.bin")
+    reader = place()
+    assert reader.local("1.bin").read_bytes() == b"old"
+    place().publish(b"newer", "1.bin")
+    assert place().local("1.bin").read_bytes() == b"newer"
+
+
+def test_nothing_downloaded_outlives_its_storage(place, temporary_files):
+    storage = place()
+    storage.publish(b"one", "1.bin")
+    storage.local("1.bin")
+    del storage
+    gc.collect()
+    assert not list(temporary_files.rglob("*.bin"))
 
 
 def test_a_missing_file_is_none_false_or_an_error(place):
@@ -145,6 +163,23 @@ def test_a_place_that_cannot_be_written_is_found_out_at_once(tmp_path):
     (tmp_path / "place").write_text("a file")
     with pytest.raises(FluxIRError, match="cannot write file://"):
         open_storage(f"file://{tmp_path}/place")
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        (Path("s3://bucket/a/b"), "s3://bucket/a/b"),
+        (Path("memory://a"), "memory://a"),
+        ("file:///tmp/a", "file:///tmp/a"),
+        (Path("file:///tmp/a"), "file:///tmp/a"),
+        ("captures/a", None),
+        ("/tmp/a:/b", None),
+        ("c:/captures", None),
+    ],
+)
+def test_a_url_survives_being_taken_for_a_path(path, url):
+    assert as_url(path) == url
 
 
 def test_a_missing_package_is_named(monkeypatch):

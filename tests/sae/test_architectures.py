@@ -380,6 +380,14 @@ def test_thresholds_start_a_bandwidth_above_zero_and_are_float32():
     assert sae.threshold.dtype == sae.b_enc.dtype == torch.float32
 
 
+def test_thresholds_start_where_the_target_l0_is(tokens):
+    x = tokens(400)
+    sae = make_sae(SAEConfig("jumprelu", d_in=12, d_sae=40, target_l0=3.0), sample=x)
+    assert (sae.encode(x) > 0).sum().item() == pytest.approx(3 * 400, abs=1)
+    every = make_sae(SAEConfig("jumprelu", d_in=12, d_sae=40, target_l0=1000.0), sample=x)
+    assert (every.threshold == every.bandwidth).all()
+
+
 def test_thresholds_stay_above_zero():
     sae, xn = made("jumprelu"), xn_of()
     with torch.no_grad():
@@ -424,7 +432,7 @@ def test_the_gate_gets_a_sparsity_gradient_and_the_magnitude_none():
     sae, xn = made("gated"), xn_of()
     gradients = grads(sae, sae.loss(xn, state_of(sae)).sparsity)
     opened = (plain_pre(sae, xn) > 0).sum(dim=0)
-    torch.testing.assert_close(gradients["b_enc"], sae.config.l1_coefficient * opened / N)
+    torch.testing.assert_close(gradients["b_enc"], sae.config.l1_weight * opened / N)
     assert not gradients["b_mag"].any()
     assert not gradients["r_mag"].any()
 

@@ -59,6 +59,12 @@ def test_nested_sizes_end_with_the_whole_dictionary():
     assert SAEConfig("matryoshka", 4, 64, k=2, prefixes=(1, 64)).nested_sizes == (1, 64)
 
 
+def test_the_l1_penalty_weighs_as_much_of_the_loss_at_every_width():
+    assert SAEConfig("l1", 2500, 8).l1_weight == 5
+    assert SAEConfig("l1", 100, 8).l1_weight == 1
+    assert SAEConfig("l1", 100, 8, l1_coefficient=3.0).l1_weight == 3
+
+
 def test_the_l0_penalty_weighs_one_with_a_target():
     assert SAEConfig("jumprelu", 4, 8, target_l0=2.0).l0_weight == 1
     assert SAEConfig("jumprelu", 4, 8).l0_weight == 0.001

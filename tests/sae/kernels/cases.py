@@ -130,4 +130,4 @@ def assert_adam_is_pytorchs(path: ModuleType, *, unit_rows: bool, scale: float |
         )
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(second, adam.state[theirs]["exp_avg_sq"], rtol=1e-5, atol=1e-7)
-    assert torch.equal(shadow, ours.bfloat16())
+    torch.testing.assert_close(shadow.float(), ours, rtol=2**-7, atol=0)  # Triton's interpreter rounds towards 0

@@ -1,0 +1,176 @@
+"""Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from measure import Target, arguments, machine, parse, print_report, seconds_of
+
+from flux_ir.capture.plan import CapturePlan
+from flux_ir.capture.recorder import StepContext
+from flux_ir.capture.tokens import open_source
+from flux_ir.capture.whole import write_capture
+from flux_ir.models.transformer import FluxParams
+from flux_ir.sae.data import TokenBatches, choose_sites
+from flux_ir.sites import Site
+
+TARGET = Target("least", 0.7)
+READ_BYTES = 8 * 2**20
+
+
+class Case(NamedTuple):
+    """A set of captures, and how they are loaded."""
+
+    name: str
+    d: int
+    img_tokens: int
+    generations: int
+    steps: int
+    sites: int
+    batch_tokens: int
+    pool_share: float
+    """The pool, as a share of the data."""
+
+
+def main() -> None:
+    """Print the table."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--dir", type=Path, help="where the captures are written (default: a temporary folder)")
+    parser.add_argument("--megabytes", type=int, default=1000, help="size of each set of captures (default 1000)")
+    parser.add_argument("--cold", action="store_true", help="also with the files dropped from the page cache (root)")
+    options = parse(parser)
+    if options.cold and os.geteuid() != 0:
+        parser.error("--cold drops files from the page cache: it is for root")
+    rows = [row for case in cases(options.megabytes) for row in rows_of(case, options)]
+    columns = ["captures", "data", "files", "page cache", "sequential read", "loader", "ratio", "target"]
+    about = machine(options.device)
+    print_report("SAE data: bytes per second", columns, rows, about)
+
+
+def cases(megabytes: int) -> list[Case]:
+    """Large captures of one site and of four, and the many small ones of flux-tiny."""
+    total = megabytes * 10**6
+    return [
+        Case("d 3072, 1,024 tokens, 1 site", 3072, 1024, max(total // (4 * 1024 * 3072 * 2), 1), 4, 1, 8192, 0.25),
+        Case("d 3072, 1,024 tokens, 4 sites", 3072, 1024, max(total // (16 * 1024 * 3072 * 2), 1), 4, 4, 2048, 0.25),
+        Case("d 256, 256 tokens, 1 site", 256, 256, max(total // (2 * 256 * 256 * 2), 1), 2, 1, 8192, 0.25),
+    ]
+
+
+def rows_of(case: Case, options: argparse.Namespace) -> list[list[str]]:
+    """One set of captures, read both ways in turns: first of all warm."""
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        files = write_captures(case, Path(folder))
+        return [
+            row(case, Path(folder), files, options, cold=cold) for cold in ([False, True] if options.cold else [False])
+        ]
+
+
+def row(case: Case, folder: Path, files: list[Path], options: argparse.Namespace, *, cold: bool) -> list[str]:
+    """The median rates of both ways."""
+    prepare = drop_from_cache if cold else warm_up
+    file_bytes = sum(file.stat().st_size for file in files)
+    rates: dict[str, list[float]] = {"sequential": [], "loader": []}
+    ways: dict[str, Callable[[], int]] = {
+        "sequential": lambda: read_sequentially(files),
+        "loader": lambda: load(case, folder, options.device),
+    }
+    for number in range(1 + options.repetitions):
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            prepare(files)
+            read: list[int] = []
+            seconds = seconds_of(lambda way=ways[name], read=read: read.append(way()), options.device)
+            rates[name] += [read[0] / seconds] if number else []
+    sequential, loader = (sorted(rates[name])[len(rates[name]) // 2] for name in rates)
+    return [
+        case.name,
+        f"{file_bytes / 1e9:.2f} GB",
+        str(len(files)),
+        "cold" if cold else "warm",
+        f"{sequential / 1e9:.2f} GB/s",
+        f"{loader / 1e9:.2f} GB/s",
+        f"{loader / sequential:.2f}",
+        TARGET.verdict(loader / sequential),
+    ]
+
+
+def read_sequentially(files: list[Path]) -> int:
+    """Every file from its beginning to its end into one small buffer: nothing is faster, and nothing can be done with
+    what was read.
+    """
+    buffer, total = bytearray(READ_BYTES), 0
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer):
+                total += count
+    return total
+
+
+def load(case: Case, folder: Path, device: str) -> int:
+    """One epoch of shuffled batches, which nobody trains on: opening, reading, checking, shuffling, gathering."""
+    source = open_source(folder)
+    sites = choose_sites(source, ["double.*.img"])
+    tokens = case.generations * case.steps * case.img_tokens
+    pool_bytes = max(int(tokens * case.pool_share), 4 * case.batch_tokens) * case.sites * (case.d * 2 + 15)
+    batches = TokenBatches(source, sites, batch_tokens=case.batch_tokens, pool_bytes=pool_bytes, device=device)
+    with batches:
+        return sum(values.nbytes for batch in batches for values in batch.values.values())
+
+
+def drop_from_cache(files: list[Path]) -> None:
+    """These files are read from the disk again."""
+    os.sync()
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm_up(files: list[Path]) -> None:
+    """These files are in the page cache."""
+    read_sequentially(files)
+
+
+def write_captures(case: Case, folder: Path) -> list[Path]:
+    """Captures of random values, of image tokens alone."""
+    params = FluxParams(
+        in_channels=64,
+        out_channels=64,
+        vec_in_dim=8,
+        context_in_dim=8,
+        hidden_size=case.d,
+        mlp_ratio=4.0,
+        num_heads=case.d // 128,
+        depth=case.sites,
+        depth_single_blocks=0,
+        axes_dim=(16, 56, 56),
+        theta=10_000,
+        qkv_bias=True,
+        guidance_embed=False,
+    )
+    sites = [Site("double", block, "img") for block in range(case.sites)]
+    values = torch.randn(1, case.img_tokens, case.d).bfloat16()
+    files = []
+    for number in range(case.generations):
+        plan = CapturePlan(
+            params,
+            sites,
+            timesteps=[1 - step / case.steps for step in range(case.steps + 1)],
+            txt_tokens=4,
+            img_tokens=case.img_tokens,
+            guidance=0.0,
+            metadata={"generation_id": f"{number:08x}", "prompt": f"prompt {number}", "model": "random"},
+        )
+        context = StepContext(torch.zeros(plan.img_shape).bfloat16(), torch.zeros(plan.y_shape).bfloat16(), 4)
+        steps = plan.kept_steps
+        files.append(folder / f"{number:06d}.pt")
+        of_sites = {(step, site): values.roll(number + step, 1) for step in steps for site in sites}
+        write_capture(files[-1], plan, of_sites, dict.fromkeys(steps, context))
+    return files
+
+
+if __name__ == "__main__":
+    main()

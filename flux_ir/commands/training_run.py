@@ -1,0 +1,300 @@
+"""One run of `train-sae`: autoencoders side by side, from their start or their last checkpoint to their folders."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.commands.logging_to import Logger, open_logger
+from flux_ir.commands.report import Report
+from flux_ir.commands.stopping import StopRequest, stop_requests
+from flux_ir.commands.train_sae import TrainSAEOptions
+from flux_ir.commands.training_data import TrainingData
+from flux_ir.commands.training_table import TrainingTable
+from flux_ir.distributed import Ranks, all_sum, wait_for_all
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import complete_file, write_json
+from flux_ir.options import to_json_dict
+from flux_ir.sae.architectures import make_sae
+from flux_ir.sae.checkpoints import Checkpoints, SavedRun
+from flux_ir.sae.config import SAEConfig
+from flux_ir.sae.data import TokenBatches
+from flux_ir.sae.files import CONFIG_FILE, log_frequency_of, save_sae
+from flux_ir.sae.filters import SiteKey
+from flux_ir.sae.metrics import evaluate, to_json
+from flux_ir.sae.trainer import Member, Progress, Trainer, TrainSettings, state_of, train
+
+TRAINING = "training.json"
+CURVES = "curves.jsonl"
+CHECKPOINTS = ".training"
+MOST_HELD_OUT = 1_000_000  # tokens an autoencoder is measured on at the end; `evaluate-sae` takes all
+LEAST_ROWS, MOST_STEPS = 200, 100  # a row of the curves at least so often
+AGREE_STEPS = 10  # many processes decide together only so often
+SHORT_BATCHES = 3
+
+# What does not change the weights, or is compared by what it stands for.
+FREE = {
+    *("captures", "prompts", "site", "steps", "max_tokens", "epochs", "dtype", "name", "output_dir", "device"),
+    *("log", "checkpoint_minutes", "checkpoint_tokens", "shard_optimiser"),
+}
+Row = dict[str, Any]
+
+
+class Planned(NamedTuple):
+    """What a run trains, and how."""
+
+    folder: Path
+    members: dict[str, SAEConfig]
+    sites: list[SiteKey]
+    settings: TrainSettings
+    device: torch.device
+    id: str
+
+
+class Result(NamedTuple):
+    """A finished autoencoder and its numbers, as training.json has them."""
+
+    folder: Path
+    d_sae: int
+    overall: Mapping[str, Any]
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of the closing table."""
+        fvu, l0, dead = (self.overall[key] for key in ("fvu", "l0", "dead_share"))
+        told = ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
+        return self.folder.name, str(self.d_sae), *told
+
+
+class Run:
+    """Its folder is looked at when it is made, so a run that may not be is refused before any begins."""
+
+    def __init__(
+        self, planned: Planned, options: TrainSAEOptions, data: TrainingData, ranks: Ranks, report: Report
+    ) -> None:
+        self.planned, self.options, self.data, self.ranks, self.report = planned, options, data, ranks, report
+        self.checkpoints = Checkpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
+        self.described = self._describe()
+        self.curves: dict[str, list[Row]] = {name: [] for name in planned.members}
+        newest = self.checkpoints.newest()
+        self.saved = None if newest is None else SavedRun(newest)
+        if self.saved is not None:
+            self._check(self.saved.state["described"], newest)
+        self.finished = self.saved is None and self._look_at_folders()
+
+    def work(self) -> list[Result] | None:
+        """Train to the end and write everything. None: somebody stopped it, and it can go on from a checkpoint."""
+        if self.finished:
+            self._note("already trained: nothing to do")
+            return self._results()
+        trainer = self._trainer()
+        with self.data.batches(self.planned.sites, self.options, self.ranks, self.planned.device) as batches:
+            if self.saved is not None:
+                trainer.load(self.saved)
+                batches.restore(self.saved.state["data"])
+                self.curves = self.saved.state["curves"]
+                self._note(f"going on after {trainer.tokens_seen:,} tokens")
+                self.saved = None
+            with self.report.phase("train"), stop_requests() as stop:
+                if not self._train(trainer, batches, stop):
+                    self._note(
+                        f"stopped after {trainer.tokens_seen:,} tokens, which are saved; the same command goes on"
+                    )
+                    return None
+        with self.report.phase("measure and write"):
+            if self.ranks.is_first:
+                for member in trainer.members:
+                    self._write(member)
+            wait_for_all(self.ranks)
+            self.checkpoints.remove()
+        return self._results()
+
+    def _trainer(self) -> Trainer:
+        """The autoencoders at their start. Where they will be loaded, nothing is measured."""
+        members = []
+        for site in self.planned.sites:
+            measured = None
+            if self.saved is None:
+                with self.report.phase("measure the data"):
+                    measured = self.data.measure(site, normalise=self.options.normalise)
+            for name, config in self.planned.members.items():
+                if config.site == (None if site is None else str(site)):
+                    mean, scale, sample = measured or (None, None, None)
+                    sae = make_sae(config, sample=sample, mean=mean, scale=scale, device=self.planned.device)
+                    members.append(Member(name, site, sae, self.planned.settings, self.ranks))
+        return Trainer(members, self.planned.settings, self.ranks)
+
+    def _train(self, trainer: Trainer, batches: TokenBatches, stop: StopRequest) -> bool:
+        """Step to the end, with curves and checkpoints. Returns whether it came there."""
+        settings, logger = self.planned.settings, self._logger(trainer.steps_done)
+        every = max(1, min(MOST_STEPS, settings.total_steps // LEAST_ROWS))
+        clock = Clock(self.options, trainer.tokens_seen)
+        total = settings.total_steps * settings.batch_tokens
+        quiet = not self.ranks.is_first
+        with TrainingTable(self.report, total, trainer.tokens_seen, quiet=quiet) as table:
+            for progress in train(trainer, full_batches(batches, settings.batch_tokens)):
+                rows = self._record(trainer, progress, logger) if progress.optimiser_step % every == 0 else None
+                table.update(progress.tokens, rows)
+                due, stopping = self._agree(clock.due(progress.tokens), stop.made, progress.optimiser_step)
+                if due or stopping or trainer.finished:
+                    self._save(trainer, batches)
+                    clock.saved(progress.tokens)
+                if stopping and not trainer.finished:
+                    break
+        logger.close()
+        return trainer.finished
+
+    def _agree(self, due: bool, stopping: bool, step: int) -> tuple[bool, bool]:  # noqa: FBT001
+        """What all processes do: what any of them wants. With many, asked only every few steps."""
+        if self.ranks.world_size == 1:
+            return due, stopping
+        if step % AGREE_STEPS:
+            return False, False
+        wishes = all_sum(torch.tensor([int(due and self.ranks.is_first), int(stopping)]), self.ranks).tolist()
+        return wishes[0] > 0, wishes[1] > 0
+
+    def _record(self, trainer: Trainer, progress: Progress, logger: Logger) -> dict[str, Row]:
+        """Add a row to every curve. Raises FluxIRError for a loss that is no number any more."""
+        rows: dict[str, Row] = {}
+        schedules = {member.name: member.schedule for member in trainer.members}
+        for name, numbers in progress.read(self.ranks).items():
+            if not math.isfinite(numbers["loss"]):
+                raise FluxIRError(
+                    f"the loss of {name} is {numbers['loss']} after {progress.optimiser_step} optimiser steps",
+                    hint="lower --lr, or keep --clip at 1; the last checkpoint is from before",
+                )
+            place = {"step": progress.optimiser_step, "tokens": progress.tokens}
+            rate = {"learning_rate": schedules[name].rate(progress.optimiser_step - 1)}
+            rows[name] = place | _rounded(numbers | rate)
+            self.curves[name].append(rows[name])
+        if self.ranks.is_first:
+            logger.log(rows)
+        return rows
+
+    def _save(self, trainer: Trainer, batches: TokenBatches) -> None:
+        state = state_of(trainer, batches.state()) | {"described": self.described, "curves": self.curves}
+        self.checkpoints.save(trainer.steps_done, state, trainer.tensors(), trainer.shard())
+
+    def _write(self, member: Member) -> None:
+        """The folder of one autoencoder; its cfg.json comes last, so a folder that has one is complete."""
+        sae, folder = member.finish(), self.planned.folder / member.name
+        tokens = self.data.evaluation_batches(member.site, MOST_HELD_OUT)
+        found = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device)
+        sae.log_frequency = log_frequency_of(found.frequency)
+        seen = self.planned.settings.total_steps * self.planned.settings.batch_tokens
+        sae.metadata = self.data.metadata() | {"tokens_seen": seen, "fvu": to_json(found)["overall"]["fvu"]}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        with complete_file(folder / CURVES) as beside:
+            beside.write_text("".join(f"{json.dumps(row)}\n" for row in self.curves[member.name]))
+        about = {
+            "described": self.described,
+            "options": to_json_dict(self.options),
+            "config": sae.config.to_dict(),
+            "measured_on": "held-out tokens" if self.data.split.threshold else "training tokens",
+            "result": to_json(found),
+            "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
+        }
+        write_json(folder / TRAINING, about)
+        save_sae(sae, folder)
+
+    def _results(self) -> list[Result]:
+        if not self.ranks.is_first:
+            return []
+        found = []
+        for name, config in self.planned.members.items():
+            about = json.loads((self.planned.folder / name / TRAINING).read_text(encoding="utf-8"))
+            found.append(Result(self.planned.folder / name, config.d_sae, about["result"]["overall"]))
+        return found
+
+    def _look_at_folders(self) -> bool:
+        """Whether all autoencoders are there already. Raises FluxIRError for one that was trained otherwise."""
+        there = [name for name in self.planned.members if (self.planned.folder / name / CONFIG_FILE).is_file()]
+        for name in there:
+            about = self.planned.folder / name / TRAINING
+            if not about.is_file():
+                raise FluxIRError(
+                    f"{about.parent} holds another autoencoder already", hint="pass another --name or --output_dir"
+                )
+            self._check(json.loads(about.read_text(encoding="utf-8"))["described"], about.parent)
+        return len(there) == len(self.planned.members)
+
+    def _check(self, before: Mapping[str, Any], where: Path | None) -> None:
+        """Raises FluxIRError unless what was trained there is what shall be trained now."""
+        now = self.described
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if not names:
+            return
+        told = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
+        hint = "pass the settings of the first time, or another --name"
+        if names == ["tokens"]:
+            hint = "the learning rate is drawn over the whole run, so it cannot be made longer: pass another --name"
+        raise FluxIRError(f"{where} belongs to other settings: {told}", hint=hint)
+
+    def _describe(self) -> Row:
+        """Everything the weights depend on, as JSON says it."""
+        settings = self.planned.settings
+        asked = {name: value for name, value in to_json_dict(self.options).items() if name not in FREE}
+        return asked | {
+            "tokens": settings.total_steps * settings.batch_tokens,
+            "dtype": str(settings.compute_dtype).removeprefix("torch."),
+            "dead_after": settings.dead_after_tokens,
+            "sites": [str(site) for site in self.planned.sites],
+            "steps": self.data.steps,
+            "data": self.data.described,
+        }
+
+    def _logger(self, first_step: int) -> Logger:
+        kind = self.options.log if self.ranks.is_first else "none"
+        return open_logger(
+            kind, self.planned.folder, run_id=self.planned.id, first_step=first_step, settings=self.described
+        )
+
+    def _note(self, text: str) -> None:
+        if self.ranks.is_first:
+            self.report.note(f"{self.planned.id}: {text}")
+
+
+class Clock:
+    """When the next checkpoint is due: by time, and by tokens if asked."""
+
+    def __init__(self, options: TrainSAEOptions, tokens: int) -> None:
+        self.seconds, self.every_tokens = options.checkpoint_minutes * 60, options.checkpoint_tokens
+        self.saved(tokens)
+
+    def due(self, tokens: int) -> bool:
+        """Whether to save now."""
+        by_tokens = self.every_tokens is not None and tokens - self.tokens >= self.every_tokens
+        return by_tokens or time.monotonic() - self.at >= self.seconds
+
+    def saved(self, tokens: int) -> None:
+        """A checkpoint was just saved."""
+        self.at, self.tokens = time.monotonic(), tokens
+
+
+def full_batches(batches: TokenBatches, batch_tokens: int) -> Iterator[Mapping[SiteKey, Tensor]]:
+    """The batches that have all their tokens: the last of an epoch, if it is shorter, is left out.
+
+    So every step is of one size, and all processes have equal shares of it. Raises FluxIRError if no batch is full.
+    """
+    short, before = 0, batches.tokens
+    for batch in batches:
+        full = batches.tokens - before == batch_tokens
+        before = batches.tokens
+        short = 0 if full else short + 1
+        if short >= SHORT_BATCHES:
+            raise FluxIRError(
+                f"the data have no {batch_tokens} tokens that are trained on", hint="pass a smaller --batch_tokens"
+            )
+        if full:
+            yield batch.values
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers for a file: eight digits, None for what is none."""
+    return {name: float(f"{value:.8g}") if math.isfinite(value) else None for name, value in numbers.items()}

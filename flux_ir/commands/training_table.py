@@ -1,0 +1,95 @@
+"""How far a training is: a live table in a terminal, a line now and then where stderr goes to a file."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from flux_ir.commands.report import Report
+
+LINE_SECONDS = 15.0
+COLUMNS = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead_share": "dead"}
+
+
+class TrainingTable:
+    """Draws the latest numbers of every autoencoder. Only what was read anyway: it never waits for the device."""
+
+    def __init__(self, report: Report, total_tokens: int, tokens: int, *, quiet: bool) -> None:
+        """`tokens` are those of before a resume; `quiet` is for processes that do not speak."""
+        self.report, self.total_tokens, self.quiet = report, total_tokens, quiet
+        self.tokens = self.first_tokens = tokens
+        self.rows: Mapping[str, Mapping[str, Any]] = {}
+        self.began = self.said = time.monotonic()
+        live = report.notes.is_terminal and not quiet
+        self.live = Live(console=report.notes, refresh_per_second=2, get_renderable=self.render) if live else None
+
+    def __enter__(self) -> "TrainingTable":
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def update(self, tokens: int, rows: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """So many tokens are done; `rows` are new numbers, by autoencoder."""
+        self.tokens = tokens
+        self.rows = self.rows if rows is None else rows
+        now = time.monotonic()
+        if self.live is None and not self.quiet and self.rows and now - self.said >= LINE_SECONDS:
+            self.said = now
+            self.report.note(f"{self.progress()}; {self.numbers()}")
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second since the start, or since the resume."""
+        return (self.tokens - self.first_tokens) / max(time.monotonic() - self.began, 1e-9)
+
+    def progress(self) -> str:
+        """Tokens, speed, time left."""
+        left = (self.total_tokens - self.tokens) / self.speed if self.speed else 0.0
+        return (
+            f"{self.tokens:,} of {self.total_tokens:,} tokens ({self.tokens / self.total_tokens:.0%}), "
+            f"{self.speed:,.0f} tokens/s, {_duration(left)} left"
+        )
+
+    def numbers(self) -> str:
+        """The latest numbers in a line."""
+        told = (f"{name} {cells}" for name, cells in self._cells().items())
+        return "; ".join(told)
+
+    def render(self) -> Group:
+        """What is drawn in a terminal."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("")
+        for title in COLUMNS.values():
+            table.add_column(title, justify="right")
+        for name, row in self.rows.items():
+            table.add_row(Text(name), *(_number(key, row.get(key)) for key in COLUMNS))
+        return Group(table, Text(self.progress()))
+
+    def _cells(self) -> dict[str, str]:
+        return {
+            name: " ".join(f"{title} {_number(key, row.get(key))}" for key, title in COLUMNS.items())
+            for name, row in self.rows.items()
+        }
+
+
+def _number(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if key in ("fvu", "dead_share") else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

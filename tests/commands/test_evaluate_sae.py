@@ -1,0 +1,163 @@
+"""`flux-ir evaluate-sae` as it is typed: what it writes and prints, the same bytes again, and what it refuses."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from PIL import Image
+
+from flux_ir.capture.tokens import open_source
+from flux_ir.commands.collect import main as collect
+from flux_ir.commands.evaluate_sae import main as evaluate_sae
+from flux_ir.commands.main import main as flux_ir
+from flux_ir.sae.base import SAEConfig, load_sae, make_sae, save_sae
+from flux_ir.sae.held_out import subject_of
+from flux_ir.sae.splits import split_source
+from flux_ir.sites import Site
+
+SITE = Site.parse("single.6.img")
+PROMPTS = [f"a {size} {colour} circle" for size in ("large", "small") for colour in ("red", "blue", "green", "yellow")]
+WRITTEN = ("curves.png", "density.png", "fvu_per_step.png", "metrics.json")
+
+
+@pytest.fixture(scope="module")
+def captures(tmp_path_factory):
+    """Eight generations of flux-tiny: two steps of one site and its neurons."""
+    folder = tmp_path_factory.mktemp("collected")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["--model", "flux-tiny", "--prompts", str(folder / "prompts.txt"), "--num_steps", "3"]
+    words += ["--sites", "single.6,single.6.img.neurons", "--steps", "0,1", "--output_dir", str(folder / "captures")]
+    assert collect(words) == 0
+    return folder / "captures"
+
+
+@pytest.fixture(scope="module")
+def trained(captures, tmp_path_factory):
+    """A sweep of two untrained autoencoders, saved as training does."""
+    sweep = tmp_path_factory.mktemp("sweep")
+    source = open_source(captures)
+    values = torch.cat([source.read(i, SITE, step).floats().float() for i in range(8) for step in (0, 1)])
+    for name, architecture, k in (("few", "topk", 4), ("many", "topk", 12)):
+        config = SAEConfig(
+            architecture, values.shape[1], 64, k=k, site=str(SITE), model="flux-tiny", steps=(0, 1), bias_init="mean"
+        )
+        sae = make_sae(config, sample=values)
+        sae.metadata = {"split": asdict(split_source(source, 0.3)), "filters": {"stream": None, "steps": [0, 1]}}
+        save_sae(sae, sweep / name)
+        rows = [{"step": i, "tokens": 100 * i, "loss": 1 / (i + 1), "fvu": 0.5, "l0": k} for i in range(5)]
+        (sweep / name / "curves.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return sweep
+
+
+@pytest.fixture
+def sweep(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "sweep")
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def numbers_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_sweep_gets_numbers_pictures_a_table_and_a_front(sweep, captures, capsys):
+    words = ["--sae", str(sweep), "--captures", str(captures), "--baselines", "pca,random,itda"]
+    assert flux_ir(["evaluate-sae", *words]) == 0
+    printed = capsys.readouterr().out
+    for name in ("few", "many"):
+        assert set(WRITTEN) < {path.name for path in (sweep / name).iterdir()}
+        found = numbers_of(sweep / name)
+        assert list(found["baselines"]) == ["pca", "random", "itda"]
+        assert found["splice"] is None
+        assert name in printed
+    assert "data points (ITDA)" in printed
+    assert Image.open(sweep / "pareto.png").width > 500
+    before = bytes_of(sweep)
+    assert evaluate_sae(words) == 0
+    assert bytes_of(sweep) == before
+
+
+def test_the_numbers_are_those_of_the_held_out_images(sweep, captures):
+    assert evaluate_sae(["--sae", str(sweep / "few"), "--captures", str(captures)]) == 0
+    found, sae, source = numbers_of(sweep / "few"), load_sae(sweep / "few"), open_source(captures)
+    subject = subject_of(sae, source, held_out=0.9)
+    held_out = [i for i, one in enumerate(source.generations) if subject.split.has("held_out", one.id, one.prompt)]
+    assert 0 < len(held_out) < 8
+    for step in (None, 0, 1):
+        steps = (0, 1) if step is None else (step,)
+        x = torch.cat([source.read(i, SITE, s).floats().double() for i in held_out for s in steps])
+        x_hat = sae(x.float()).double()
+        expected = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+        numbers = found["overall"] if step is None else found["per_step"][str(step)]
+        assert numbers["fvu"] == pytest.approx(expected.item(), rel=1e-5)
+        assert numbers["tokens"] == len(x)
+        assert numbers["l0"] == pytest.approx((sae.encode(x.float()) > 0).sum(1).double().mean().item())
+    assert found["per_stream"].keys() == {"img"}
+    assert found["data"]["side"] == "held_out"
+    assert found["baselines"]["pca"]["k"] == 4
+
+
+def test_a_splice_recovers_between_nothing_and_everything(sweep, captures, capsys):
+    words = ["--sae", str(sweep / "few"), "--captures", str(captures), "--splice", "--prompts", "2", "--device", "cpu"]
+    assert evaluate_sae(words) == 0
+    printed = capsys.readouterr().out
+    splice = numbers_of(sweep / "few")["splice"]
+    assert splice["steps"] == [0, 1]
+    rows = splice["replacements"]
+    assert list(rows) == ["sae", "sae_with_error", "pca", "mean", "zero"]
+    assert (rows["zero"]["recovered_from_zero"], rows["mean"]["recovered_from_mean"]) == (0, 0)
+    assert rows["sae_with_error"]["recovered_from_zero"] > 0.999
+    assert rows["sae"]["velocity_mse"] > rows["sae_with_error"]["velocity_mse"]
+    assert rows["sae"]["velocity_mse_per_step"].keys() == {"0", "1"}
+    assert rows["zero"]["image_psnr_db"] > 0
+    assert "few: sae_with_error" in printed
+    before = bytes_of(sweep)
+    assert evaluate_sae(words) == 0
+    assert bytes_of(sweep) == before
+
+
+def test_neurons_are_judged_on_what_they_all_write(sweep, captures):
+    words = ["--sae", str(sweep / "few"), "--captures", str(captures), "--baselines", "neurons", "--device", "cpu"]
+    assert evaluate_sae(words) == 0
+    found = numbers_of(sweep / "few")["baselines"]["neurons"]
+    assert found["overall"]["l0"] == 4
+    assert 0 < found["overall"]["fvu"] < 1
+
+
+def refused(capsys, *words):
+    assert evaluate_sae([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_is_one_line_and_a_hint(sweep, captures, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    error = refused(capsys, "--sae", tmp_path / "empty", "--captures", captures)
+    assert f"there is no autoencoder in {tmp_path / 'empty'}" in error
+    assert "there is nothing at" in refused(capsys, "--sae", sweep, "--captures", tmp_path / "nowhere")
+    error = refused(capsys, "--sae", sweep, "--captures", captures, "--baselines", "lasso")
+    assert "--baselines must be pca, random, itda or neurons: got 'lasso'" in error
+    config = load_sae(sweep / "few").config
+    other = make_sae(SAEConfig.from_dict(config.to_dict() | {"site": "single.3.img"}))
+    other.normalise_decoder()
+    save_sae(other, tmp_path / "other")
+    error = refused(capsys, "--sae", tmp_path / "other", "--captures", captures)
+    assert "trained on single.3.img, which these captures do not have" in error
+    assert "hint: the nearest are" in error
+
+
+def test_an_array_can_be_judged_but_not_spliced_into(sweep, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    sae = load_sae(sweep / "few")
+    save_file({"x": torch.randn(20, 6, sae.config.d_in)}, tmp_path / "array.safetensors")
+    words = ["--sae", sweep / "few", "--captures", tmp_path / "array.safetensors"]
+    config = SAEConfig.from_dict(sae.config.to_dict() | {"site": None, "steps": None, "model": None})
+    array_sae = make_sae(config, sample=torch.randn(50, config.d_in))
+    save_sae(array_sae, sweep / "few")
+    assert evaluate_sae([str(word) for word in words]) == 0
+    assert "does not say what was held out" in capsys.readouterr().err
+    assert "from their prompt and seed" in refused(capsys, *words, "--splice") or "plain array" in capsys.readouterr()
