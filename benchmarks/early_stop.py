@@ -38,6 +38,7 @@ def main() -> None:
     rows = [row(model, inputs, site, options) for site in SITES]
     columns = ["last site", "whole [s/step]", "stopped [s/step]", "speed-up", "target"]
     tokens = f"{inputs.img.shape[1]} image and {options.txt_tokens} text tokens"
+    blocks = f"{params.depth} + {params.depth_single_blocks} blocks of width {params.hidden_size}"
     print_report(f"Stopping early: {blocks}, {tokens}", columns, rows, machine(options.device))
 
 

@@ -42,10 +42,7 @@ class Judge:
         """All numbers of the autoencoder in a folder."""
         sae = load_sae(folder, device=self.device)
         subject = subject_of(sae, self.source, held_out=self.options.held_out)
-        if "split" not in sae.metadata and "held_out" not in sae.metadata:
-            self.report.note(f"note: {folder} does not say what was held out: some tokens may have been trained on")
-        if subject.side == "training":
-            self.report.note(f"note: nothing was held out from {folder}: it is measured on what it was trained on")
+        self._check(folder, sae, subject)
         evaluation = self._evaluate(sae, sae.config.d_sae, subject)
         k = sae.config.k if sae.config.architecture in HAS_K else max(1, round(evaluation.overall.l0))
         key, fits, baselines = _key(subject), self._fits_for(subject), dict[str, tuple[int, Evaluation]]()
@@ -55,6 +52,17 @@ class Judge:
                 self._baselines[shared] = self._baseline(name, subject, fits, k, sae.config.d_sae)
             baselines[name] = self._baselines[shared]
         return Judged(folder, sae.config, subject, k, evaluation, baselines, None)
+
+    def _check(self, folder: Path, sae: SparseAutoencoder, subject: Subject) -> None:
+        """Raise what can be known before anything is computed; say what the numbers will not show."""
+        if self.options.splice:
+            self._splicer_for(subject).check(subject)
+        if "neurons" in (self.options.baselines or ()):
+            neurons_of(subject)
+        if "split" not in sae.metadata and "held_out" not in sae.metadata:
+            self.report.note(f"note: {folder} does not say what was held out: some tokens may have been trained on")
+        if subject.side == "training":
+            self.report.note(f"note: nothing was held out from {folder}: it is measured on what it was trained on")
 
     def splice(self, judged: Judged) -> Judged:
         """The same with what the model makes of its reconstructions."""
@@ -76,7 +84,6 @@ class Judge:
 
     def _baseline(self, name: str, subject: Subject, fits: BaselineFits, k: int, d_sae: int) -> tuple[int, Evaluation]:
         if name == "neurons":
-            neurons_of(subject)  # before the model is loaded
             with self._splicer_for(subject).suite.transformer() as model:
                 neurons, found = evaluate_neurons(
                     model,

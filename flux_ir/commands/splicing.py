@@ -33,6 +33,7 @@ from flux_ir.sae.splice import (
     zero_ablation,
 )
 from flux_ir.sampling.generate import decode, noise_for, prepare
+from flux_ir.sites import Site
 
 ANCHORS = ("zero", "mean")
 
@@ -78,18 +79,23 @@ class Splicer:
         )
         return Suite(self.spec, source, placement, self.dtype)
 
-    def measure(self, sae: SparseAutoencoder, subject: Subject, fits: BaselineFits, k: int) -> dict[str, Any]:
-        """What the splices of one autoencoder and of its anchors come to, as `metrics.json` has it."""
+    def check(self, subject: Subject) -> Site:
+        """The subject's site. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
         if subject.site is None:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
+        check_spliceable(subject.site, self.spec.flux)
+        return subject.site
+
+    def measure(self, sae: SparseAutoencoder, subject: Subject, fits: BaselineFits, k: int) -> dict[str, Any]:
+        """What the splices of one autoencoder and of its anchors come to, as `metrics.json` has it."""
+        site = self.check(subject)
         runs = held_out_runs(subject, self.options.prompts)
         self._embed([run.prompt for run in runs])
         steps = self.options.splice_steps or tuple(subject.filters.steps_of(subject.source.steps))
         with self.suite.transformer() as model:
-            check_spliceable(subject.site, model)
-            meter = SpliceMeter(model, subject.site, replacements(sae, fits, k), steps=steps)
+            meter = SpliceMeter(model, site, replacements(sae, fits, k), steps=steps)
             batches = list(self._batches(runs))
-            for batch in self.report.follow(f"splice {subject.site}", batches, total=len(batches)):
+            for batch in self.report.follow(f"splice {site}", batches, total=len(batches)):
                 self._add(meter, batch)
         return as_json(meter.result(), runs=len(runs), steps=steps)
 

@@ -67,7 +67,7 @@ class TrainSAEOptions(Options):
     expansion: tuple[int, ...] = option((8,), help="features per dimension of the activations", group=WHAT, minimum=1)
     seed: tuple[int, ...] = option((0,), help="seed of the start and, the first, of the order", group=WHAT, minimum=0)
     l1_coefficient: tuple[float, ...] | None = option(
-        None, help="weight of the L1 penalty, of l1 and gated", group=WHAT, minimum=0.0, default_text="sqrt(d_in) / 10"
+        None, help="weight of the L1 penalty, of l1 and gated", group=WHAT, minimum=0.0, default_text="sqrt(d_in) / 5"
     )
     target_l0: tuple[float, ...] | None = option(
         None,

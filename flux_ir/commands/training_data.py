@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -247,9 +248,10 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
     repeats = options.repeats or -(-(options.max_tokens or 1) // len(training))
     placement = plan(torch.cuda.device_count(), device=str(ranks.device(options.device)))
     suite = Suite(spec, locate_model(spec, None, None, autoencoder=False), placement, recipe.network_dtype)
-    made = _stream(CollectSettings(recipe=recipe, prompts=training, repeats=repeats), suite)
     filters = _filters(options)
-    first = _Beginning(made, most_tokens=MEASURED_TOKENS * len(sites))
+    most_tokens = min(MEASURED_TOKENS, options.max_tokens or MEASURED_TOKENS) * len(sites)
+    settings = CollectSettings(recipe=recipe, prompts=training, repeats=repeats)
+    first = _Beginning(_stream(settings, suite), most_tokens=most_tokens)
     if filters.outlier_factor is not None:
         filters = norm_limits(first(), list(sites), filters, split=split)
     return TrainingData(
@@ -257,9 +259,9 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
         model=spec.name,
         sites=list(sites),
         steps=list(recipe.steps),
-        source=made,
+        source=first.followed_by_the_rest,
         beginning=first,
-        held_out=_stream(CollectSettings(recipe=recipe, prompts=held_out), suite) if held_out else None,
+        held_out=partial(_stream(replace(settings, prompts=held_out, repeats=1), suite), 0) if held_out else None,
         split=split,
         filters=filters,
         generations=len(training) * repeats,
@@ -273,34 +275,43 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
     )
 
 
-def _stream(settings: CollectSettings, suite: Suite) -> Blocks:
-    """What begins the live stream of these settings."""
+def _stream(settings: CollectSettings, suite: Suite) -> Callable[[int], Iterator[TokenBlock]]:
+    """What begins the live stream of these settings at a generation."""
 
-    def blocks() -> Iterator[TokenBlock]:
-        with stream_blocks(lambda: live_blocks(settings, suite), capacity_bytes=AHEAD_BYTES) as ahead:
+    def blocks(start: int) -> Iterator[TokenBlock]:
+        with stream_blocks(lambda: live_blocks(settings, suite, start=start), capacity_bytes=AHEAD_BYTES) as ahead:
             yield from ahead
 
     return blocks
 
 
 class _Beginning:
-    """The first blocks of a stream, made once and then held: everything is measured on them."""
+    """The first generations of a stream, made once and then held: everything is measured on them."""
 
-    def __init__(self, blocks: Blocks, *, most_tokens: int) -> None:
-        self.blocks, self.most_tokens = blocks, most_tokens
+    def __init__(self, stream: Callable[[int], Iterator[TokenBlock]], *, most_tokens: int) -> None:
+        self.stream, self.most_tokens = stream, most_tokens
         self._held: list[TokenBlock] = []
+        self._generations = 0
 
     def __call__(self) -> Blocks:
+        """The first generations as a stream of their own."""
         if not self._held:
             self._held = list(self._first())
         return lambda: iter(self._held)
 
+    def followed_by_the_rest(self) -> Iterator[TokenBlock]:
+        """The whole stream."""
+        yield from self._held
+        yield from self.stream(self._generations)
+
     def _first(self) -> Iterator[TokenBlock]:
         """Whole generations, until there are enough tokens or bytes."""
         tokens, nbytes, generation = 0, 0, None
-        for block in self.blocks():
-            if block.generation != generation and (tokens >= self.most_tokens or nbytes >= MEASURED_BYTES):
-                return
+        for block in self.stream(0):
+            if block.generation != generation:
+                if tokens >= self.most_tokens or nbytes >= MEASURED_BYTES:
+                    return
+                self._generations += 1
             generation = block.generation
             tokens, nbytes = tokens + len(block.values), nbytes + block_bytes(block)
             yield block

@@ -48,8 +48,8 @@ class SAEConfig:
     aux_coefficient: float = 1 / 32
     """Weight of that auxiliary loss (Gao et al. 2024)."""
     l1_coefficient: float | None = None
-    """lambda of l1 and gated, after warm-up; None: sqrt(d_in) / 10, which is about the 5 of Conerly et al. 2024 at
-    widths about 2,500, and as much of the loss at others: the error grows as d_in, the penalty as sqrt(d_in)."""
+    """lambda of l1 and gated, after warm-up; None: sqrt(d_in) / 5, which weighs as much at every width (the error grows
+    as d_in, the penalty as sqrt(d_in)) and is the 5 of Conerly et al. 2024 at 625. On flux-tiny: about 40 active."""
     l0_coefficient: float | None = None
     """lambda of jumprelu, after warm-up; None: 1 with `target_l0`, else 0.001."""
     target_l0: float | None = None
@@ -132,7 +132,7 @@ class SAEConfig:
     @property
     def l1_weight(self) -> float:
         """The lambda of the L1 penalty."""
-        return math.sqrt(self.d_in) / 10 if self.l1_coefficient is None else self.l1_coefficient
+        return math.sqrt(self.d_in) / 5 if self.l1_coefficient is None else self.l1_coefficient
 
     @property
     def l0_weight(self) -> float:

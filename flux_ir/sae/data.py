@@ -131,10 +131,9 @@ class TokenBatches:
             self._loader.close()
 
     def state(self) -> dict[str, Any]:
-        """Where the iterator is: numbers, a text, and tensors, 8 bytes for each slot of the pool. Not the tokens.
+        """Where the iterator is: numbers, a text, and tensors, 8 bytes for each slot of the pool.
 
-        `restore` reads these again. It is quick because the order of reading decides where they are; a stream has to
-        be made once more up to this point.
+        `restore` reads the tokens again, from the chunks they came from; a stream is made once more up to this point.
         """
         filled = [refill.filled.result() for refill in self._refills]
         state = {"settings": self._settings, "tokens": self.tokens, "epoch": self.epoch}

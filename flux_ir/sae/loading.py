@@ -24,8 +24,8 @@ class Loader:
         self, pool: Pool, first: Chunk | None, chunks: Iterator[Chunk], *, offset: int = 0, prefetch: bool = True
     ) -> None:
         self.pool = pool
-        self._chunks = read_ahead(chunks) if prefetch else chunks
-        self._chunk = first
+        self._source, self._chunk = chunks, first
+        self._chunks = ReadAhead(chunks) if prefetch else chunks
         self._ordinal, self._offset = first.ordinal if first else _PAST_THE_END, offset
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokens") if prefetch else None
 
@@ -49,8 +49,10 @@ class Loader:
         """Ends the threads after what they are at, and what reads the chunks."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-        if isinstance(self._chunks, Generator):
+        if isinstance(self._chunks, ReadAhead):
             self._chunks.close()
+        if isinstance(self._source, Generator):
+            self._source.close()
 
     def _fill(self, slots: Slots) -> int:
         filled = 0
@@ -75,13 +77,28 @@ class Loader:
         return len(rows)
 
 
-def read_ahead(chunks: Iterator[Chunk]) -> Generator[Chunk, None, None]:
+class ReadAhead:
     """The same chunks, the next two of which are read in a thread: checking them brings them into memory."""
-    with ThreadPoolExecutor(1, thread_name_prefix="chunks") as thread:
-        ahead = deque(thread.submit(next, chunks, None) for _ in range(_CHUNKS_AHEAD))
-        while (chunk := ahead.popleft().result()) is not None:
-            ahead.append(thread.submit(next, chunks, None))
-            yield chunk
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks = chunks
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chunks")
+        self._ahead: deque[Future[Chunk | None]] = deque()
+
+    def __iter__(self) -> "ReadAhead":
+        return self
+
+    def __next__(self) -> Chunk:
+        while len(self._ahead) <= _CHUNKS_AHEAD:
+            self._ahead.append(self._thread.submit(next, self._chunks, None))
+        chunk = self._ahead.popleft().result()
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Ends the thread after the chunk that it is reading."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 def already(filled: int) -> Future[int]:

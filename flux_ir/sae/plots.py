@@ -173,7 +173,8 @@ def pareto(path: Path, runs: Sequence[Run], title: str, *, subtitle: str = "", a
         axes.set_title("filled: beaten by no other", loc="right", fontsize=9, color=SOFT, pad=6)
         _count_axis(axes, [run.l0 for run in (*shown, *others)], "features that fire on a token (L0)")
         # Lines of several points each cross: names at their ends would hide points.
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor="linecolor", fontsize=9)
+        if shown or others:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor="linecolor", fontsize=9)
 
 
 def pareto_front(runs: Sequence[Run]) -> list[Run]:

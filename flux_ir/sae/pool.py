@@ -96,6 +96,8 @@ class Pool:
             )
 
     def _put_here(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
+        if not len(rows):
+            return
         first, last = int(rows[0]), int(rows[-1]) + 1
         # rows without gaps are read where they lie; of others a copy is made
         part: slice | Tensor = slice(first, last) if last - first == len(rows) else torch.from_numpy(rows)

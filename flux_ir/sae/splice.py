@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux
+from flux_ir.models.transformer import Flux, FluxParams
 from flux_ir.sae.metrics import DENSE_VALUES, Reconstructor
 from flux_ir.sampling.denoise import Step, per_sample
 from flux_ir.sampling.generate import Inputs, sample
@@ -28,14 +28,13 @@ Replace = Callable[[Tokens], Tokens]
 CLEAN = "clean"
 
 
-def check_spliceable(site: Site, model: Flux) -> None:
+def check_spliceable(site: Site, params: FluxParams) -> None:
     """Raises FluxIRError unless the model has this site, and it is a block's output: nothing else can be replaced."""
-    available = all_sites(model.params.depth, model.params.depth_single_blocks)
+    available = all_sites(params.depth, params.depth_single_blocks)
     whole = [known for known in available if known.part is None]
     if site not in available:
         raise FluxIRError(
-            f"this model has {model.params.depth} double and {model.params.depth_single_blocks} single blocks, "
-            f"and no site {site}",
+            f"this model has {params.depth} double and {params.depth_single_blocks} single blocks, and no site {site}",
             hint=f"the nearest are {nearest_names(str(site), map(str, whole))}",
         )
     if site.part is not None:
@@ -54,7 +53,7 @@ def spliced(model: Flux, site: Site, replace: Replace, *, steps: Collection[int]
 
     Raises FluxIRError for a site that cannot be spliced.
     """
-    check_spliceable(site, model)
+    check_spliceable(site, model.params)
     arguments, step, txt_tokens = signature(model.forward), -1, 0
 
     def begin_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -176,7 +175,7 @@ class SpliceMeter:
         *,
         steps: Collection[int] | None = None,
     ) -> None:
-        check_spliceable(site, model)
+        check_spliceable(site, model.params)
         self.model, self.site, self.replacements = model, site, dict(replacements)
         self.steps = None if steps is None else frozenset(steps)
         self._sums = {name: _Sums() for name in self.replacements}

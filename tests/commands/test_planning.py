@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import fsspec
 import pytest
 import torch
 
@@ -143,3 +144,13 @@ def test_a_pace_says_what_limits_and_how_long_it_takes():
     pace = Pace({"load": 2.0, "text": 1.0}, compute=0.5, copy=0.1, disk=0.75, unit=0.75, memory={}, extras={})
     assert pace.limit == "disk"
     assert pace.seconds(100) == 78.0
+
+
+def test_a_url_has_no_free_space_to_compare_with(plan, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    url = f"memory://planned_{tmp_path.name}"
+    words = ("--model", "flux-tiny", "--num_steps", "2", "--prompts", str(tmp_path / "prompts.txt"))
+    rows = plan(collect, *words, "--sites", "single.0", "--output_dir", url)
+    assert rows["free disk"] == ("unknown", f"of {url}")
+    assert rows["what limits"][0] in ("compute", "copy", "disk")
+    assert fsspec.filesystem("memory").find(url.removeprefix("memory:/")) == []

@@ -60,8 +60,8 @@ def test_nested_sizes_end_with_the_whole_dictionary():
 
 
 def test_the_l1_penalty_weighs_as_much_of_the_loss_at_every_width():
-    assert SAEConfig("l1", 2500, 8).l1_weight == 5
-    assert SAEConfig("l1", 100, 8).l1_weight == 1
+    assert SAEConfig("l1", 625, 8).l1_weight == 5
+    assert SAEConfig("l1", 100, 8).l1_weight == 2
     assert SAEConfig("l1", 100, 8, l1_coefficient=3.0).l1_weight == 3
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.config import ARCHITECTURES
 from flux_ir.sae.metrics import Deviation, Evaluator, density_of, evaluate, to_json
 
 
@@ -37,7 +38,7 @@ class Halves:
 
 
 @pytest.fixture
-def tokens():
+def evaluated():
     draw = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(500, 12, generator=draw) + 100 * torch.randn(12, generator=draw)  # the mean dwarfs the spread
     x_hat = x + 0.5 * torch.randn(500, 12, generator=draw)
@@ -47,18 +48,18 @@ def tokens():
     return Tokens(x, x_hat, features, steps, torch.rand(500, generator=draw) < 0.3)
 
 
-def added(tokens, sizes):
+def added(evaluated, sizes):
     evaluator, start = Evaluator(), 0
-    while start < len(tokens.x):
+    while start < len(evaluated.x):
         size = sizes[start % len(sizes)]
-        evaluator.add(*(column[start : start + size] for column in tokens))
+        evaluator.add(*(column[start : start + size] for column in evaluated))
         start += size
     return evaluator.result()
 
 
-def by_hand(tokens, rows):
+def by_hand(evaluated, rows):
     """FVU, cosine, L0, dead share, mean norms of the chosen rows, in float64."""
-    x, x_hat, fired = tokens.x[rows].double(), tokens.x_hat[rows].double(), tokens.features[rows] > 0
+    x, x_hat, fired = evaluated.x[rows].double(), evaluated.x_hat[rows].double(), evaluated.features[rows] > 0
     return {
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
         "cosine": torch.nn.functional.cosine_similarity(x, x_hat).mean(),
@@ -75,34 +76,34 @@ def same(numbers, expected):
     return all(getattr(numbers, name) == pytest.approx(float(value), rel=1e-11) for name, value in expected.items())
 
 
-def test_the_numbers_of_the_whole_set_are_their_definitions(tokens):
-    overall = added(tokens, [64]).overall
+def test_the_numbers_of_the_whole_set_are_their_definitions(evaluated):
+    overall = added(evaluated, [64]).overall
     assert overall.tokens == 500
-    assert same(overall, by_hand(tokens, slice(None)))
+    assert same(overall, by_hand(evaluated, slice(None)))
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("text", [False, True])
-def test_each_step_and_stream_is_a_set_of_its_own_with_its_own_mean(tokens, step, text):
-    result = added(tokens, [100])
-    in_step, in_stream = tokens.steps == step, tokens.is_text == text
+def test_each_step_and_stream_is_a_set_of_its_own_with_its_own_mean(evaluated, step, text):
+    result = added(evaluated, [100])
+    in_step, in_stream = evaluated.steps == step, evaluated.is_text == text
     stream = "txt" if text else "img"
-    assert same(result.per_group[step, stream], by_hand(tokens, in_step & in_stream))
-    assert same(result.per_step[step], by_hand(tokens, in_step))
-    assert same(result.per_stream[stream], by_hand(tokens, in_stream))
+    assert same(result.per_group[step, stream], by_hand(evaluated, in_step & in_stream))
+    assert same(result.per_step[step], by_hand(evaluated, in_step))
+    assert same(result.per_stream[stream], by_hand(evaluated, in_stream))
 
 
-def test_no_number_depends_on_the_size_of_the_batches(tokens):
-    whole, pieces = added(tokens, [500]), added(tokens, [1, 7, 30])
+def test_no_number_depends_on_the_size_of_the_batches(evaluated):
+    whole, pieces = added(evaluated, [500]), added(evaluated, [1, 7, 30])
     assert same(pieces.overall, whole.overall._asdict())
     assert torch.equal(pieces.frequency, whole.frequency)
     assert pieces.density == whole.density
     # Averaging the FVU of batches is another number altogether: one token has no variance.
-    assert math.isnan(added(Tokens(*(column[:1] for column in tokens)), [1]).overall.fvu)
+    assert math.isnan(added(Tokens(*(column[:1] for column in evaluated)), [1]).overall.fvu)
 
 
-def test_sums_of_the_parts_are_the_sums_of_the_whole(tokens):
-    result = added(tokens, [33])
+def test_sums_of_the_parts_are_the_sums_of_the_whole(evaluated):
+    result = added(evaluated, [33])
     for parts in (result.per_step, result.per_stream, result.per_group):
         assert sum(numbers.tokens for numbers in parts.values()) == 500
         error = math.fsum(numbers.squared_error for numbers in parts.values())
@@ -111,20 +112,20 @@ def test_sums_of_the_parts_are_the_sums_of_the_whole(tokens):
         assert sum(numbers.squared_deviation for numbers in parts.values()) <= result.overall.squared_deviation
 
 
-def test_adding_the_same_batches_again_gives_the_same_bits(tokens):
-    assert to_json(added(tokens, [50])) == to_json(added(tokens, [50]))
+def test_adding_the_same_batches_again_gives_the_same_bits(evaluated):
+    assert to_json(added(evaluated, [50])) == to_json(added(evaluated, [50]))
 
 
-def test_one_step_and_stream_for_a_whole_batch_can_be_given_as_plain_values(tokens):
+def test_one_step_and_stream_for_a_whole_batch_can_be_given_as_plain_values(evaluated):
     evaluator = Evaluator()
-    evaluator.add(tokens.x, tokens.x_hat, tokens.features, 2, True)
+    evaluator.add(evaluated.x, evaluated.x_hat, evaluated.features, 2, True)
     assert list(evaluator.result().per_group) == [(2, "txt")]
 
 
-def test_a_perfect_reconstruction_has_no_unexplained_variance_and_the_mean_all_of_it(tokens):
+def test_a_perfect_reconstruction_has_no_unexplained_variance_and_the_mean_all_of_it(evaluated):
     perfect, mean = Evaluator(), Evaluator()
-    perfect.add(tokens.x, tokens.x, tokens.features)
-    mean.add(tokens.x, tokens.x.mean(0).expand_as(tokens.x), tokens.features)
+    perfect.add(evaluated.x, evaluated.x, evaluated.features)
+    mean.add(evaluated.x, evaluated.x.mean(0).expand_as(evaluated.x), evaluated.features)
     assert perfect.result().overall.fvu == 0
     assert mean.result().overall.fvu == pytest.approx(1, rel=1e-6)
 
@@ -152,18 +153,29 @@ def test_the_density_counts_every_feature_once():
     assert density.features[place] == 2
 
 
-def test_evaluate_encodes_and_decodes_what_it_is_given(tokens, monkeypatch):
+def test_evaluate_encodes_and_decodes_what_it_is_given(evaluated, monkeypatch):
     monkeypatch.setattr("flux_ir.sae.metrics.DENSE_VALUES", 12 * 10)  # ten tokens at a time
-    batches = [Batch(tokens.x.bfloat16(), tokens.steps, tokens.is_text)]
+    batches = [Batch(evaluated.x.bfloat16(), evaluated.steps, evaluated.is_text)]
     result = evaluate(Halves(), batches, d_sae=12)
-    x = tokens.x.bfloat16().float()
-    expected = by_hand(tokens._replace(x=x, x_hat=0.5 * x.clamp_min(0), features=x.clamp_min(0)), slice(None))
+    x = evaluated.x.bfloat16().float()
+    expected = by_hand(evaluated._replace(x=x, x_hat=0.5 * x.clamp_min(0), features=x.clamp_min(0)), slice(None))
     assert same(result.overall, expected)
 
 
-def test_json_has_no_word_for_what_is_undefined(tokens):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_judged_by_its_own_reconstruction(evaluated, random_sae, architecture):
+    sae = random_sae(architecture)
+    result = evaluate(sae, [Batch(evaluated.x, evaluated.steps, evaluated.is_text)], d_sae=sae.config.d_sae)
+    with torch.no_grad():
+        expected = evaluated._replace(x_hat=sae(evaluated.x), features=sae.encode(evaluated.x))
+    numbers = by_hand(expected, slice(None))
+    assert result.overall.fvu == pytest.approx(numbers["fvu"].item(), rel=1e-5)
+    assert result.overall.l0 == pytest.approx(numbers["l0"].item(), abs=0.01)
+
+
+def test_json_has_no_word_for_what_is_undefined(evaluated):
     evaluator = Evaluator()
-    evaluator.add(tokens.x[:1], tokens.x_hat[:1], tokens.features[:1])
+    evaluator.add(evaluated.x[:1], evaluated.x_hat[:1], evaluated.features[:1])
     written = to_json(evaluator.result())
     assert written["overall"]["fvu"] is None
     assert written["per_step_and_stream"]["0.img"]["tokens"] == 1
@@ -174,8 +186,8 @@ def test_an_evaluation_of_nothing_is_refused():
         Evaluator().result()
 
 
-def test_dictionaries_of_two_sizes_are_refused(tokens):
+def test_dictionaries_of_two_sizes_are_refused(evaluated):
     evaluator = Evaluator()
-    evaluator.add(tokens.x, tokens.x_hat, tokens.features)
+    evaluator.add(evaluated.x, evaluated.x_hat, evaluated.features)
     with pytest.raises(FluxIRError, match="must be alike"):
-        evaluator.add(tokens.x, tokens.x_hat, tokens.features[:, :5])
+        evaluator.add(evaluated.x, evaluated.x_hat, evaluated.features[:, :5])

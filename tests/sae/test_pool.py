@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.chunks import Chunk
-from flux_ir.sae.pool import PIECE_BYTES, Pool, Row, slot_bytes
+from flux_ir.sae.pool import Pool, Row, slot_bytes
 from flux_ir.sites import Site
 
 IMG, OTHER = Site.parse("double.0.img"), Site.parse("double.1.img")
@@ -63,9 +63,8 @@ def test_a_pool_is_an_array_of_tokens_by_slot(capacity, d, dtype, moves):
 
 
 @pytest.mark.parametrize("gaps", [False, True])
-def test_large_chunks_go_in_piece_by_piece(gaps):
-    d = 512
-    rows = 3 * PIECE_BYTES // (4 * d) + 5
+def test_large_chunks_with_and_without_gaps_go_in(gaps):
+    d, rows = 512, 2**12 + 5
     values = random_tokens(rows, d, torch.float32)
     pool = Pool({IMG: Row(d, torch.float32)}, rows, CPU)
     kept = np.arange(0, rows, 2) if gaps else np.arange(rows)
@@ -127,15 +126,6 @@ def test_tokens_that_do_not_fit_are_refused():
             pool.put(np.arange(3), chunk_of({IMG: values}), np.arange(3))
 
 
-def test_only_the_rows_that_go_in_must_be_finite():
-    values = random_tokens(6, 4, torch.float32)
-    values[2] = float("nan")
-    pool = Pool({IMG: Row(4, torch.float32)}, 10, CPU)
-    pool.put(np.arange(5), chunk_of({IMG: values}), np.array([0, 1, 3, 4, 5]))
-    with pytest.raises(FluxIRError, match="hold NaN"):
-        pool.put(np.arange(2), chunk_of({IMG: values}), np.array([2, 3]))
-
-
 @pytest.mark.gpu
 def test_a_pool_on_a_gpu_gives_the_same_batches():
     device = torch.device("cuda", 0)
@@ -151,6 +141,3 @@ def test_a_pool_on_a_gpu_gives_the_same_batches():
             got = there.take(slots)
             assert got.values[site].device == got.steps.device == device
             assert torch.equal(got.values[site].cpu(), here.take(slots).values[site])
-    values[IMG][3, 3] = float("inf")
-    with pytest.raises(FluxIRError, match="hold NaN"):
-        there.put(np.arange(500), chunk_of(values), np.arange(500))

@@ -261,4 +261,5 @@ def adam_rows_(
         unit_rows,
         shadow is not None,
         triton.next_power_of_2(d),
+        num_warps=8,
     )
