@@ -140,10 +140,8 @@ def speed_rows(options: argparse.Namespace) -> list[list[str]]:
     for name, value in seconds.items():
         ratio, size = seconds["plain loop"] / value, bytes_on_disk[name]
         verdict = SPEED.verdict(ratio) if name != "plain loop" else ""
-        rows.append(
-            [name, f"{value:.2f}", f"{tokens / value:.0f}", f"{ratio:.2f}", verdict]
-            + [in_units(size), f"{size / tokens:.0f}"]
-        )
+        figures = [f"{value:.2f}", f"{tokens / value:.0f}", f"{ratio:.2f}", verdict]
+        rows.append([name, *figures, in_units(size), f"{size / tokens:.0f}"])
     return rows
 
 

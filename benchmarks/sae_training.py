@@ -65,7 +65,9 @@ def options_of_this_run() -> argparse.Namespace:
     parser = arguments(__doc__ or "")
     parser.add_argument("--captures", type=Path, help="train on these tokens (.npy, [tokens, d]) instead of made ones")
     parser.add_argument("--steps", type=int, default=200, help="batches everyone trains on (default 200)")
-    parser.add_argument("--only", default="", help="run only programs whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="run only programs whose name contains this (several: ours+sae-lens)"
+    )
     for name in CPU_SIZES:
         parser.add_argument(f"--{name}", type=int, help=f"default {CPU_SIZES[name]}, {GPU_SIZES[name]} on a GPU")
     options = parse(parser)
@@ -121,7 +123,7 @@ def train_everyone(task: Task, tokens: Tokens, only: str) -> dict[str, Outcome]:
     """A step of each on every batch, in turns, first to last and then last to first."""
     outcomes, running = {}, {}
     for name, build in contestants(task):
-        if only not in name:
+        if not any(part in name for part in only.split("+")):
             continue
         outcomes[name] = Outcome()
         torch.manual_seed(0)

@@ -76,7 +76,8 @@ class Collector:
         self.settings, self.suite, self.storage, self.ranks = settings, suite, storage, ranks
         self.recipe = settings.recipe
         self.device = torch.device(suite.placement.transformer)
-        self.workers = torch.get_num_threads() if self.device.type == "cpu" else GPU_WRITERS
+        self.two_stages = self.device.type != "cpu"
+        self.workers = GPU_WRITERS if self.two_stages else torch.get_num_threads()
         self._described = settings.described(device=self.device.type, weights=weights_digest(suite.source))
         stored = first_rank_value(stored_description(storage) if ranks.is_first else None, ranks)
         if stored is not None:
@@ -180,7 +181,7 @@ class Collector:
 
     def _written(self, model: Flux | None, autoencoder: AutoEncoder | None) -> Iterator[tuple[_Job, WrittenBatch]]:
         """Every batch of the open groups, in order."""
-        if self.device.type == "cuda":
+        if self.two_stages:
             # The GPU samples the next batch while threads write the last ones.
             networks = replicas(model, 1) if model else None
             with closing(in_order(partial(self._draw, networks, autoencoder), self._jobs(), 1)) as drawn:

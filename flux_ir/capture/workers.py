@@ -16,7 +16,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def in_order(work: Callable[[Given], Made], items: Iterable[Given], workers: int) -> Generator[Made]:
+def in_order(work: Callable[[Given], Made], items: Iterable[Given], workers: int) -> Generator[Made, None, None]:
     """`work` of every item, by so many threads, in the order of the items.
 
     Each thread computes on one core: what it makes has the same bits however many there are. No more than twice as many

@@ -19,7 +19,7 @@ from flux_ir.sae.plots import Panel, Run, density_histogram, fvu_per_step, paret
 
 CURVES = "curves.jsonl"
 PANELS = (
-    Panel("fvu", "FVU of the batch", percent=True),
+    Panel("fvu", "FVU of the batch", log=True, percent=True),
     Panel("l0", "features that fire on a token (L0)"),
     Panel("dead_share", "dead features", percent=True),
     Panel("loss", "loss", log=True),

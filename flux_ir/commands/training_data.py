@@ -270,7 +270,7 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
             "model": spec.name,
             "prompts": len(prompts),
             "prompts_sha256": prompts_digest(prompts),
-            "repeats": repeats,
+            "repeats": options.repeats,
         },
     )
 

@@ -243,7 +243,6 @@ class Run:
         return asked | {
             "tokens": settings.total_steps * settings.batch_tokens,
             "dtype": str(settings.compute_dtype).removeprefix("torch."),
-            "dead_after": settings.dead_after_tokens,
             "sites": [str(site) for site in self.planned.sites],
             "steps": self.data.steps,
             "data": self.data.described,

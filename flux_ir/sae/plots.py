@@ -288,8 +288,9 @@ def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
     figure.draw_without_rendering()  # lays the figure out: only then is it known where points are
     line_px, reach_px, taken = 1.3 * 9 / 72 * DPI, 0.7 * DPI, list[tuple[float, float]]()
     at = [(*axes.transData.transform((end.x, end.y)).tolist(), end) for end in ends]
+    lowest = float(axes.transAxes.transform((0, 0))[1]) + line_px / 2  # clear of the horizontal axis
     for x, y, end in sorted(at, key=lambda place: (place[1], place[0])):
-        height = y
+        height = max(y, lowest)
         while any(abs(height - other_y) < line_px and abs(x - other_x) < reach_px for other_x, other_y in taken):
             height += 1
         taken.append((x, height))

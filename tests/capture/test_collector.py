@@ -13,9 +13,9 @@ import torch
 
 from flux_ir.capture.batches import Recipe
 from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.collector import Collector, collect
+from flux_ir.capture.collector import GPU_WRITERS, Collector, collect
 from flux_ir.capture.embeddings import embedding_name
-from flux_ir.capture.fitting import largest_that_fits
+from flux_ir.capture.fitting import gpu_batch, largest_that_fits
 from flux_ir.capture.groups import GROUP
 from flux_ir.capture.recorder import MemorySink, Recorder
 from flux_ir.capture.statistics import SiteStatistics, read_statistics
@@ -227,6 +227,24 @@ def test_threads_change_no_byte(plain, suite, tmp_path, threads):
     finally:
         torch.set_num_threads(before)
     assert files_of(tmp_path) == files_of(plain)
+
+
+def test_a_gpu_records_while_threads_write_and_that_changes_no_byte(suite, plain, tmp_path):
+    job = Collector(settings_of(), suite, LocalStorage(tmp_path), Ranks())
+    job.two_stages, job.workers = True, GPU_WRITERS  # as for a GPU, on the CPU with its single thread
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for part in (job.verify(), job.encode(), job.record(), job.merge()):
+            list(part)
+    finally:
+        torch.set_num_threads(before)
+    assert files_of(tmp_path) == files_of(plain)
+
+
+def test_the_batch_of_a_gpu_is_found_with_the_network_itself(suite):
+    with suite.transformer() as model:
+        assert gpu_batch(model, recipe_of(sites=SITES[:1], steps=(0,), num_steps=1)) == GROUP
 
 
 def test_ranks_share_groups_and_change_no_byte(suite, tmp_path):
