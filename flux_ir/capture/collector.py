@@ -7,6 +7,7 @@ Bits never depend on who computes: groups and the batches in them are fixed slic
 is computed by one thread, on a copy of the network that shares its weights.
 """
 
+from collections.abc import Collection as Prompts
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -142,9 +143,9 @@ class Collector:
         return sum(len(self.collection.group(number)) for number in self._open)
 
     @property
-    def prompts_to_encode(self) -> int:
-        """How many prompts `encode` is going to encode."""
-        return len(self._to_encode)
+    def prompts_to_encode(self) -> Prompts[str]:
+        """What `encode` is going to encode."""
+        return self._to_encode.keys()
 
     def encode(self) -> Iterator[str]:
         """Encodes the prompts that this rank lacks, and frees the encoders; yields each when it is kept."""

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
@@ -52,7 +53,7 @@ class RemoteStorage:
         # Of this process alone: what another one fetched may have been replaced since.
         own = _everyones_scratch(self.url) / f"downloads_{os.getpid()}_{uuid4().hex}"
         self._downloads = Downloads(self._fs, self._root, own, max_bytes=_DOWNLOADED_BYTES)
-        weakref.finalize(self, shutil.rmtree, own, ignore_errors=True)
+        weakref.finalize(self, _discard, own)
         self._try_to_write()
 
     @property
@@ -191,6 +192,14 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 def _cannot(do: str, what: str, error: Exception) -> FluxIRError:
     told = str(error) or type(error).__name__
     return FluxIRError(f"cannot {do} {what}: {told}", hint="check the address, the credentials and the rights to it")
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a folder, and those above it that nobody else uses any more."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it has something in it, or was never made
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
 
 
 def _everyones_scratch(url: str) -> Path:

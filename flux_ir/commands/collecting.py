@@ -1,7 +1,7 @@
 """The heavy half of the command `collect`: questions first, then the four parts of a job, then what came of it."""
 
 from collections.abc import Iterable, Iterator
-from itertools import repeat
+from itertools import islice, repeat
 
 import torch
 from rich.text import Text
@@ -24,6 +24,8 @@ from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.sampling.generate import check_size
 from flux_ir.sites import Site, all_sites, match_sites
+
+NOTED_PROMPTS = 256
 
 
 def collect(options: CollectOptions) -> int:
@@ -110,12 +112,26 @@ def work(job: Collector, report: Report) -> int:
     """Verify, encode, record, merge, with one progress bar each for all ranks; returns how many were made by all."""
     ranks = job.ranks
     _together(report, "verify", job.verify(), ranks, total=len(job.collection.work) if job.was_begun else 0)
-    to_encode, to_record, missing = _sums(ranks, job.prompts_to_encode, job.open_generations, job.missing)
+    if ranks.is_first:
+        _note_on_prompts(job, report)
+    to_encode, to_record, missing = _sums(ranks, len(job.prompts_to_encode), job.open_generations, job.missing)
     _together(report, "text", job.encode(), ranks, total=to_encode)
     _together(report, "collect", job.record(), ranks, total=to_record)
     for _ in job.merge():
         pass
     return missing
+
+
+def _note_on_prompts(job: Collector, report: Report) -> None:
+    """Says if the encoders cannot make sense of some of the prompts that are new: of the first ones, to be quick."""
+    looked_at = list(islice(job.prompts_to_encode, NOTED_PROMPTS))
+    if not looked_at:
+        return
+    with job.suite.text_encoders() as text:
+        notes = {prompt: [*text.t5.notes(prompt), *text.clip.notes(prompt)] for prompt in looked_at}
+    if noted := [prompt for prompt in looked_at if notes[prompt]]:
+        of = f"{len(noted)} of the first {len(looked_at)} new prompts"
+        report.note(f"note: {job.recipe.spec.name}: {of}, such as {noted[0][:60]!r}: {notes[noted[0]][0]}")
 
 
 def _sums(ranks: Ranks, *numbers: int) -> list[int]:

@@ -96,12 +96,14 @@ def test_a_changed_setting_is_refused_with_the_difference(words, plain, capsys):
 
 def test_everything_on_demand_is_in_the_folder(tmp_path, capsys):
     prompts = tmp_path / "two.jsonl"
-    prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "a blue square"}\n')
+    prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "a blue unicorn"}\n')
     extra = ("--save_images", "--save_latents", "--tokens_per_image", "5", "--dtype", "float8_e4m3fn")
     sites = ("--sites", "double.1.img,single.0")
     folder = tmp_path / "out"
     assert main(["--prompts", str(prompts), *SMALL, *sites, *extra, "--output_dir", str(folder)]) == 0
     rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    told = capsys.readouterr()
+    assert "note: flux-tiny: 1 of the first 2 new prompts, such as 'a blue unicorn': words never seen" in told.err
     assert len(rows) == 2
     for row in rows:
         assert all((folder / row[name]["path"]).stat().st_size == row[name]["bytes"] for name in ("image", "latent"))
@@ -109,7 +111,7 @@ def test_everything_on_demand_is_in_the_folder(tmp_path, capsys):
     assert block.values.dtype == torch.float8_e4m3fn
     assert len(block.positions) == 5
     tokens = 2 * 2 * (5 + SPEC.text_tokens + 5)
-    assert re.search(rf"^tokens +{tokens}$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.search(rf"^tokens +{tokens}$", told.out, flags=re.MULTILINE)
 
 
 # ---- Many processes

@@ -1,12 +1,14 @@
 """TopK autoencoders on a CPU: only the encoder's product is dense, and nothing of the size tokens x features is kept.
 
-What it builds on, measured with d = 768, F = 12,288, k = 32 on two cores with AVX-512: `embedding_bag` is the decoder,
+What it builds on, measured with d = 768, F = 12,288, k = 32 on one core with AVX-512: `embedding_bag` is the decoder,
 and, over entries sorted by feature, the gradient of both weight matrices (2 ms where a dense product takes 100). Where
 few features share many entries (auxiliary features, tests) the dense product over the used features wins: `_Used`.
 Numbers agree with `reference`; with a bfloat16 shadow, to bfloat16's accuracy.
 """
 
+from collections.abc import Callable
 from functools import cached_property
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -215,22 +217,30 @@ class _Buffers:
     def __init__(self, most: int) -> None:
         self.most = most
         self._kept: list[Tensor] = []
+        self._lock = Lock()
+        # Not part of PyTorch's public face: without it every gradient gets fresh memory.
+        self._users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """A tensor of unknown content that shares memory with no other in use."""
-        for buffer in self._kept:
-            alone = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) == self._at_rest
-            if buffer.shape == shape and buffer.dtype == dtype and alone:
-                return buffer.detach()
-        buffer = torch.empty(shape, dtype=dtype)
-        self._kept = [buffer, *self._kept][: self.most]
-        return buffer.detach()
+        if self._users is None:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            for buffer in self._kept:
+                if buffer.shape == shape and buffer.dtype == dtype and self._count(buffer) == self._at_rest:
+                    return buffer.detach()
+            buffer = torch.empty(shape, dtype=dtype)
+            self._kept = [buffer, *self._kept][: self.most]
+            return buffer.detach()
+
+    def _count(self, tensor: Tensor) -> int:
+        return 0 if self._users is None else self._users(tensor.untyped_storage()._cdata)
 
     @cached_property
     def _at_rest(self) -> int:
         """The count of a storage that only one tensor refers to (and the asking itself)."""
         alone = torch.empty(1)
-        return int(torch._C._storage_Use_Count(alone.untyped_storage()._cdata))
+        return self._count(alone)
 
 
 _BUFFERS = _Buffers(most=4)
