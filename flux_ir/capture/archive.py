@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flux_ir.capture.plan import Shape
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _CENTRAL_HEADER_BYTES = 46
 _CRC_IN_CENTRAL_HEADER = 16
 _CRC_IN_DESCRIPTOR = 4
@@ -107,11 +107,14 @@ def _record_name(info: zipfile.ZipInfo) -> str:
     return info.filename.partition("/")[2]  # the first folder is named after the file
 
 
-def _header_bytes(header: bytes) -> int:
-    signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+def header_bytes(header: bytes) -> int:
+    """How long a record's header is, by its first bytes. Raises zipfile.BadZipFile if it is none."""
+    if len(header) < LOCAL_HEADER.size:
+        raise zipfile.BadZipFile("it ends where a record should begin")
+    signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
     if signature != b"PK\x03\x04":
         raise zipfile.BadZipFile("a record does not begin where the directory says")
-    return _LOCAL_HEADER.size + name_bytes + extra_bytes
+    return LOCAL_HEADER.size + name_bytes + extra_bytes
 
 
 def records_in(file: io.BufferedReader | io.BytesIO) -> dict[str, Record]:
@@ -121,7 +124,7 @@ def records_in(file: io.BufferedReader | io.BytesIO) -> dict[str, Record]:
     found = {}
     for info in infos:
         file.seek(info.header_offset)
-        offset = info.header_offset + _header_bytes(file.read(_LOCAL_HEADER.size))
+        offset = info.header_offset + header_bytes(file.read(LOCAL_HEADER.size))
         crcs = [central + _CRC_IN_CENTRAL_HEADER]
         if info.flag_bits & _HAS_DESCRIPTOR:
             crcs.append(offset + info.file_size + _CRC_IN_DESCRIPTOR)
@@ -147,17 +150,19 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         with zipfile.ZipFile(path) as archive:
-            self._infos = {_record_name(info): info for info in archive.infolist()}
-            if "data.pkl" not in self._infos:
+            self.infos = {_record_name(info): info for info in archive.infolist()}
+            """The directory's entries in its order, by the name that `StoredTensor.record` has."""
+            self.directory_start = archive.start_dir
+            if "data.pkl" not in self.infos:
                 raise zipfile.BadZipFile("it is a zip, but not one of torch.save")
-            data = archive.read(self._infos["data.pkl"])
+            data = archive.read(self.infos["data.pkl"])
         self.contents = unpickled(data)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """The tensor, mapped from the file. Writing to it changes this process' memory and never the file."""
-        info = self._infos[stored.record]
-        header = self._map[info.header_offset : info.header_offset + _LOCAL_HEADER.size]
-        offset = info.header_offset + _header_bytes(header)
+        info = self.infos[stored.record]
+        header = self._map[info.header_offset : info.header_offset + LOCAL_HEADER.size]
+        offset = info.header_offset + header_bytes(header)
         count = info.file_size // stored.dtype.itemsize
         storage = torch.frombuffer(self._map, dtype=stored.dtype, count=count, offset=offset)
         return storage.as_strided(stored.shape, stored.stride, stored.storage_offset)

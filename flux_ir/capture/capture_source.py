@@ -7,6 +7,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, overload
 
+from flux_ir.capture.alike import Alike
+from flux_ir.capture.capture_file import CaptureFile
 from flux_ir.capture.store import Capture, load_capture
 from flux_ir.capture.token_blocks import Generation, TokenBlock, leading_txt, token_positions
 from flux_ir.errors import FluxIRError
@@ -15,7 +17,7 @@ from flux_ir.sites import Site
 # Brings a file of a collection that is elsewhere, by its name: its local path.
 Fetch = Callable[[str], Path]
 
-_OPEN_FILES = 8  # mapped at once: readers take all they want of a file before the next
+_OPEN_FILES = 8  # at once, in each way of reading: readers take all they want of a file before the next
 
 
 class _Row(NamedTuple):
@@ -43,8 +45,10 @@ class CaptureSource:
     def __init__(self, root: Path, rows: Sequence[_Row], *, fetch: Fetch | None = None) -> None:
         self._root, self._rows, self._fetch = root, rows, fetch
         self._open: OrderedDict[int, Capture] = OrderedDict()
+        self._files: OrderedDict[int, CaptureFile | None] = OrderedDict()
         self._lock = Lock()
         self._first = self._capture(0)
+        self._alike = Alike(self._first)
         layout = _layout(self._first)
         self.sites: list[Site] = layout.sites
         self.steps: list[int] = layout.steps
@@ -107,6 +111,27 @@ class CaptureSource:
             used_txt=row.used_txt,
         )
 
+    def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
+        """One block for each site, all read into memory at once. May be called by several threads."""
+        row, file = self._rows[generation_index], self._file(generation_index)
+        read = None if file is None else self._alike.read(file, [_named(site) for site in sites], step)
+        if read is None:
+            return [self.read(generation_index, site, step) for site in sites]
+        return [
+            TokenBlock(
+                values=one.values,
+                scale=one.scale,
+                site=site,
+                step=step,
+                generation=row.id,
+                prompt=row.prompt,
+                positions=one.positions,
+                txt_tokens=one.txt_tokens,
+                used_txt=row.used_txt,
+            )
+            for site, one in zip(sites, read, strict=True)
+        ]
+
     def _shape(self, site: Site | None) -> tuple[int, ...]:
         return self._first.shape(_named(site))
 
@@ -121,6 +146,20 @@ class CaptureSource:
                     self._open.popitem(last=False)
             self._open.move_to_end(index)
             return self._open[index]
+
+
+    def _file(self, index: int) -> CaptureFile | None:
+        """A file to read from without mapping it; None: it is not laid out as the first one."""
+        with self._lock:
+            if index in self._files:
+                self._files.move_to_end(index)
+                return self._files[index]
+        opened = self._alike.opened(self._local(self._rows[index].path))
+        with self._lock:
+            self._files[index] = opened
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
 
 
 class _Generations(Sequence[Generation]):

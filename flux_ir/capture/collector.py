@@ -7,10 +7,10 @@ Bits never depend on who computes: groups and the batches in them are fixed slic
 is computed by one thread, on a copy of the network that shares its weights.
 """
 
-from collections.abc import Collection as Prompts
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import islice
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -143,9 +143,13 @@ class Collector:
         return sum(len(self.collection.group(number)) for number in self._open)
 
     @property
-    def prompts_to_encode(self) -> Prompts[str]:
-        """What `encode` is going to encode."""
-        return self._to_encode.keys()
+    def prompts_to_encode(self) -> int:
+        """How many prompts `encode` is going to encode."""
+        return len(self._to_encode)
+
+    def new_prompts(self, most: int) -> list[str]:
+        """The first of those."""
+        return list(islice(self._to_encode, most))
 
     def encode(self) -> Iterator[str]:
         """Encodes the prompts that this rank lacks, and frees the encoders; yields each when it is kept."""

@@ -134,6 +134,16 @@ class CaptureContext(NamedTuple):
     txt_tokens: int
 
 
+class StoredSite(NamedTuple):
+    """What of the file holds one site at one step: its values, their scales if they are float8, and which tokens of
+    these: half of them, if the site is half of a single block.
+    """
+
+    values: StoredTensor
+    scale: StoredTensor | None
+    tokens: slice
+
+
 class Capture:
     """A capture file, open for reading. Tensors are mapped from the file when they are asked for.
 
@@ -142,7 +152,7 @@ class Capture:
 
     def __init__(self, path: Path, archive: Archive) -> None:
         self.path = path
-        self._archive, self._contents = archive, archive.contents
+        self.archive, self._contents = archive, archive.contents
         self._context = self._contents["denoising_context"]
         self.metadata: dict[str, Any] = self._contents["metadata"]
         self.sites: list[Site] = stored_sites(self._contents)
@@ -167,7 +177,7 @@ class Capture:
     def img_positions(self) -> Tensor | None:
         """The places on the image grid, row by row, of the image tokens that were kept: int32. None: all of them."""
         kept = self._contents.get("token_positions")
-        return None if kept is None else self._archive.tensor(kept)
+        return None if kept is None else self.archive.tensor(kept)
 
     def shape(self, site: Site) -> Shape:
         """[batch, tokens, width] of one site, as at the first kept step."""
@@ -186,13 +196,18 @@ class Capture:
 
     def read_stored(self, site: Site, step: int) -> tuple[Tensor, Tensor | None]:
         """The values as the file holds them, mapped from it, and the scales [batch, tokens] of float8 values."""
-        index = self._index_of(step)
-        value = self._half(self._archive.tensor(self._stored(site, index)), site, index)
-        if "scales" not in self._contents:
-            return value, None
-        stored = site if site in self._known else site.whole
-        scale = self._archive.tensor(self._contents["scales"][str(stored)][index])
-        return value, self._half(scale, site, index)
+        place = self.place_of(site, step)
+        values = self.archive.tensor(place.values)[:, place.tokens]
+        return values, None if place.scale is None else self.archive.tensor(place.scale)[:, place.tokens]
+
+    def place_of(self, site: Site, step: int) -> StoredSite:
+        """Where the file holds one site at one step. Raises FluxIRError for a site or a step that was not captured."""
+        index, scale = self._index_of(step), None
+        values = self._stored(site, index)
+        if "scales" in self._contents:
+            stored = site if site in self._known else site.whole
+            scale = self._contents["scales"][str(stored)][index]
+        return StoredSite(values, scale, self._tokens(site, index))
 
     def _stored(self, site: Site, index: int) -> StoredTensor:
         """What holds the site, or the single block it is half of. Raises FluxIRError if it was not captured."""
@@ -205,16 +220,16 @@ class Capture:
         found: StoredTensor = stored_value(self._contents, stored, index)
         return found
 
-    def _half(self, value: Tensor, site: Site, index: int) -> Tensor:
+    def _tokens(self, site: Site, index: int) -> slice:
         if site in self._known:
-            return value
+            return slice(None)
         txt_tokens = self._context["txt_seq_len"][index]
-        return value[:, :txt_tokens] if site.stream == "txt" else value[:, txt_tokens:]
+        return slice(txt_tokens) if site.stream == "txt" else slice(txt_tokens, None)
 
     def context(self, step: int) -> CaptureContext:
         """What one step began with."""
         index, of = self._index_of(step), self._context
-        img, y = (self._archive.tensor(of[part][index]) for part in ("img_state", "y"))
+        img, y = (self.archive.tensor(of[part][index]) for part in ("img_state", "y"))
         t_curr, t_prev = of["timestep_pairs"][index]
         return CaptureContext(img, y, t_curr, t_prev, float(of["guidance"]), of["txt_seq_len"][index])
 

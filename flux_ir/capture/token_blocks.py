@@ -77,6 +77,14 @@ class TokenSource(Protocol):
         """One block. Raises FluxIRError for a site or step that is not there, and a file that is broken or missing."""
 
 
+@runtime_checkable
+class ReadsTogether(Protocol):
+    """A source that reads several sites at once, for several threads, into memory that is its own."""
+
+    def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
+        """One block for each site; their memory is used again once nobody holds them."""
+
+
 def token_positions(site: Site, txt_tokens: int, img_positions: Tensor | None, tokens: int) -> Tensor:
     """The place of each of a site's `tokens` within its own stream: int32. `txt_tokens` are those of the whole text."""
     leading = {"img": 0, "txt": tokens, None: txt_tokens}[site.stream]

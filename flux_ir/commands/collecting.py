@@ -1,7 +1,7 @@
 """The heavy half of the command `collect`: questions first, then the four parts of a job, then what came of it."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice, repeat
+from itertools import repeat
 
 import torch
 from rich.text import Text
@@ -114,7 +114,7 @@ def work(job: Collector, report: Report) -> int:
     _together(report, "verify", job.verify(), ranks, total=len(job.collection.work) if job.was_begun else 0)
     if ranks.is_first:
         _note_on_prompts(job, report)
-    to_encode, to_record, missing = _sums(ranks, len(job.prompts_to_encode), job.open_generations, job.missing)
+    to_encode, to_record, missing = _sums(ranks, job.prompts_to_encode, job.open_generations, job.missing)
     _together(report, "text", job.encode(), ranks, total=to_encode)
     _together(report, "collect", job.record(), ranks, total=to_record)
     for _ in job.merge():
@@ -124,7 +124,7 @@ def work(job: Collector, report: Report) -> int:
 
 def _note_on_prompts(job: Collector, report: Report) -> None:
     """Says if the encoders cannot make sense of some of the prompts that are new: of the first ones, to be quick."""
-    looked_at = list(islice(job.prompts_to_encode, NOTED_PROMPTS))
+    looked_at = job.new_prompts(NOTED_PROMPTS)
     if not looked_at:
         return
     with job.suite.text_encoders() as text:

@@ -31,6 +31,7 @@ from flux_ir.sae.filters import Filters, SiteKey
 from flux_ir.sae.held_out import Subject
 from flux_ir.sae.measure_data import measure_normalisation, norm_limits, sample_tokens
 from flux_ir.sae.metrics import EvaluationBatch
+from flux_ir.sae.pool import Row, slot_bytes
 from flux_ir.sae.splits import Side, Split, split_prompts, split_source
 from flux_ir.sites import all_sites, match_sites
 
@@ -40,6 +41,7 @@ MEASURED_BYTES = 2**29  # of a live stream: what of it is held in memory meanwhi
 AHEAD_BYTES = 2**28  # of a live stream: what is made before it is wanted
 EVALUATION_TOKENS = 4_096  # encoded at once
 COUNTED_GENERATIONS = 64  # whose tokens are counted, to know about how many an epoch has
+LIVE_POOL_SHARE, LIVE_POOL_BATCHES = 8, 8  # of the tokens of a live run the pool holds a part, or a few batches
 WITHOUT_END = 2**62  # tokens; how long a run is, its steps say
 
 
@@ -66,14 +68,18 @@ class TrainingData:
     """What the weights depend on, for comparisons."""
 
     def batches(
-        self, sites: list[SiteKey], options: TrainSAEOptions, ranks: Ranks, device: torch.device
+        self, sites: list[SiteKey], options: TrainSAEOptions, ranks: Ranks, device: torch.device, *, tokens: int
     ) -> TokenBatches:
-        """Training batches without end, or until a live stream ends."""
+        """Training batches for a run of so many tokens: without end, or until a live stream ends."""
+        pool_bytes = int(options.pool_gb * 1e9)
+        if callable(self.source):  # which would have to fill the pool before the first batch
+            few = max(tokens // LIVE_POOL_SHARE, LIVE_POOL_BATCHES * options.batch_tokens)
+            pool_bytes = min(pool_bytes, few * slot_bytes({s: Row(self.widths[s], torch.bfloat16) for s in sites}))
         return TokenBatches(
             self.source,
             sites,
             batch_tokens=options.batch_tokens,
-            pool_bytes=int(options.pool_gb * 1e9),
+            pool_bytes=pool_bytes,
             seed=options.seed[0],
             filters=self.filters,
             split=self.split,
@@ -140,7 +146,11 @@ class TrainingData:
 
     def note(self) -> str:
         """The data in a line for whoever trains on them."""
-        return f"{self.generations} generations of {self.model or 'an array'}, {self.split.note}"
+        stored = not callable(self.source)
+        what = (
+            f"{self.generations} generations" if stored else f"live generations of {self.described['prompts']} prompts"
+        )
+        return f"{what} of {self.model or 'an array'}, {self.split.note}"
 
     def metadata(self) -> dict[str, Any]:
         """What an autoencoder's folder says of its data, so that it can be judged on what was held out."""

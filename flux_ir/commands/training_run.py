@@ -93,7 +93,7 @@ class Run:
             self._note("already trained: nothing to do")
             return self._results()
         trainer = self._trainer()
-        with self.data.batches(self.planned.sites, self.options, self.ranks, self.planned.device) as batches:
+        with self._batches() as batches:
             if self.saved is not None:
                 trainer.load(self.saved)
                 batches.restore(self.saved.state["data"])
@@ -113,6 +113,11 @@ class Run:
             wait_for_all(self.ranks)
             self.checkpoints.remove()
         return self._results()
+
+    def _batches(self) -> TokenBatches:
+        settings = self.planned.settings
+        tokens = settings.total_steps * settings.batch_tokens
+        return self.data.batches(self.planned.sites, self.options, self.ranks, self.planned.device, tokens=tokens)
 
     def _trainer(self) -> Trainer:
         """The autoencoders at their start. Where they will be loaded, nothing is measured."""

@@ -4,7 +4,6 @@ Values of all sites lie in one array each, so that a batch is one gather per sit
 and the memory of batches is used again once nobody holds them: fresh pages would cost more than the gather.
 """
 
-import weakref
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.chunks import Chunk
 from flux_ir.sae.filters import SiteKey
@@ -65,7 +65,7 @@ class Pool:
         self.chunk_of_slot = np.full(capacity, -1, np.int32)
         """The ordinal of the chunk a slot's token came from; -1: the slot is empty."""
         self.row_of_slot = np.zeros(capacity, np.int32)
-        self._spare = {site: _SpareMemory() for site in self.rows}
+        self._spare = {site: SpareMemory(_SPARE_BATCHES) for site in self.rows}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._taken: torch.cuda.Event | None = None
 
@@ -128,7 +128,7 @@ class Pool:
         pool, row = self._values[site], self.rows[site]
         if self.device.type != "cpu":
             return pool.index_select(0, index)
-        batch = self._spare[site].tensor(len(index), row)
+        batch = self._spare[site].bytes(len(index) * row.nbytes).view(row.dtype).view(len(index), row.d)
         torch.index_select(pool, 0, index, out=batch)
         return batch
 
@@ -156,27 +156,3 @@ def _words(values: Tensor) -> NDArray[np.signedinteger]:
     plain = values.view(torch.uint8).numpy()
     size = next(size for size in _WORDS if plain.shape[1] % size == 0)
     return plain.view(_WORDS[size])
-
-
-class _SpareMemory:
-    """Memory of batches, given out again when the last tensor that used it is gone."""
-
-    def __init__(self) -> None:
-        self._free: list[NDArray[np.uint8]] = []
-
-    def tensor(self, tokens: int, row: Row) -> Tensor:
-        """An uninitialised tensor [tokens, d]."""
-        nbytes = tokens * row.nbytes
-        memory = next((memory for memory in self._free if memory.nbytes >= nbytes), None)
-        if memory is None:
-            memory = np.empty(max(nbytes, 1), np.uint8)
-        else:
-            self._free = [other for other in self._free if other is not memory]
-        # The tensor's storage holds `loan` and nothing else does, so its end is the end of every view of the tensor.
-        loan = memory[:nbytes]
-        weakref.finalize(loan, self._give_back, memory)
-        return _tensor(loan, tokens, row)
-
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
-        if len(self._free) < _SPARE_BATCHES:
-            self._free.append(memory)

@@ -46,7 +46,7 @@ def assert_same_bits(one, other):
 def test_every_architecture_learns(architecture):
     trainer = make_trainer([architecture], ONE, total_steps=100)
     told = [progress.read(ONE)[f"{architecture}_s0"]["reconstruction"] for progress in train(trainer, batches())]
-    assert sum(told[-20:]) < 0.6 * sum(told[:20])
+    assert sum(told[-20:]) < 0.7 * sum(told[:20])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
