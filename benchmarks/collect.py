@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from measure import Target, arguments, interleaved, machine, parse, print_report
 
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.collector import collect
-from flux_ir.capture.prompts import WorkList
 from flux_ir.capture.recorder import MemorySink, Recorder
-from flux_ir.capture.storage import LocalStorage
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.collector import collect
+from flux_ir.collect.prompts import WorkList
+from flux_ir.collect.storage import LocalStorage
 from flux_ir.commands.report import bytes_at, in_units, peak_host_bytes
 from flux_ir.distributed import Ranks
 from flux_ir.models.placement import plan

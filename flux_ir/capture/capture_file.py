@@ -64,7 +64,9 @@ class CaptureFile:
             while left and (count := os.preadv(self._fd, [left], place)):
                 left, place = left[count:], place + count
         except OSError as error:
-            raise FluxIRError(f"cannot read the capture {self.path}: {error.strerror}", hint="check the disk") from error
+            raise FluxIRError(
+                f"cannot read the capture {self.path}: {error.strerror}", hint="check the disk"
+            ) from error
         except zipfile.BadZipFile as error:
             raise FluxIRError(f"{self.path} is not a complete capture file: {error}", hint=_CUT_SHORT) from error
         if left:
@@ -72,7 +74,6 @@ class CaptureFile:
                 f"{self.path} is not a complete capture file: it ends {len(left)} bytes before a tensor does",
                 hint=_CUT_SHORT,
             )
-
 
 
 class Directory:

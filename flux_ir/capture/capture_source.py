@@ -147,7 +147,6 @@ class CaptureSource:
             self._open.move_to_end(index)
             return self._open[index]
 
-
     def _file(self, index: int) -> CaptureFile | None:
         """A file to read from without mapping it; None: it is not laid out as the first one."""
         with self._lock:

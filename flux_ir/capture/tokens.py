@@ -8,7 +8,6 @@ from pathlib import Path
 
 from flux_ir.capture.array_source import ArraySource
 from flux_ir.capture.capture_source import CaptureSource, is_collection
-from flux_ir.capture.clip_images import IMAGES, SETTINGS_FILE
 from flux_ir.capture.exported_source import ExportedSource, is_exported, npy_generations, safetensors_generation
 from flux_ir.capture.remote import as_url
 from flux_ir.capture.remote_source import open_remote_collection
@@ -17,6 +16,10 @@ from flux_ir.errors import FluxIRError
 from flux_ir.layout import newest_capture
 
 __all__ = ["Generation", "TokenBlock", "TokenSource", "open_source"]
+
+CLIP_SETTINGS_FILE = "clip.json"
+"""In a folder with this file `flux-ir collect-clip` keeps its arrays: pictures and captions, in folders of shards."""
+CLIP_IMAGES, CLIP_CAPTIONS = "images", "captions"
 
 _KINDS = "a collection, a capture *.pt, a run's folder, a folder of these, or arrays *.npy or *.safetensors"
 
@@ -44,8 +47,8 @@ def open_source(path: Path | str) -> TokenSource:
 
 
 def _open_folder(folder: Path) -> TokenSource:
-    if (folder / SETTINGS_FILE).is_file():  # of CLIP: pictures, in shards
-        return _open_arrays(sorted((folder / IMAGES).glob("*.safetensors")))
+    if (folder / CLIP_SETTINGS_FILE).is_file():  # of CLIP: pictures, in shards
+        return _open_arrays(sorted((folder / CLIP_IMAGES).glob("*.safetensors")))
     if is_collection(folder):
         return CaptureSource.of_collection(folder)
     if captures := sorted(folder.glob("*.pt")):

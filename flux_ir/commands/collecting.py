@@ -6,12 +6,12 @@ from itertools import repeat
 import torch
 from rich.text import Text
 
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.collection import Collection, CollectSettings, read_index
-from flux_ir.capture.collector import Collector
-from flux_ir.capture.groups import EXTRAS
-from flux_ir.capture.prompts import read_prompts
-from flux_ir.capture.storage import Storage, open_storage
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.collection import Collection, CollectSettings, read_index
+from flux_ir.collect.collector import Collector
+from flux_ir.collect.groups import EXTRAS
+from flux_ir.collect.prompts import read_prompts
+from flux_ir.collect.storage import Storage, open_storage
 from flux_ir.commands.collect import CollectOptions
 from flux_ir.commands.front import INTERRUPTED
 from flux_ir.commands.generation import check_steps

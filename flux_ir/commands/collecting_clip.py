@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from flux_ir.capture.captions import read_captions
-from flux_ir.capture.clip_images import (
-    CAPTIONS,
-    IMAGES,
+from flux_ir.capture.tokens import CLIP_CAPTIONS, CLIP_IMAGES
+from flux_ir.collect.captions import read_captions
+from flux_ir.collect.clip_images import (
     INDEX_FILE,
     ClipCollection,
     Collected,
@@ -53,7 +52,9 @@ def collect_clip(options: CollectClipOptions) -> None:
         report.note(f"{done.earlier} pictures were there from earlier runs")
     if done.cut_captions:
         report.note(f"{done.cut_captions} of the captions are cut to CLIP's length")
-    written = {kind: options.output_dir / kind for kind in (IMAGES, *([CAPTIONS] if text is not None else []))}
+    written = {
+        kind: options.output_dir / kind for kind in (CLIP_IMAGES, *([CLIP_CAPTIONS] if text is not None else []))
+    }
     report.table(f"{len(names)} pictures", written | {"index": options.output_dir / INDEX_FILE}, peak_memory())
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from flux_ir.capture.collection import CollectSettings
 from flux_ir.capture.plan import CapturePlan
-from flux_ir.capture.prompts import WorkList
-from flux_ir.capture.sizes import captures_bytes, embeddings_bytes, site_sizes
 from flux_ir.capture.store import file_bytes
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.prompts import WorkList
+from flux_ir.collect.sizes import captures_bytes, embeddings_bytes, site_sizes
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.collect import CollectOptions
 from flux_ir.commands.collecting import place

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flux_ir.capture.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.capture.store import load_capture
+from flux_ir.collect.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
 from flux_ir.commands.report import Report
 from flux_ir.errors import FluxIRError

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from flux_ir.capture.batches import recorded_bytes
-from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.collector import Collector
-from flux_ir.capture.fitting import cpu_batch, gpu_batch
-from flux_ir.capture.live import live_blocks
 from flux_ir.capture.plan import CapturePlan, capture_bytes
 from flux_ir.capture.recorder import MemorySink, Recorder
-from flux_ir.capture.storage import LocalStorage, open_storage
+from flux_ir.collect.batches import recorded_bytes
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.collector import Collector
+from flux_ir.collect.fitting import cpu_batch, gpu_batch
+from flux_ir.collect.live import live_blocks
+from flux_ir.collect.storage import LocalStorage, open_storage
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.generation import Job
 from flux_ir.commands.report import bytes_at, peak_memory

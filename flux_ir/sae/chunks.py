@@ -5,7 +5,7 @@ one pass over the data. Next: `pool`, which mixes the rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flux_ir.capture.token_blocks import TokenBlock, TokenSource
+from flux_ir.capture.token_blocks import ReadsTogether, TokenBlock, TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.filters import Filters, SiteKey, check_finite
 from flux_ir.sae.splits import Side, Split
@@ -21,6 +21,8 @@ from flux_ir.sae.splits import Side, Split
 # Steps of one generation that are read in a row: enough that opening a file is not what reading costs, few enough that
 # a pool holds many generations.
 RUN_BYTES = 2 * 2**20
+_BYTES_IN_MEMORY = 2**28  # larger chunks are mapped, and moved to the pool a piece at a time
+_GROUP_BYTES = 2**20  # of small chunks that one thread reads in a row
 _WAITING_CHUNKS = 1024  # of a stream, until their last site has come
 
 Blocks = Callable[[], Iterator[TokenBlock]]
@@ -64,6 +66,30 @@ class Feed(Protocol):
 
     def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
         """The chunks of an epoch from number `start` on, and before them those earlier ones that `also` names."""
+
+
+Place = tuple[int, int, int]
+"""Ordinal, generation and step of a chunk."""
+
+
+class StoredChunks:
+    """Chunks that can be read out of order: an iterator, and another way to come by the same ones, group by group."""
+
+    def __init__(self, places: Iterator[Place], read: Callable[[int, int, int], Chunk], bytes_per_chunk: int) -> None:
+        self._places, self._read = places, read
+        self._chunks_in_group = max(_GROUP_BYTES // max(bytes_per_chunk, 1), 1)
+        self.group_bytes = self._chunks_in_group * bytes_per_chunk
+
+    def __iter__(self) -> "StoredChunks":
+        return self
+
+    def __next__(self) -> Chunk:
+        return self._read(*next(self._places))
+
+    def next_group(self) -> Callable[[], list[Chunk]] | None:
+        """Reads the chunks that follow, in any thread and whenever it is called; None: there are no more."""
+        places = list(islice(self._places, self._chunks_in_group))
+        return (lambda: [self._read(*place) for place in places]) if places else None
 
 
 class _Assembler:
@@ -120,6 +146,8 @@ class SourceFeed:
                 f"no generation of {len(source.generations)} is on the {side} side of the split",
                 hint="hold out another share with --held_out, or capture more prompts",
             )
+        fits = self._bytes_per_chunk <= _BYTES_IN_MEMORY
+        self._together = source if isinstance(source, ReadsTogether) and fits else None
 
     @property
     def tokens_at_most(self) -> int:
@@ -128,21 +156,32 @@ class SourceFeed:
         return len(self._generations) * len(self._steps) * self.source.tokens(site)
 
     def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
-        """Reads chunks as they are asked for."""
+        """Reads chunks as they are asked for; `StoredChunks` where several can be read at once."""
         generations, steps = self._order(epoch)
-        for ordinal in chain(also, range(start, len(generations))):
-            yield self._read(ordinal, int(generations[ordinal]), int(steps[ordinal]))
+        places = (
+            (ordinal, int(generations[ordinal]), int(steps[ordinal]))
+            for ordinal in chain(also, range(start, len(generations)))
+        )
+        if self._together is None:
+            return (self._read(*place) for place in places)
+        return StoredChunks(places, self._read, self._bytes_per_chunk)
 
     def _read(self, ordinal: int, generation: int, step: int) -> Chunk:
-        blocks = [self.source.read(generation, site, step) for site in self._assembler.sites]
+        sites = self._assembler.sites
+        if self._together is None:
+            blocks = [self.source.read(generation, site, step) for site in sites]
+        else:
+            blocks = self._together.read_together(generation, sites, step)
         known = self.source.generations[generation]
         return self._assembler.chunk(ordinal, generation, blocks, str(known.path or known.id))
 
+    @property
+    def _bytes_per_chunk(self) -> int:
+        return sum(self.source.tokens(site) * self.source.d(site) * 2 for site in self._assembler.sites)
+
     def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Generation and step of every chunk: runs of steps of one generation, shuffled."""
-        sites = self._assembler.sites
-        bytes_per_chunk = sum(self.source.tokens(site) * self.source.d(site) * 2 for site in sites)
-        run_steps = min(max(RUN_BYTES // max(bytes_per_chunk, 1), 1), len(self._steps))
+        run_steps = min(max(RUN_BYTES // max(self._bytes_per_chunk, 1), 1), len(self._steps))
         runs_each = -(-len(self._steps) // run_steps)
         draw = np.random.default_rng([self.seed, epoch])
         runs = draw.permutation(len(self._generations) * runs_each)

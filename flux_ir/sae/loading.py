@@ -1,20 +1,23 @@
-"""Reads ahead, on threads if asked: one opens, maps and checks chunks, another moves their rows into slots of the pool.
+"""Reads ahead, on threads if asked: some read and check chunks, another moves their rows into slots of the pool.
 
 What is read depends on the order of the requests alone, never on how far the threads have come.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flux_ir.sae.chunks import Chunk
-from flux_ir.sae.pool import Pool, Slots
+from flux_ir.sae.chunks import Chunk, StoredChunks
+from flux_ir.sae.pool import Origin, Pool, Slots
 
 _PAST_THE_END = 2**31 - 1
 _CHUNKS_AHEAD = 2
+_READERS = 4  # a disk serves several at once
+_BYTES_AHEAD, _GROUPS_AHEAD = 32 * 2**20, 12
 
 
 class Loader:
@@ -56,49 +59,66 @@ class Loader:
 
     def _fill(self, slots: Slots) -> int:
         filled = 0
+        moved: list[Origin] = []
         while filled < len(slots):
             if self._chunk is None:
                 self._chunk = next(self._chunks, None)
                 self._ordinal = self._chunk.ordinal if self._chunk else _PAST_THE_END
             if self._chunk is None:
                 break
-            filled += self._move(self._chunk, slots[filled:])
+            moved.append(self._move(self._chunk, slots[filled:]))
+            filled += len(moved[-1].rows)
+        self.pool.describe(slots[:filled], moved)
         self.pool.chunk_of_slot[slots[filled:]] = -1
         return filled
 
-    def _move(self, chunk: Chunk, slots: Slots) -> int:
+    def _move(self, chunk: Chunk, slots: Slots) -> Origin:
         """As many of the chunk's rows as there are, and as there are slots for."""
         rows = chunk.kept[self._offset : self._offset + len(slots)]
         if len(rows):
-            self.pool.put(slots[: len(rows)], chunk, rows)
+            self.pool.put_values(slots[: len(rows)], chunk, rows)
         self._offset += len(rows)
-        if self._offset >= len(chunk.kept):
+        if self._offset >= len(chunk.kept):  # its memory is free for the next
             self._chunk, self._ordinal, self._offset = None, chunk.ordinal + 1, 0
-        return len(rows)
+        return Origin.of(chunk, rows)
 
 
 class ReadAhead:
-    """The same chunks, the next two of which are read in a thread: checking them brings them into memory."""
+    """The same chunks, read before they are asked for: the next two, or where several can be read at once, a few
+    groups. Checking them brings them into memory.
+    """
 
     def __init__(self, chunks: Iterator[Chunk]) -> None:
         self._chunks = chunks
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chunks")
-        self._ahead: deque[Future[Chunk | None]] = deque()
+        self._ready: deque[Chunk] = deque()
+        self._ahead: deque[Future[list[Chunk]]] = deque()
+        threads, self._groups_ahead = 1, 1 + _CHUNKS_AHEAD
+        if isinstance(chunks, StoredChunks):
+            threads = _READERS
+            self._groups_ahead = min(max(_BYTES_AHEAD // chunks.group_bytes, 2), _GROUPS_AHEAD)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="chunks")
 
     def __iter__(self) -> "ReadAhead":
         return self
 
     def __next__(self) -> Chunk:
-        while len(self._ahead) <= _CHUNKS_AHEAD:
-            self._ahead.append(self._thread.submit(next, self._chunks, None))
-        chunk = self._ahead.popleft().result()
-        if chunk is None:
-            raise StopIteration
-        return chunk
+        while not self._ready:
+            while len(self._ahead) < self._groups_ahead and (read := self._next_group()):
+                self._ahead.append(self._threads.submit(read))
+            group = self._ahead.popleft().result() if self._ahead else []
+            if not group:
+                raise StopIteration
+            self._ready.extend(group)
+        return self._ready.popleft()
+
+    def _next_group(self) -> Callable[[], list[Chunk]] | None:
+        if isinstance(self._chunks, StoredChunks):
+            return self._chunks.next_group()
+        return lambda: list(islice(self._chunks, 1))
 
     def close(self) -> None:
-        """Ends the thread after the chunk that it is reading."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Ends the threads after the chunks that they are reading."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 def already(filled: int) -> Future[int]:

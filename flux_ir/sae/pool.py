@@ -4,7 +4,7 @@ Values of all sites lie in one array each, so that a batch is one gather per sit
 and the memory of batches is used again once nobody holds them: fresh pages would cost more than the gather.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,21 @@ class Row(NamedTuple):
         return self.d * self.dtype.itemsize
 
 
+class Origin(NamedTuple):
+    """Where some tokens are from: rows of a chunk."""
+
+    ordinal: int
+    generation: int
+    step: int
+    is_text: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, chunk: Chunk, rows: NDArray[np.int64]) -> "Origin":
+        """Of these rows of a chunk. It does not keep their values."""
+        return cls(chunk.ordinal, chunk.generation, chunk.step, chunk.is_text[rows], rows)
+
+
 class Pool:
     """`capacity` slots on a device. Slots that are written must not be taken from at the same time."""
 
@@ -76,15 +91,31 @@ class Pool:
 
     def put(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
         """Write these rows of a chunk, ascending. Raises FluxIRError for values of another type."""
+        self.put_values(slots, chunk, rows)
+        self.describe(slots, [Origin.of(chunk, rows)])
+
+    def put_values(self, slots: Slots, chunk: Chunk, rows: NDArray[np.int64]) -> None:
+        """`put` without saying where the tokens are from: `describe` does, for many small chunks at once."""
         for site, values in chunk.values.items():
             self._check_fits(values, site, chunk.place)
         if self._copies is None:
             self._put_here(slots, chunk, rows)
         else:
             self._put_on_gpu(slots, chunk, rows, self._copies)
-        self._generations[slots], self._steps[slots] = chunk.generation, chunk.step
-        self._is_text[slots] = chunk.is_text[rows]
-        self.chunk_of_slot[slots], self.row_of_slot[slots] = chunk.ordinal, rows
+
+    def describe(self, slots: Slots, origins: Sequence[Origin]) -> None:
+        """Say where the tokens in these slots are from: one origin after the other."""
+        if not len(slots):
+            return
+        counts = [len(origin.rows) for origin in origins]
+        for field, of_slot in (
+            ("generation", self._generations),
+            ("step", self._steps),
+            ("ordinal", self.chunk_of_slot),
+        ):
+            of_slot[slots] = np.repeat(np.array([getattr(one, field) for one in origins], of_slot.dtype), counts)
+        self._is_text[slots] = np.concatenate([origin.is_text for origin in origins])
+        self.row_of_slot[slots] = np.concatenate([origin.rows for origin in origins])
 
     def _check_fits(self, values: Tensor, site: SiteKey, place: str) -> None:
         row = self.rows[site]

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from flux_ir.capture import remote
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.collector import collect
 from flux_ir.capture.remote_source import CACHE_FOLDER, MAX_CACHE_BYTES
-from flux_ir.capture.storage import open_storage
 from flux_ir.capture.tokens import open_source
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.collector import collect
+from flux_ir.collect.storage import open_storage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import plan

@@ -7,10 +7,10 @@ import fsspec
 import pytest
 import torch
 
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.prompts import WorkList
-from flux_ir.capture.sizes import captures_bytes, site_sizes
 from flux_ir.capture.store import file_bytes
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.prompts import WorkList
+from flux_ir.collect.sizes import captures_bytes, site_sizes
 from flux_ir.commands import room
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect

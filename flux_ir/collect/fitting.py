@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from flux_ir.capture.batches import Recipe, record_batch, recorded_bytes
-from flux_ir.capture.embeddings import EmbeddedPrompt
-from flux_ir.capture.groups import GROUP
-from flux_ir.capture.prompts import WorkItem
+from flux_ir.collect.batches import Recipe, record_batch, recorded_bytes
+from flux_ir.collect.embeddings import EmbeddedPrompt
+from flux_ir.collect.groups import GROUP
+from flux_ir.collect.prompts import WorkItem
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.groups import (
+from flux_ir.capture.statistics import read_statistics
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.groups import (
     CHECKSUM,
     GROUP,
     INDEX,
@@ -30,9 +31,8 @@ from flux_ir.capture.groups import (
     merge_statistics,
     publish_statistics,
 )
-from flux_ir.capture.prompts import WorkList, prompts_digest
-from flux_ir.capture.statistics import read_statistics
-from flux_ir.capture.storage import Storage
+from flux_ir.collect.prompts import WorkList, prompts_digest
+from flux_ir.collect.storage import Storage
 from flux_ir.errors import FluxIRError
 
 COLLECTION = "collection.json"

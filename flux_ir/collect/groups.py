@@ -12,10 +12,10 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from flux_ir.capture.prompts import WorkItem
 from flux_ir.capture.statistics import SiteStatistics, write_statistics
-from flux_ir.capture.storage import Storage, move_aside
-from flux_ir.capture.workers import in_order
+from flux_ir.collect.prompts import WorkItem
+from flux_ir.collect.storage import Storage, move_aside
+from flux_ir.collect.workers import in_order
 from flux_ir.sites import Site
 
 GROUP = 64

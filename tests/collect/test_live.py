@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.collector import collect
-from flux_ir.capture.live import live_blocks
-from flux_ir.capture.storage import LocalStorage
 from flux_ir.capture.stream import running_ahead, stream_blocks
 from flux_ir.capture.tokens import open_source
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.collector import collect
+from flux_ir.collect.live import live_blocks
+from flux_ir.collect.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flux_ir.capture.batches import Recipe, recorded_bytes
-from flux_ir.capture.collection import (
+from flux_ir.collect.batches import Recipe, recorded_bytes
+from flux_ir.collect.collection import (
     COLLECTION,
     Collection,
     CollectSettings,
@@ -16,9 +16,9 @@ from flux_ir.capture.collection import (
     read_index,
     stored_description,
 )
-from flux_ir.capture.fitting import CPU_BATCH, MOST_BYTES, cpu_batch
-from flux_ir.capture.groups import GROUP, as_lines, read_rows
-from flux_ir.capture.storage import LocalStorage
+from flux_ir.collect.fitting import CPU_BATCH, MOST_BYTES, cpu_batch
+from flux_ir.collect.groups import GROUP, as_lines, read_rows
+from flux_ir.collect.storage import LocalStorage
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
 from flux_ir.sites import Site, all_sites

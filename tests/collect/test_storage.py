@@ -14,7 +14,7 @@ import pytest
 from flux_ir.capture import remote
 from flux_ir.capture.downloads import Downloads
 from flux_ir.capture.remote import RemoteStorage, as_url, open_filesystem
-from flux_ir.capture.storage import LocalStorage, Storage, open_storage
+from flux_ir.collect.storage import LocalStorage, Storage, open_storage
 from flux_ir.errors import FluxIRError
 
 
@@ -200,7 +200,7 @@ def test_a_filesystem_that_nobody_knows_is_one_line():
 
 def test_a_folder_loads_no_filesystems():
     check = (
-        "import sys; from flux_ir.capture.storage import open_storage; open_storage('/tmp');"
+        "import sys; from flux_ir.collect.storage import open_storage; open_storage('/tmp');"
         "sys.exit('fsspec.core' in sys.modules and 'flux_ir.capture.remote' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux_ir.capture import clip_images
-from flux_ir.capture.captions import read_captions
-from flux_ir.capture.clip_images import ClipCollection, Networks, check_images, collect_images, image_names
+from flux_ir.collect import clip_images
+from flux_ir.collect.captions import read_captions
+from flux_ir.collect.clip_images import ClipCollection, Networks, check_images, collect_images, image_names
 from flux_ir.errors import FluxIRError
 from flux_ir.models.clip import Preprocessing
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ir.capture.prompts import WorkList, prompts_digest, read_prompts, work_item
+from flux_ir.collect.prompts import WorkList, prompts_digest, read_prompts, work_item
 from flux_ir.errors import FluxIRError
 
 

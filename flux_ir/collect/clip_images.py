@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux_ir.capture.tokens import CLIP_CAPTIONS, CLIP_IMAGES, CLIP_SETTINGS_FILE
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
 from flux_ir.models.clip import ClipVision, Preprocessing, TokenChoice, broken_image, choose_tokens, read_pixels
@@ -26,9 +27,7 @@ from flux_ir.models.text import TextEncoder
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHARD_BYTES = 128 * 2**20  # a shard is in memory while it is filled
-SETTINGS_FILE = "clip.json"
 INDEX_FILE = "index.jsonl"
-IMAGES, CAPTIONS = "images", "captions"  # folders of shards
 TENSOR = "activations"
 READERS = 4  # threads that decode pictures while the network computes
 
@@ -137,9 +136,9 @@ def collect_images(collection: ClipCollection, networks: Networks) -> Iterator[C
             images, earlier = images + len(members), earlier + len(members)
             yield Collected(images, earlier, cut)
             continue
-        arrays = {IMAGES: torch.empty(len(members), tokens, vision.d, dtype=collection.dtype)}
+        arrays = {CLIP_IMAGES: torch.empty(len(members), tokens, vision.d, dtype=collection.dtype)}
         if networks.text is not None:
-            arrays[CAPTIONS] = torch.empty(len(members), 1, _text_width(networks.text), dtype=collection.dtype)
+            arrays[CLIP_CAPTIONS] = torch.empty(len(members), 1, _text_width(networks.text), dtype=collection.dtype)
         row = 0
         for batch, pixels in _batches(collection, networks.preprocessing, members):
             rows = slice(row, row + len(batch))
@@ -162,11 +161,11 @@ def _fill(
     pixels: Tensor,
 ) -> int:
     """Compute one batch into its rows. Returns how many captions were cut."""
-    arrays[IMAGES][rows] = choose_tokens(networks.vision(pixels), collection.tokens).to("cpu", collection.dtype)
+    arrays[CLIP_IMAGES][rows] = choose_tokens(networks.vision(pixels), collection.tokens).to("cpu", collection.dtype)
     if networks.text is None or collection.captions is None:
         return 0
     captions = [collection.captions[image] for image in batch]
-    arrays[CAPTIONS][rows] = networks.text(captions)[:, None].to("cpu", collection.dtype)
+    arrays[CLIP_CAPTIONS][rows] = networks.text(captions)[:, None].to("cpu", collection.dtype)
     lengths = networks.text.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
     return sum(len(ids) > networks.text.max_tokens for ids in lengths)
 
@@ -200,7 +199,7 @@ def _write(collection: ClipCollection, shard: int, arrays: dict[str, Tensor]) ->
 
 def _is_done(collection: ClipCollection, networks: Networks, shard: int, images: int) -> bool:
     """Whether the shard's files are there and whole. A broken one is moved aside, and all of the shard made again."""
-    kinds = [IMAGES, *([CAPTIONS] if networks.text is not None else [])]
+    kinds = [CLIP_IMAGES, *([CLIP_CAPTIONS] if networks.text is not None else [])]
     done = True
     for path in [collection.file(kind, shard) for kind in kinds]:
         if not path.exists():
@@ -217,7 +216,7 @@ def _is_done(collection: ClipCollection, networks: Networks, shard: int, images:
 
 
 def _same_settings(collection: ClipCollection) -> None:
-    path, settings = collection.output_dir / SETTINGS_FILE, collection.settings()
+    path, settings = collection.output_dir / CLIP_SETTINGS_FILE, collection.settings()
     if not path.exists():
         write_json(path, settings)
         return
@@ -237,7 +236,7 @@ def _write_index(collection: ClipCollection, shards: Sequence[Sequence[int]]) ->
             for row, image in enumerate(members):
                 line = {
                     "image": collection.names[image],
-                    "shard": collection.file(IMAGES, shard).relative_to(collection.output_dir).as_posix(),
+                    "shard": collection.file(CLIP_IMAGES, shard).relative_to(collection.output_dir).as_posix(),
                     "row": row,
                 }
                 if collection.captions is not None:

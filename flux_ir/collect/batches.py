@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.capture.embeddings import EmbeddedPrompt
 from flux_ir.capture.plan import CapturePlan
-from flux_ir.capture.prompts import WorkItem
 from flux_ir.capture.recorder import MemorySink, Recorder, StepContext, until_recorded
+from flux_ir.collect.embeddings import EmbeddedPrompt
+from flux_ir.collect.prompts import WorkItem
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flux_ir.capture.storage import Storage, move_aside
-from flux_ir.capture.workers import borrowed, in_order, replicas
+from flux_ir.collect.storage import Storage, move_aside
+from flux_ir.collect.workers import borrowed, in_order, replicas
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding, encode
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import safetensors.torch
 
-from flux_ir.capture.batches import Recipe, RecordedBatch, RecordedGeneration
-from flux_ir.capture.groups import Group, Row, Statistics
 from flux_ir.capture.pieces import ScaleOf, pieces_of_site
 from flux_ir.capture.plan import CapturePlan
-from flux_ir.capture.prompts import WorkItem
 from flux_ir.capture.statistics import SiteStatistics
 from flux_ir.capture.store import load_capture
 from flux_ir.capture.whole import capture_content
+from flux_ir.collect.batches import Recipe, RecordedBatch, RecordedGeneration
+from flux_ir.collect.groups import Group, Row, Statistics
+from flux_ir.collect.prompts import WorkItem
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import unpack
 from flux_ir.shapes import Pixels

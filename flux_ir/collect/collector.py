@@ -16,22 +16,22 @@ from typing import NamedTuple
 
 import torch
 
-from flux_ir.capture.batches import record_batch
-from flux_ir.capture.collection import (
+from flux_ir.collect.batches import record_batch
+from flux_ir.collect.collection import (
     Collection,
     CollectSettings,
     check_same,
     publish_description,
     stored_description,
 )
-from flux_ir.capture.embeddings import EmbeddedPrompt, encode_prompts, needs_encoding, read_embedding
-from flux_ir.capture.fitting import cpu_batch, gpu_batch
-from flux_ir.capture.groups import GROUP, Group, Row, Statistics, merge_statistics
-from flux_ir.capture.prompts import WorkItem
-from flux_ir.capture.provenance import versions, weights_digest
-from flux_ir.capture.storage import Storage
-from flux_ir.capture.workers import borrowed, in_order, replicas
-from flux_ir.capture.writing import DrawnBatch, WrittenBatch, read_batch, write_batch
+from flux_ir.collect.embeddings import EmbeddedPrompt, encode_prompts, needs_encoding, read_embedding
+from flux_ir.collect.fitting import cpu_batch, gpu_batch
+from flux_ir.collect.groups import GROUP, Group, Row, Statistics, merge_statistics
+from flux_ir.collect.prompts import WorkItem
+from flux_ir.collect.provenance import versions, weights_digest
+from flux_ir.collect.storage import Storage
+from flux_ir.collect.workers import borrowed, in_order, replicas
+from flux_ir.collect.writing import DrawnBatch, WrittenBatch, read_batch, write_batch
 from flux_ir.distributed import Ranks, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder

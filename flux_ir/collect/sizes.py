@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from flux_ir.capture.batches import Recipe
 from flux_ir.capture.plan import CapturePlan
-from flux_ir.capture.prompts import WorkItem, WorkList
 from flux_ir.capture.store import file_bytes
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.prompts import WorkItem, WorkList
 from flux_ir.sites import Site
 
 _AT_ONCE = 1024  # generations of a work list that are looked at together

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.capture.batches import Recipe, RecordedBatch, RecordedGeneration, record_batch
-from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.embeddings import EmbeddedPrompt, embed_prompts
-from flux_ir.capture.fitting import cpu_batch, gpu_batch
-from flux_ir.capture.groups import GROUP
 from flux_ir.capture.pieces import ScaleOf, pieces_of_site, positions
-from flux_ir.capture.prompts import WorkItem, WorkList
 from flux_ir.capture.token_blocks import TokenBlock, leading_txt, token_positions
-from flux_ir.capture.workers import in_order, replicas
+from flux_ir.collect.batches import Recipe, RecordedBatch, RecordedGeneration, record_batch
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.embeddings import EmbeddedPrompt, embed_prompts
+from flux_ir.collect.fitting import cpu_batch, gpu_batch
+from flux_ir.collect.groups import GROUP
+from flux_ir.collect.prompts import WorkItem, WorkList
+from flux_ir.collect.workers import in_order, replicas
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux

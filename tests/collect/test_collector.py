@@ -11,16 +11,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from flux_ir.capture.batches import Recipe
-from flux_ir.capture.collection import CollectSettings
-from flux_ir.capture.collector import GPU_WRITERS, Collector, collect
-from flux_ir.capture.embeddings import embedding_name
-from flux_ir.capture.fitting import gpu_batch, largest_that_fits
-from flux_ir.capture.groups import GROUP
 from flux_ir.capture.recorder import MemorySink, Recorder
 from flux_ir.capture.statistics import SiteStatistics, read_statistics
-from flux_ir.capture.storage import LocalStorage
 from flux_ir.capture.store import file_bytes, load_capture
+from flux_ir.collect.batches import Recipe
+from flux_ir.collect.collection import CollectSettings
+from flux_ir.collect.collector import GPU_WRITERS, Collector, collect
+from flux_ir.collect.embeddings import embedding_name
+from flux_ir.collect.fitting import gpu_batch, largest_that_fits
+from flux_ir.collect.groups import GROUP
+from flux_ir.collect.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import plan
