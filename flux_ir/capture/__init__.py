@@ -1,1 +1,1 @@
-"""Recording what a transformer computes: `recorder` listens, `store` writes the file, `tokens` reads many as training data."""
+"""Recording what a transformer computes: `recorder` listens, `store` writes the file, `tokens` reads many of them."""
