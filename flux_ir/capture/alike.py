@@ -8,8 +8,8 @@ full, so nothing is guessed: a file that differs in anything else, or is broken,
 import pickle
 import zipfile
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class Alike:
         self._wanted: dict[tuple[Site, int], _Wanted | None] = {}
         self._spare = SpareMemory(_SPARE_PIECES)
 
-    def opened(self, path: Path) -> CaptureFile | None:
+    def opened(self, path: str) -> CaptureFile | None:
         """The file, if it is laid out in the same way; None: it is not, or cannot be read."""
         if self._directory is None:
             return None
@@ -100,13 +100,13 @@ class Alike:
         ]
 
     def _read(self, file: CaptureFile, parts: Sequence[_Part]) -> list[Tensor]:
-        room = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts]
-        pieces = self._spare.bytes(sum(room)).split(room)
+        starts = list(accumulate((-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts), initial=0))
+        memory = self._spare.bytes(starts[-1])
         tensors = []
-        for part, piece in zip(parts, pieces, strict=True):
-            memory = piece[: part.nbytes]
-            file.read_into(memory, part.record, part.offset)
-            tensors.append(memory.view(part.dtype).view(part.shape))
+        for part, start in zip(parts, starts, strict=False):
+            piece = memory[start : start + part.nbytes]
+            file.read_into(piece, part.record, part.offset)
+            tensors.append(piece.view(part.dtype).view(part.shape))
         return tensors
 
     def _found(self, site: Site, step: int) -> _Wanted | None:

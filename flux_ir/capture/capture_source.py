@@ -1,6 +1,7 @@
 """Captures as training data: a collection of any size, finished or not, or files that belong together."""
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ class CaptureSource:
 
     def __init__(self, root: Path, rows: Sequence[_Row], *, fetch: Fetch | None = None) -> None:
         self._root, self._rows, self._fetch = root, rows, fetch
+        # joining paths by pathlib costs more than opening a file
+        self._folder = "" if root == Path() else f"{root}{os.sep}"
         self._open: OrderedDict[int, Capture] = OrderedDict()
         self._files: OrderedDict[int, CaptureFile | None] = OrderedDict()
         self._lock = Lock()
@@ -153,7 +156,8 @@ class CaptureSource:
             if index in self._files:
                 self._files.move_to_end(index)
                 return self._files[index]
-        opened = self._alike.opened(self._local(self._rows[index].path))
+        name = self._rows[index].path
+        opened = self._alike.opened(self._folder + name if self._fetch is None else str(self._fetch(name)))
         with self._lock:
             self._files[index] = opened
             while len(self._files) > _OPEN_FILES:

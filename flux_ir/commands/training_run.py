@@ -143,7 +143,8 @@ class Run:
         quiet = not self.ranks.is_first
         with TrainingTable(self.report, total, trainer.tokens_seen, quiet=quiet) as table:
             for progress in train(trainer, full_batches(batches, settings.batch_tokens)):
-                rows = self._record(trainer, progress, logger) if progress.optimiser_step % every == 0 else None
+                told = progress.optimiser_step % every == 0 or trainer.finished
+                rows = self._record(trainer, progress, logger) if told else None
                 table.update(progress.tokens, rows)
                 due, stopping = self._agree(clock.due(progress.tokens), stop.made, progress.optimiser_step)
                 if due or stopping or trainer.finished:

@@ -5,6 +5,7 @@ one pass over the data. Next: `pool`, which mixes the rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -42,8 +43,8 @@ class Chunk(NamedTuple):
     is_text: NDArray[np.bool_]
     kept: NDArray[np.int64]
     """The rows that passed the filters, ascending."""
-    place: str
-    """Where it was read, for messages."""
+    place: object
+    """Where it was read, as text: for messages."""
 
     def check_finite(self) -> None:
         """Raises FluxIRError if a row that is kept holds NaN or infinity."""
@@ -78,6 +79,8 @@ class StoredChunks:
     def __init__(self, places: Iterator[Place], read: Callable[[int, int, int], Chunk], bytes_per_chunk: int) -> None:
         self._places, self._read = places, read
         self._chunks_in_group = max(_GROUP_BYTES // max(bytes_per_chunk, 1), 1)
+        self.small = self._chunks_in_group > 1
+        """Whether the interpreter is what reading costs, so that more threads would only be in each other's way."""
         self.group_bytes = self._chunks_in_group * bytes_per_chunk
 
     def __iter__(self) -> "StoredChunks":
@@ -98,12 +101,14 @@ class _Assembler:
     def __init__(self, sites: Sequence[SiteKey], filters: Filters, split: Split, side: Side) -> None:
         self.sites, self.filters, self.split, self.side = list(sites), filters, split, side
 
-    def chunk(self, ordinal: int, generation: int, blocks: Sequence[TokenBlock], place: str) -> Chunk:
+    def chunk(self, ordinal: int, generation: int, blocks: Sequence[TokenBlock], place: object) -> Chunk:
         """The chunk of these blocks, one per site. Raises FluxIRError unless all that it keeps is finite."""
         first = blocks[0]
         rows = self.filters.rows(first)
         positions = first.positions[rows]
         for block in blocks[1:]:
+            if block.positions is first.positions and block.txt_tokens == first.txt_tokens:
+                continue
             other = block.positions[self.filters.rows(block)]
             if other.shape != positions.shape or not torch.equal(other, positions):
                 raise FluxIRError(
@@ -111,9 +116,9 @@ class _Assembler:
                     f"{len(positions)} of them, {block.site} has {len(other)} in {place}",
                     hint="train image and text sites in separate runs, or keep one stream of whole single blocks",
                 )
-        is_text = np.arange(len(first.positions))[rows] < first.txt_tokens
+        is_text, every = _rows(len(first.positions), rows.start, rows.stop, first.txt_tokens)
         values = {block.site: block.floats()[self.filters.rows(block)] for block in blocks}
-        chunk = Chunk(ordinal, generation, first.step, values, is_text, np.arange(len(is_text)), place)
+        chunk = Chunk(ordinal, generation, first.step, values, is_text, every, place)
         kept = chunk._replace(kept=self._kept(chunk, first, positions))
         kept.check_finite()
         return kept
@@ -126,6 +131,30 @@ class _Assembler:
             masks += [self.filters.within_limit(values, site, chunk.step) for site, values in chunk.values.items()]
         given = [mask.numpy() for mask in masks if mask is not None]
         return np.flatnonzero(np.logical_and.reduce(given)) if given else chunk.kept
+
+
+@lru_cache(64)
+def _rows(
+    tokens: int, start: int | None, stop: int | None, txt_tokens: int
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which rows of a slice of a site's tokens are text, and all of these rows. The same for every chunk."""
+    is_text = np.arange(tokens)[start:stop] < txt_tokens
+    every = np.arange(len(is_text))
+    is_text.flags.writeable = every.flags.writeable = False
+    return is_text, every
+
+
+class _PlaceOf:
+    """Where a generation is kept. Made into text when it is asked for, which is hardly ever."""
+
+    __slots__ = ("_generation", "_source")
+
+    def __init__(self, source: TokenSource, generation: int) -> None:
+        self._source, self._generation = source, generation
+
+    def __str__(self) -> str:
+        known = self._source.generations[self._generation]
+        return str(known.path or known.id)
 
 
 class SourceFeed:
@@ -172,8 +201,7 @@ class SourceFeed:
             blocks = [self.source.read(generation, site, step) for site in sites]
         else:
             blocks = self._together.read_together(generation, sites, step)
-        known = self.source.generations[generation]
-        return self._assembler.chunk(ordinal, generation, blocks, str(known.path or known.id))
+        return self._assembler.chunk(ordinal, generation, blocks, _PlaceOf(self.source, generation))
 
     @property
     def _bytes_per_chunk(self) -> int:

@@ -31,6 +31,7 @@ __all__ = ["Batch", "TokenBatches", "choose_sites", "sites_in_lockstep"]
 AHEAD = 2
 """Batches whose slots may still be being refilled while the next is drawn."""
 _LEAST_BATCHES = AHEAD + 2  # in a pool that does not hold all of the data
+_FEW_BATCHES = 64
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -217,8 +218,13 @@ class TokenBatches:
     def _draw(self, wanted: int) -> Slots:
         """A batch of slots, evenly from all that are not being refilled."""
         pool, _ = self._opened()
-        busy = np.sort(np.concatenate([refill.slots for refill in self._refills] or [_NOTHING]))
+        busy = np.concatenate([refill.slots for refill in self._refills] or [_NOTHING])
         picks = self._generator().choice(pool.capacity - len(busy), wanted, replace=False)
+        if pool.capacity <= _FEW_BATCHES * wanted:  # the same slots, found faster in a small pool
+            free = np.ones(pool.capacity, np.bool_)
+            free[busy] = False
+            return np.flatnonzero(free)[picks]
+        busy.sort()
         # the i-th free slot is i plus the number of busy ones before it
         return picks + np.searchsorted(busy - np.arange(len(busy)), picks, side="right")
 

@@ -86,7 +86,7 @@ def lengths(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
 
 
-def check_finite(values: Tensor, place: str, site: SiteKey, step: int) -> None:
+def check_finite(values: Tensor, place: object, site: SiteKey, step: int) -> None:
     """Raises FluxIRError if a value is NaN or infinite. `place` says where the tokens were read."""
     # A sum is 40 times as fast as isfinite on a CPU, and finite only if all its terms are. In float16 it may overflow.
     total = values.sum(dtype=torch.float32 if values.dtype == torch.float16 else None)

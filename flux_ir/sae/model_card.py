@@ -45,8 +45,18 @@ def _facts(sae: SparseAutoencoder) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": config.model, "site": config.site, "width of the activations": config.d_in}
     facts |= {"features": config.d_sae, "k": config.k if "topk" in config.architecture else None}
     facts |= {"denoising steps": None if config.steps is None else ", ".join(map(str, config.steps))}
-    facts |= {name.replace("_", " "): value for name, value in sae.metadata.items() if _is_plain(value)}
+    known = {**sae.metadata, **_data(sae.metadata)}
+    facts |= {name.replace("_", " "): value for name, value in known.items() if _is_plain(value) and name not in _TOLD}
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _data(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What it was trained on, as the trainer keeps it; nothing of a local path but its last name."""
+    data = metadata.get("data")
+    if not isinstance(data, Mapping):
+        return {}
+    captures = {"captures": Path(data["captures"]).name} if isinstance(data.get("captures"), str) else {}
+    return {**data, **captures}
 
 
 def _is_plain(value: object) -> bool:

@@ -40,7 +40,12 @@ def sae():
     tokens = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     config = SAEConfig(architecture="topk", d_in=6, d_sae=18, k=3, site="single.6.img", model="flux-tiny", steps=(0, 2))
     made = make_sae(config, sample=tokens)
-    made.metadata = {"tokens_seen": 1000, "prompts": "a|b"}
+    made.metadata = {
+        "tokens_seen": 1000,
+        "prompts": "a|b",
+        "fvu": 0.5,
+        "data": {"captures": "/home/me/tiny", "generations": 7},
+    }
     return made
 
 
@@ -152,6 +157,18 @@ def test_the_card_tells_site_steps_data_and_numbers(sae, tmp_path):
     (folder / "metrics.json").write_text(json.dumps({"overall": {"fvu": 0.2101, "l0": 3.0, "dead_share": None}}))
     (folder / "density.png").write_bytes(b"")
     card = write_card(folder, REPO).read_text()
-    for part in ("0.2101", "flux-tiny", "single.6.img", "0, 2", "tokens seen", "a\\|b", "density.png", REPO):
+    for part in (
+        "0.2101",
+        "flux-tiny",
+        "single.6.img",
+        "0, 2",
+        "tokens seen",
+        "a\\|b",
+        "density.png",
+        "| captures | tiny |",
+        REPO,
+    ):
         assert part in card
+    assert "/home/me" not in card
+    assert "| fvu |" not in card
     assert card.startswith("---\nlibrary_name: flux-ir\n")
