@@ -1,8 +1,20 @@
-"""Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files."""
+"""Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files.
+
+- cold: the files are dropped from the page cache before each pass, as for a collection that is larger than memory. Both
+  ways wait for the disk and for the system to fill the page cache; this is what training on a collection is.
+- warm: the files are in the page cache, as for a small collection that is read again. The sequential read is then one
+  copy into a buffer that stays in the processor's cache, while batches cost that copy, a check for NaN, a scattered
+  write into the pool, a gather out of it and a write of the batch: about six times the traffic in memory, which bounds
+  the ratio at a fifth to a third for long rows; with many small files the interpreter is what remains.
+
+Bytes of batches are those of tokens; a sequential read counts all of the file, with the sampler's state and the
+directory. CPU seconds say what it costs where the machine is busy with other things.
+"""
 
 import argparse
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -39,15 +51,12 @@ class Case(NamedTuple):
 
 def main() -> None:
     """Print the table."""
-    parser = arguments(__doc__ or "")
+    parser = arguments((__doc__ or "").partition("\n")[0])
     parser.add_argument("--dir", type=Path, help="where the captures are written (default: a temporary folder)")
     parser.add_argument("--megabytes", type=int, default=1000, help="size of each set of captures (default 1000)")
-    parser.add_argument("--cold", action="store_true", help="also with the files dropped from the page cache (root)")
     options = parse(parser)
-    if options.cold and os.geteuid() != 0:
-        parser.error("--cold drops files from the page cache: it is for root")
     rows = [row for case in cases(options.megabytes) for row in rows_of(case, options)]
-    columns = ["captures", "data", "files", "page cache", "sequential read", "loader", "ratio", "target"]
+    columns = ["captures", "data", "files", "page cache", "sequential read", "loader", "ratio", "target", "CPU s/GB"]
     about = machine(options.device)
     print_report("SAE data: bytes per second", columns, rows, about)
 
@@ -63,19 +72,19 @@ def cases(megabytes: int) -> list[Case]:
 
 
 def rows_of(case: Case, options: argparse.Namespace) -> list[list[str]]:
-    """One set of captures, read both ways in turns: first of all warm."""
+    """One set of captures, read both ways in turns: cold, then warm."""
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         files = write_captures(case, Path(folder))
-        caches = [warm_up, drop_from_cache] if options.cold else [warm_up]
-        return [row(case, Path(folder), files, options, prepare) for prepare in caches]
+        return [row(case, Path(folder), files, options, prepare) for prepare in (drop_from_cache, warm_up)]
 
 
 def row(
     case: Case, folder: Path, files: list[Path], options: argparse.Namespace, prepare: Callable[[list[Path]], None]
 ) -> list[str]:
-    """The median rates of both ways."""
+    """The median rates of both ways, and the least CPU time."""
     file_bytes = sum(file.stat().st_size for file in files)
     rates: dict[str, list[float]] = {"sequential": [], "loader": []}
+    cpu = dict.fromkeys(rates, float("inf"))
     with batches_of(case, folder, options) as batches:
         ways: dict[str, Callable[[], int]] = {
             "sequential": lambda: read_sequentially(files),
@@ -85,8 +94,11 @@ def row(
             for name in list(ways)[:: 1 if number % 2 else -1]:
                 prepare(files)
                 read: list[int] = []
+                begun = time.process_time()
                 seconds = seconds_of(lambda way=ways[name], read=read: read.append(way()), options.device)
-                rates[name] += [read[0] / seconds] if number else []
+                if number:
+                    rates[name].append(read[0] / seconds)
+                    cpu[name] = min(cpu[name], (time.process_time() - begun) / read[0] * 1e9)
     sequential, loader = (median(rates[name]) for name in rates)
     return [
         case.name,
@@ -97,6 +109,7 @@ def row(
         f"{loader / 1e9:.2f} GB/s",
         f"{loader / sequential:.2f}",
         TARGET.verdict(loader / sequential),
+        " -> ".join(f"{seconds:.2f}" for seconds in cpu.values()),
     ]
 
 

@@ -166,7 +166,8 @@ class Flag:
         wanted = f"{_MANY[self.kind]} separated by commas" if self.many else _ONE[self.kind]
         if self.optional and not self.facts.free_text:
             wanted += " or None"
-        hint = "write them like 0,2,5 or 0-3" if self.many and self.kind is int else None
+        hints = {int: "write them like 0,2,5 or 0-3", str: f"write --{self.name} NAME,NAME"}
+        hint = hints.get(self.kind) if self.many else None
         return FluxIRError(f"--{self.name} must be {wanted}: got {value!r}", hint=hint)
 
 

@@ -71,7 +71,7 @@ class Alike:
         if self._directory is None:
             return None
         try:
-            file = CaptureFile(path)
+            file = CaptureFile(path, self._spare)
             found = self._directory.found_in(file)
             if found is None:
                 return None
@@ -91,8 +91,6 @@ class Alike:
         if len(wanted) < len(found):
             return None
         parts = [part for one in wanted for part in (one.values, one.scale) if part is not None]
-        for part in parts[1:]:
-            file.soon(part.record, part.offset, part.nbytes)
         tensors = iter(self._read(file, parts))
         return [
             SiteTokens(next(tensors), None if one.scale is None else next(tensors), one.positions, one.txt_tokens)
@@ -100,13 +98,15 @@ class Alike:
         ]
 
     def _read(self, file: CaptureFile, parts: Sequence[_Part]) -> list[Tensor]:
+        if file.content is not None:
+            return [_as_tensor(file.part(part.record, part.offset, part.nbytes), part) for part in parts]
         starts = list(accumulate((-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts), initial=0))
         memory = self._spare.bytes(starts[-1])
         tensors = []
         for part, start in zip(parts, starts, strict=False):
             piece = memory[start : start + part.nbytes]
             file.read_into(piece, part.record, part.offset)
-            tensors.append(piece.view(part.dtype).view(part.shape))
+            tensors.append(_as_tensor(piece, part))
         return tensors
 
     def _found(self, site: Site, step: int) -> _Wanted | None:
@@ -144,6 +144,10 @@ def _to_compare(contents: dict[str, Any]) -> tuple[dict[str, Any], list[int] | N
     """What must be the same: all but the metadata, and the steps that these tell."""
     others = {name: value for name, value in contents.items() if name != "metadata"}
     return others, contents["metadata"].get("captured_steps")
+
+
+def _as_tensor(memory: Tensor, part: _Part) -> Tensor:
+    return memory.view(part.dtype).view(part.shape)
 
 
 def _part(stored: StoredTensor, tokens: slice) -> _Part:

@@ -3,83 +3,109 @@
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
 
 from flux_ir.capture.archive import LOCAL_HEADER, Archive, header_bytes
+from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.errors import FluxIRError
 
 CAN_READ = hasattr(os, "preadv")  # not on Windows
 _PICKLE = "data.pkl"
-_CUT_SHORT = "it was damaged or cut short: capture again"
 # Where the zip format puts what: in a record's entry of the directory, and in the end of the directory.
 _ENTRY_BYTES, _CRC, _SIZES, _OFFSET = 46, 16, 20, 42
 # The end, as torch.save writes it: for large files, a pointer to that, and for others.
 _END_BYTES, _START, _POINTED, _SHORT_START = 56 + 20 + 22, 48, 56 + 8, 56 + 20 + 16
-_SMALL_BYTES = 2**20  # a file that is fetched from the disk whole, as soon as it is open
+# Read at once. Linux reads ahead of whoever reads on in pieces, in large pages; of one long read, or of what it was
+# told to fetch, it makes small pages, which costs more than the disk.
+_PIECE_BYTES = 2**19
+_SMALL_BYTES = 2**20
 _AROUND = 256  # bytes of a record's header at most; a longer one is left to others
 _TOO_LARGE = 2**32 - 1  # stands for a number that is kept elsewhere
 
 
 class CaptureFile:
-    """An open file. It is closed when nobody holds it any more. May be used by several threads."""
+    """An open file. It is closed when nobody holds it any more. May be used by several threads.
 
-    def __init__(self, path: str) -> None:
+    Of a small file all is read at once, into memory that `spare` gives: every look at it would cost as much.
+    """
+
+    def __init__(self, path: str, spare: SpareMemory) -> None:
         self._fd = -1
         self.path, self._fd = path, os.open(path, os.O_RDONLY)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
-        if self.size <= _SMALL_BYTES:
-            self._soon(0, self.size)
         self.headers: Mapping[str, int] = {}
         """Where the header of each record begins in the file."""
         self._starts: dict[str, int] = {}
+        self.content: Tensor | None = None
+        """All of a small file, uint8 [size]."""
+        if self.size <= _SMALL_BYTES:
+            content = spare.bytes(self.size)
+            self._fill(content, 0)
+            self.content = content
+            self._close()
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            self._fd = -1
 
     def bytes_at(self, place: int, nbytes: int) -> bytes:
         """Bytes of the file; fewer at its end."""
-        return os.pread(self._fd, nbytes, place)
+        if self.content is None:
+            return os.pread(self._fd, nbytes, place)
+        return self.content.numpy()[place : place + nbytes].tobytes()
 
     def start_of(self, record: str) -> int:
-        """Where the bytes of a record begin. Raises zipfile.BadZipFile unless its header is where it should be."""
+        """Where the bytes of a record begin. Raises FluxIRError unless its header is where it should be."""
         if record not in self._starts:
             header = self.headers[record]
-            self._starts[record] = header + header_bytes(self.bytes_at(header, LOCAL_HEADER.size))
+            with self._told():
+                self._starts[record] = header + header_bytes(self.bytes_at(header, LOCAL_HEADER.size))
         return self._starts[record]
-
-    def soon(self, record: str, offset: int, nbytes: int) -> None:
-        """Ask the system to bring these bytes of a record into memory meanwhile."""
-        self._soon(self.headers[record] + offset, nbytes)
-
-    def _soon(self, place: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, place, nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, memory: Tensor, record: str, offset: int) -> None:
         """Fill the memory uint8 [n] with the bytes of a record from `offset` on.
 
         Raises FluxIRError if the file cannot be read, or has been cut short since it was opened.
         """
-        left = memoryview(memory.numpy().data)
+        place = self.start_of(record) + offset
+        with self._told():
+            self._fill(memory, place)
+
+    def part(self, record: str, offset: int, nbytes: int) -> Tensor:
+        """Bytes of a record where they lie in `content`. Raises FluxIRError if it ends before them."""
+        assert self.content is not None
+        place = self.start_of(record) + offset
+        found = self.content[place : place + nbytes]
+        with self._told():
+            if found.numel() < nbytes:
+                raise zipfile.BadZipFile(f"it ends {nbytes - found.numel()} bytes early")
+        return found
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            place = self.start_of(record) + offset
-            while left and (count := os.preadv(self._fd, [left], place)):
-                left, place = left[count:], place + count
+            yield
         except OSError as error:
-            raise FluxIRError(
-                f"cannot read the capture {self.path}: {error.strerror}", hint="check the disk"
-            ) from error
+            message = f"cannot read the capture {self.path}: {error.strerror}"
+            raise FluxIRError(message, hint="check the disk") from error
         except zipfile.BadZipFile as error:
-            raise FluxIRError(f"{self.path} is not a complete capture file: {error}", hint=_CUT_SHORT) from error
+            hint = "it was damaged or cut short: capture again"
+            raise FluxIRError(f"{self.path} is not a complete capture file: {error}", hint=hint) from error
+
+    def _fill(self, memory: Tensor, place: int) -> None:
+        left = memoryview(memory.numpy().data)
+        while left and (count := os.preadv(self._fd, [left[:_PIECE_BYTES]], place)):
+            left, place = left[count:], place + count
         if left:
-            raise FluxIRError(
-                f"{self.path} is not a complete capture file: it ends {len(left)} bytes before a tensor does",
-                hint=_CUT_SHORT,
-            )
+            raise zipfile.BadZipFile(f"it ends {len(left)} bytes early")
 
 
 class Directory:
@@ -89,7 +115,7 @@ class Directory:
     """
 
     def __init__(self, archive: Archive) -> None:
-        file = CaptureFile(str(archive.path))
+        file = CaptureFile(str(archive.path), SpareMemory(0))
         infos = list(archive.infos.values())
         entries = [_ENTRY_BYTES + len(one.orig_filename.encode()) + len(one.extra) + len(one.comment) for one in infos]
         places = np.cumsum([0, *entries])

@@ -78,7 +78,8 @@ def _json_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:
 def _csv_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     for row in rows:
-        yield rows.line_num, *_name_and_caption(source, rows.line_num, row)
+        number = rows.reader.line_num  # `rows.line_num` does not count blank lines
+        yield number, *_name_and_caption(source, number, row)
 
 
 def _text_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:

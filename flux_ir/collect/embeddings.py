@@ -72,6 +72,13 @@ def read_embedding(storage: Storage, prompt: str) -> EmbeddedPrompt | None:
     return EmbeddedPrompt(text, int(tensors["used_txt"])) if intact else None
 
 
+def embedding_content(embedded: EmbeddedPrompt) -> bytes:
+    """The file of an embedded prompt: it has the same size for every prompt."""
+    (txt, y), used_txt = embedded.text, torch.tensor(embedded.used_txt)
+    tensors = {"txt": txt, "y": y, "used_txt": used_txt, "sha256": _digest(txt, y, used_txt)}
+    return safetensors.torch.save(tensors)
+
+
 def _embedded(
     encoders: TextEncoders, prompts: Sequence[str], then: Callable[[Sequence[str], list[EmbeddedPrompt]], Made]
 ) -> Iterator[Made]:
@@ -108,10 +115,8 @@ def used_tokens(encoders: TextEncoders, prompt: str) -> int:
 
 
 def _keep(storage: Storage, prompts: Sequence[str], embedded: Sequence[EmbeddedPrompt]) -> Sequence[str]:
-    for prompt, ((txt, y), used) in zip(prompts, embedded, strict=True):
-        used_txt = torch.tensor(used)
-        tensors = {"txt": txt, "y": y, "used_txt": used_txt, "sha256": _digest(txt, y, used_txt)}
-        storage.publish(safetensors.torch.save(tensors), embedding_name(prompt))
+    for prompt, one in zip(prompts, embedded, strict=True):
+        storage.publish(embedding_content(one), embedding_name(prompt))
     return prompts
 
 

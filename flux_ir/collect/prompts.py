@@ -150,21 +150,25 @@ def _read_csv(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
-            if COLUMN not in (rows.fieldnames or ()):
+            if rows.fieldnames is None:
+                return
+            if COLUMN not in rows.fieldnames:
                 raise FluxIRError(
-                    f'{path} must have a column "{COLUMN}" in its first line: got {", ".join(rows.fieldnames or [])}',
+                    f'{path} must have a column "{COLUMN}" in its first line: got {", ".join(rows.fieldnames)}',
                     hint=_HINTS[".csv"],
                 )
             for row in rows:
                 prompt = (row[COLUMN] or "").strip()
                 if not prompt and any(row.values()):
                     raise FluxIRError(
-                        f'{path}, line {rows.line_num} has no "{COLUMN}"', hint="fill it in, or remove the line"
+                        f'{path}, line {rows.reader.line_num} has no "{COLUMN}"', hint="fill it in, or remove the line"
                     )
                 if prompt:
                     yield prompt
         except csv.Error as error:
-            raise FluxIRError(f"{path}, line {rows.line_num} must be CSV: {error}", hint=_HINTS[".csv"]) from error
+            raise FluxIRError(
+                f"{path}, line {rows.reader.line_num} must be CSV: {error}", hint=_HINTS[".csv"]
+            ) from error
 
 
 def _line_of_bad_byte(path: Path) -> int:

@@ -10,7 +10,10 @@ import torch
 from flux_ir.capture.plan import CapturePlan
 from flux_ir.capture.store import file_bytes
 from flux_ir.collect.batches import Recipe
+from flux_ir.collect.embeddings import EmbeddedPrompt, embedding_content
 from flux_ir.collect.prompts import WorkItem, WorkList
+from flux_ir.collect.writing import latent_content
+from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Site
 
 _AT_ONCE = 1024  # generations of a work list that are looked at together
@@ -57,10 +60,17 @@ def captures_bytes(recipe: Recipe, work: WorkList, used_txt: Callable[[str], int
 
 
 def embeddings_bytes(recipe: Recipe, work: WorkList) -> int:
-    """Bytes of the embedded prompts, kept once for each different prompt: their tensors, without headers."""
-    flux, itemsize = recipe.spec.flux, recipe.network_dtype.itemsize
-    each = (recipe.spec.text_tokens * flux.context_in_dim + flux.vec_in_dim) * itemsize
-    return each * len(set(work.prompts))
+    """Bytes of the embedded prompts, kept once for each different prompt."""
+    flux, dtype = recipe.spec.flux, recipe.network_dtype
+    txt = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim, dtype=dtype)
+    text = TextEmbedding(txt, torch.zeros(1, flux.vec_in_dim, dtype=dtype))
+    return len(embedding_content(EmbeddedPrompt(text, 0))) * len(set(work.prompts))
+
+
+def latents_bytes(recipe: Recipe, work: WorkList) -> int:
+    """Bytes of the finished latents of a whole collection."""
+    latent = torch.zeros(1, recipe.img_tokens, recipe.spec.flux.in_channels, dtype=recipe.network_dtype)
+    return len(latent_content(recipe, latent)) * len(work)
 
 
 def _varying_length(item: WorkItem, used_txt: int) -> int:

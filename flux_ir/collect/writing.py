@@ -16,7 +16,7 @@ from flux_ir.collect.groups import Group, Row, Statistics
 from flux_ir.collect.prompts import WorkItem
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import unpack
-from flux_ir.shapes import Pixels
+from flux_ir.shapes import PackedLatent, Pixels
 
 
 class DrawnBatch(NamedTuple):
@@ -81,10 +81,15 @@ def _write_extras(
     if pixels is not None:
         made["image"] = jpeg_bytes(pixels, number, model=recipe.spec.name, prompt=_short(generation.item.prompt))
     if generation.latent is not None:
-        latent = unpack(generation.latent, recipe.height, recipe.width)[0]
-        made["latent"] = safetensors.torch.save({"latent": latent.contiguous()})
+        made["latent"] = latent_content(recipe, generation.latent)
     names: Mapping[str, str] = group.kept.extras(generation.item, group.folder)
     return {extra: _published(group, name, made[extra]) for extra, name in names.items()}
+
+
+def latent_content(recipe: Recipe, latent: PackedLatent) -> bytes:
+    """The file of a finished latent: it has the same size for every generation."""
+    unpacked = unpack(latent, recipe.height, recipe.width)[0]
+    return safetensors.torch.save({"latent": unpacked.contiguous()})
 
 
 def _published(group: Group, name: str, content: bytes | memoryview) -> Row:

@@ -10,12 +10,13 @@ from flux_ir.collect.batches import Recipe
 from flux_ir.collect.collection import Collection, CollectSettings, read_index
 from flux_ir.collect.collector import Collector
 from flux_ir.collect.groups import EXTRAS
+from flux_ir.collect.one_job import one_job_at
 from flux_ir.collect.prompts import read_prompts
 from flux_ir.collect.storage import Storage, open_storage
 from flux_ir.commands.collect import CollectOptions
 from flux_ir.commands.front import INTERRUPTED
 from flux_ir.commands.generation import check_steps
-from flux_ir.commands.report import Report, in_units, peak_memory
+from flux_ir.commands.report import Report, counted, in_units, peak_memory
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import Placement, plan
@@ -46,22 +47,30 @@ def collect(options: CollectOptions) -> int:
         suite = Suite(settings.recipe.spec, source, placement, settings.recipe.network_dtype)
         if ranks.is_first:
             report.note(_opening(settings, placement, ranks))
-        job = Collector(settings, suite, storage, ranks)
-        try:
-            made = work(job, report)
-        except KeyboardInterrupt:
-            if ranks.is_first:
-                report.note(
-                    f"stopped: what is finished is kept in {storage.where}; the same command goes on from there"
-                )
-            return INTERRUPTED
+        with one_job_at(storage, ranks):
+            return _collect(settings, suite, storage, ranks, report)
+
+
+def _collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ranks, report: Report) -> int:
+    job = Collector(settings, suite, storage, ranks)
+    try:
+        made = work(job, report)
+    except KeyboardInterrupt:
         if ranks.is_first:
-            conclude(job.collection, storage, report, made)
+            report.note(f"stopped: what is finished is kept in {storage.where}; the same command goes on from there")
+        return INTERRUPTED
+    if ranks.is_first:
+        conclude(job.collection, storage, report, made)
     return 0
 
 
 def settle(options: CollectOptions) -> CollectSettings:
     """Answer every question the options leave open. Raises FluxIRError for what a user can mend, cheapest first."""
+    if not options.output_dir.strip():
+        raise FluxIRError(
+            f"--output_dir must name a folder or a URL: got {options.output_dir!r}",
+            hint="write --output_dir captures/NAME",
+        )
     spec = get_spec(options.model)
     width, height = options.width or spec.default_side_px, options.height or spec.default_side_px
     check_size(height, width)
@@ -163,9 +172,9 @@ def _opening(settings: CollectSettings, placement: Placement, ranks: Ranks) -> s
     where = f"{', '.join(placement.devices)} ({placement.reason})"
     if ranks.world_size > 1:
         where = f"{ranks.world_size} processes, each on a {torch.device(placement.transformer).type} device"
-    generations = len(settings.prompts) * settings.repeats
+    generations = counted(len(settings.prompts) * settings.repeats, "generation")
     until = "all steps run" if recipe.to_the_end else f"no step runs after {recipe.steps[-1]}"
-    return f"{recipe.spec.name} on {where}: {generations} generations, {len(recipe.sites)} sites, {until}"
+    return f"{recipe.spec.name} on {where}: {generations}, {counted(len(recipe.sites), 'site')}, {until}"
 
 
 def conclude(collection: Collection, storage: Storage, report: Report, made: int) -> None:

@@ -16,7 +16,7 @@ from flux_ir.collect.clip_images import (
     image_names,
 )
 from flux_ir.commands.collect_clip import CollectClipOptions
-from flux_ir.commands.report import Report, peak_memory
+from flux_ir.commands.report import Report, counted, peak_memory
 from flux_ir.models.clip import load_vision, locate_clip, read_preprocessing
 from flux_ir.models.placement import plan
 from flux_ir.models.text import load_clip
@@ -40,7 +40,9 @@ def collect_clip(options: CollectClipOptions) -> None:
     with report.phase("check"):
         check_images(options.images, names)
     folder = locate_clip(options.clip, announce=report.note)
-    report.note(f"{len(names)} pictures, {options.clip} on {placement.t5} ({placement.reason}), {options.dtype}")
+    report.note(
+        f"{counted(len(names), 'picture')}, {options.clip} on {placement.t5} ({placement.reason}), {options.dtype}"
+    )
     with report.phase("load"):
         text = None
         if collection.captions is not None:
@@ -49,13 +51,13 @@ def collect_clip(options: CollectClipOptions) -> None:
         networks = Networks(vision, read_preprocessing(folder), text)
     done = follow(report, collection, networks)
     if done.earlier:
-        report.note(f"{done.earlier} pictures were there from earlier runs")
+        report.note(f"there from earlier runs: {counted(done.earlier, 'picture')}")
     if done.cut_captions:
-        report.note(f"{done.cut_captions} of the captions are cut to CLIP's length")
+        report.note(f"cut to CLIP's length: {counted(done.cut_captions, 'caption')}")
     written = {
         kind: options.output_dir / kind for kind in (CLIP_IMAGES, *([CLIP_CAPTIONS] if text is not None else []))
     }
-    report.table(f"{len(names)} pictures", written | {"index": options.output_dir / INDEX_FILE}, peak_memory())
+    report.table(pictures, written | {"index": options.output_dir / INDEX_FILE}, peak_memory())
 
 
 def follow(report: Report, collection: ClipCollection, networks: Networks) -> Collected:

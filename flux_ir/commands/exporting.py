@@ -13,7 +13,7 @@ from safetensors.torch import save
 from flux_ir.capture.exported_source import METADATA_KEY, SETTINGS, Facts, array_name
 from flux_ir.capture.tokens import TokenBlock, TokenSource, open_source
 from flux_ir.commands.export import ExportOptions
-from flux_ir.commands.report import Report
+from flux_ir.commands.report import Report, counted
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sites import Site, Stream, match_sites
@@ -28,7 +28,7 @@ def export(options: ExportOptions) -> None:
     check_folder(options.output_dir, settings_of(source, options, sites, steps))
     for blocks in report.follow("export", generations(source, sites, steps), total=len(source.generations)):
         write_generation(options, source, blocks)
-    report.table(f"{len(source.generations)} generations", {"arrays": options.output_dir}, {})
+    report.table(counted(len(source.generations), "generation"), {"arrays": options.output_dir}, {})
 
 
 def choose_sites(source: TokenSource, options: ExportOptions) -> list[Site]:

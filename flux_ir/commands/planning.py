@@ -15,13 +15,13 @@ from flux_ir.capture.plan import CapturePlan
 from flux_ir.capture.store import file_bytes
 from flux_ir.collect.collection import CollectSettings
 from flux_ir.collect.prompts import WorkList
-from flux_ir.collect.sizes import captures_bytes, embeddings_bytes, site_sizes
+from flux_ir.collect.sizes import captures_bytes, embeddings_bytes, latents_bytes, site_sizes
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.collect import CollectOptions
 from flux_ir.commands.collecting import place
 from flux_ir.commands.collecting import settle as settle_collection
 from flux_ir.commands.generation import describe, planned_file, settle
-from flux_ir.commands.report import Report, bytes_at, in_units
+from flux_ir.commands.report import Report, bytes_at, counted, in_units
 from flux_ir.commands.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
 from flux_ir.commands.trials import TRIAL_STEPS, Pace, measure_capture, measure_collection
 from flux_ir.distributed import Ranks, joined
@@ -83,13 +83,17 @@ def _plan_collection(options: CollectOptions, settings: CollectSettings, ranks: 
     )
     suite = Suite(recipe.spec, source, placement, recipe.network_dtype)
     total, embedded = captures_bytes(recipe, work, text_counter(suite)), embeddings_bytes(recipe, work)
-    _title(report, f"plan: {len(work)} generations of {recipe.spec.name}, {recipe.width} x {recipe.height} px")
-    texts = ("embedded prompts", in_units(embedded), f"{len(set(settings.prompts))} different ones")
-    _print(report, [*_size_rows(recipe.plan(), len(work), total), texts])
+    latents = latents_bytes(recipe, work) if settings.save_latents else 0
+    generations = counted(len(work), "generation")
+    _title(report, f"plan: {generations} of {recipe.spec.name}, {recipe.width} x {recipe.height} px")
+    beside = [("embedded prompts", f"{embedded} B", f"{len(set(settings.prompts))} different ones")]
+    beside += [("latents", f"{latents} B", f"of {generations}")] if latents else []
+    _print(report, [*_size_rows(recipe.plan(), len(work), total), *beside])
     room = room_at(options.output_dir)
     there = 0 if room.folder is None else bytes_at(Path(options.output_dir).expanduser())
     _print(report, [*_room_rows(room), *([("already there", in_units(there), options.output_dir)] if there else [])])
-    check_disk(total + embedded - there, room, flags="--sites, --steps, --tokens_per_image or --dtype")
+    needed = total + embedded + latents - there
+    check_disk(needed, room, flags="--sites, --steps, --tokens_per_image or --dtype")
     weights = weights_bytes(suite)
     check_memory(weights, placement, encoders_go_first=True)
     report.note("a trial of two rounds of batches")
@@ -100,6 +104,8 @@ def _plan_collection(options: CollectOptions, settings: CollectSettings, ranks: 
     if ranks.world_size > 1:
         rows.append(("processes", f"{ranks.world_size}", "the times above are those of one"))
     _print(report, rows)
+    pictures = sum(pace.extras.values()) * len(work)
+    check_disk(needed + pictures, room, flags="--sites or --steps, leave out --save_images")
 
 
 def text_counter(suite: Suite) -> Callable[[str], int]:
@@ -129,7 +135,8 @@ def _size_rows(plan: CapturePlan, captures: int, total: int) -> Rows:
     """Tokens and bytes of every site, and of everything: `total` is exact."""
     steps, sizes = len(plan.kept_steps), site_sizes(plan)
     tokens = sum(size.tokens for size in sizes) * steps * captures
-    rows: Rows = [("tokens", f"{tokens}", f"{len(sizes)} sites x {steps} steps x {captures} generations")]
+    factors = (counted(len(sizes), "site"), counted(steps, "step"), counted(captures, "generation"))
+    rows: Rows = [("tokens", f"{tokens}", " x ".join(factors))]
     for size in sizes:
         note = f"{size.tokens} tokens x {size.d} per step, {in_units(size.bytes * captures)}"
         rows.append((str(size.site), f"{size.bytes * captures} B", note))
@@ -157,7 +164,7 @@ def _pace_rows(pace: Pace, unit: str, units: int, weights: int) -> Rows:
     rows += [(f"time, {name}", _duration(seconds), "once") for name, seconds in pace.once.items()]
     parts = f"compute {pace.compute:.3g} s, copy {pace.copy:.3g} s, disk {pace.disk:.3g} s"
     rows.append((f"time, per {unit}", f"{pace.unit:.3g} s", f"{parts}; they overlap"))
-    rows.append(("time, in all", _duration(pace.seconds(units)), f"for {units} {unit}s, as the trial went"))
+    rows.append(("time, in all", _duration(pace.seconds(units)), f"for {counted(units, unit)}, as the trial went"))
     rows.append(("what limits", pace.limit, ""))
     return rows
 

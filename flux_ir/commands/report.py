@@ -60,6 +60,11 @@ class Report:
             self.results.print(Text(f"{name:<{widths[0]}}  {amount:>{widths[1]}}  {path}".rstrip()))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def bytes_at(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     files = [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]

@@ -127,7 +127,7 @@ def member_name(config: SAEConfig, expansion: int, sparsity: float | None) -> st
 def folder_of(options: TrainSAEOptions, data: TrainingData) -> Path:
     """The folder that the folders of all autoencoders lie in. Raises FluxIRError for a name that leads elsewhere."""
     name = options.name or data.name
-    if Path(name).name != name:
+    if name in (".", "..") or Path(name).name != name:
         raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="put the rest into --output_dir")
     return options.output_dir / name
 

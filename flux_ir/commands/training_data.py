@@ -217,6 +217,8 @@ def _patterns(options: TrainSAEOptions, source: TokenSource) -> tuple[str, ...]:
 
 def _of_stream(sites: list[SiteKey], options: TrainSAEOptions) -> list[SiteKey]:
     """The sites that have tokens of the stream asked for."""
+    if options.stream is not None and None in sites:
+        raise FluxIRError(f"a plain array has no streams: got --stream {options.stream}", hint="leave --stream out")
     kept = [site for site in sites if options.stream is None or site is None or site.stream in (None, options.stream)]
     if not kept:
         raise FluxIRError(

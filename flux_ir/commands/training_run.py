@@ -92,6 +92,8 @@ class Run:
         if self.finished:
             self._note("already trained: nothing to do")
             return self._results()
+        if self.saved is None:
+            self._check_held_out()
         trainer = self._trainer()
         with self._batches() as batches:
             if self.saved is not None:
@@ -113,6 +115,14 @@ class Run:
             wait_for_all(self.ranks)
             self.checkpoints.remove()
         return self._results()
+
+    def _check_held_out(self) -> None:
+        """Raises FluxIRError for stored tokens that could not be measured on at the end: before the long part."""
+        if not callable(self.data.source):
+            with self.report.phase("check held-out data"):
+                for site in self.planned.sites:
+                    for _ in self.data.evaluation_batches(site, MOST_HELD_OUT):
+                        pass
 
     def _batches(self) -> TokenBatches:
         settings = self.planned.settings

@@ -79,8 +79,6 @@ class StoredChunks:
     def __init__(self, places: Iterator[Place], read: Callable[[int, int, int], Chunk], bytes_per_chunk: int) -> None:
         self._places, self._read = places, read
         self._chunks_in_group = max(_GROUP_BYTES // max(bytes_per_chunk, 1), 1)
-        self.small = self._chunks_in_group > 1
-        """Whether the interpreter is what reading costs, so that more threads would only be in each other's way."""
         self.group_bytes = self._chunks_in_group * bytes_per_chunk
 
     def __iter__(self) -> "StoredChunks":

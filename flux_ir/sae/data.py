@@ -23,7 +23,7 @@ from flux_ir.sae.choosing import choose_sites, sites_in_lockstep
 from flux_ir.sae.chunks import Blocks, Chunk, Feed, SourceFeed, StreamFeed
 from flux_ir.sae.filters import Filters, SiteKey
 from flux_ir.sae.loading import Loader, already, refill_pool
-from flux_ir.sae.pool import Batch, Pool, Row, Slots, slot_bytes
+from flux_ir.sae.pool import Batch, Pool, Row, Slots, free_slots, slot_bytes
 from flux_ir.sae.splits import Side, Split
 
 __all__ = ["Batch", "TokenBatches", "choose_sites", "sites_in_lockstep"]
@@ -31,7 +31,6 @@ __all__ = ["Batch", "TokenBatches", "choose_sites", "sites_in_lockstep"]
 AHEAD = 2
 """Batches whose slots may still be being refilled while the next is drawn."""
 _LEAST_BATCHES = AHEAD + 2  # in a pool that does not hold all of the data
-_FEW_BATCHES = 64
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -220,13 +219,7 @@ class TokenBatches:
         pool, _ = self._opened()
         busy = np.concatenate([refill.slots for refill in self._refills] or [_NOTHING])
         picks = self._generator().choice(pool.capacity - len(busy), wanted, replace=False)
-        if pool.capacity <= _FEW_BATCHES * wanted:  # the same slots, found faster in a small pool
-            free = np.ones(pool.capacity, np.bool_)
-            free[busy] = False
-            return np.flatnonzero(free)[picks]
-        busy.sort()
-        # the i-th free slot is i plus the number of busy ones before it
-        return picks + np.searchsorted(busy - np.arange(len(busy)), picks, side="right")
+        return free_slots(pool.capacity, busy, picks)
 
     def _begin_epoch(self) -> None:
         chunks = self.feed.chunks(self.epoch)

@@ -46,8 +46,8 @@ class Subject:
         count, left = 0, max_tokens
         for chunk in feed.chunks(0):
             chunk.check_finite()
-            kept = torch.from_numpy(chunk.kept[:left])
-            values, is_text = chunk.values[self.site][kept], torch.from_numpy(chunk.is_text)[kept]
+            kept = torch.tensor(chunk.kept[:left])  # a copy: the array may be shared and read-only
+            values, is_text = chunk.values[self.site][kept], torch.tensor(chunk.is_text)[kept]
             waiting.append(EvaluationTokens(values, torch.full((len(kept),), chunk.step), is_text))
             count += len(kept)
             if left is not None:

@@ -16,7 +16,7 @@ from flux_ir.sae.pool import Origin, Pool, Slots
 
 _PAST_THE_END = 2**31 - 1
 _CHUNKS_AHEAD = 2
-_READERS = 2  # of large chunks: one is being copied while the disk finds the other
+_READERS = 3  # some copy and check while the disk looks for others
 _BYTES_AHEAD, _GROUPS_AHEAD = 32 * 2**20, 12
 
 
@@ -94,7 +94,7 @@ class ReadAhead:
         self._ahead: deque[Future[list[Chunk]]] = deque()
         threads, self._groups_ahead = 1, 1 + _CHUNKS_AHEAD
         if isinstance(chunks, StoredChunks):
-            threads = 1 if chunks.small else _READERS
+            threads = _READERS
             self._groups_ahead = min(max(_BYTES_AHEAD // chunks.group_bytes, 2), _GROUPS_AHEAD)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="chunks")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flux_ir.capture.token_blocks import TokenSource
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.choosing import sites_in_lockstep
 from flux_ir.sae.chunks import Blocks, Chunk, Feed, SourceFeed, StreamFeed
 from flux_ir.sae.data import TokenBatches
 from flux_ir.sae.filters import Filters, SiteKey, lengths
@@ -78,23 +79,33 @@ def norm_limits(
     """The filters with what `outlier_factor` comes to: so many times the median length, for each site and step.
 
     The median is over at least `tokens_each` training tokens of each, or all if there are fewer. Of a stream, these are
-    its first chunks.
+    its first chunks. Sites with other tokens, text and image say, are measured one after the other.
     """
-    if filters.outlier_factor is None:
+    factor = filters.outlier_factor
+    if factor is None:
         return filters
-    feed = _feed(source, sites, replace(filters, outlier_factor=None), split or Split("prompt", 0.0), seed)
+    limits: dict[tuple[SiteKey, int], float] = {}
+    everything = replace(filters, outlier_factor=None)
+    for together in sites_in_lockstep(sites, filters):
+        feed = _feed(source, together, everything, split or Split("prompt", 0.0), seed)
+        steps = set(filters.steps_of(source.steps)) if not callable(source) else set(filters.steps or ())
+        medians = _median_lengths(feed, steps, tokens_each)
+        limits |= {key: factor * length for key, length in medians.items()}
+    return replace(filters, limits=limits)
+
+
+def _median_lengths(feed: Feed, steps: set[int], tokens_each: int) -> dict[tuple[SiteKey, int], float]:
+    """The median length of the tokens of each site and step, from about so many; no steps: it reads to the end."""
     found: dict[tuple[SiteKey, int], list[Tensor]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
-    steps = set(filters.steps_of(source.steps)) if not callable(source) else set(filters.steps or ())
     for chunk in feed.chunks(0):
         if counts[chunk.step] < tokens_each:
             counts[chunk.step] += len(chunk.kept)
             for site, values in chunk.values.items():
-                found[site, chunk.step].append(lengths(values[torch.from_numpy(chunk.kept)]).cpu())
+                found[site, chunk.step].append(lengths(values[torch.tensor(chunk.kept)]).cpu())
         if steps and all(counts[step] >= tokens_each for step in steps):
             break
-    limits = {key: filters.outlier_factor * median(torch.cat(of).tolist()) for key, of in found.items()}
-    return replace(filters, limits=limits)
+    return {key: median(torch.cat(of).tolist()) for key, of in found.items()}
 
 
 def sample_tokens(
@@ -142,7 +153,7 @@ def _pieces(feed: Feed, least_tokens: int) -> Iterator[tuple[SiteKey, Tensor]]:
 
 def _in_float64(chunk: Chunk) -> Iterator[tuple[SiteKey, Tensor]]:
     for site, values in chunk.values.items():
-        for rows in torch.split(torch.from_numpy(chunk.kept), _PIECE_TOKENS):
+        for rows in torch.split(torch.tensor(chunk.kept), _PIECE_TOKENS):
             yield site, values[rows.to(values.device)].double().cpu()
 
 

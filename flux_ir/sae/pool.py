@@ -5,7 +5,7 @@ and the memory of batches is used again once nobody holds them: fresh pages woul
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from flux_ir.sae.filters import SiteKey
 Slots = NDArray[np.int64]
 
 _SPARE_BATCHES = 3
+_SMALL_POOL = 64  # batches
 
 
 class Batch(NamedTuple):
@@ -163,6 +164,17 @@ class Pool:
         return batch
 
 
+def free_slots(capacity: int, busy: Slots, picks: Slots) -> Slots:
+    """The `picks`-th of the slots that are not busy, counted from 0."""
+    if capacity <= _SMALL_POOL * max(len(picks), 1):  # a list of all of them is made faster than each is looked up
+        free = np.ones(capacity, np.bool_)
+        free[busy] = False
+        return np.flatnonzero(free)[picks]
+    busy = np.sort(busy)
+    # the i-th free slot is i plus the number of busy ones before it
+    return picks + np.searchsorted(busy - np.arange(len(busy)), picks, side="right")
+
+
 def slot_bytes(rows: Mapping[SiteKey, Row]) -> int:
     """Bytes of memory that one token of every site takes in a pool."""
     return sum(row.nbytes for row in rows.values()) + Pool.BYTES_BESIDE
@@ -179,7 +191,7 @@ def _tensor(memory: NDArray[np.uint8], tokens: int, row: Row) -> Tensor:
     return torch.from_numpy(memory).view(row.dtype).view(tokens, row.d)
 
 
-def _words(values: Tensor) -> NDArray[np.void]:
+def _words(values: Tensor) -> NDArray[Any]:
     """The bytes of tokens [n, d] as n wide words: NumPy moves them four times as fast as PyTorch, with the interpreter
     free for other threads.
     """

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from flux_ir.capture.tokens import open_source
+from flux_ir.collect.one_job import one_job_at
+from flux_ir.collect.storage import LocalStorage
 from flux_ir.commands.collect import CollectOptions, main
 from flux_ir.commands.collecting import settle, tokens_per_generation
+from flux_ir.distributed import Ranks
 from flux_ir.models.registry import get_spec
 from flux_ir.options import flags
 
@@ -86,7 +89,7 @@ def test_the_table_says_what_there_is(words, plain, capsys):
     assert re.search(r"^generations +144  0 of them now$", told.out, flags=re.MULTILINE)
     assert re.search(r"^tokens +3456$", told.out, flags=re.MULTILINE)
     assert re.search(rf"^where +{re.escape(str(plain))}$", told.out, flags=re.MULTILINE)
-    assert "144 generations, 1 sites, no step runs after 1" in told.err
+    assert "144 generations, 1 site, no step runs after 1" in told.err
 
 
 def test_a_changed_setting_is_refused_with_the_difference(words, plain, capsys):
@@ -203,6 +206,8 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(words, plain, tm
         (("--batch_size", "65"), "--batch_size must be at most 64: got 65", ""),
         (("--device", "tpu"), "--device must be cpu, cuda or cuda:N: got 'tpu'", ""),
         (("--prompts", "no/such.txt"), "cannot read the prompts in no/such.txt", "check the path"),
+        (("--sites", ""), "--sites must be names separated by commas: got ''", "write --sites NAME,NAME"),
+        (("--output_dir", ""), "--output_dir must name a folder or a URL: got ''", "write --output_dir captures/NAME"),
         (("--sits", "single.0"), "--sits: no such flag; did you mean --sites?", ""),
     ],
 )
@@ -220,6 +225,18 @@ def test_a_file_where_the_folder_should_be_is_one_clear_line(words, tmp_path, ca
     (tmp_path / "file").write_text("")
     assert main([*words, "--output_dir", str(tmp_path / "file")]) == 2
     assert "file" in capsys.readouterr().err
+
+
+def test_a_second_job_in_the_same_folder_is_refused_and_changes_nothing(words, plain, tmp_path, capsys):
+    folder = tmp_path / "twice"
+    with one_job_at(LocalStorage(folder), Ranks()):
+        assert main([*words, "--output_dir", str(folder)]) == 2
+    error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert error == f"error: another process is collecting into {folder}"
+    assert hint.startswith("hint: wait until it is done")
+    assert list(folder.iterdir()) == []
+    assert main([*words, "--output_dir", str(folder)]) == 0  # the folder is free again
+    assert files_of(folder) == files_of(plain)
 
 
 # ---- Options

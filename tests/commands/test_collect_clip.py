@@ -56,7 +56,7 @@ def test_pictures_and_captions_become_arrays_with_an_index(words, clip, tmp_path
     told = capsys.readouterr()
     assert "3 pictures" in told.out
     assert str(tmp_path / "out" / "index.jsonl") in told.out
-    assert "1 of the captions are cut to CLIP's length" in told.err
+    assert "cut to CLIP's length: 1 caption" in told.err
     images = load_file(tmp_path / "out" / "images" / "000000.safetensors")["activations"]
     assert images.shape == (3, 1 + PATCHES, WIDTH)
     pooled = load_file(tmp_path / "out" / "captions" / "000000.safetensors")["activations"]
@@ -79,7 +79,7 @@ def test_without_captions_the_text_half_is_not_needed(words, tmp_path):
 def test_the_second_run_finds_everything_done(words, capsys):
     assert main(words) == 0
     assert main(words) == 0
-    assert "3 pictures were there from earlier runs" in capsys.readouterr().err
+    assert "there from earlier runs: 3 pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
     assert rows["pictures"][0] == "1"
 
 
-@pytest.mark.parametrize("words", [(), ("--dtype", "float8_e4m3fn", "--tokens_per_image", "9", "--repeats", "3")])
+@pytest.mark.parametrize("words", [(), ("--dtype", "float8_e4m3fn", "--tokens_per_image", "9", "--repeats", "3", "--save_latents")])
 def test_the_captures_of_a_collection_have_the_planned_bytes(plan, tmp_path, words):
     prompts = ["a red circle", LONG, "a circle", "a caf\u00e9 \U0001f408", "a red circle"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
@@ -82,6 +82,10 @@ def test_the_captures_of_a_collection_have_the_planned_bytes(plan, tmp_path, wor
     tokens = 2 * (9 + 20 + 9 if "--tokens_per_image" in words else 64 + 20 + 64)
     assert amount(rows, "tokens") == tokens * len(written)
     assert rows["embedded prompts"][1] == "4 different ones"
+    assert amount(rows, "embedded prompts") == sum(path.stat().st_size for path in (tmp_path / "out").glob("text/*/*"))
+    latents = sum(path.stat().st_size for path in (tmp_path / "out").glob("groups/*/*.latent.safetensors"))
+    assert (amount(rows, "latents") if "latents" in rows else 0) == latents
+    assert bool(latents) == ("--save_latents" in words)
 
 
 def test_sizes_are_those_of_every_single_file():

@@ -1,4 +1,4 @@
-"""`train_sae.py` on small arrays and one small collection: what it leaves, how it goes on, and what it refuses."""
+"""`train_sae.py` on small arrays: what it leaves, how it goes on, and what it refuses."""
 
 import json
 import os
@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from flux_ir.capture.tokens import open_source
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.commands.train_sae import main as train_sae
 from flux_ir.sae.base import load_sae
 from flux_ir.sae.config import ARCHITECTURES, HAS_K
+from flux_ir.sae.splits import split_source
 
 ROOT = Path(__file__).parents[2]
 D = 12
@@ -63,12 +66,14 @@ def start(array, saes, *words, launcher=()):
     )
 
 
-def finish(array, saes, *words, launcher=()):
-    """The same, to its end, which must be a good one."""
-    process = start(array, saes, *words, launcher=launcher)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    return out, err
+def finish(array, saes, *words):
+    """The same to its end in this process, with one thread as there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert train_sae(["--captures", str(array), *QUICK, *words, "--output_dir", str(saes)]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def wait_for_checkpoint(process, saes):
@@ -118,7 +123,6 @@ def test_the_measured_fvu_is_that_of_the_file_on_the_held_out_rows(train, array)
     """FVU as defined: numerator and denominator summed over all held-out rows, in raw space."""
     _, _, _, saes = train("--k", "4")
     folder = saes / "tokens" / "array_topk_k4_x4_s0"
-    from flux_ir.capture.tokens import open_source
     from flux_ir.sae.held_out import subject_of
 
     sae, source = load_sae(folder), open_source(array)
@@ -154,18 +158,16 @@ def test_every_setting_of_the_autoencoder_reaches_its_config(train):
     assert (config.decoder_init, config.bias_init) == ("orthogonal", "geometric_median")
 
 
-def test_a_run_that_is_killed_and_gone_on_with_ends_with_the_same_bytes(array, tmp_path):
-    """SIGKILL, twice, in the middle of the real command; a checkpoint every few steps."""
+def test_a_run_that_is_killed_and_gone_on_with_ends_with_the_same_bytes(array, tmp_path, capsys):
+    """SIGKILL in the middle of the real command; a checkpoint every few steps."""
     words = ("--k", "4", "--epochs", "12", "--checkpoint_tokens", "640", "--pool_gb", "0.0001", "--ema", "0.99")
+    process = start(array, tmp_path / "killed", *words)
+    wait_for_checkpoint(process, tmp_path / "killed")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finish(array, tmp_path / "killed", *words)
+    assert "going on after" in capsys.readouterr().err
     finish(array, tmp_path / "whole", *words)
-    for _ in range(2):
-        process = start(array, tmp_path / "killed", *words)
-        wait_for_checkpoint(process, tmp_path / "killed")
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    _, err = finish(array, tmp_path / "killed", *words)
-    assert "going on after" in err
     assert contents(tmp_path / "killed").keys() == contents(tmp_path / "whole").keys()
     for name, whole in contents(tmp_path / "whole").items():
         gone_on = contents(tmp_path / "killed")[name]
@@ -189,11 +191,12 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(array, tmp_path):
 
 
 def test_two_processes_end_with_the_weights_of_one(array, tmp_path):
-    words = ("--k", "4", "--max_tokens", "1280", "--lr", "0.001", "--shard_optimiser")
+    words = ("--k", "4", "--max_tokens", "1280", "--lr", "0.001")
     finish(array, tmp_path / "one", *words)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    out, _ = finish(array, tmp_path / "two", *words, launcher=launcher)
-    assert out.count("array_topk_k4_x4_s0  ") >= 1
+    out, err = (process := start(array, tmp_path / "two", *words, launcher=launcher)).communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert out.count("measured on held-out tokens") == 1
     one, two = (load_sae(tmp_path / which / "tokens" / "array_topk_k4_x4_s0") for which in ("one", "two"))
     for (name, mine), theirs in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0, msg=name)
@@ -236,6 +239,8 @@ def test_a_finished_run_cannot_be_made_longer(train):
         (("--max_tokens", "100", "--epochs", "2"), "--max_tokens and --epochs both say when to stop: got both"),
         (("--max_tokens", "63"), "there must be a batch of 64 tokens in the data: an epoch has 3232, the run 63"),
         (("--name", "../elsewhere"), "--name is the name of one folder: got '../elsewhere'"),
+        (("--name", ".."), "--name is the name of one folder: got '..'"),
+        (("--stream", "txt"), "a plain array has no streams: got --stream txt"),
         (("--steps", "3"), "the steps to train on must be among those captured: got [3]"),
         (
             ("--prompts", "x.txt"),
@@ -281,10 +286,18 @@ def test_nan_in_the_data_is_refused(train, tmp_path):
     rows = np.random.default_rng(0).normal(size=(2000, D)).astype(np.float32)
     rows[700, 3] = np.nan
     np.save(tmp_path / "broken.npy", rows)
-    code, _, err, _ = train(captures=tmp_path / "broken.npy")
-    assert code == 2
-    assert "activations must be finite numbers" in err
-    assert len(err.splitlines()) <= 3
+    assert refused(train(captures=tmp_path / "broken.npy")).startswith("activations must be finite numbers: 1 of 256")
+
+
+def test_nan_in_the_held_out_data_is_found_before_training(train, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(2000, D)).astype(np.float32)
+    np.save(tmp_path / "broken.npy", rows)
+    source = open_source(tmp_path / "broken.npy")
+    split = split_source(source, 0.1)
+    held_out = [split.has("held_out", one.id, one.prompt) for one in source.generations].index(True)
+    rows[held_out * 256 + 5, 0] = np.inf
+    np.save(tmp_path / "broken.npy", rows)
+    assert "1 of 256 tokens" in refused(train("--epochs", "50", captures=tmp_path / "broken.npy"))
 
 
 def test_a_loss_that_is_no_number_any_more_stops_the_run(train, tmp_path):
@@ -293,6 +306,17 @@ def test_a_loss_that_is_no_number_any_more_stops_the_run(train, tmp_path):
     code, _, err, _ = train("--nonormalise", captures=tmp_path / "huge.npy")
     assert code == 2
     assert "lower --lr" in err or "finite" in err
+
+
+def test_a_run_that_succeeds_warns_of_nothing(train):
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            code, _, err, _ = train("--k", "4", "--max_tokens", "640")
+    finally:
+        torch.set_warn_always(False)
+    assert code == 0, err
 
 
 def test_a_missing_logger_is_said_before_anything_is_read(train, monkeypatch):

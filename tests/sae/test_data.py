@@ -576,6 +576,57 @@ def test_captures_come_back_as_stored_for_all_sites_in_one_pass(captures, dtype)
         assert sorted_rows(torch.cat(got[site])) == sorted_rows(stored)
 
 
+@dataclass
+class OneByOne:
+    """A source that can only read a block at a time."""
+
+    source: object
+
+    def __getattr__(self, name):
+        if name == "read_together":
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 3 * 12 * 64 * 2 * 2, 2**20])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_batches_do_not_depend_on_how_files_are_read(captures, monkeypatch, group_bytes, prefetch):
+    monkeypatch.setattr("flux_ir.sae.chunks._GROUP_BYTES", group_bytes)
+    source = open_source(captures(15))
+    sites = choose_sites(source, ["double.*.img"])
+    known = {"batch_tokens": 20, "pool_bytes": 100 * (2 * source.d(sites[0]) * 2 + 15), "epochs": 2}
+    slow = rows_of(TokenBatches(OneByOne(source), sites, **known, prefetch=False), sites[1])
+    quick = TokenBatches(source, sites, **known, prefetch=prefetch)
+    assert same(rows_of(quick, sites[1]), slow)
+    assert quick.feed._together is source
+    for stop in (1, 9, 20):
+        begun = TokenBatches(source, sites, **known, prefetch=prefetch)
+        for _ in range(stop):
+            next(begun)
+        resumed = TokenBatches(source, sites, **known, prefetch=prefetch)
+        resumed.restore(begun.state())
+        begun.close()
+        assert same(rows_of(resumed, sites[1]), slow[stop:])
+
+
+def test_chunks_that_are_too_large_for_memory_are_mapped(captures, monkeypatch):
+    source = open_source(captures())
+    sites = choose_sites(source, ["double.0.img"])
+    quick = rows_of(TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY), sites[0])
+    monkeypatch.setattr("flux_ir.sae.chunks._BYTES_IN_MEMORY", 100)
+    mapped = TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY)
+    assert mapped.feed._together is None
+    assert same(rows_of(mapped, sites[0]), quick)
+
+
+def test_a_file_that_breaks_while_it_is_trained_on_is_told_where_batches_are_taken(captures):
+    folder = captures()
+    source = open_source(folder)
+    (folder / "4.pt").write_bytes((folder / "4.pt").read_bytes()[:-500])
+    with pytest.raises(FluxIRError, match=r"4\.pt is not a complete capture file"):
+        list(TokenBatches(source, choose_sites(source, ["*"]), batch_tokens=20, pool_bytes=PLENTY))
+
+
 def test_float8_is_dequantised(captures):
     source = open_source(captures(dtype=torch.float8_e4m3fn))
     (site,) = choose_sites(source, ["double.0.img"])

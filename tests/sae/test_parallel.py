@@ -1,5 +1,6 @@
-"""The same training in one process and in two, started as a user starts them, with gloo."""
+"""The same training in one process, which is this one, and in two, started as a user starts them, with gloo."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,13 +16,26 @@ from flux_ir.sae.config import ARCHITECTURES
 
 PROGRAM = Path(__file__).with_name("training_program.py")
 SETTINGS = (*ARCHITECTURES, "resample")
+_SPEC = importlib.util.spec_from_file_location("training_program", PROGRAM)
+program = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(program)
 
 
-def run(out, steps, *words, processes):
-    """Train in so many processes, and return the weights, averages and counters at the end by name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(PROGRAM), str(out), str(steps), *words]
+def run_in_one(out, steps, *words):
+    """Train in this process, and return the weights, averages and counters at the end by name."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        program.main(out, steps, *words)
+    finally:
+        torch.set_num_threads(threads)
+    return load_file(out)
+
+
+def run_in_two(out, steps, *words):
+    """The same in two processes under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(PROGRAM), str(out), str(steps), *words]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=alone | {"OMP_NUM_THREADS": "1"}, timeout=200
@@ -39,20 +53,20 @@ def assert_equal_weights(one, other, tolerance=1e-5):
 @pytest.fixture(scope="module")
 def in_one(tmp_path_factory):
     """Every architecture after 8 steps in one process."""
-    return run(tmp_path_factory.mktemp("one") / "weights", 8, *SETTINGS, processes=1)
+    return run_in_one(tmp_path_factory.mktemp("one") / "weights", 8, *SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory):
     """The same in two processes that shard their optimiser, the first 5 steps and a checkpoint by themselves."""
     folder = tmp_path_factory.mktemp("two")
-    run(folder / "weights", 5, *SETTINGS, "shard", "save", processes=2)
+    run_in_two(folder / "weights", 5, *SETTINGS, "shard", "save")
     return folder
 
 
-def test_two_processes_end_with_the_weights_of_one(in_one, tmp_path):
-    """Also the thresholds, which are statistics of the batch, and the counters of dead features, which are sums."""
-    assert_equal_weights(in_one, run(tmp_path / "weights", 8, *SETTINGS, processes=2))
+@pytest.mark.slow
+def test_two_processes_from_start_to_end_have_the_weights_of_one(in_one, tmp_path):
+    assert_equal_weights(in_one, run_in_two(tmp_path / "weights", 8, *SETTINGS))
 
 
 def test_every_process_saves_the_moments_it_keeps(in_two):
@@ -64,10 +78,10 @@ def test_every_process_saves_the_moments_it_keeps(in_two):
     assert (second != 0).any()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_sharded_run_goes_on_in_any_number_of_processes(in_one, in_two, tmp_path, processes):
-    words = (*SETTINGS, f"from={in_two / 'step_000000005'}", *(["shard"] if processes > 1 else []))
-    assert_equal_weights(in_one, run(tmp_path / "weights", 3, *words, processes=processes))
+@pytest.mark.parametrize("go_on", [run_in_one, run_in_two])
+def test_two_sharded_processes_and_one_or_two_others_end_with_the_weights_of_one(in_one, in_two, tmp_path, go_on):
+    """Also the thresholds, which are statistics of the batch, and the counters of dead features, which are sums."""
+    assert_equal_weights(in_one, go_on(tmp_path / "weights", 3, *SETTINGS, f"from={in_two / 'step_000000005'}"))
 
 
 def test_dead_counters_are_in_tokens_of_all_processes(in_two):

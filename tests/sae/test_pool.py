@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.chunks import Chunk
-from flux_ir.sae.pool import Pool, Row, slot_bytes
+from flux_ir.sae.pool import Pool, Row, free_slots, slot_bytes
 from flux_ir.sites import Site
 
 IMG, OTHER = Site.parse("double.0.img"), Site.parse("double.1.img")
@@ -124,6 +124,16 @@ def test_tokens_that_do_not_fit_are_refused():
     for values in (random_tokens(3, 5, torch.bfloat16), random_tokens(3, 4, torch.float32)):
         with pytest.raises(FluxIRError, match=r"must be torch\.bfloat16 and 4 wide"):
             pool.put(np.arange(3), chunk_of({IMG: values}), np.arange(3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(capacity=st.integers(1, 400), share=st.floats(0, 1), count=st.integers(0, 9), seed=st.integers(0, 9))
+def test_free_slots_are_counted_in_order_in_small_and_large_pools(capacity, share, count, seed):
+    draw = np.random.default_rng(seed)
+    busy = draw.permutation(capacity)[: int(share * capacity)]
+    free = sorted(set(range(capacity)) - set(busy.tolist()))
+    picks = draw.permutation(len(free))[:count]
+    assert free_slots(capacity, busy, picks).tolist() == [free[pick] for pick in picks.tolist()]
 
 
 @pytest.mark.gpu
