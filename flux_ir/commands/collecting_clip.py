@@ -37,6 +37,7 @@ def collect_clip(options: CollectClipOptions) -> None:
         batch_size=options.batch_size,
         output_dir=options.output_dir,
     )
+    pictures = counted(len(names), "picture")
     with report.phase("check"):
         check_images(options.images, names)
     folder = locate_clip(options.clip, announce=report.note)

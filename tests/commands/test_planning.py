@@ -67,7 +67,9 @@ def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
     assert rows["pictures"][0] == "1"
 
 
-@pytest.mark.parametrize("words", [(), ("--dtype", "float8_e4m3fn", "--tokens_per_image", "9", "--repeats", "3", "--save_latents")])
+@pytest.mark.parametrize(
+    "words", [(), ("--dtype", "float8_e4m3fn", "--tokens_per_image", "9", "--repeats", "3", "--save_latents")]
+)
 def test_the_captures_of_a_collection_have_the_planned_bytes(plan, tmp_path, words):
     prompts = ["a red circle", LONG, "a circle", "a caf\u00e9 \U0001f408", "a red circle"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
