@@ -24,7 +24,7 @@ def choose_sites(source: TokenSource, patterns: Sequence[str]) -> list[SiteKey]:
             match_sites([pattern], available)
         except FluxIRError as error:
             raise FluxIRError(
-                f"no site of these captures matches {pattern!r}: they have {len(source.sites)} sites",
+                f"no site of these captures matches {pattern!r}: sites there are: {len(source.sites)}",
                 hint=f"the nearest are {nearest_names(pattern, map(str, available))}",
             ) from error
     return list(match_sites(patterns, available))
