@@ -196,6 +196,11 @@ class TrainSAEOptions(Options):
             raise FluxIRError(f"{self.arch} is not given its k: got --k", hint=hint)
         if self.k_start is not None and self.arch not in SPARSE:
             raise FluxIRError(f"{self.arch} is not given its k: got --k_start", hint="leave it out")
+        if self.k_start is not None and self.k is not None and self.k_start < max(self.k):
+            raise FluxIRError(
+                f"k comes down from --k_start, so it is at least --k {max(self.k)}: got {self.k_start}",
+                hint="give a larger --k_start, or leave it out",
+            )
         if self.l1_coefficient is not None and self.arch not in ("l1", "gated"):
             raise FluxIRError(f"{self.arch} has no L1 penalty: got --l1_coefficient", hint="it is for l1 and gated")
         if self.target_l0 is not None and self.arch != "jumprelu":

@@ -233,6 +233,7 @@ def test_a_finished_run_cannot_be_made_longer(train):
     [
         (("--k", "49"), "k cannot be above the number of features: got k 49 of 48"),
         (("--site", "single.6"), "a plain array has no sites: got --site single.6"),
+        (("--k", "4,8", "--k_start", "6"), "k comes down from --k_start, so it is at least --k 8: got 6"),
         (("--arch", "l1", "--k", "4"), "l1 is not given its k: got --k"),
         (("--target_l0", "4"), "topk does not steer its L0: got --target_l0"),
         (("--l1_coefficient", "4"), "topk has no L1 penalty: got --l1_coefficient"),
