@@ -54,6 +54,11 @@ class _Wanted(NamedTuple):
     positions: Tensor
     txt_tokens: int
 
+    @property
+    def parts(self) -> list[_Part]:
+        """What is read of a file."""
+        return [self.values] if self.scale is None else [self.values, self.scale]
+
 
 class Alike:
     """Reads captures of one picture that are laid out as `first` is. May be used by several threads."""
@@ -66,20 +71,26 @@ class Alike:
         self._wanted: dict[tuple[Site, int], _Wanted | None] = {}
         self._spare = SpareMemory(_SPARE_PIECES)
 
-    def opened(self, path: str) -> CaptureFile | None:
-        """The file, if it is laid out in the same way; None: it is not, or cannot be read."""
+    def announce(self, file: CaptureFile, sites: Sequence[Site], step: int) -> None:
+        """Have the system fetch what will be read of a file, where it is if the file is alike. Nobody waits."""
+        if self._directory is not None:
+            found = (self._found(site, step) for site in sites)
+            parts = [part for one in found if one is not None for part in one.parts]
+            file.announce(self._directory.about([(part.record, part.offset, part.nbytes) for part in parts]))
+
+    def holds(self, file: CaptureFile) -> bool:
+        """Whether the file is laid out in the same way; only then it can be read from here."""
         if self._directory is None:
-            return None
+            return False
         try:
-            file = CaptureFile(path, self._spare)
+            file.load(self._spare)
             found = self._directory.found_in(file)
             if found is None:
-                return None
+                return False
             file.headers, data = found
-            same = _to_compare(unpickled(data)) == (self._contents, self._steps)
-            return file if same and self._same_positions(file) else None
+            return _to_compare(unpickled(data)) == (self._contents, self._steps) and self._same_positions(file)
         except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError):
-            return None  # who parses it in full finds out what is wrong
+            return False  # who parses it in full finds out what is wrong
 
     def read(self, file: CaptureFile, sites: Sequence[Site], step: int) -> list[SiteTokens] | None:
         """These sites at a step, side by side in memory of their own; None: they do not lie in the file in one piece.
@@ -90,7 +101,7 @@ class Alike:
         wanted = [one for one in found if one is not None]
         if len(wanted) < len(found):
             return None
-        parts = [part for one in wanted for part in (one.values, one.scale) if part is not None]
+        parts = [part for one in wanted for part in one.parts]
         tensors = iter(self._read(file, parts))
         return [
             SiteTokens(next(tensors), None if one.scale is None else next(tensors), one.positions, one.txt_tokens)

@@ -3,7 +3,7 @@
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,47 +14,58 @@ from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.errors import FluxIRError
 
 CAN_READ = hasattr(os, "preadv")  # not on Windows
+_CAN_ANNOUNCE = hasattr(os, "posix_fadvise")  # on Linux alone
 _PICKLE = "data.pkl"
 # Where the zip format puts what: in a record's entry of the directory, and in the end of the directory.
 _ENTRY_BYTES, _CRC, _SIZES, _OFFSET = 46, 16, 20, 42
 # The end, as torch.save writes it: for large files, a pointer to that, and for others.
 _END_BYTES, _START, _POINTED, _SHORT_START = 56 + 20 + 22, 48, 56 + 8, 56 + 20 + 16
-# Read at once. Linux reads ahead of whoever reads on in pieces, in large pages; of one long read, or of what it was
-# told to fetch, it makes small pages, which costs more than the disk.
-_PIECE_BYTES = 2**19
+_PIECE_BYTES = 2**19  # read at once: Linux reads ahead of whoever reads on in pieces, in large pages
 _SMALL_BYTES = 2**20
 _AROUND = 256  # bytes of a record's header at most; a longer one is left to others
+_MARGIN = 4096  # metadata of another length move what follows
 _TOO_LARGE = 2**32 - 1  # stands for a number that is kept elsewhere
+
+Place = tuple[int, int]
+"""Where bytes begin in a file, and how many they are; 0: all to the end."""
 
 
 class CaptureFile:
     """An open file. It is closed when nobody holds it any more. May be used by several threads.
 
-    Of a small file all is read at once, into memory that `spare` gives: every look at it would cost as much.
+    Of a small file all is read at once by `load`: every look at it would cost as much.
     """
 
-    def __init__(self, path: str, spare: SpareMemory) -> None:
+    def __init__(self, path: str) -> None:
         self._fd = -1
         self.path, self._fd = path, os.open(path, os.O_RDONLY)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
         self.headers: Mapping[str, int] = {}
         """Where the header of each record begins in the file."""
         self._starts: dict[str, int] = {}
+        self._announced: Sequence[Place] = []
         self.content: Tensor | None = None
-        """All of a small file, uint8 [size]."""
+        """All of a small file, uint8 [size], once it is loaded."""
+        self.is_alike: bool | None = None
+        """Whether it is laid out as others are (`alike`); None: nobody has looked."""
+
+    def announce(self, places: Sequence[Place]) -> None:
+        """Have the system fetch these bytes, without waiting for them. It may as well not."""
+        if _CAN_ANNOUNCE and self.content is None and places != self._announced:
+            self._announced = places
+            for place, nbytes in places:
+                os.posix_fadvise(self._fd, place, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def load(self, spare: SpareMemory) -> None:
+        """Read a small file whole, into memory that `spare` gives; nothing for a large one."""
         if self.size <= _SMALL_BYTES:
             content = spare.bytes(self.size)
             self._fill(content, 0)
             self.content = content
-            self._close()
 
-    def __del__(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, `os` may be gone before
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            close(self._fd)
 
     def bytes_at(self, place: int, nbytes: int) -> bytes:
         """Bytes of the file; fewer at its end."""
@@ -115,11 +126,13 @@ class Directory:
     """
 
     def __init__(self, archive: Archive) -> None:
-        file = CaptureFile(str(archive.path), SpareMemory(0))
+        file = CaptureFile(str(archive.path))
         infos = list(archive.infos.values())
         entries = [_ENTRY_BYTES + len(one.orig_filename.encode()) + len(one.extra) + len(one.comment) for one in infos]
         places = np.cumsum([0, *entries])
         self.names = list(archive.infos)
+        self._headers = {name: info.header_offset for name, info in archive.infos.items()}
+        self._start, self._small = archive.directory_start, file.size <= _SMALL_BYTES
         self.tail_bytes = file.size - archive.directory_start
         tail = np.frombuffer(file.bytes_at(archive.directory_start, self.tail_bytes), np.uint8)
         self._pickle, self._end = int(places[self.names.index(_PICKLE)]), int(places[-1])
@@ -134,6 +147,14 @@ class Directory:
         plain = all(one.compress_type == 0 and one.file_size < _TOO_LARGE for one in infos)
         # files beyond 4 GB say more in their entries
         self.usable = plain and self.tail_bytes == self._end + _END_BYTES
+
+    def about(self, parts: Sequence[tuple[str, int, int]]) -> list[Place]:
+        """About where these bytes of records (name, offset, number) are in such a file, and all that is read before."""
+        if self._small:
+            return [(0, 0)]
+        starts = [self._headers[name] + offset - _MARGIN for name, offset, _ in parts]
+        near = [(max(start, 0), nbytes + 2 * _MARGIN) for start, (*_, nbytes) in zip(starts, parts, strict=True)]
+        return [(self._headers[_PICKLE], _MARGIN), (max(self._start - _MARGIN, 0), 0), *near]
 
     def found_in(self, file: CaptureFile) -> tuple[dict[str, int], bytes] | None:
         """Where the headers of records are, and the content of `data.pkl`; None: the directory is another."""

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 from flux_ir.capture.alike import Alike
 from flux_ir.capture.capture_file import CaptureFile
@@ -19,6 +19,10 @@ from flux_ir.sites import Site
 Fetch = Callable[[str], Path]
 
 _OPEN_FILES = 8  # at once, in each way of reading: readers take all they want of a file before the next
+_FILES_SOON = 128  # opened and not read yet
+
+
+_F = TypeVar("_F")
 
 
 class _Row(NamedTuple):
@@ -48,7 +52,8 @@ class CaptureSource:
         # joining paths by pathlib costs more than opening a file
         self._folder = "" if root == Path() else f"{root}{os.sep}"
         self._open: OrderedDict[int, Capture] = OrderedDict()
-        self._files: OrderedDict[int, CaptureFile | None] = OrderedDict()
+        self._files: OrderedDict[int, CaptureFile] = OrderedDict()
+        self._soon: OrderedDict[int, CaptureFile] = OrderedDict()
         self._lock = Lock()
         self._first = self._capture(0)
         self._alike = Alike(self._first)
@@ -114,9 +119,14 @@ class CaptureSource:
             used_txt=row.used_txt,
         )
 
+    def announce(self, generation_index: int, sites: Sequence[Site | None], step: int) -> None:
+        """These will be read soon: the system begins to fetch them from the disk. Remote files are left alone."""
+        if self._fetch is None and (file := self._announced(generation_index)) is not None:
+            self._alike.announce(file, [_named(site) for site in sites], step)
+
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
         """One block for each site, all read into memory at once. May be called by several threads."""
-        row, file = self._rows[generation_index], self._file(generation_index)
+        row, file = self._rows[generation_index], self._file_alike(generation_index)
         read = None if file is None else self._alike.read(file, [_named(site) for site in sites], step)
         if read is None:
             return [self.read(generation_index, site, step) for site in sites]
@@ -143,26 +153,52 @@ class CaptureSource:
 
     def _capture(self, index: int) -> Capture:
         with self._lock:
-            if index not in self._open:
-                self._open[index] = load_capture(self._local(self._rows[index].path))
-                while len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(index)
-            return self._open[index]
+            found = self._open.get(index)
+        if found is None:
+            found = load_capture(self._local(self._rows[index].path))
+        _keep(self._open, index, found, _OPEN_FILES, self._lock)
+        return found
+
+    def _announced(self, index: int) -> CaptureFile | None:
+        """A file that will be read; None: it cannot be opened."""
+        with self._lock:
+            found = self._files.get(index) or self._soon.get(index)
+        if found is None and (found := self._opened(index)) is not None:
+            _keep(self._soon, index, found, _FILES_SOON, self._lock)
+        return found
 
     def _file(self, index: int) -> CaptureFile | None:
-        """A file to read from without mapping it; None: it is not laid out as the first one."""
+        """A file to read from without mapping it; None: it cannot be opened."""
         with self._lock:
-            if index in self._files:
-                self._files.move_to_end(index)
-                return self._files[index]
+            found = self._files.get(index) or self._soon.pop(index, None)
+        if found is None:
+            found = self._opened(index)
+        if found is not None:
+            _keep(self._files, index, found, _OPEN_FILES, self._lock)
+        return found
+
+    def _opened(self, index: int) -> CaptureFile | None:
         name = self._rows[index].path
-        opened = self._alike.opened(self._folder + name if self._fetch is None else str(self._fetch(name)))
-        with self._lock:
-            self._files[index] = opened
-            while len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        return opened
+        try:
+            return CaptureFile(self._folder + name if self._fetch is None else str(self._fetch(name)))
+        except OSError:
+            return None
+
+    def _file_alike(self, index: int) -> CaptureFile | None:
+        """The same if it is laid out as the first one; None: it is not."""
+        file = self._file(index)
+        if file is not None and file.is_alike is None:
+            file.is_alike = self._alike.holds(file)
+        return file if file is not None and file.is_alike else None
+
+
+def _keep(files: OrderedDict[int, _F], index: int, file: _F, most: int, lock: Lock) -> None:
+    """As the one used last. What was used longest ago goes."""
+    with lock:
+        files[index] = file
+        files.move_to_end(index)
+        while len(files) > most:
+            files.popitem(last=False)
 
 
 class _Generations(Sequence[Generation]):

@@ -4,7 +4,9 @@ Row i of every site of a chunk is the same token: same generation, step and plac
 one pass over the data. Next: `pool`, which mixes the rows.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -23,7 +25,8 @@ from flux_ir.sae.splits import Side, Split
 # a pool holds many generations.
 RUN_BYTES = 2 * 2**20
 _BYTES_IN_MEMORY = 2**28  # larger chunks are mapped, and moved to the pool a piece at a time
-_GROUP_BYTES = 2**20  # of small chunks that one thread reads in a row
+# What the system is told of before it is read: enough that the disk never waits, and not so much that telling does.
+_AHEAD_BYTES, _ANNOUNCED_BYTES = 16 * 2**20, 2 * 2**20  # in all, and at once
 _WAITING_CHUNKS = 1024  # of a stream, until their last site has come
 
 Blocks = Callable[[], Iterator[TokenBlock]]
@@ -71,26 +74,6 @@ class Feed(Protocol):
 
 Place = tuple[int, int, int]
 """Ordinal, generation and step of a chunk."""
-
-
-class StoredChunks:
-    """Chunks that can be read out of order: an iterator, and another way to come by the same ones, group by group."""
-
-    def __init__(self, places: Iterator[Place], read: Callable[[int, int, int], Chunk], bytes_per_chunk: int) -> None:
-        self._places, self._read = places, read
-        self._chunks_in_group = max(_GROUP_BYTES // max(bytes_per_chunk, 1), 1)
-        self.group_bytes = self._chunks_in_group * bytes_per_chunk
-
-    def __iter__(self) -> "StoredChunks":
-        return self
-
-    def __next__(self) -> Chunk:
-        return self._read(*next(self._places))
-
-    def next_group(self) -> Callable[[], list[Chunk]] | None:
-        """Reads the chunks that follow, in any thread and whenever it is called; None: there are no more."""
-        places = list(islice(self._places, self._chunks_in_group))
-        return (lambda: [self._read(*place) for place in places]) if places else None
 
 
 class _Assembler:
@@ -183,7 +166,7 @@ class SourceFeed:
         return len(self._generations) * len(self._steps) * self.source.tokens(site)
 
     def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
-        """Reads chunks as they are asked for; `StoredChunks` where several can be read at once."""
+        """Reads chunks as they are asked for, while the disk is at work on those that follow."""
         generations, steps = self._order(epoch)
         places = (
             (ordinal, int(generations[ordinal]), int(steps[ordinal]))
@@ -191,7 +174,24 @@ class SourceFeed:
         )
         if self._together is None:
             return (self._read(*place) for place in places)
-        return StoredChunks(places, self._read, self._bytes_per_chunk)
+        return self._read_announced(places, self._together)
+
+    def _read_announced(self, places: Iterator[Place], source: ReadsTogether) -> Iterator[Chunk]:
+        """Another thread tells the system beforehand: that takes a part of the time of reading."""
+
+        def announce(group: Sequence[Place]) -> None:
+            for _, generation, step in group:
+                source.announce(generation, self._assembler.sites, step)
+
+        each = max(self._bytes_per_chunk, 1)
+        ahead, announced = -(-_AHEAD_BYTES // each), deque[Place]()
+        with ThreadPoolExecutor(1, thread_name_prefix="announce") as teller:
+            while group := list(islice(places, max(_ANNOUNCED_BYTES // each, 1))):
+                teller.submit(announce, group)
+                announced.extend(group)
+                while len(announced) > ahead:
+                    yield self._read(*announced.popleft())
+            yield from (self._read(*place) for place in announced)
 
     def _read(self, ordinal: int, generation: int, step: int) -> Chunk:
         sites = self._assembler.sites

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,13 @@ SiteKey = Site | None
 
 NormLimits = Mapping[tuple[SiteKey, int], float]
 """The length above which a token is an outlier, by site and step (`measure_data.norm_limits`)."""
+
+# Integers of the same width, and the bits of infinity.
+_INFINITY = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F80_0000),
+}
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,7 @@ def lengths(values: Tensor) -> Tensor:
 
 def check_finite(values: Tensor, place: object, site: SiteKey, step: int) -> None:
     """Raises FluxIRError if a value is NaN or infinite. `place` says where the tokens were read."""
-    # A sum is 40 times as fast as isfinite on a CPU, and finite only if all its terms are. In float16 it may overflow.
-    total = values.sum(dtype=torch.float32 if values.dtype == torch.float16 else None)
-    if math.isfinite(total.item()) or bool(torch.isfinite(values).all()):
+    if all_finite(values):
         return
     wrong = int((~torch.isfinite(values)).any(dim=-1).sum())
     raise FluxIRError(
@@ -98,3 +104,17 @@ def check_finite(values: Tensor, place: object, site: SiteKey, step: int) -> Non
         f"in {place} hold NaN or infinity",
         hint="the network overflowed there or the file is damaged: capture it again, or leave the step out",
     )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. On a CPU this costs no more than reading them, on one thread.
+
+    Read as integers, infinity and NaN are the largest of their sign.
+    """
+    if values.device.type != "cpu" or values.dtype not in _INFINITY or not values.numel():
+        return bool(torch.isfinite(values).all())
+    signed, infinity = _INFINITY[values.dtype]
+    unsigned = np.dtype(f"u{signed.itemsize}")
+    bits = values.detach().view(signed).numpy()
+    sign = 1 << (8 * signed.itemsize - 1)
+    return bool(bits.max() < infinity and bits.view(unsigned).max() < infinity + sign)

@@ -1,23 +1,19 @@
-"""Reads ahead, on threads if asked: some read and check chunks, another moves their rows into slots of the pool.
+"""Reads ahead, on a thread if asked: chunks are read and checked, and their rows moved into slots of the pool.
 
-What is read depends on the order of the requests alone, never on how far the threads have come.
+What is read depends on the order of the requests alone, never on how far the thread has come. One thread does it all:
+a second one would wait for the interpreter more than for the disk, which is told beforehand what will be read.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flux_ir.sae.chunks import Chunk, StoredChunks
+from flux_ir.sae.chunks import Chunk
 from flux_ir.sae.pool import Origin, Pool, Slots
 
 _PAST_THE_END = 2**31 - 1
-_CHUNKS_AHEAD = 2
-_READERS = 3  # some copy and check while the disk looks for others
-_BYTES_AHEAD, _GROUPS_AHEAD = 32 * 2**20, 12
 
 
 class Loader:
@@ -27,8 +23,7 @@ class Loader:
         self, pool: Pool, first: Chunk | None, chunks: Iterator[Chunk], *, offset: int = 0, prefetch: bool = True
     ) -> None:
         self.pool = pool
-        self._source, self._chunk = chunks, first
-        self._chunks = ReadAhead(chunks) if prefetch else chunks
+        self._chunks, self._chunk = chunks, first
         self._ordinal, self._offset = first.ordinal if first else _PAST_THE_END, offset
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokens") if prefetch else None
 
@@ -49,13 +44,11 @@ class Loader:
         return done
 
     def close(self) -> None:
-        """Ends the threads after what they are at, and what reads the chunks."""
+        """Ends the thread after what it is at, and what reads the chunks."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-        if isinstance(self._chunks, ReadAhead):
+        if isinstance(self._chunks, Generator):
             self._chunks.close()
-        if isinstance(self._source, Generator):
-            self._source.close()
 
     def _fill(self, slots: Slots) -> int:
         filled = 0
@@ -81,44 +74,6 @@ class Loader:
         if self._offset >= len(chunk.kept):  # its memory is free for the next
             self._chunk, self._ordinal, self._offset = None, chunk.ordinal + 1, 0
         return Origin.of(chunk, rows)
-
-
-class ReadAhead:
-    """The same chunks, read before they are asked for: the next two, or where several can be read at once, a few
-    groups. Checking them brings them into memory.
-    """
-
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
-        self._chunks = chunks
-        self._ready: deque[Chunk] = deque()
-        self._ahead: deque[Future[list[Chunk]]] = deque()
-        threads, self._groups_ahead = 1, 1 + _CHUNKS_AHEAD
-        if isinstance(chunks, StoredChunks):
-            threads = _READERS
-            self._groups_ahead = min(max(_BYTES_AHEAD // chunks.group_bytes, 2), _GROUPS_AHEAD)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="chunks")
-
-    def __iter__(self) -> "ReadAhead":
-        return self
-
-    def __next__(self) -> Chunk:
-        while not self._ready:
-            while len(self._ahead) < self._groups_ahead and (read := self._next_group()):
-                self._ahead.append(self._threads.submit(read))
-            group = self._ahead.popleft().result() if self._ahead else []
-            if not group:
-                raise StopIteration
-            self._ready.extend(group)
-        return self._ready.popleft()
-
-    def _next_group(self) -> Callable[[], list[Chunk]] | None:
-        if isinstance(self._chunks, StoredChunks):
-            return self._chunks.next_group()
-        return lambda: list(islice(self._chunks, 1))
-
-    def close(self) -> None:
-        """Ends the threads after the chunks that they are reading."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 def already(filled: int) -> Future[int]:

@@ -8,6 +8,7 @@ import torch
 
 from flux_ir.capture import capture_file
 from flux_ir.capture.alike import Alike
+from flux_ir.capture.capture_file import CaptureFile
 from flux_ir.capture.capture_source import CaptureSource
 from flux_ir.capture.recorder import StepContext
 from flux_ir.capture.spare_memory import SpareMemory
@@ -51,8 +52,8 @@ def _sizes(request, monkeypatch):
         monkeypatch.setattr(capture_file, "_PIECE_BYTES", 100)
 
 
-def opened(path, first):
-    return Alike(load_capture(first)).opened(str(path))
+def is_alike(path, first):
+    return Alike(load_capture(first)).holds(CaptureFile(str(path)))
 
 
 def same_bits(one, other):
@@ -78,8 +79,7 @@ def test_what_is_read_quickly_is_what_is_mapped(write, changes):
                 assert torch.equal(block.positions, mapped.positions)
                 assert block[2:6] == mapped[2:6]
                 assert block[7:] == mapped[7:]
-    assert len(source._files) == 5
-    assert None not in source._files.values()  # none of them was parsed
+    assert [file.is_alike for file in source._files.values()] == [True] * 5  # none of them was parsed
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_what_is_read_quickly_is_what_is_mapped(write, changes):
     ],
 )
 def test_a_file_that_differs_in_anything_else_is_not_alike(write, changes):
-    assert opened(write(1), write(0)) is not None
-    assert opened(write(2, **changes), write(0)) is None
+    assert is_alike(write(1), write(0))
+    assert not is_alike(write(2, **changes), write(0))
 
 
 def test_other_kept_places_are_not_alike(write):
     first, other = write(0, img_positions=[1, 5]), write(1, img_positions=[1, 6])
-    assert opened(other, first) is None
+    assert not is_alike(other, first)
     positions = [CaptureSource.of_files([first, other]).read_together(i, READ[:1], 0)[0].positions for i in (0, 1)]
     assert [one.tolist() for one in positions] == [[1, 5], [1, 6]]
 
@@ -114,7 +114,7 @@ def test_a_file_that_torch_wrote_in_another_way_is_read_as_well(write, tmp_path)
     torch.save(torch.load(other), tmp_path / "other name.pt")
     source = CaptureSource.of_files([first, tmp_path / "other name.pt"])
     got = source.read_together(1, READ, 2)
-    assert source._files[1] is None
+    assert source._files[1].is_alike is False
     for block, site in zip(got, READ, strict=True):
         assert same_bits(block.values, load_capture(other).read(site, 2)[0].contiguous())
 
@@ -125,15 +125,13 @@ def test_no_damage_passes_for_a_capture(write):
     alike, whole = Alike(load_capture(first)), path.read_bytes()
     for length in (0, 10, 50, 900, len(whole) // 2, len(whole) - 500, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert alike.opened(str(path)) is None
+        assert not alike.holds(CaptureFile(str(path)))
     path.write_bytes(whole + b"\0")
-    assert alike.opened(str(path)) is None
+    assert not alike.holds(CaptureFile(str(path)))
     data = load_capture(first).archive.records()["data.pkl"]
     for place in range(data.offset, data.offset + data.nbytes, 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert alike.opened(str(path)) is None
-    path.unlink()
-    assert alike.opened(str(path)) is None
+        assert not alike.holds(CaptureFile(str(path)))
 
 
 def test_a_damaged_directory_never_gives_other_values(write):
@@ -145,9 +143,9 @@ def test_a_damaged_directory_never_gives_other_values(write):
     alike, harmless, told = Alike(load_capture(first)), 0, set()
     for place in range(start, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        file = alike.opened(str(path))
+        file = CaptureFile(str(path))
         try:
-            got = None if file is None else alike.read(file, READ, 2)
+            got = alike.read(file, READ, 2) if alike.holds(file) else None
         except FluxIRError as error:
             told.add(error.message.split(": ")[-1])
             continue
@@ -169,9 +167,39 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_named(write, monkeypatch):
         source.read_together(1, READ, 2)
 
 
+@pytest.mark.usefixtures("_sizes")
+def test_announcing_changes_nothing_that_is_read(write):
+    source = CaptureSource.of_files([write(number) for number in range(20)])
+    expected = [[block.values.clone() for block in source.read_together(i, READ, 2)] for i in range(20)]
+    for index in range(20):
+        for step in (0, 2):
+            source.announce(index, READ, step)
+    for index in (7, *range(20)):
+        got = [block.values for block in source.read_together(index, READ, 2)]
+        assert all(map(same_bits, got, expected[index]))
+
+
+def test_about_where_parts_are_holds_all_of_them(write, monkeypatch):
+    """In files whose metadata are of another length, too."""
+    monkeypatch.setattr(capture_file, "_SMALL_BYTES", 0)
+    first, other = write(0), write(1, prompt="a long prompt " * 60)
+    directory = capture_file.Directory(load_capture(first).archive)
+    archive, size = load_capture(other).archive, other.stat().st_size
+    for name, record in archive.records().items():
+        if name.startswith("data/"):
+            (*_, (start, length)) = directory.about([(name, 0, record.nbytes)])
+            assert start <= record.offset
+            assert record.offset + record.nbytes <= start + length
+    (pickle_start, pickle_bytes), (tail, to_the_end) = directory.about([])
+    assert (pickle_start, to_the_end) == (0, 0)
+    assert archive.records()["data.pkl"].nbytes < pickle_bytes
+    assert tail <= archive.directory_start < size
+
+
 def test_a_file_that_is_gone_is_told_in_one_line(write):
     source = CaptureSource.of_files([write(0), write(1)])
     write(1).unlink()
+    source.announce(1, READ, 0)  # says nothing
     with pytest.raises(FluxIRError, match=r"1\.pt: No such file") as caught:
         source.read_together(1, READ, 0)
     assert "\n" not in caught.value.message

@@ -345,7 +345,7 @@ def test_leaving_early_ends_the_thread():
     before = threading.active_count()
     with batches_of(NumberedSource()) as batches:
         next(batches)
-        assert threading.active_count() == before + 2  # one reads, one moves
+        assert threading.active_count() == before + 1
     assert threading.active_count() == before
 
 
@@ -588,10 +588,11 @@ class OneByOne:
         return getattr(self.source, name)
 
 
-@pytest.mark.parametrize("group_bytes", [1, 3 * 12 * 64 * 2 * 2, 2**20])
+@pytest.mark.parametrize("ahead", [(1, 1), (1, 2**20), (3 * 12 * 64 * 2 * 2, 1), (2**20, 2**20)])
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_batches_do_not_depend_on_how_files_are_read(captures, monkeypatch, group_bytes, prefetch):
-    monkeypatch.setattr("flux_ir.sae.chunks._GROUP_BYTES", group_bytes)
+def test_batches_do_not_depend_on_how_files_are_read(captures, monkeypatch, ahead, prefetch):
+    for name, nbytes in zip(("_AHEAD_BYTES", "_ANNOUNCED_BYTES"), ahead, strict=True):
+        monkeypatch.setattr(f"flux_ir.sae.chunks.{name}", nbytes)
     source = open_source(captures(15))
     sites = choose_sites(source, ["double.*.img"])
     known = {"batch_tokens": 20, "pool_bytes": 100 * (2 * source.d(sites[0]) * 2 + 15), "epochs": 2}

@@ -5,7 +5,7 @@ import torch
 
 from flux_ir.capture.token_blocks import TokenBlock
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.filters import Filters, check_finite, lengths
+from flux_ir.sae.filters import Filters, all_finite, check_finite, lengths
 from flux_ir.sites import Site
 
 IMG, TXT, WHOLE = (Site.parse(name) for name in ("double.0.img", "double.0.txt", "single.0"))
@@ -83,6 +83,22 @@ def test_opposite_infinities_do_not_cancel():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_huge_finite_values_pass_though_their_sum_overflows(dtype):
     check_finite(torch.full((100, 8), torch.finfo(dtype).max, dtype=dtype), "a.pt", IMG, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_told_right(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite = torch.isfinite(every)
+    assert all_finite(every[finite])
+    assert not any(all_finite(value) for value in every[~finite].split(1))
+
+
+def test_numbers_beside_infinity_are_told_right():
+    infinity = torch.tensor(float("inf"))
+    largest = torch.nextafter(infinity, torch.tensor(0.0))
+    assert all_finite(torch.stack([largest, -largest]))
+    assert not all_finite(torch.tensor([float("nan")]).neg())
+    assert not all_finite(torch.tensor([[0.0, float("inf")]]).double())
 
 
 def test_no_tokens_are_finite():
