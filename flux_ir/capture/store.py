@@ -106,11 +106,18 @@ def _reserve(file: FileIO, plan: CapturePlan, path: Path) -> None:
         disk = shutil.disk_usage(path.parent)
         if disk.total and disk.free < needed:  # asked first: taking space till there is none would trouble others
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _check_size(file, needed)
         lay_out(file, contents(plan, blank_tensors()))
         needed = os.fstat(file.fileno()).st_size
         _take_space(file, needed)
     except OSError as error:
         raise disk_error(path, error, needed_bytes=needed) from error
+
+
+def _check_size(file: FileIO, size: int) -> None:
+    """Raises OSError for a file larger than may be: while it is laid out, torch would say so in words of its own."""
+    os.ftruncate(file.fileno(), size)
+    os.ftruncate(file.fileno(), 0)
 
 
 def _take_space(file: FileIO, size: int) -> None:

@@ -27,6 +27,7 @@ from flux_ir.collect.collection import (
 from flux_ir.collect.embeddings import EmbeddedPrompt, encode_prompts, needs_encoding, read_embedding
 from flux_ir.collect.fitting import cpu_batch, gpu_batch
 from flux_ir.collect.groups import GROUP, Group, Row, Statistics, merge_statistics
+from flux_ir.collect.one_job import one_job_at
 from flux_ir.collect.prompts import WorkItem
 from flux_ir.collect.provenance import versions, weights_digest
 from flux_ir.collect.storage import Storage
@@ -46,16 +47,17 @@ GPU_WRITERS = 4
 def collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ranks) -> Iterator[Row]:
     """All four parts: yields the row of every generation that this rank makes, and ends when the whole is complete.
 
-    Raises FluxIRError for a folder that was collected with other settings.
+    Raises FluxIRError for a folder that was collected with other settings, or where another job is at work.
     """
-    job = Collector(settings, suite, storage, ranks)
-    for _ in job.verify():
-        pass
-    for _ in job.encode():
-        pass
-    yield from job.record()
-    for _ in job.merge():
-        pass
+    with one_job_at(storage, ranks):
+        job = Collector(settings, suite, storage, ranks)
+        for _ in job.verify():
+            pass
+        for _ in job.encode():
+            pass
+        yield from job.record()
+        for _ in job.merge():
+            pass
 
 
 class _Job(NamedTuple):

@@ -84,6 +84,12 @@ class Splicer:
         if subject.site is None:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
         check_spliceable(subject.site, self.spec.flux)
+        last = len(_run_of(subject.source.generations[0].path).timesteps) - 2
+        if any(step > last for step in self.options.splice_steps or ()):
+            raise FluxIRError(
+                f"a splice is at steps that were sampled, 0 to {last}: got {max(self.options.splice_steps or ())}",
+                hint="leave out --splice_steps for those that were captured",
+            )
         return subject.site
 
     def measure(self, sae: SparseAutoencoder, subject: Subject, fits: BaselineFits, k: int) -> dict[str, Any]:

@@ -5,9 +5,10 @@ Sites that have the same tokens (all image sites, say) are one run: their autoen
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -28,6 +29,7 @@ from flux_ir.sae.trainer import TrainSettings
 
 MOST_DEAD_AFTER = 10_000_000
 DEAD_SHARE = 20  # a feature is dead after at most this part of the run
+_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # what such instructions of a CPU are called
 
 
 def train_saes(options: TrainSAEOptions) -> int:
@@ -42,7 +44,8 @@ def train_saes(options: TrainSAEOptions) -> int:
         planned = [plan_run(options, data, sites, device, ranks) for sites in groups]
         runs = [Run(one, options, data, ranks, report) for one in planned]
         if ranks.is_first:
-            report.note(f"{data.note()}; on {device} ({why})")
+            dtype = options.dtype or quick_dtype(device)
+            report.note(f"{data.note()}; on {device} ({why}), products in {dtype}")
         results: list[Result] = []
         for run in runs:
             found = run.work()
@@ -73,7 +76,7 @@ def plan_run(
             hint=f"make --batch_tokens a multiple of {ranks.world_size}",
         )
     tokens = total_steps * options.batch_tokens
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = options.dtype or quick_dtype(device)
     settings = TrainSettings(
         total_steps=total_steps,
         batch_tokens=options.batch_tokens,
@@ -87,6 +90,14 @@ def plan_run(
         shard_optimiser=options.shard_optimiser,
     )
     return Planned(folder_of(options, data), members, sites, settings, device, run_id(members))
+
+
+def quick_dtype(device: torch.device) -> str:
+    """The precision of the products unless it is asked for: bfloat16 where the hardware has instructions for it."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has no such function
+    if device.type == "cuda" or any(capabilities.get(name) for name in _BFLOAT16):
+        return "bfloat16"
+    return "float32"
 
 
 def configs(options: TrainSAEOptions, data: TrainingData, site: SiteKey) -> dict[str, SAEConfig]:
