@@ -129,7 +129,7 @@ class TrainSAEOptions(Options):
         None,
         help="precision of the large products; weights are float32",
         group=HOW,
-        default_text="bfloat16 on a GPU, and on a CPU with instructions for it",
+        default_text="bfloat16 on a GPU, float32 on a CPU",
     )
     shard_optimiser: bool = option(
         False, help="spread the optimiser's moments over the processes of torchrun", group=HOW

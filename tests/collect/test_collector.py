@@ -1,11 +1,6 @@
-"""Collecting on flux-tiny: the right values, the same bytes whoever computes, and nothing lost or made twice."""
+"""Collecting on flux-tiny: the right values, and the same bytes whoever computes."""
 
 import json
-import resource
-import signal
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import islice
 
 import pytest
 import safetensors.torch
@@ -14,103 +9,25 @@ import torch
 from flux_ir.capture.recorder import MemorySink, Recorder
 from flux_ir.capture.statistics import SiteStatistics, read_statistics
 from flux_ir.capture.store import file_bytes, load_capture
-from flux_ir.collect.batches import Recipe
-from flux_ir.collect.collection import CollectSettings
-from flux_ir.collect.collector import GPU_WRITERS, Collector, collect
-from flux_ir.collect.embeddings import embedding_name
+from flux_ir.collect.collector import GPU_WRITERS, Collector
 from flux_ir.collect.fitting import gpu_batch, largest_that_fits
 from flux_ir.collect.groups import GROUP
 from flux_ir.collect.storage import LocalStorage
 from flux_ir.distributed import Ranks
-from flux_ir.errors import FluxIRError
-from flux_ir.models.placement import plan
-from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
-from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling.generate import noise_for, prepare, sample
-from flux_ir.sites import Site
-
-SPEC = get_spec("flux-tiny")
-SITES = tuple(map(Site.parse, ("double.0.txt", "double.1.img", "single.1")))
-WIDTH, HEIGHT, IMG_TOKENS = 64, 48, 12
-WORDS = ("red", "green", "blue", "yellow", "small", "large")
-PROMPTS = [f"a {word} {shape}" for word in WORDS for shape in ("circle", "square", "triangle")]
-
-
-def new_suite(*, autoencoder=False):
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in (*SPEC.transformer_env, *SPEC.autoencoder_env):
-            patch.delenv(variable, raising=False)
-        return Suite(SPEC, locate_model(SPEC, autoencoder=autoencoder), plan(0), torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def suite():
-    return new_suite()
-
-
-def recipe_of(**changes):
-    recipe = Recipe(
-        spec=SPEC,
-        width=WIDTH,
-        height=HEIGHT,
-        num_steps=3,
-        guidance=2.5,
-        sites=SITES,
-        steps=(0, 1),
-        stored_dtype=torch.bfloat16,
-        network_dtype=torch.bfloat16,
-    )
-    return replace(recipe, **changes)
-
-
-def settings_of(*, prompts=PROMPTS[:5], repeats=1, batch_size=3, seed=7, verify="checksums", **changes):
-    draws = {name: changes.pop(name, False) for name in ("save_images", "save_latents")}
-    recipe = recipe_of(**changes, to_the_end=any(draws.values()))
-    return CollectSettings(recipe, prompts, repeats, seed, batch_size, **draws, verify=verify)
-
-
-def collected(folder, settings, suite, rank=0, world_size=1):
-    """Collects, and returns the rows. With several ranks, only this one's share; nothing is merged."""
-    job = Collector(settings, suite, LocalStorage(folder, rank=rank), Ranks(rank, world_size))
-    list(job.verify())
-    list(job.encode())
-    rows = list(job.record())
-    if world_size == 1:
-        list(job.merge())
-    return rows
-
-
-def files_of(folder):
-    """Every file but those that were found broken, with its content."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return {name: content for name, content in names.items() if not name.startswith("broken/")}
-
-
-def broken_in(folder):
-    return sorted(path.relative_to(folder / "broken").as_posix() for path in folder.glob("broken/**/*.*"))
-
-
-@pytest.fixture(scope="module")
-def plain(suite, tmp_path_factory):
-    """A collection of five generations that nothing happened to. Read it only."""
-    folder = tmp_path_factory.mktemp("plain")
-    collected(folder, settings_of(), suite)
-    return folder
-
-
-@pytest.fixture
-def whole(plain, tmp_path):
-    """A copy of it, to be broken."""
-    for name, content in files_of(plain).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
-
-
-# ---- What is collected
+from tests.collect.small_jobs import (
+    HEIGHT,
+    IMG_TOKENS,
+    PROMPTS,
+    SITES,
+    WIDTH,
+    collected,
+    files_of,
+    new_suite,
+    recipe_of,
+    settings_of,
+)
 
 
 def test_a_file_holds_what_the_network_put_out_for_its_prompt_and_seed(suite, plain):
@@ -199,22 +116,9 @@ def test_pictures_and_latents_are_kept_on_demand_and_nothing_else_changes(plain,
     assert suite._clip is None
 
 
-def test_a_picture_that_was_found_broken_is_drawn_again(tmp_path):
-    suite, settings = new_suite(autoencoder=True), settings_of(save_images=True, prompts=PROMPTS[:2])
-    rows = collected(tmp_path, settings, suite)
-    before = files_of(tmp_path)
-    flip(tmp_path / rows[1]["image"]["path"])
-    collected(tmp_path, settings, suite)
-    assert files_of(tmp_path) == before
-    assert broken_in(tmp_path) == [rows[1]["image"]["path"]]
-
-
 def test_the_autoencoder_is_neither_located_nor_loaded_without_pictures(suite, plain):
     assert suite.source.autoencoder is None
     assert suite._autoencoder is None
-
-
-# ---- The same bytes
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -263,167 +167,6 @@ def test_a_complete_collection_is_looked_at_and_nothing_is_made(suite, whole, pl
     assert list(job.encode()) == list(job.record()) == []
     list(job.merge())
     assert files_of(whole) == files_of(plain)
-
-
-# ---- Interrupted, broken
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4])
-def test_it_goes_on_where_it_was_stopped(suite, plain, tmp_path, rows):
-    with_two_repeats = settings_of()
-    stopped = collect(with_two_repeats, suite, LocalStorage(tmp_path), Ranks())
-    assert len(list(islice(stopped, rows))) == rows
-    stopped.close()
-    assert not (tmp_path / "index.jsonl").exists()
-    job = Collector(with_two_repeats, suite, LocalStorage(tmp_path), Ranks())
-    assert all(job.verify())
-    assert job.found in (3, 5)  # whole batches; the second may have been finished before the stop
-    collected(tmp_path, with_two_repeats, suite)
-    assert files_of(tmp_path) == files_of(plain)
-
-
-def flip(path, at=0.6):
-    """Flips one bit; `at` is the place as a fraction of the file."""
-    content = bytearray(path.read_bytes())
-    content[int(at * len(content))] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def cut_one(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize("harm", [flip, cut])
-@pytest.mark.parametrize("number", [0, 4])
-def test_a_broken_capture_is_moved_aside_and_computed_again(suite, whole, plain, harm, number):
-    path = json.loads((whole / "index.jsonl").read_text().splitlines()[number])["path"]
-    harm(whole / path)
-    job = Collector(settings_of(), suite, LocalStorage(whole), Ranks())
-    assert list(job.verify()) == [each != number for each in range(5)]
-    assert job.missing == 1
-    assert not (whole / "index.jsonl").exists()  # it is not complete
-    collected(whole, settings_of(), suite)
-    assert files_of(whole) == files_of(plain)
-    assert broken_in(whole) == [path]
-
-
-def test_sizes_alone_are_looked_at_on_demand(suite, whole):
-    flip(whole / json.loads((whole / "index.jsonl").read_text().splitlines()[0])["path"])
-    job = Collector(settings_of(verify="sizes"), suite, LocalStorage(whole), Ranks())
-    assert list(job.verify()) == [True] * 5
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "groups/000000/index.jsonl",
-        "groups/000000/stats.safetensors",
-        "groups/000000/stats.sha256",
-        "index.jsonl",
-        "stats.safetensors",
-        "text/*/*.safetensors",
-    ],
-)
-@pytest.mark.parametrize("harm", [flip, cut, cut_one])
-def test_every_other_broken_file_is_made_again(suite, whole, plain, pattern, harm):
-    harm(min(whole.glob(pattern)))
-    collected(whole, settings_of(), suite)
-    assert files_of(whole) == files_of(plain)
-
-
-def test_missing_statistics_are_made_again_and_a_missing_embedding_is_not_needed(suite, whole, plain):
-    (whole / "groups/000000/stats.safetensors").unlink()
-    (whole / embedding_name(PROMPTS[0])).unlink()
-    collected(whole, settings_of(), suite)
-    before = files_of(plain)
-    del before[embedding_name(PROMPTS[0])]
-    assert files_of(whole) == before
-
-
-def test_a_file_broken_twice_is_kept_twice(suite, whole, plain):
-    path = json.loads((whole / "index.jsonl").read_text().splitlines()[2])["path"]
-    for _ in range(2):
-        flip(whole / path)
-        collected(whole, settings_of(), suite)
-    assert files_of(whole) == files_of(plain)
-    assert broken_in(whole) == [path, f"{path}.1"]
-
-
-def test_a_journal_cut_short_costs_only_what_it_lacks(suite, plain, tmp_path):
-    rows = (plain / "index.jsonl").read_bytes()
-    for name, content in files_of(plain).items():
-        if not name.endswith(("index.jsonl", "stats.safetensors", "stats.sha256")):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(content)
-    (tmp_path / "groups/000000/journal.jsonl").write_bytes(rows[:-20])
-    job = Collector(settings_of(), suite, LocalStorage(tmp_path), Ranks())
-    assert sum(job.verify()) == 4
-    assert job.missing == 1
-    collected(tmp_path, settings_of(), suite)
-    assert files_of(tmp_path) == files_of(plain)
-
-
-def test_an_embedding_that_broke_meanwhile_is_named(suite, whole):
-    settings = settings_of(verify="sizes")
-    (whole / json.loads((whole / "index.jsonl").read_text().splitlines()[0])["path"]).unlink()
-    flip(whole / embedding_name(PROMPTS[0]))
-    with pytest.raises(FluxIRError, match=r"the embedding of 'a red circle' in .* is broken or gone"):
-        collected(whole, settings, suite)
-    collected(whole, settings_of(), suite)
-
-
-@contextmanager
-def largest_file(size):
-    """Files end at so many bytes, as on a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-
-
-def test_a_full_disk_is_one_clear_line_and_it_goes_on_afterwards(suite, plain, tmp_path):
-    with largest_file(20_000), pytest.raises(FluxIRError, match=r"cannot write .*\.pt: File too large") as caught:
-        collected(tmp_path, settings_of(), suite)
-    assert "free some space" in str(caught.value.hint)
-    assert not list(tmp_path.glob("groups/*/*.pt"))
-    collected(tmp_path, settings_of(), suite)
-    assert files_of(tmp_path) == files_of(plain)
-
-
-# ---- Wrong input
-
-
-def test_other_settings_are_refused_with_every_difference(suite, whole):
-    other = settings_of(prompts=PROMPTS[:4], steps=(1,), seed=8, stored_dtype=torch.float16)
-    with pytest.raises(FluxIRError) as caught:
-        Collector(other, suite, LocalStorage(whole), Ranks())
-    message = caught.value.message
-    assert "was collected with other settings: prompts 5 (sha256 " in message
-    assert "; seed 7 there, 8 now; steps 0,1 there, 1 now; dtype bfloat16 there, float16 now" in message
-    assert "another --output_dir" in str(caught.value.hint)
-
-
-def test_a_batch_size_left_open_agrees_with_the_one_that_is_there(suite, whole):
-    assert Collector(settings_of(batch_size=None), suite, LocalStorage(whole), Ranks()).collection.batch_size == 3
-    with pytest.raises(FluxIRError, match="batch_size 3 there, 5 now"):
-        Collector(settings_of(batch_size=5), suite, LocalStorage(whole), Ranks())
-
-
-def test_merging_waits_for_no_group_that_will_not_come(suite, tmp_path):
-    settings = settings_of(prompts=PROMPTS, repeats=4, batch_size=32, sites=SITES[:1], steps=(0,), tokens_per_image=1)
-    collected(tmp_path, settings, suite, rank=0, world_size=2)
-    job = Collector(settings, suite, LocalStorage(tmp_path), Ranks())
-    list(job.verify())
-    with pytest.raises(FluxIRError, match=r"groups/000001 of .* is not finished"):
-        list(job.merge())
 
 
 @pytest.mark.parametrize(("fits", "most", "found"), [(64, 64, 64), (20, 64, 16), (1, 64, 1), (0, 8, 1), (99, 5, 4)])

@@ -117,6 +117,12 @@ def test_a_splice_recovers_between_nothing_and_everything(sweep, captures, capsy
     assert "few: sae_with_error" in printed
 
 
+def test_a_splice_at_steps_that_were_not_sampled_is_refused_before_anything_is_computed(sweep, captures, capsys):
+    words = ["--sae", sweep / "few", "--captures", captures, "--splice", "--splice_steps", "1,99"]
+    assert "a splice is at steps that were sampled, 0 to 2: got 99" in refused(capsys, *words)
+    assert not (sweep / "few" / "metrics.json").exists()
+
+
 def test_neurons_are_judged_on_what_they_all_write(sweep, captures):
     words = ["--sae", str(sweep / "few"), "--captures", str(captures), "--baselines", "neurons"]
     assert evaluate_sae(words) == 0

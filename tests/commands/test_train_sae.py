@@ -1,95 +1,16 @@
-"""`train_sae.py` on small arrays: what it leaves, how it goes on, and what it refuses."""
+"""`train_sae.py` on small arrays: what it leaves and tells."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from flux_ir.capture.tokens import open_source
 from flux_ir.commands.main import main as flux_ir
-from flux_ir.commands.train_sae import main as train_sae
 from flux_ir.sae.base import load_sae
 from flux_ir.sae.config import ARCHITECTURES, HAS_K
-from flux_ir.sae.splits import split_source
-
-ROOT = Path(__file__).parents[2]
-D = 12
-QUICK = ("--expansion", "4", "--batch_tokens", "64", "--device", "cpu")
-
-
-@pytest.fixture(scope="session")
-def array(tmp_path_factory):
-    """4,000 tokens that are sums of few of 30 directions, as a plain array."""
-    draw = np.random.default_rng(0)
-    strengths = draw.random((4000, 30)) * (draw.random((4000, 30)) < 0.1)
-    path = tmp_path_factory.mktemp("arrays") / "tokens.npy"
-    np.save(path, (strengths @ draw.normal(size=(30, D)) + 4).astype(np.float32))
-    return path
-
-
-@pytest.fixture
-def train(tmp_path, capsys, array):
-    """Trains with these words into a fresh folder, in this process; gives the code, stdout, stderr, and the folder."""
-
-    def run(*words, captures=array):
-        data = () if captures is None else ("--captures", str(captures))
-        code = train_sae([*data, *QUICK, *words, "--output_dir", str(tmp_path / "saes")])
-        told = capsys.readouterr()
-        return code, told.out, told.err, tmp_path / "saes"
-
-    return run
-
-
-def contents(folder):
-    """The bytes of every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def start(array, saes, *words, launcher=()):
-    """The real command, in a process of its own."""
-    command = [sys.executable, *launcher, str(ROOT / "train_sae.py"), "--captures", str(array), *QUICK]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [*command, *words, "--output_dir", str(saes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-
-
-def finish(array, saes, *words):
-    """The same to its end in this process, with one thread as there."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert train_sae(["--captures", str(array), *QUICK, *words, "--output_dir", str(saes)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-
-
-def wait_for_checkpoint(process, saes):
-    """Returns once the process has saved one."""
-    while not list(saes.glob("*/.training/*/step_*[0-9]")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def refused(told):
-    """The error line of a command that failed, and did so before it made a folder."""
-    code, out, err, saes = told
-    assert (code, out) == (2, "")
-    assert not saes.exists()
-    error = next(line for line in err.splitlines() if line.startswith("error: "))
-    return error.removeprefix("error: ")
+from tests.commands.small_training import QUICK, D
 
 
 def test_a_folder_of_each_autoencoder_is_left_and_a_table_told(train):
@@ -158,157 +79,6 @@ def test_every_setting_of_the_autoencoder_reaches_its_config(train):
     assert (config.decoder_init, config.bias_init) == ("orthogonal", "geometric_median")
 
 
-def test_a_run_that_is_killed_and_gone_on_with_ends_with_the_same_bytes(array, tmp_path, capsys):
-    """SIGKILL in the middle of the real command; a checkpoint every few steps."""
-    words = ("--k", "4", "--epochs", "12", "--checkpoint_tokens", "640", "--pool_gb", "0.0001", "--ema", "0.99")
-    process = start(array, tmp_path / "killed", *words)
-    wait_for_checkpoint(process, tmp_path / "killed")
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    finish(array, tmp_path / "killed", *words)
-    assert "going on after" in capsys.readouterr().err
-    finish(array, tmp_path / "whole", *words)
-    assert contents(tmp_path / "killed").keys() == contents(tmp_path / "whole").keys()
-    for name, whole in contents(tmp_path / "whole").items():
-        gone_on = contents(tmp_path / "killed")[name]
-        if name.endswith("training.json"):  # it names its folder
-            whole, gone_on = (text.replace(b"/killed", b"/whole") for text in (whole, gone_on))
-        assert gone_on == whole, name
-
-
-def test_ctrl_c_saves_and_tells_how_to_go_on(array, tmp_path):
-    words = ("--k", "4", "--epochs", "200", "--checkpoint_tokens", "640")
-    process = start(array, tmp_path, *words)
-    wait_for_checkpoint(process, tmp_path)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err
-    assert out == ""
-    (newest,) = list(tmp_path.glob("*/.training/*"))
-    told = int(err.split("stopped after ")[1].split(" tokens")[0].replace(",", ""))
-    assert max(int(path.name.removeprefix("step_")) for path in newest.iterdir()) * 64 == told
-
-
-def test_two_processes_end_with_the_weights_of_one(array, tmp_path):
-    words = ("--k", "4", "--max_tokens", "1280", "--lr", "0.001")
-    finish(array, tmp_path / "one", *words)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    out, err = (process := start(array, tmp_path / "two", *words, launcher=launcher)).communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert out.count("measured on held-out tokens") == 1
-    one, two = (load_sae(tmp_path / which / "tokens" / "array_topk_k4_x4_s0") for which in ("one", "two"))
-    for (name, mine), theirs in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0, msg=name)
-
-
-def test_a_finished_run_is_not_trained_again(train):
-    train("--k", "4")
-    code, out, err, _ = train("--k", "4")
-    assert code == 0
-    assert "already trained" in err
-    assert "array_topk_k4_x4_s0" in out
-
-
-def test_other_settings_in_the_same_folder_are_refused_with_the_difference(train):
-    train("--k", "4")
-    before = contents(train("--k", "4")[3])
-    code, _, err, saes = train("--k", "4", "--lr", "0.1")
-    assert code == 2
-    assert "belongs to other settings: lr was None and is 0.1" in err
-    assert "--name" in err
-    assert contents(saes) == before
-
-
-def test_a_finished_run_cannot_be_made_longer(train):
-    train("--k", "4", "--max_tokens", "1280")
-    code, _, err, _ = train("--k", "4", "--max_tokens", "2560")
-    assert code == 2
-    assert "tokens was 1280 and is 2560" in err
-    assert "cannot be made longer" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        (("--k", "49"), "k cannot be above the number of features: got k 49 of 48"),
-        (("--site", "single.6"), "a plain array has no sites: got --site single.6"),
-        (("--k", "4,8", "--k_start", "6"), "k comes down from --k_start, so it is at least --k 8: got 6"),
-        (("--arch", "l1", "--k", "4"), "l1 is not given its k: got --k"),
-        (("--target_l0", "4"), "topk does not steer its L0: got --target_l0"),
-        (("--l1_coefficient", "4"), "topk has no L1 penalty: got --l1_coefficient"),
-        (("--max_tokens", "100", "--epochs", "2"), "--max_tokens and --epochs both say when to stop: got both"),
-        (("--max_tokens", "63"), "there must be a batch of 64 tokens in the data: an epoch has 3232, the run 63"),
-        (("--name", "../elsewhere"), "--name is the name of one folder: got '../elsewhere'"),
-        (("--name", ".."), "--name is the name of one folder: got '..'"),
-        (("--stream", "txt"), "a plain array has no streams: got --stream txt"),
-        (("--steps", "3"), "the steps to train on must be among those captured: got [3]"),
-        (
-            ("--prompts", "x.txt"),
-            "--captures reads what is stored, --model with --prompts makes it on the way: got both",
-        ),
-        (("--lr", "0"), "--lr must be above 0: got 0.0"),
-    ],
-)
-def test_what_cannot_be_trained_is_said_in_one_line(train, words, error):
-    assert refused(train(*words)) == error
-
-
-def test_an_expansion_that_is_not_positive_is_refused(tmp_path, array, capsys):
-    assert train_sae(["--captures", str(array), "--expansion", "0", "--output_dir", str(tmp_path / "saes")]) == 2
-    assert capsys.readouterr().err.startswith("error: --expansion must be at least 1: got 0")
-
-
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        ((), "there must be data to train on: --captures, or --model with --prompts"),
-        (("--model", "flux-tiny"), "there must be data to train on: --captures, or --model with --prompts"),
-        (("--model", "flux-tiny", "--prompts", "p.txt"), "live data need a --site to record"),
-        (("--model", "flux-tiny", "--prompts", "p.txt", "--epochs", "2"), "live data come once: got --epochs"),
-    ],
-)
-def test_data_must_be_named_once(train, words, error):
-    assert refused(train(*words, captures=None)) == error
-
-
-def test_an_empty_folder_is_refused(train, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert refused(train(captures=tmp_path / "empty")) == f"{tmp_path / 'empty'} holds no activations"
-
-
-def test_arrays_of_different_widths_are_refused(train, tmp_path):
-    for name, width in (("a", 6), ("b", 7)):
-        np.save(tmp_path / f"{name}.npy", np.ones((300, width), np.float32))
-    assert "b.npy" in refused(train(captures=tmp_path))
-
-
-def test_nan_in_the_data_is_refused(train, tmp_path):
-    rows = np.random.default_rng(0).normal(size=(2000, D)).astype(np.float32)
-    rows[700, 3] = np.nan
-    np.save(tmp_path / "broken.npy", rows)
-    assert refused(train(captures=tmp_path / "broken.npy")).startswith("activations must be finite numbers: 1 of 256")
-
-
-def test_nan_in_the_held_out_data_is_found_before_training(train, tmp_path):
-    rows = np.random.default_rng(0).normal(size=(2000, D)).astype(np.float32)
-    np.save(tmp_path / "broken.npy", rows)
-    source = open_source(tmp_path / "broken.npy")
-    split = split_source(source, 0.1)
-    held_out = [split.has("held_out", one.id, one.prompt) for one in source.generations].index(True)
-    rows[held_out * 256 + 5, 0] = np.inf
-    np.save(tmp_path / "broken.npy", rows)
-    assert "1 of 256 tokens" in refused(train("--epochs", "50", captures=tmp_path / "broken.npy"))
-
-
-def test_a_loss_that_is_no_number_any_more_stops_the_run(train, tmp_path):
-    rows = np.random.default_rng(0).normal(size=(2000, D)).astype(np.float32) * 1e30
-    np.save(tmp_path / "huge.npy", rows)
-    code, _, err, _ = train("--nonormalise", captures=tmp_path / "huge.npy")
-    assert code == 2
-    assert "lower --lr" in err or "finite" in err
-
-
 def test_a_run_that_succeeds_warns_of_nothing(train):
     torch.set_warn_always(True)
     try:
@@ -318,11 +88,6 @@ def test_a_run_that_succeeds_warns_of_nothing(train):
     finally:
         torch.set_warn_always(False)
     assert code == 0, err
-
-
-def test_a_missing_logger_is_said_before_anything_is_read(train, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert refused(train("--log", "wandb")) == "--log wandb needs the package wandb"
 
 
 def test_the_verb_is_the_script(array, tmp_path, capsys):

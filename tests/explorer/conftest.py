@@ -1,14 +1,22 @@
-"""Run folders without a model: every picture is one colour that tells its lens, block and step."""
+"""Run folders without a model, every picture one colour that tells its lens, block and step; and their page, opened."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
+from flux_ir.explorer.page import write_explorer
 from flux_ir.layout import RunFolder, write_json
+from tests.explorer.browsing import CHROMIUM, HERE
 
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
 MakeRun = Callable[..., RunFolder]
+Open = Callable[..., Page]
 
 
 def colour_of(lens: str, depth: int, step: int) -> tuple[int, int, int]:
@@ -84,3 +92,58 @@ def numbers(blocks: list[tuple[str, int]], steps: tuple[int, ...]) -> dict[str, 
         ]
         for depth, (kind, block) in enumerate(blocks)
     }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def context_with(browser) -> Callable[..., BrowserContext]:
+    """An offline browser window with these settings, shared by the tests that ask for the same ones."""
+    contexts: dict[tuple[tuple[str, str], ...], BrowserContext] = {}
+
+    def get(**settings: str) -> BrowserContext:
+        key = tuple(sorted(settings.items()))
+        if key not in contexts:
+            contexts[key] = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True, **settings)
+        return contexts[key]
+
+    return get
+
+
+@pytest.fixture
+def open_page(context_with, output_dir) -> Iterator[Open]:
+    """Writes the page of these runs and opens it offline: `open_page("1a2b3c4d", address="#step=2")`."""
+    pages, errors, requests = [], [], []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            errors.append(message.text)
+
+    def open_it(*ids, address: str = "", single_file: bool = False, target: Path | None = None, **settings) -> Page:
+        if target is None:
+            target = output_dir / "explorer.html"
+            write_explorer(output_dir, ids or ["1a2b3c4d"], target, single_file=single_file)
+        page = context_with(**settings).new_page()
+        pages.append(page)
+        page.set_default_timeout(10_000)
+        page.on("console", note)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: (errors.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(target.as_uri() + address)
+        page.locator(HERE).wait_for(state="attached")
+        page.requests = requests
+        return page
+
+    yield open_it
+    for page in pages:
+        page.close()
+    assert errors == []
+    outside = [url for url in requests if not url.startswith((output_dir.as_uri(), "blob:", "data:"))]
+    assert outside == []
