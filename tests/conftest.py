@@ -4,6 +4,7 @@ The import hook must stand before the first import of `flux_ir`: it adds a shape
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.transformer import Flux, FluxParams
+
+# A shell's `&` has its children ignore Ctrl-C, and theirs: tests that press it would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Network = TypeVar("Network", bound=nn.Module)
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.errors import FluxIRError
 
 CAN_READ = hasattr(os, "preadv")  # not on Windows
-_CAN_ANNOUNCE = hasattr(os, "posix_fadvise")  # on Linux alone
+CAN_ANNOUNCE = CAN_READ and hasattr(os, "posix_fadvise")  # on Linux alone
 _PICKLE = "data.pkl"
 # Where the zip format puts what: in a record's entry of the directory, and in the end of the directory.
 _ENTRY_BYTES, _CRC, _SIZES, _OFFSET = 46, 16, 20, 42
@@ -51,10 +51,11 @@ class CaptureFile:
 
     def announce(self, places: Sequence[Place]) -> None:
         """Have the system fetch these bytes, without waiting for them. It may as well not."""
-        if _CAN_ANNOUNCE and self.content is None and places != self._announced:
+        if CAN_ANNOUNCE and self.content is None and places != self._announced:
             self._announced = places
-            for place, nbytes in places:
-                os.posix_fadvise(self._fd, place, nbytes, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # who reads finds out
+                for place, nbytes in places:
+                    os.posix_fadvise(self._fd, place, nbytes, os.POSIX_FADV_WILLNEED)
 
     def load(self, spare: SpareMemory) -> None:
         """Read a small file whole, into memory that `spare` gives; nothing for a large one."""

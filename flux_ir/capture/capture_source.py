@@ -1,15 +1,15 @@
 """Captures as training data: a collection of any size, finished or not, or files that belong together."""
 
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar
 
 from flux_ir.capture.alike import Alike
-from flux_ir.capture.capture_file import CaptureFile
+from flux_ir.capture.capture_file import CAN_ANNOUNCE, CAN_READ, CaptureFile
+from flux_ir.capture.capture_rows import Generations, Row, rows_of
 from flux_ir.capture.store import Capture, load_capture
 from flux_ir.capture.token_blocks import Generation, TokenBlock, leading_txt, token_positions
 from flux_ir.errors import FluxIRError
@@ -21,17 +21,7 @@ Fetch = Callable[[str], Path]
 _OPEN_FILES = 8  # at once, in each way of reading: readers take all they want of a file before the next
 _FILES_SOON = 128  # opened and not read yet
 
-
 _F = TypeVar("_F")
-
-
-class _Row(NamedTuple):
-    """One generation of a source, in little memory: there may be a million."""
-
-    id: str
-    prompt: str
-    path: str
-    used_txt: int | None
 
 
 class _Layout(NamedTuple):
@@ -47,7 +37,7 @@ class _Layout(NamedTuple):
 class CaptureSource:
     """Activations in capture files, opened when they are read. A few stay open, mapped."""
 
-    def __init__(self, root: Path, rows: Sequence[_Row], *, fetch: Fetch | None = None) -> None:
+    def __init__(self, root: Path, rows: Sequence[Row], *, fetch: Fetch | None = None) -> None:
         self._root, self._rows, self._fetch = root, rows, fetch
         # joining paths by pathlib costs more than opening a file
         self._folder = "" if root == Path() else f"{root}{os.sep}"
@@ -61,7 +51,7 @@ class CaptureSource:
         self.sites: list[Site] = layout.sites
         self.steps: list[int] = layout.steps
         self.model: str | None = layout.model
-        self.generations: Sequence[Generation] = _Generations(root, rows)
+        self.generations: Sequence[Generation] = Generations(root, rows)
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> "CaptureSource":
@@ -74,13 +64,13 @@ class CaptureSource:
             first = first or (file, layout)
             _check_same(*first, file, layout)
             name = metadata.get("generation_id") or file.stem
-            rows.append(_Row(name, metadata.get("prompt") or "", str(file), metadata.get("used_txt")))
+            rows.append(Row(name, metadata.get("prompt") or "", str(file), metadata.get("used_txt")))
         return cls(Path(), rows)
 
     @classmethod
     def of_collection(cls, folder: Path, *, fetch: Fetch | None = None) -> "CaptureSource":
         """The generations of a collection that are finished. With `fetch` the folder holds its indexes alone."""
-        rows = _rows_of(folder)
+        rows = rows_of(folder)
         if not rows:
             raise FluxIRError(
                 f"the collection {folder} holds no finished generation yet",
@@ -121,7 +111,9 @@ class CaptureSource:
 
     def announce(self, generation_index: int, sites: Sequence[Site | None], step: int) -> None:
         """These will be read soon: the system begins to fetch them from the disk. Remote files are left alone."""
-        if self._fetch is None and (file := self._announced(generation_index)) is not None:
+        if not CAN_ANNOUNCE or self._fetch is not None:
+            return
+        if (file := self._announced(generation_index)) is not None:
             self._alike.announce(file, [_named(site) for site in sites], step)
 
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
@@ -186,7 +178,7 @@ class CaptureSource:
 
     def _file_alike(self, index: int) -> CaptureFile | None:
         """The same if it is laid out as the first one; None: it is not."""
-        file = self._file(index)
+        file = self._file(index) if CAN_READ else None
         if file is not None and file.is_alike is None:
             file.is_alike = self._alike.holds(file)
         return file if file is not None and file.is_alike else None
@@ -199,79 +191,6 @@ def _keep(files: OrderedDict[int, _F], index: int, file: _F, most: int, lock: Lo
         files.move_to_end(index)
         while len(files) > most:
             files.popitem(last=False)
-
-
-class _Generations(Sequence[Generation]):
-    """The rows as `Generation`s, made when they are asked for."""
-
-    def __init__(self, root: Path, rows: Sequence[_Row]) -> None:
-        self._root, self._rows = root, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Generation: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Generation]: ...
-    def __getitem__(self, index: int | slice) -> Generation | Sequence[Generation]:
-        if isinstance(index, slice):
-            return _Generations(self._root, self._rows[index])
-        row = self._rows[index]
-        return Generation(row.id, row.prompt, self._root / row.path)
-
-
-def is_collection(folder: Path) -> bool:
-    """Whether `flux-ir collect` has been at work in this folder."""
-    return (folder / "collection.json").is_file() or (folder / "index.jsonl").is_file()
-
-
-def _rows_of(folder: Path) -> list[_Row]:
-    """The finished generations, in order: from the index at the end, before that from groups and their journals."""
-    rows: list[_Row] = []
-    prompts: dict[str, str] = {}  # repeats share one text
-    first: dict[str, Any] | None = None
-    for found in _json_rows(folder):
-        first = first or found
-        for word in ("model", "sites", "steps"):
-            if found.get(word) != first.get(word):
-                raise FluxIRError(
-                    f"a collection has one list of {word}: generation {found['id']} of {folder} has {found.get(word)}, "
-                    f"{first['id']} has {first.get(word)}",
-                    hint="two collections were put into one folder: keep them apart",
-                )
-        prompt = prompts.setdefault(found["prompt"], found["prompt"])
-        rows.append(_Row(found["id"], prompt, found["path"], found.get("used_txt")))
-    return rows
-
-
-def _json_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    if (folder / "index.jsonl").is_file():
-        yield from _lines(folder / "index.jsonl")
-        return
-    for group in sorted(folder.glob("groups/*")):
-        index = group / "index.jsonl"
-        if index.is_file():
-            yield from _lines(index)
-        elif (group / "journal.jsonl").is_file():
-            yield from _lines(group / "journal.jsonl", growing=True)
-
-
-def _lines(file: Path, *, growing: bool = False) -> Iterator[dict[str, Any]]:
-    """One dictionary per line; the last line of a `growing` file may be cut short."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if growing and not line.endswith("\n"):
-                return
-            try:
-                row = json.loads(line)
-                row["id"], row["path"], row["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise FluxIRError(
-                    f"{file}, line {number}, is no row of a collection: {error!r}",
-                    hint="run flux-ir collect again in this folder: it repairs what is broken",
-                ) from error
-            yield row
 
 
 def _named(site: Site | None) -> Site:

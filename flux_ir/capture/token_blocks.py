@@ -82,7 +82,7 @@ class ReadsTogether(Protocol):
     """A source that reads several sites at once, for several threads, into memory that is its own."""
 
     def announce(self, generation_index: int, sites: Sequence[Site | None], step: int) -> None:
-        """These will be read soon: the system may begin to fetch them. Does not wait, and raises nothing."""
+        """These will be read soon: the system may begin to fetch them. Does not wait; errors are left to reading."""
 
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
         """One block for each site; their memory is used again once nobody holds them."""

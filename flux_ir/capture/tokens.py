@@ -7,7 +7,8 @@ and `array_source`, how they are read.
 from pathlib import Path
 
 from flux_ir.capture.array_source import ArraySource
-from flux_ir.capture.capture_source import CaptureSource, is_collection
+from flux_ir.capture.capture_rows import is_collection
+from flux_ir.capture.capture_source import CaptureSource
 from flux_ir.capture.exported_source import ExportedSource, is_exported, npy_generations, safetensors_generation
 from flux_ir.capture.remote import as_url
 from flux_ir.capture.remote_source import open_remote_collection

@@ -47,7 +47,8 @@ GPU_WRITERS = 4
 def collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ranks) -> Iterator[Row]:
     """All four parts: yields the row of every generation that this rank makes, and ends when the whole is complete.
 
-    Raises FluxIRError for a folder that was collected with other settings, or where another job is at work.
+    Raises FluxIRError for a folder that was collected with other settings, or where another job is at work: also one
+    of this process, whose iterator is neither at its end nor closed.
     """
     with one_job_at(storage, ranks):
         job = Collector(settings, suite, storage, ranks)

@@ -1,6 +1,5 @@
 """One job at a time in a folder: a second one, started by mistake, would clear away what the first is writing."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +41,8 @@ def _open(storage: LocalStorage) -> int:
 
 def _lock(folder: int) -> bool:
     """Whether the folder is ours now, or cannot be locked at all."""
+    import fcntl  # not on Windows, where reading a collection works
+
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

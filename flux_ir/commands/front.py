@@ -55,19 +55,9 @@ def launch(
         if any(word in _HELP for word in words):
             print(help_page(options_type, name))
             return 0
-        return _run(run, _parsed_by_all(options_type, words, name))
+        return _run(run, parse(options_type, words, prog=name))
 
     return exit_code(work)
-
-
-def _parsed_by_all(options_type: type[AnyOptions], words: Sequence[str], prog: str) -> AnyOptions:
-    """The same as `parse`. All ranks of torchrun have the same words, so the first one alone says what is wrong."""
-    try:
-        return parse(options_type, words, prog=prog)
-    except FluxIRError:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        sys.exit(MENDABLE)
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
@@ -183,11 +173,13 @@ def _run(run: Callable[[AnyOptions], int | None], options: AnyOptions) -> int | 
 
 
 def _complain(message: str, hint: str | None) -> int:
-    rank = os.environ.get("RANK", "0")  # of the processes that torchrun started, each says its own
+    rank = os.environ.get(
+        "RANK", "0"
+    )  # torchrun ends the others as soon as one has failed: any may be all that is seen
     whose = "" if rank == "0" else f"rank {rank}: "
     print(f"{whose}error: {' '.join(message.splitlines())}", file=sys.stderr)
     if hint:
-        print(f"hint: {' '.join(hint.splitlines())}", file=sys.stderr)
+        print(f"{whose}hint: {' '.join(hint.splitlines())}", file=sys.stderr)
     return MENDABLE
 
 

@@ -27,6 +27,7 @@ RUN_BYTES = 2 * 2**20
 _BYTES_IN_MEMORY = 2**28  # larger chunks are mapped, and moved to the pool a piece at a time
 # What the system is told of before it is read: enough that the disk never waits, and not so much that telling does.
 _AHEAD_BYTES, _ANNOUNCED_BYTES = 16 * 2**20, 2 * 2**20  # in all, and at once
+_AHEAD_CHUNKS = 64  # files that stay open until they are read
 _WAITING_CHUNKS = 1024  # of a stream, until their last site has come
 
 Blocks = Callable[[], Iterator[TokenBlock]]
@@ -183,15 +184,19 @@ class SourceFeed:
             for _, generation, step in group:
                 source.announce(generation, self._assembler.sites, step)
 
-        each = max(self._bytes_per_chunk, 1)
-        ahead, announced = -(-_AHEAD_BYTES // each), deque[Place]()
-        with ThreadPoolExecutor(1, thread_name_prefix="announce") as teller:
-            while group := list(islice(places, max(_ANNOUNCED_BYTES // each, 1))):
+        each, announced = max(self._bytes_per_chunk, 1), deque[Place]()
+        ahead = min(-(-_AHEAD_BYTES // each), _AHEAD_CHUNKS)
+        together = max(min(_ANNOUNCED_BYTES // each, ahead // 4), 1)
+        teller = ThreadPoolExecutor(1, thread_name_prefix="announce")
+        try:
+            while group := list(islice(places, together)):
                 teller.submit(announce, group)
                 announced.extend(group)
                 while len(announced) > ahead:
                     yield self._read(*announced.popleft())
             yield from (self._read(*place) for place in announced)
+        finally:
+            teller.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, ordinal: int, generation: int, step: int) -> Chunk:
         sites = self._assembler.sites

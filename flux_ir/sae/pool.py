@@ -148,18 +148,20 @@ class Pool:
 
     def take(self, slots: Slots) -> Batch:
         """The tokens in these slots, in their order."""
-        values = {site: self._gather(site, slots) for site in self.rows}
+        index = slots if self.device.type == "cpu" else torch.from_numpy(slots).to(self.device)
+        values = {site: self._gather(site, index) for site in self.rows}
         beside = (torch.from_numpy(of[slots]).to(self.device) for of in (self._steps, self._is_text, self._generations))
         if self._copies is not None:
             self._taken = torch.cuda.current_stream(self.device).record_event()
         return Batch(values, *beside)
 
-    def _gather(self, site: SiteKey, slots: Slots) -> Tensor:
-        pool, row = self._values[site], self.rows[site]
-        if self.device.type != "cpu":
-            return pool.index_select(0, torch.from_numpy(slots).to(self.device))
-        batch = self._spare[site].bytes(len(slots) * row.nbytes).view(row.dtype).view(len(slots), row.d)
-        np.take(self._words[site], slots, out=_words(batch), mode="clip")  # other modes gather twice
+    def _gather(self, site: SiteKey, index: Slots | Tensor) -> Tensor:
+        if isinstance(index, Tensor):
+            return self._values[site].index_select(0, index)
+        row = self.rows[site]
+        batch = self._spare[site].bytes(len(index) * row.nbytes).view(row.dtype).view(len(index), row.d)
+        # other modes gather twice; slots are within bounds
+        np.take(self._words[site], index, out=_words(batch), mode="clip")
         return batch
 
 

@@ -58,22 +58,13 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, options: type[Optio
     return error.removeprefix("error: "), hint.removeprefix("hint: ").rstrip("\n")
 
 
-def test_of_many_processes_the_first_one_alone_says_which_word_is_wrong(capsys, monkeypatch):
-    refused(capsys, "--width", "17")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as caught:
-        launch(Toy, lambda _: pytest.fail("it ran"), ("--width", "17"), prog="toy")
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == ""
-
-
 def test_of_many_processes_each_says_what_went_wrong_with_it(capsys, monkeypatch):
     def fail(options):
         raise FluxIRError("the disk of this machine is full", hint="look here")
 
     monkeypatch.setenv("RANK", "1")
     assert launch(Toy, fail, (), prog="toy") == 2
-    assert capsys.readouterr().err == "rank 1: error: the disk of this machine is full\nhint: look here\n"
+    assert capsys.readouterr().err == "rank 1: error: the disk of this machine is full\nrank 1: hint: look here\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Batches of files: captures of every dtype and plain arrays come back as stored, however they are read."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,37 @@ class OneByOne:
         if name == "read_together":
             raise AttributeError(name)
         return getattr(self.source, name)
+
+
+@dataclass
+class Telling:
+    """A source that counts what it was told of, and takes its time."""
+
+    source: object
+    told: int = 0
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def announce(self, *place):
+        time.sleep(0.01)
+        self.told += 1
+        self.source.announce(*place)
+
+
+def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captures):
+    source = open_source(captures(100))
+    telling, sites = Telling(source), choose_sites(source, ["double.0.img"])
+    known = {"batch_tokens": 20, "pool_bytes": 100 * (source.d(sites[0]) * 2 + 15)}
+    with TokenBatches(telling, sites, **known) as batches:
+        next(batches)
+    after = telling.told
+    assert after < 100
+    time.sleep(0.1)
+    assert telling.told == after
+    with TokenBatches(source, sites, **known) as batches:
+        opened = [len(source._soon) for _ in batches]
+    assert max(opened) <= 64 + 16
 
 
 @pytest.mark.parametrize("ahead", [(1, 1), (1, 2**20), (3 * 12 * 64 * 2 * 2, 1), (2**20, 2**20)])
