@@ -1,8 +1,7 @@
 """Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files.
 
 - cold: the files are dropped from the page cache before each pass, as for a collection that is larger than memory. Both
-  ways wait for the disk and for the system to fill the page cache; this is what training on a collection is, and what
-  the target is about.
+  ways wait for the disk and for the system to fill the page cache; this is what training on a collection is.
 - warm: the files are in the page cache, as for a small collection that is read again. Nothing is read from a disk, so
   this compares how often bytes pass through memory. The sequential read overwrites one buffer, which stays in the cache
   of the processor. Reading all of a file into memory of its own is shown beside it: whoever uses the bytes pays for
@@ -104,17 +103,16 @@ def row(
                     rates[name].append(read[0] / seconds)
                     cpu[name] = min(cpu[name], (time.process_time() - begun) / read[0] * 1e9)
     sequential, memory, loader = (median(rates[name]) for name in rates)
-    cold = prepare is drop_from_cache
     return [
         case.name,
         f"{file_bytes / 1e9:.2f} GB",
         str(len(files)),
-        "cold" if cold else "warm",
+        "cold" if prepare is drop_from_cache else "warm",
         f"{sequential / 1e9:.2f} GB/s",
         f"{memory / 1e9:.2f} GB/s",
         f"{loader / 1e9:.2f} GB/s",
         f"{loader / sequential:.2f}",
-        TARGET.verdict(loader / sequential) if cold else "",
+        TARGET.verdict(loader / sequential),
         f"{loader / memory:.2f}",
         f"{cpu['sequential']:.2f} -> {cpu['loader']:.2f}",
     ]

@@ -1,7 +1,7 @@
 """Reads ahead, on a thread if asked: chunks are read and checked, and their rows moved into slots of the pool.
 
-What is read depends on the order of the requests alone, never on how far the thread has come. One thread does it all:
-a second one would wait for the interpreter more than for the disk, which is told beforehand what will be read.
+What is read depends on the order of the requests alone, never on how far the thread has come. One thread does it all;
+the disk is told beforehand what will be read.
 """
 
 from collections.abc import Generator, Iterator

@@ -1,6 +1,9 @@
 """Words of a short run of flux-tiny, and what lies in the folder that a run leaves."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +47,14 @@ def tensors_of(folder):
         context = capture.context(step)
         tensors |= {f"img {step}": context.img, f"y {step}": context.y}
     return tensors
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes meanwhile: what a full disk is to it, for any user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

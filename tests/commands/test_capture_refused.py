@@ -1,14 +1,11 @@
 """How the first command fails: wrong words, weights and folders are one line, found early, and leave nothing."""
 
 import re
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from flux_ir.commands.capture import main
-from tests.commands.run_folder import DEPTH_SINGLE, QUICK, files_in, only
+from tests.commands.run_folder import DEPTH_SINGLE, QUICK, files_in, full_beyond, only
 
 
 def refused(capsys, *words):
@@ -77,17 +74,6 @@ def test_an_output_folder_that_was_there_stays_when_a_run_fails(output, capsys):
     output.mkdir()
     refused(capsys, *QUICK, "--checkpoint", "nowhere", "--output_dir", str(output))
     assert list(output.iterdir()) == []
-
-
-@contextmanager
-def full_beyond(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes meanwhile: what a full disk is to it, for any user."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_known_before_weights_are_loaded_and_leaves_nothing(captured_run, tmp_path, output, capsys):

@@ -2,10 +2,7 @@
 
 import json
 import re
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,22 +15,11 @@ from flux_ir.commands.capture import main as capture
 from flux_ir.commands.lens import main as lens
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.models.registry import get_spec
+from tests.commands.run_folder import full_beyond
 
 SPEC = get_spec("flux-tiny")
 LAST = f"single.{SPEC.flux.depth_single_blocks - 1}"
 QUICK = ("--model", "flux-tiny", "--num_steps", "2", "--seed", "3", "--prompt", "a red circle")
-
-
-@pytest.fixture(autouse=True)
-def no_named_weights(monkeypatch):
-    """No variable of this machine leads to other weights."""
-    for variable in (*SPEC.transformer_env, *SPEC.autoencoder_env):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "output"
 
 
 @pytest.fixture
@@ -274,17 +260,6 @@ def test_wrong_options_change_nothing(folder, capsys):
     assert error.startswith("--checkpoint must name a file or a folder that exists")
     error, _ = refused(capsys, folder, "--device", "cuda:99")
     assert error.startswith("--device cuda:99 must be a GPU of this machine")
-
-
-@contextmanager
-def full_beyond(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes meanwhile: what a full disk is to it, for any user."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("size", "what"), [(4_000, "_block_"), (20_000, "contact_sheet.jpg")])

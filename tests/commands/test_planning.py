@@ -25,13 +25,6 @@ SPEC = get_spec("flux-tiny")
 LONG = "a large red circle left of a small blue square on a white background " * 3
 
 
-@pytest.fixture(autouse=True)
-def no_named_weights(monkeypatch):
-    """No variable of this machine leads to other weights."""
-    for variable in (*SPEC.transformer_env, *SPEC.autoencoder_env):
-        monkeypatch.delenv(variable, raising=False)
-
-
 @pytest.fixture
 def plan(capsys):
     """Runs a command with --plan: its rows by name, each an amount and a note."""
