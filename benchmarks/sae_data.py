@@ -1,11 +1,16 @@
 """Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files.
 
-- cold: the files are dropped from the page cache before each pass, as for a collection that is larger than memory. Both
-  ways wait for the disk and for the system to fill the page cache; this is what training on a collection is.
+- cold, once: the files are dropped from the page cache before each pass, as for a collection larger than memory.
+  Large parts of files are read past that cache.
+- cold, again: the same, but the loader is to leave what it reads in the page cache, as in the first of several epochs.
 - warm: the files are in the page cache, as for a small collection that is read again. Nothing is read from a disk, so
   this compares how often bytes pass through memory. The sequential read overwrites one buffer, which stays in the cache
-  of the processor. Reading all of a file into memory of its own is shown beside it: whoever uses the bytes pays for
-  that at least. A shuffled batch is read, checked for NaN, written to its slots of the pool and gathered from there.
+  of the processor. A shuffled batch is read, checked for NaN, written to its slots of the pool and gathered from there.
+
+Two other ways stand beside them. Into memory: all of each file is read into memory of its own; whoever uses the bytes
+pays for that at least. Least shuffle: two threads do nothing but read, look for NaN and write each token to a random
+place, once. They know nothing of formats, filters, sites or an order that can be resumed, and their tokens are not yet
+in batches: a loader does all of this and more.
 
 Bytes of batches are those of tokens; a sequential read counts all of the file, with the sampler's state and the
 directory. CPU seconds say what it costs where the machine is busy with other things.
@@ -16,6 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -29,11 +35,24 @@ from flux_ir.capture.recorder import StepContext
 from flux_ir.capture.tokens import open_source
 from flux_ir.capture.whole import write_capture
 from flux_ir.models.transformer import FluxParams
+from flux_ir.sae.chunks import SourceFeed
 from flux_ir.sae.data import TokenBatches, choose_sites
+from flux_ir.sae.pool import Pool
 from flux_ir.sites import Site
 
 TARGET = Target("least", 0.7)
 READ_BYTES = 8 * 2**20
+
+
+class State(NamedTuple):
+    """What the page cache has before each pass, and whether the loader is to leave there what it reads."""
+
+    name: str
+    cached: bool
+    again: bool
+
+
+STATES = (State("cold, once", False, False), State("cold, again", False, True), State("warm", True, True))
 
 
 class Case(NamedTuple):
@@ -57,8 +76,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000, help="size of each set of captures (default 1000)")
     options = parse(parser)
     rows = [row for case in cases(options.megabytes) for row in rows_of(case, options)]
-    columns = ["captures", "data", "files", "page cache", "sequential read", "into memory", "loader", "ratio", "target"]
-    columns += ["of into memory", "CPU s/GB, read and loader"]
+    columns = ["captures", "data", "files", "page cache", "sequential read", "loader", "ratio", "target"]
+    columns += ["into memory", "least shuffle", "its ratio", "CPU s/GB, read and loader"]
     about = machine(options.device)
     print_report("SAE data: bytes per second", columns, rows, about)
 
@@ -74,48 +93,58 @@ def cases(megabytes: int) -> list[Case]:
 
 
 def rows_of(case: Case, options: argparse.Namespace) -> list[list[str]]:
-    """One set of captures, read both ways in turns: cold, then warm."""
+    """One set of captures, read in all ways in turns: cold, then warm."""
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         files = write_captures(case, Path(folder))
-        return [row(case, Path(folder), files, options, prepare) for prepare in (drop_from_cache, warm_up)]
+        return [row(case, state, files, options) for state in STATES]
 
 
-def row(
-    case: Case, folder: Path, files: list[Path], options: argparse.Namespace, prepare: Callable[[list[Path]], None]
-) -> list[str]:
-    """The median rates of both ways, and the least CPU time."""
-    file_bytes = sum(file.stat().st_size for file in files)
-    rates: dict[str, list[float]] = {"sequential": [], "memory": [], "loader": []}
-    cpu = dict.fromkeys(rates, float("inf"))
-    with batches_of(case, folder, options) as batches:
+def row(case: Case, state: State, files: list[Path], options: argparse.Namespace) -> list[str]:
+    """The median rates of all ways, and the least CPU time."""
+    with batches_of(case, state, files[0].parent, options) as batches:
         ways: dict[str, Callable[[], int]] = {
             "sequential": lambda: read_sequentially(files),
             "memory": lambda: read_into_memory(files),
+            "least": LeastShuffle(case, files).read,
             "loader": lambda: one_epoch(batches),
         }
-        for number in range(1 + options.repetitions):
-            for name in list(ways)[:: 1 if number % 2 else -1]:
-                prepare(files)
-                read: list[int] = []
-                begun = time.process_time()
-                seconds = seconds_of(lambda way=ways[name], read=read: read.append(way()), options.device)
-                if number:
-                    rates[name].append(read[0] / seconds)
-                    cpu[name] = min(cpu[name], (time.process_time() - begun) / read[0] * 1e9)
-    sequential, memory, loader = (median(rates[name]) for name in rates)
+        rates, cpu = measured(ways, warm_up if state.cached else drop_from_cache, files, options)
+    rate = {name: median(found) for name, found in rates.items()}
     return [
         case.name,
-        f"{file_bytes / 1e9:.2f} GB",
+        f"{sum(file.stat().st_size for file in files) / 1e9:.2f} GB",
         str(len(files)),
-        "cold" if prepare is drop_from_cache else "warm",
-        f"{sequential / 1e9:.2f} GB/s",
-        f"{memory / 1e9:.2f} GB/s",
-        f"{loader / 1e9:.2f} GB/s",
-        f"{loader / sequential:.2f}",
-        TARGET.verdict(loader / sequential),
-        f"{loader / memory:.2f}",
+        state.name,
+        f"{rate['sequential'] / 1e9:.2f} GB/s",
+        f"{rate['loader'] / 1e9:.2f} GB/s",
+        f"{rate['loader'] / rate['sequential']:.2f}",
+        TARGET.verdict(rate["loader"] / rate["sequential"]),
+        f"{rate['memory'] / 1e9:.2f} GB/s",
+        f"{rate['least'] / 1e9:.2f} GB/s",
+        f"{rate['least'] / rate['sequential']:.2f}",
         f"{cpu['sequential']:.2f} -> {cpu['loader']:.2f}",
     ]
+
+
+def measured(
+    ways: dict[str, Callable[[], int]],
+    prepare: Callable[[list[Path]], None],
+    files: list[Path],
+    options: argparse.Namespace,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Bytes per second of each repetition but the first, and the least CPU seconds per GB."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    cpu = dict.fromkeys(ways, float("inf"))
+    for number in range(1 + options.repetitions):
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            prepare(files)
+            read: list[int] = []
+            begun = time.process_time()
+            seconds = seconds_of(lambda way=ways[name], read=read: read.append(way()), options.device)
+            if number:
+                rates[name].append(read[0] / seconds)
+                cpu[name] = min(cpu[name], (time.process_time() - begun) / read[0] * 1e9)
+    return rates, cpu
 
 
 def read_sequentially(files: list[Path]) -> int:
@@ -135,19 +164,51 @@ def read_into_memory(files: list[Path]) -> int:
     return sum(np.fromfile(file, np.uint8).nbytes for file in files)
 
 
-def batches_of(case: Case, folder: Path, options: argparse.Namespace) -> TokenBatches:
+class LeastShuffle:
+    """What no loader that shuffles in memory can leave out, and nothing else."""
+
+    def __init__(self, case: Case, files: list[Path]) -> None:
+        self.files, self.word = files, np.dtype(f"V{2 * case.d}")
+        self.piece_bytes = 1024 * self.word.itemsize
+        tokens = int(sum(file.stat().st_size for file in files) * case.pool_share) // self.word.itemsize
+        self.pool = np.ones(tokens * self.word.itemsize, np.uint8).view(self.word)
+        self.places = np.random.default_rng(0).permutation(tokens)
+
+    def read(self) -> int:
+        """Bytes read, checked and moved by two threads."""
+        with ThreadPoolExecutor(2) as threads:
+            return sum(threads.map(self._read, range(2)))
+
+    def _read(self, thread: int) -> int:
+        buffer = np.empty(self.piece_bytes, np.uint8)
+        at, total = thread * len(self.places) // 2, 0
+        for file in self.files[thread::2]:
+            with file.open("rb", buffering=0) as opened:
+                while count := opened.readinto(buffer) // self.word.itemsize:
+                    tokens = buffer[: count * self.word.itemsize]
+                    tokens.view(np.int16).max(), tokens.view(np.uint16).max()  # as the loader finds NaN and infinity
+                    at = at if at + count <= len(self.places) else 0
+                    self.pool[self.places[at : at + count]] = tokens.view(self.word)
+                    at, total = at + count, total + tokens.nbytes
+        return total
+
+
+def batches_of(case: Case, state: State, folder: Path, options: argparse.Namespace) -> TokenBatches:
     """One more epoch than is timed: the first finds the memory of the pool untouched, which costs more than reading."""
     source = open_source(folder)
     tokens = case.generations * case.steps * case.img_tokens
     pool_tokens = max(int(tokens * case.pool_share), 4 * case.batch_tokens)
-    return TokenBatches(
+    batches = TokenBatches(
         source,
         choose_sites(source, ["double.*.img"]),
         batch_tokens=case.batch_tokens,
-        pool_bytes=pool_tokens * case.sites * (case.d * 2 + 15),
+        pool_bytes=pool_tokens * case.sites * (case.d * 2 + Pool.BYTES_BESIDE),
         epochs=1 + options.repetitions,
         device=options.device,
     )
+    if not state.again and isinstance(batches.feed, SourceFeed):
+        batches.feed.expect(tokens)  # every pass is the only one
+    return batches
 
 
 def one_epoch(batches: TokenBatches) -> int:

@@ -8,7 +8,6 @@ full, so nothing is guessed: a file that differs in anything else, or is broken,
 import pickle
 import zipfile
 from collections.abc import Sequence
-from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,15 +15,16 @@ import torch
 from torch import Tensor
 
 from flux_ir.capture.archive import StoredTensor, unpickled
-from flux_ir.capture.capture_file import CAN_READ, CaptureFile, Directory
+from flux_ir.capture.capture_file import CaptureFile, Directory
+from flux_ir.capture.open_file import CAN_READ
 from flux_ir.capture.plan import Shape
+from flux_ir.capture.read_ahead import ReadAhead
 from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.capture.store import Capture
 from flux_ir.capture.token_blocks import leading_txt, token_positions
 from flux_ir.sites import Site
 
-_ALIGNMENT = 64  # of every tensor in memory, as in the file
-_SPARE_PIECES = 8
+_SPARE_PIECES = 128
 
 
 class _Part(NamedTuple):
@@ -70,20 +70,35 @@ class Alike:
         self._kept = None if first.img_positions is None else first.img_positions.clone()
         self._wanted: dict[tuple[Site, int], _Wanted | None] = {}
         self._spare = SpareMemory(_SPARE_PIECES)
+        self._ahead = ReadAhead(self._spare)
 
-    def announce(self, file: CaptureFile, sites: Sequence[Site], step: int) -> None:
-        """Have the system fetch what will be read of a file, where it is if the file is alike. Nobody waits."""
-        if self._directory is not None:
+    def opened(self, path: str) -> CaptureFile | None:
+        """A file to read from; None: it cannot be opened."""
+        try:
+            return CaptureFile(path, self._spare)
+        except OSError:
+            return None
+
+    def announce(self, file: CaptureFile, sites: Sequence[Site], step: int, *, again: bool) -> None:
+        """Begin to fetch what will be read of a file, and maybe `again`. Looks at the directory of a large one."""
+        if file.is_small:
+            file.announce(self._ahead)
+        elif self.is_like(file):
             found = (self._found(site, step) for site in sites)
-            parts = [part for one in found if one is not None for part in one.parts]
-            file.announce(self._directory.about([(part.record, part.offset, part.nbytes) for part in parts]))
+            file.begin(self._ahead, [part[:3] for one in found if one is not None for part in one.parts], again=again)
+
+    def is_like(self, file: CaptureFile) -> bool:
+        """`holds`, but asked once of each file."""
+        if file.is_alike is None:
+            file.is_alike = self.holds(file)
+        return file.is_alike
 
     def holds(self, file: CaptureFile) -> bool:
         """Whether the file is laid out in the same way; only then it can be read from here."""
         if self._directory is None:
             return False
         try:
-            file.load(self._spare)
+            file.load()
             found = self._directory.found_in(file)
             if found is None:
                 return False
@@ -101,24 +116,15 @@ class Alike:
         wanted = [one for one in found if one is not None]
         if len(wanted) < len(found):
             return None
-        parts = [part for one in wanted for part in one.parts]
-        tensors = iter(self._read(file, parts))
         return [
-            SiteTokens(next(tensors), None if one.scale is None else next(tensors), one.positions, one.txt_tokens)
+            SiteTokens(
+                _read(file, one.values),
+                None if one.scale is None else _read(file, one.scale),
+                one.positions,
+                one.txt_tokens,
+            )
             for one in wanted
         ]
-
-    def _read(self, file: CaptureFile, parts: Sequence[_Part]) -> list[Tensor]:
-        if file.content is not None:
-            return [_as_tensor(file.part(part.record, part.offset, part.nbytes), part) for part in parts]
-        starts = list(accumulate((-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts), initial=0))
-        memory = self._spare.bytes(starts[-1])
-        tensors = []
-        for part, start in zip(parts, starts, strict=False):
-            piece = memory[start : start + part.nbytes]
-            file.read_into(piece, part.record, part.offset)
-            tensors.append(_as_tensor(piece, part))
-        return tensors
 
     def _found(self, site: Site, step: int) -> _Wanted | None:
         if (site, step) not in self._wanted:
@@ -157,8 +163,8 @@ def _to_compare(contents: dict[str, Any]) -> tuple[dict[str, Any], list[int] | N
     return others, contents["metadata"].get("captured_steps")
 
 
-def _as_tensor(memory: Tensor, part: _Part) -> Tensor:
-    return memory.view(part.dtype).view(part.shape)
+def _read(file: CaptureFile, part: _Part) -> Tensor:
+    return file.read(part.record, part.offset, part.nbytes).view(part.dtype).view(part.shape)
 
 
 def _part(stored: StoredTensor, tokens: slice) -> _Part:

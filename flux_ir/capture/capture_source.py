@@ -8,8 +8,9 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from flux_ir.capture.alike import Alike
-from flux_ir.capture.capture_file import CAN_ANNOUNCE, CAN_READ, CaptureFile
+from flux_ir.capture.capture_file import CaptureFile
 from flux_ir.capture.capture_rows import Generations, Row, rows_of
+from flux_ir.capture.open_file import CAN_READ
 from flux_ir.capture.store import Capture, load_capture
 from flux_ir.capture.token_blocks import Generation, TokenBlock, leading_txt, token_positions
 from flux_ir.errors import FluxIRError
@@ -19,7 +20,7 @@ from flux_ir.sites import Site
 Fetch = Callable[[str], Path]
 
 _OPEN_FILES = 8  # at once, in each way of reading: readers take all they want of a file before the next
-_FILES_SOON = 128  # opened and not read yet
+_FILES_SOON = 128  # announced and not read yet
 
 _F = TypeVar("_F")
 
@@ -109,17 +110,22 @@ class CaptureSource:
             used_txt=row.used_txt,
         )
 
-    def announce(self, generation_index: int, sites: Sequence[Site | None], step: int) -> None:
-        """These will be read soon: the system begins to fetch them from the disk. Remote files are left alone."""
-        if not CAN_ANNOUNCE or self._fetch is not None:
+    def announce(self, generation_index: int, sites: Sequence[Site | None], step: int, *, again: bool = False) -> None:
+        """These will be read soon: they begin to be fetched from the disk. Remote files are left alone."""
+        if self._fetch is not None:
             return
-        if (file := self._announced(generation_index)) is not None:
-            self._alike.announce(file, [_named(site) for site in sites], step)
+        with self._lock:
+            file = self._files.get(generation_index) or self._soon.get(generation_index)
+        if file is None and (file := self._opened(generation_index)) is not None:
+            _keep(self._soon, generation_index, file, _FILES_SOON, self._lock)
+        if file is not None:
+            self._alike.announce(file, [_named(site) for site in sites], step, again=again)
 
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
         """One block for each site, all read into memory at once. May be called by several threads."""
-        row, file = self._rows[generation_index], self._file_alike(generation_index)
-        read = None if file is None else self._alike.read(file, [_named(site) for site in sites], step)
+        row, file = self._rows[generation_index], self._file(generation_index)
+        alike = file is not None and self._alike.is_like(file)
+        read = self._alike.read(file, [_named(site) for site in sites], step) if file is not None and alike else None
         if read is None:
             return [self.read(generation_index, site, step) for site in sites]
         return [
@@ -151,37 +157,19 @@ class CaptureSource:
         _keep(self._open, index, found, _OPEN_FILES, self._lock)
         return found
 
-    def _announced(self, index: int) -> CaptureFile | None:
-        """A file that will be read; None: it cannot be opened."""
-        with self._lock:
-            found = self._files.get(index) or self._soon.get(index)
-        if found is None and (found := self._opened(index)) is not None:
-            _keep(self._soon, index, found, _FILES_SOON, self._lock)
-        return found
-
     def _file(self, index: int) -> CaptureFile | None:
         """A file to read from without mapping it; None: it cannot be opened."""
         with self._lock:
-            found = self._files.get(index) or self._soon.pop(index, None)
-        if found is None:
-            found = self._opened(index)
-        if found is not None:
-            _keep(self._files, index, found, _OPEN_FILES, self._lock)
-        return found
+            file = self._files.get(index) or self._soon.pop(index, None)
+        file = file or self._opened(index)
+        if file is not None:
+            _keep(self._files, index, file, _OPEN_FILES, self._lock)
+        return file
 
     def _opened(self, index: int) -> CaptureFile | None:
         name = self._rows[index].path
-        try:
-            return CaptureFile(self._folder + name if self._fetch is None else str(self._fetch(name)))
-        except OSError:
-            return None
-
-    def _file_alike(self, index: int) -> CaptureFile | None:
-        """The same if it is laid out as the first one; None: it is not."""
-        file = self._file(index) if CAN_READ else None
-        if file is not None and file.is_alike is None:
-            file.is_alike = self._alike.holds(file)
-        return file if file is not None and file.is_alike else None
+        path = self._folder + name if self._fetch is None else str(self._fetch(name))
+        return self._alike.opened(path) if CAN_READ else None
 
 
 def _keep(files: OrderedDict[int, _F], index: int, file: _F, most: int, lock: Lock) -> None:

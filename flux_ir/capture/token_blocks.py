@@ -81,8 +81,8 @@ class TokenSource(Protocol):
 class ReadsTogether(Protocol):
     """A source that reads several sites at once, for several threads, into memory that is its own."""
 
-    def announce(self, generation_index: int, sites: Sequence[Site | None], step: int) -> None:
-        """These will be read soon: the system may begin to fetch them. Does not wait; errors are left to reading."""
+    def announce(self, generation_index: int, sites: Sequence[Site | None], step: int, *, again: bool = False) -> None:
+        """These will be read soon, and maybe `again` later: fetching may begin. Errors are left to reading."""
 
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
         """One block for each site; their memory is used again once nobody holds them."""

@@ -4,11 +4,11 @@ Row i of every site of a chunk is the same token: same generation, step and plac
 one pass over the data. Next: `pool`, which mixes the rows.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,8 +25,7 @@ from flux_ir.sae.splits import Side, Split
 # a pool holds many generations.
 RUN_BYTES = 2 * 2**20
 _BYTES_IN_MEMORY = 2**28  # larger chunks are mapped, and moved to the pool a piece at a time
-# What the system is told of before it is read: enough that the disk never waits, and not so much that telling does.
-_AHEAD_BYTES, _ANNOUNCED_BYTES = 16 * 2**20, 2 * 2**20  # in all, and at once
+_AHEAD_BYTES = 16 * 2**20  # announced before they are read: enough that the disk never waits
 _AHEAD_CHUNKS = 64  # files that stay open until they are read
 _WAITING_CHUNKS = 1024  # of a stream, until their last site has come
 
@@ -115,6 +114,11 @@ class _Assembler:
         return np.flatnonzero(np.logical_and.reduce(given)) if given else chunk.kept
 
 
+def _memory_bytes() -> int:
+    """Of this machine; 0 where that is not told."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
 @lru_cache(64)
 def _rows(
     tokens: int, start: int | None, stop: int | None, txt_tokens: int
@@ -159,12 +163,21 @@ class SourceFeed:
             )
         fits = self._bytes_per_chunk <= _BYTES_IN_MEMORY
         self._together = source if isinstance(source, ReadsTogether) and fits else None
+        self.expect(None)
 
     @property
     def tokens_at_most(self) -> int:
         """Exact where nothing is filtered."""
         site = self._assembler.sites[0]
         return len(self._generations) * len(self._steps) * self.source.tokens(site)
+
+    def expect(self, tokens: int | None) -> None:
+        """So many tokens will be asked for; None, and unless this is told: more than an epoch has.
+
+        What will be read again is left in the page cache of the system, if all of it fits into half of the memory.
+        """
+        nbytes = len(self._generations) * len(self._steps) * self._bytes_per_chunk
+        self._again = (tokens is None or tokens > self.tokens_at_most) and nbytes <= _memory_bytes() // 2
 
     def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
         """Reads chunks as they are asked for, while the disk is at work on those that follow."""
@@ -178,25 +191,15 @@ class SourceFeed:
         return self._read_announced(places, self._together)
 
     def _read_announced(self, places: Iterator[Place], source: ReadsTogether) -> Iterator[Chunk]:
-        """Another thread tells the system beforehand: that takes a part of the time of reading."""
-
-        def announce(group: Sequence[Place]) -> None:
-            for _, generation, step in group:
-                source.announce(generation, self._assembler.sites, step)
-
-        each, announced = max(self._bytes_per_chunk, 1), deque[Place]()
-        ahead = min(-(-_AHEAD_BYTES // each), _AHEAD_CHUNKS)
-        together = max(min(_ANNOUNCED_BYTES // each, ahead // 4), 1)
-        teller = ThreadPoolExecutor(1, thread_name_prefix="announce")
-        try:
-            while group := list(islice(places, together)):
-                teller.submit(announce, group)
-                announced.extend(group)
-                while len(announced) > ahead:
-                    yield self._read(*announced.popleft())
-            yield from (self._read(*place) for place in announced)
-        finally:
-            teller.shutdown(wait=True, cancel_futures=True)
+        """The disk is at work on those that follow."""
+        announced = deque[Place]()
+        ahead = min(-(-_AHEAD_BYTES // max(self._bytes_per_chunk, 1)), _AHEAD_CHUNKS)
+        for place in places:
+            source.announce(place[1], self._assembler.sites, place[2], again=self._again)
+            announced.append(place)
+            if len(announced) > ahead:
+                yield self._read(*announced.popleft())
+        yield from (self._read(*place) for place in announced)
 
     def _read(self, ordinal: int, generation: int, step: int) -> Chunk:
         sites = self._assembler.sites

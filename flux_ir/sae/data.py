@@ -81,6 +81,8 @@ class TokenBatches:
                 f"a live stream is one epoch long: got {epochs} epochs", hint="give more prompts, or collect them first"
             )
         self.epochs = epochs if epochs or max_tokens else 1
+        if isinstance(self.feed, SourceFeed):
+            self.feed.expect(self.tokens_at_most)
         self.tokens = 0
         """Tokens of all batches so far, of all processes together."""
         self.epoch = 0

@@ -19,6 +19,11 @@ from flux_ir.sae.filters import SiteKey
 
 Slots = NDArray[np.int64]
 
+# What a slot's token is, and which row of which chunk. Read and written as one word: memory is slow in random order.
+_ABOUT = np.dtype(
+    [("chunk", np.int32), ("row", np.int32), ("generation", np.int32), ("step", np.int16), ("is_text", np.bool_)],
+    align=True,
+)
 _SPARE_BATCHES = 3
 _SMALL_POOL = 64  # batches
 
@@ -66,7 +71,7 @@ class Origin(NamedTuple):
 class Pool:
     """`capacity` slots on a device. Slots that are written must not be taken from at the same time."""
 
-    BYTES_BESIDE = 4 + 2 + 1 + 4 + 4
+    BYTES_BESIDE = _ABOUT.itemsize
     """Bytes per slot beside its values: what the token is, and where it came from."""
 
     def __init__(self, rows: Mapping[SiteKey, Row], capacity: int, device: torch.device) -> None:
@@ -74,15 +79,21 @@ class Pool:
         self.rows = dict(rows)
         self._values = {site: _empty(capacity, row, device) for site, row in self.rows.items()}
         self._words = {site: _words(values) for site, values in self._values.items()} if device.type == "cpu" else {}
-        self._generations = np.zeros(capacity, np.int32)
-        self._steps = np.zeros(capacity, np.int16)
-        self._is_text = np.zeros(capacity, np.bool_)
-        self.chunk_of_slot = np.full(capacity, -1, np.int32)
-        """The ordinal of the chunk a slot's token came from; -1: the slot is empty."""
-        self.row_of_slot = np.zeros(capacity, np.int32)
+        self._about = np.zeros(capacity, _ABOUT)
+        self._about["chunk"] = -1
         self._spare = {site: SpareMemory(_SPARE_BATCHES) for site in self.rows}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._taken: torch.cuda.Event | None = None
+
+    @property
+    def chunk_of_slot(self) -> NDArray[np.int32]:
+        """The ordinal of the chunk a slot's token came from; -1: the slot is empty."""
+        return self._about["chunk"]
+
+    @property
+    def row_of_slot(self) -> NDArray[np.int32]:
+        """Its row in that chunk."""
+        return self._about["row"]
 
     @property
     def nbytes(self) -> int:
@@ -108,14 +119,16 @@ class Pool:
         if not len(slots):
             return
         counts = [len(origin.rows) for origin in origins]
-        for field, of_slot in (
-            ("generation", self._generations),
-            ("step", self._steps),
-            ("ordinal", self.chunk_of_slot),
+        about = np.empty(len(slots), _ABOUT)
+        for field, of_origins in (
+            ("chunk", [origin.ordinal for origin in origins]),
+            ("generation", [origin.generation for origin in origins]),
+            ("step", [origin.step for origin in origins]),
         ):
-            of_slot[slots] = np.repeat(np.array([getattr(one, field) for one in origins], of_slot.dtype), counts)
-        self._is_text[slots] = np.concatenate([origin.is_text for origin in origins])
-        self.row_of_slot[slots] = np.concatenate([origin.rows for origin in origins])
+            about[field] = np.repeat(np.array(of_origins, _ABOUT[field]), counts)
+        about["is_text"] = np.concatenate([origin.is_text for origin in origins])
+        about["row"] = np.concatenate([origin.rows for origin in origins])
+        _whole(self._about)[slots] = _whole(about)
 
     def _check_fits(self, values: Tensor, site: SiteKey, place: object) -> None:
         row = self.rows[site]
@@ -150,7 +163,9 @@ class Pool:
         """The tokens in these slots, in their order."""
         index = slots if self.device.type == "cpu" else torch.from_numpy(slots).to(self.device)
         values = {site: self._gather(site, index) for site in self.rows}
-        beside = (torch.from_numpy(of[slots]).to(self.device) for of in (self._steps, self._is_text, self._generations))
+        about = _whole(self._about)[slots].view(_ABOUT)
+        fields = (about[field].copy() for field in ("step", "is_text", "generation"))
+        beside = (torch.from_numpy(field).to(self.device) for field in fields)
         if self._copies is not None:
             self._taken = torch.cuda.current_stream(self.device).record_event()
         return Batch(values, *beside)
@@ -190,6 +205,10 @@ def _empty(tokens: int, row: Row, device: torch.device) -> Tensor:
 
 def _tensor(memory: NDArray[np.uint8], tokens: int, row: Row) -> Tensor:
     return torch.from_numpy(memory).view(row.dtype).view(tokens, row.d)
+
+
+def _whole(about: NDArray[Any]) -> NDArray[Any]:
+    return about.view(f"V{_ABOUT.itemsize}")
 
 
 def _words(values: Tensor) -> NDArray[Any]:

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_ir.capture import capture_file
+from flux_ir.capture import capture_file, open_file
 from flux_ir.capture.alike import Alike
-from flux_ir.capture.capture_file import CaptureFile
 from flux_ir.capture.capture_source import CaptureSource
+from flux_ir.capture.open_file import OpenFile
 from flux_ir.capture.recorder import StepContext
 from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.capture.store import CapturePlan, load_capture
 from flux_ir.capture.whole import write_capture
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site, all_sites, match_sites
+from tests.capture.page_cache import drop_from_cache, skip_unless_there_is_a_way_past
 
 TXT, IMG = 7, 12
 SITES = ("double.1.img", "double.0.txt", "single.0", "single.2.img.neurons")
@@ -49,11 +50,12 @@ def _sizes(request, monkeypatch):
     """Files are small, and read at once; or they are not, and many pieces are read."""
     if request.param == "in parts":
         monkeypatch.setattr(capture_file, "_SMALL_BYTES", 0)
-        monkeypatch.setattr(capture_file, "_PIECE_BYTES", 100)
+        monkeypatch.setattr(open_file, "_PIECE_BYTES", 100)
 
 
 def is_alike(path, first):
-    return Alike(load_capture(first)).holds(CaptureFile(str(path)))
+    alike = Alike(load_capture(first))
+    return alike.holds(alike.opened(str(path)))
 
 
 def same_bits(one, other):
@@ -125,13 +127,13 @@ def test_no_damage_passes_for_a_capture(write):
     alike, whole = Alike(load_capture(first)), path.read_bytes()
     for length in (0, 10, 50, 900, len(whole) // 2, len(whole) - 500, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert not alike.holds(CaptureFile(str(path)))
+        assert not alike.holds(alike.opened(str(path)))
     path.write_bytes(whole + b"\0")
-    assert not alike.holds(CaptureFile(str(path)))
+    assert not alike.holds(alike.opened(str(path)))
     data = load_capture(first).archive.records()["data.pkl"]
     for place in range(data.offset, data.offset + data.nbytes, 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert not alike.holds(CaptureFile(str(path)))
+        assert not alike.holds(alike.opened(str(path)))
 
 
 def test_a_damaged_directory_never_gives_other_values(write):
@@ -143,7 +145,7 @@ def test_a_damaged_directory_never_gives_other_values(write):
     alike, harmless, told = Alike(load_capture(first)), 0, set()
     for place in range(start, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        file = CaptureFile(str(path))
+        file = alike.opened(str(path))
         try:
             got = alike.read(file, READ, 2) if alike.holds(file) else None
         except FluxIRError as error:
@@ -168,32 +170,39 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_named(write, monkeypatch):
 
 
 @pytest.mark.usefixtures("_sizes")
-def test_announcing_changes_nothing_that_is_read(write):
-    source = CaptureSource.of_files([write(number) for number in range(20)])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_announcing_changes_nothing_that_is_read(write, again, cached):
+    paths = [write(number, prompt="long " * 40 * number) for number in range(20)]
+    source = CaptureSource.of_files(paths)
     expected = [[block.values.clone() for block in source.read_together(i, READ, 2)] for i in range(20)]
+    source = CaptureSource.of_files(paths)
+    if not cached:
+        drop_from_cache(paths)
     for index in range(20):
         for step in (0, 2):
-            source.announce(index, READ, step)
+            source.announce(index, READ, step, again=again)
     for index in (7, *range(20)):
         got = [block.values for block in source.read_together(index, READ, 2)]
         assert all(map(same_bits, got, expected[index]))
 
 
-def test_about_where_parts_are_holds_all_of_them(write, monkeypatch):
-    """In files whose metadata are of another length, too."""
+def test_what_is_read_once_passes_the_page_cache(write, monkeypatch, tmp_path):
+    skip_unless_there_is_a_way_past(tmp_path)
     monkeypatch.setattr(capture_file, "_SMALL_BYTES", 0)
-    first, other = write(0), write(1, prompt="a long prompt " * 60)
-    directory = capture_file.Directory(load_capture(first).archive)
-    archive, size = load_capture(other).archive, other.stat().st_size
-    for name, record in archive.records().items():
-        if name.startswith("data/"):
-            (*_, (start, length)) = directory.about([(name, 0, record.nbytes)])
-            assert start <= record.offset
-            assert record.offset + record.nbytes <= start + length
-    (pickle_start, pickle_bytes), (tail, to_the_end) = directory.about([])
-    assert (pickle_start, to_the_end) == (0, 0)
-    assert archive.records()["data.pkl"].nbytes < pickle_bytes
-    assert tail <= archive.directory_start < size
+    monkeypatch.setattr(open_file, "randrange", lambda start, stop: start)  # it looks at no other place
+    paths = [write(number, img_tokens=4000) for number in range(3)]
+    source = CaptureSource.of_files(paths)
+    place = load_capture(paths[2]).place_of(READ[0], 2).values
+    middle = load_capture(paths[2]).archive.records()[place.record].offset + 100_000
+    for again in (False, True):
+        drop_from_cache(paths)
+        source.announce(2, READ[:1], 2, again=again)
+        assert len(source._soon[2]._begun) == 1
+        source.read_together(2, READ[:1], 2)
+        assert source._files[2]._begun == []
+        assert OpenFile(str(paths[2])).is_cached(middle, 1) is again
+        source._files.clear()
 
 
 def test_a_file_that_is_gone_is_told_in_one_line(write):

@@ -7,6 +7,7 @@ import torch
 
 from flux_ir.capture.token_blocks import Generation, TokenBlock
 from flux_ir.sae.data import TokenBatches
+from flux_ir.sae.pool import Pool
 from flux_ir.sites import Site
 
 IMG, OTHER_IMG, TXT, WHOLE = (Site.parse(name) for name in ("double.0.img", "double.1.img", "double.0.txt", "single.0"))
@@ -65,7 +66,7 @@ def sorted_rows(tokens):
 
 
 def batches_of(source, sites=(IMG, OTHER_IMG), **changes):
-    known = {"batch_tokens": 16, "pool_bytes": 80 * (55), "seed": 1}
+    known = {"batch_tokens": 16, "pool_bytes": 80 * (40 + Pool.BYTES_BESIDE), "seed": 1}
     return TokenBatches(source, list(sites), **{**known, **changes})
 
 

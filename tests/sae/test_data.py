@@ -10,6 +10,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.sae.chunks import StreamFeed
 from flux_ir.sae.data import sites_in_lockstep
 from flux_ir.sae.filters import Filters
+from flux_ir.sae.pool import Pool
 from flux_ir.sae.splits import Split, split_prompts, split_source
 from tests.sae.numbered_source import IMG, OTHER_IMG, TXT, WHOLE, NumberedSource, batches_of, rows_of, same, sorted_rows
 
@@ -26,7 +27,7 @@ from tests.sae.numbered_source import IMG, OTHER_IMG, TXT, WHOLE, NumberedSource
 def test_every_token_comes_exactly_once_an_epoch(count, batch, pool_batches, seed, epochs, live):
     source = NumberedSource(count)
     epochs = 1 if live else epochs
-    pool_bytes = pool_batches * batch * (2 * 20 + 15)
+    pool_bytes = pool_batches * batch * (40 + Pool.BYTES_BESIDE)
     batches = batches_of(
         source.stream if live else source, batch_tokens=batch, pool_bytes=pool_bytes, seed=seed, epochs=epochs,
         prefetch=False,
@@ -77,7 +78,7 @@ def test_epochs_come_in_different_orders():
 
 def test_batches_mix_generations_and_steps():
     source = NumberedSource(60)
-    got = rows_of(batches_of(source, batch_tokens=64, pool_bytes=640 * 55))
+    got = rows_of(batches_of(source, batch_tokens=64, pool_bytes=640 * (40 + Pool.BYTES_BESIDE)))
     generations = [len(rows[:, 0].unique()) for rows in got[:-1]]
     assert min(generations) > 8  # in reading order a batch would have 2
     # tokens that were read last are not systematically drawn last

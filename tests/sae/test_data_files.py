@@ -14,6 +14,7 @@ from flux_ir.capture.whole import write_capture
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data import TokenBatches, choose_sites
 from flux_ir.sae.measure_data import measure_normalisation
+from flux_ir.sae.pool import Pool
 from flux_ir.sae.splits import split_source
 from flux_ir.sites import all_sites, match_sites
 from tests.sae.numbered_source import PLENTY, rows_of, same, sorted_rows
@@ -90,16 +91,16 @@ class Telling:
     def __getattr__(self, name):
         return getattr(self.source, name)
 
-    def announce(self, *place):
+    def announce(self, *place, again):
         time.sleep(0.01)
         self.told += 1
-        self.source.announce(*place)
+        self.source.announce(*place, again=again)
 
 
 def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captures):
     source = open_source(captures(100))
     telling, sites = Telling(source), choose_sites(source, ["double.0.img"])
-    known = {"batch_tokens": 20, "pool_bytes": 100 * (source.d(sites[0]) * 2 + 15)}
+    known = {"batch_tokens": 20, "pool_bytes": 100 * (source.d(sites[0]) * 2 + Pool.BYTES_BESIDE)}
     with TokenBatches(telling, sites, **known) as batches:
         next(batches)
     after = telling.told
@@ -111,14 +112,13 @@ def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captur
     assert max(opened) <= 64 + 16
 
 
-@pytest.mark.parametrize("ahead", [(1, 1), (1, 2**20), (3 * 12 * 64 * 2 * 2, 1), (2**20, 2**20)])
+@pytest.mark.parametrize("ahead", [1, 3 * 12 * 64 * 2 * 2, 2**20])
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_batches_do_not_depend_on_how_files_are_read(captures, monkeypatch, ahead, prefetch):
-    for name, nbytes in zip(("_AHEAD_BYTES", "_ANNOUNCED_BYTES"), ahead, strict=True):
-        monkeypatch.setattr(f"flux_ir.sae.chunks.{name}", nbytes)
+    monkeypatch.setattr("flux_ir.sae.chunks._AHEAD_BYTES", ahead)
     source = open_source(captures(15))
     sites = choose_sites(source, ["double.*.img"])
-    known = {"batch_tokens": 20, "pool_bytes": 100 * (2 * source.d(sites[0]) * 2 + 15), "epochs": 2}
+    known = {"batch_tokens": 20, "pool_bytes": 100 * (2 * source.d(sites[0]) * 2 + Pool.BYTES_BESIDE), "epochs": 2}
     slow = rows_of(TokenBatches(OneByOne(source), sites, **known, prefetch=False), sites[1])
     quick = TokenBatches(source, sites, **known, prefetch=prefetch)
     assert same(rows_of(quick, sites[1]), slow)
@@ -213,3 +213,27 @@ def test_plain_arrays_are_data(tmp_path):
     assert sorted_rows(torch.cat(parts)) == sorted_rows(torch.from_numpy(array))
     assert split.by == "image"
     assert measure_normalisation(source, [None])[None].tokens == 1000
+
+
+@pytest.mark.parametrize(
+    ("known", "memory", "again"),
+    [
+        ({}, 2**40, False),
+        ({"epochs": 2}, 2**40, True),
+        ({"epochs": 2}, 80_000, False),
+        ({"max_tokens": 361}, 2**40, True),
+        ({"max_tokens": 360}, 2**40, False),
+    ],
+)
+def test_files_that_are_read_again_and_fit_into_memory_are_left_in_the_page_cache(
+    captures, monkeypatch, known, memory, again
+):
+    monkeypatch.setattr("flux_ir.sae.chunks._memory_bytes", lambda: memory)
+    told = []
+    monkeypatch.setattr("flux_ir.capture.alike.Alike.announce", lambda *_, again: told.append(again))
+    source = open_source(captures(15))
+    sites = choose_sites(source, ["double.0.img"])
+    with TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY, **known) as batches:
+        assert batches.feed.tokens_at_most == 360
+        next(batches)
+    assert set(told) == {again}

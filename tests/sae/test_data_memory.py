@@ -7,6 +7,7 @@ import torch
 
 from flux_ir.capture.token_blocks import TokenBlock
 from flux_ir.sae.data import TokenBatches
+from flux_ir.sae.pool import Pool
 from tests.sae.numbered_source import IMG, PLENTY, NumberedSource, batches_of, rows_of, same
 
 
@@ -14,7 +15,7 @@ def test_the_pool_is_as_large_as_allowed_or_as_the_data():
     small, large = batches_of(NumberedSource()), batches_of(NumberedSource(), pool_bytes=PLENTY)
     for batches in (small, large):
         next(batches)
-    assert small._pool.nbytes <= 80 * 55
+    assert small._pool.nbytes <= 80 * (40 + Pool.BYTES_BESIDE)
     assert small._pool.capacity == 80
     assert large._pool.capacity == 180
 

@@ -91,8 +91,7 @@ def test_negative_zero_and_subnormals_keep_their_bits():
 def test_the_bytes_of_a_pool_are_those_of_its_arrays():
     rows = {IMG: Row(8, torch.bfloat16), OTHER: Row(3, torch.float32)}
     pool = Pool(rows, 100, CPU)
-    arrays = [pool._generations, pool._steps, pool._is_text, pool.chunk_of_slot, pool.row_of_slot]
-    held = sum(values.nbytes for values in pool._values.values()) + sum(array.nbytes for array in arrays)
+    held = sum(values.nbytes for values in pool._values.values()) + pool._about.nbytes
     assert pool.nbytes == held == 100 * slot_bytes(rows)
 
 
