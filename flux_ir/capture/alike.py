@@ -70,7 +70,7 @@ class Alike:
         self._kept = None if first.img_positions is None else first.img_positions.clone()
         self._wanted: dict[tuple[Site, int], _Wanted | None] = {}
         self._spare = SpareMemory(_SPARE_PIECES)
-        self._ahead = ReadAhead(self._spare)
+        self._ahead = ReadAhead()
 
     def opened(self, path: str) -> CaptureFile | None:
         """A file to read from; None: it cannot be opened."""
@@ -82,7 +82,7 @@ class Alike:
     def announce(self, file: CaptureFile, sites: Sequence[Site], step: int, *, again: bool) -> None:
         """Begin to fetch what will be read of a file, and maybe `again`. Looks at the directory of a large one."""
         if file.is_small:
-            file.announce(self._ahead)
+            file.begin_small(self._ahead, again=again)
         elif self.is_like(file):
             found = (self._found(site, step) for site in sites)
             file.begin(self._ahead, [part[:3] for one in found if one is not None for part in one.parts], again=again)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from flux_ir.capture.archive import LOCAL_HEADER, Archive, header_bytes
-from flux_ir.capture.open_file import OpenFile
+from flux_ir.capture.open_file import OpenFile, Prepared
 from flux_ir.capture.read_ahead import BegunRead, ReadAhead
 from flux_ir.capture.spare_memory import SpareMemory
 from flux_ir.errors import FluxIRError
@@ -35,27 +35,27 @@ class CaptureFile:
         self.headers: Mapping[str, int] = {}
         """Where the header of each record begins in the file."""
         self._starts: dict[str, int] = {}
-        self._announced, self._begun = False, list[BegunRead]()
+        self._looked_at, self._begun = False, list[BegunRead]()
         self._content: Tensor | None = None
         self.is_alike: bool | None = None
         """Whether it is laid out as others are (`alike`); None: nobody has looked."""
 
-    def announce(self, ahead: ReadAhead) -> None:
-        """All of a small file will be read."""
-        if not self._announced:
-            self._announced = True
-            if not self._file.is_cached(0, self.size):
-                ahead.announce(self._file)
+    def begin_small(self, ahead: ReadAhead, *, again: bool) -> None:
+        """Begin to read all of a small file, unless the page cache has it. What is read `again` comes into that."""
+        if not self._looked_at:
+            self._looked_at = True
+            if ahead.is_needed(self._file):
+                self._begun.append(ahead.begin_small(self._prepared(0, self.size, again=again)))
 
     def begin(self, ahead: ReadAhead, parts: Sequence[tuple[str, int, int]], *, again: bool) -> None:
-        """Begin to read these bytes of a large file's records (name, offset, number), unless the page cache has them.
-
-        What is read `again` comes into the page cache.
-        """
+        """The same for these bytes of a large file's records: name, offset, number."""
         places = [(self.headers[name] + offset, nbytes + _AROUND) for name, offset, nbytes in parts]
         missing = [place for place in places if self._begun_for(*place) is None]
         if not all(self._file.is_cached(*place) for place in missing):
-            self._begun.extend(ahead.begin(self._file, *place, again=again) for place in missing)
+            self._begun.extend(ahead.begin(self._prepared(*place, again=again)) for place in missing)
+
+    def _prepared(self, place: int, nbytes: int, *, again: bool) -> Prepared:
+        return Prepared(self._file, place, nbytes, self._spare, past_cache=not again)
 
     @property
     def is_small(self) -> bool:
@@ -65,7 +65,9 @@ class CaptureFile:
     def load(self) -> None:
         """Read a small file whole; nothing of a large one."""
         if self.is_small:
-            self._content = self._file.read(0, self.size, self._spare)
+            begun = self._in_memory(0, self.size)
+            self._content = self._file.read(0, self.size, self._spare) if begun is None else begun
+            self._begun.clear()
 
     def bytes_at(self, place: int, nbytes: int) -> bytes:
         """A few bytes of the file; fewer at its end."""

@@ -14,9 +14,7 @@ from torch import Tensor
 from flux_ir.capture.spare_memory import SpareMemory
 
 CAN_READ = hasattr(os, "preadv")  # not on Windows
-_CAN_ANNOUNCE, _CAN_PASS, _CAN_LOOK = (
-    hasattr(os, name) for name in ("posix_fadvise", "O_DIRECT", "RWF_NOWAIT")
-)  # Linux
+_CAN_PASS, _CAN_LOOK = hasattr(os, "O_DIRECT"), hasattr(os, "RWF_NOWAIT")  # on Linux
 _BLOCK = 4096  # what is read past the page cache, and the memory for it, are blocks
 _LOOKS = 2
 _PIECE_BYTES = 2**19  # read at once: Linux reads ahead of whoever reads on in pieces, in large pages
@@ -45,25 +43,17 @@ class OpenFile:
     def read(self, place: int, nbytes: int, spare: SpareMemory) -> Tensor:
         """Bytes from `place` on, uint8 [nbytes]; fewer at the end of the file."""
         memory = spare.bytes(nbytes)
-        return memory[: _filled(self._fd, memory, place, _PIECE_BYTES)]
+        left, filled = memoryview(memory.numpy().data), 0
+        while count := os.preadv(self._fd, [left[filled : filled + _PIECE_BYTES]], place + filled):
+            filled += count
+        return memory[:filled]
 
-    def read_past_cache(self, place: int, nbytes: int, spare: SpareMemory) -> Tensor:
-        """The same, straight from the disk where the file system can."""
-        before = place % _BLOCK
-        blocks = -(-(before + nbytes) // _BLOCK) * _BLOCK
-        memory = spare.bytes(blocks + _BLOCK)
-        memory = memory[-memory.data_ptr() % _BLOCK :][:blocks]
-        with suppress(OSError):
-            if self._past < 0 and _CAN_PASS:
+    def descriptor(self, *, past_cache: bool) -> int:
+        """What to read from. Not every file system has a way past the page cache."""
+        if past_cache and self._past < 0 and _CAN_PASS:
+            with suppress(OSError):
                 self._past = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-            return memory[before : min(_filled(self._past, memory, place - before, blocks), before + nbytes)]
-        return self.read(place, nbytes, spare)
-
-    def announce(self) -> None:
-        """Have the system fetch all of the file into the page cache. It may as well not."""
-        if _CAN_ANNOUNCE:
-            with suppress(OSError):  # who reads finds out
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        return self._past if past_cache and self._past >= 0 else self._fd
 
     def is_cached(self, place: int, nbytes: int) -> bool:
         """Whether the page cache seems to have these bytes; False where nobody knows.
@@ -78,9 +68,30 @@ class OpenFile:
             return False
 
 
-def _filled(descriptor: int, memory: Tensor, place: int, at_once: int) -> int:
-    """Reads until the memory is full or the file ends, and says how much it was."""
-    left = memoryview(memory.numpy().data)
-    while left and (count := os.preadv(descriptor, [left[:at_once]], place)):
-        left, place = left[count:], place + count
-    return memory.numel() - len(left)
+class Prepared:
+    """Bytes to read and the memory for them: all that is left to do is to ask the system, which any thread may."""
+
+    def __init__(self, file: OpenFile, place: int, nbytes: int, spare: SpareMemory, *, past_cache: bool) -> None:
+        self.file, self.place, self.nbytes, self._spare = file, place, nbytes, spare
+        self._before = place % _BLOCK
+        blocks = -(-(self._before + nbytes) // _BLOCK) * _BLOCK
+        memory = spare.bytes(blocks + _BLOCK)
+        self._memory = memory[-memory.data_ptr() % _BLOCK :][:blocks]
+        self._view = memoryview(self._memory.numpy().data)
+        self._descriptor, self._filled = file.descriptor(past_cache=past_cache), -1
+
+    def fill(self) -> None:
+        """Asks the system. Errors are left to `result`."""
+        filled, start = 0, self.place - self._before
+        with suppress(OSError):
+            while count := os.preadv(self._descriptor, [self._view[filled:]], start + filled):
+                filled += count
+                if start + filled >= self.file.size:  # no more than the last block may be cut short
+                    break
+            self._filled = filled
+
+    def result(self) -> Tensor:
+        """The bytes, uint8 [nbytes]; fewer at the end of the file. Raises OSError if there is no way to read them."""
+        if self._filled < 0:
+            return self.file.read(self.place, self.nbytes, self._spare)
+        return self._memory[self._before : min(self._before + self.nbytes, self._filled)]
