@@ -1,8 +1,8 @@
 """Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files.
 
-- cold, once: the files are dropped from the page cache before each pass, as for a collection larger than memory.
-  Large parts of files are read past that cache.
-- cold, again: the same, but the loader is to leave what it reads in the page cache, as in the first of several epochs.
+- cold, past: the files are dropped from the page cache before each pass, and the loader reads past it, as it does with
+  a collection larger than half of the memory.
+- cold, into: the same, but what is read is left in the page cache, as with a smaller collection.
 - warm: the files are in the page cache, as for a small collection that is read again. Nothing is read from a disk, so
   this compares how often bytes pass through memory. The sequential read overwrites one buffer, which stays in the cache
   of the processor. A shuffled batch is read, checked for NaN, written to its slots of the pool and gathered from there.
@@ -35,7 +35,6 @@ from flux_ir.capture.recorder import StepContext
 from flux_ir.capture.tokens import open_source
 from flux_ir.capture.whole import write_capture
 from flux_ir.models.transformer import FluxParams
-from flux_ir.sae.chunks import SourceFeed
 from flux_ir.sae.data import TokenBatches, choose_sites
 from flux_ir.sae.pool import Pool
 from flux_ir.sites import Site
@@ -52,7 +51,7 @@ class State(NamedTuple):
     again: bool
 
 
-STATES = (State("cold, once", False, False), State("cold, again", False, True), State("warm", True, True))
+STATES = (State("cold, past", False, False), State("cold, into", False, True), State("warm", True, True))
 
 
 class Case(NamedTuple):
@@ -198,17 +197,15 @@ def batches_of(case: Case, state: State, folder: Path, options: argparse.Namespa
     source = open_source(folder)
     tokens = case.generations * case.steps * case.img_tokens
     pool_tokens = max(int(tokens * case.pool_share), 4 * case.batch_tokens)
-    batches = TokenBatches(
+    return TokenBatches(
         source,
         choose_sites(source, ["double.*.img"]),
         batch_tokens=case.batch_tokens,
         pool_bytes=pool_tokens * case.sites * (case.d * 2 + Pool.BYTES_BESIDE),
         epochs=1 + options.repetitions,
         device=options.device,
+        page_cache=state.again,
     )
-    if not state.again and isinstance(batches.feed, SourceFeed):
-        batches.feed.expect(tokens)  # every pass is the only one
-    return batches
 
 
 def one_epoch(batches: TokenBatches) -> int:

@@ -24,7 +24,7 @@ from flux_ir.capture.store import Capture
 from flux_ir.capture.token_blocks import leading_txt, token_positions
 from flux_ir.sites import Site
 
-_SPARE_PIECES = 128
+_SPARE_PIECES = 64
 
 
 class _Part(NamedTuple):

@@ -3,6 +3,7 @@
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from torch import Tensor
@@ -95,7 +96,8 @@ class CaptureFile:
             if found is None:
                 found = self._file.read(place, nbytes, self._spare)
             elif (begun := self._begun_for(place, nbytes)) is not None:
-                self._begun.remove(begun)
+                with suppress(ValueError):  # another thread had it at the same time
+                    self._begun.remove(begun)
         except OSError as error:
             message = f"cannot read the capture {self.path}: {error.strerror}"
             raise FluxIRError(message, hint="check the disk") from error

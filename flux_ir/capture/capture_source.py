@@ -115,11 +115,16 @@ class CaptureSource:
         if self._fetch is not None:
             return
         with self._lock:
-            file = self._files.get(generation_index) or self._soon.get(generation_index)
-        if file is None and (file := self._opened(generation_index)) is not None:
-            _keep(self._soon, generation_index, file, _FILES_SOON, self._lock)
+            file = self._files.pop(generation_index, None) or self._soon.get(generation_index)
+        file = file or self._opened(generation_index)
         if file is not None:
+            _keep(self._soon, generation_index, file, _FILES_SOON, self._lock)
             self._alike.announce(file, [_named(site) for site in sites], step, again=again)
+
+    def forget(self) -> None:
+        """What was announced and not read yet will not be."""
+        with self._lock:
+            self._soon.clear()
 
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
         """One block for each site, all read into memory at once. May be called by several threads."""
@@ -167,9 +172,10 @@ class CaptureSource:
         return file
 
     def _opened(self, index: int) -> CaptureFile | None:
+        if not CAN_READ:
+            return None
         name = self._rows[index].path
-        path = self._folder + name if self._fetch is None else str(self._fetch(name))
-        return self._alike.opened(path) if CAN_READ else None
+        return self._alike.opened(self._folder + name if self._fetch is None else str(self._fetch(name)))
 
 
 def _keep(files: OrderedDict[int, _F], index: int, file: _F, most: int, lock: Lock) -> None:

@@ -7,7 +7,8 @@ writes where the bytes are wanted (`O_DIRECT`), and it pushes out what others ke
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from random import randrange
+from random import Random
+from threading import Lock
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ CAN_READ = hasattr(os, "preadv")  # not on Windows
 _CAN_PASS, _CAN_LOOK = hasattr(os, "O_DIRECT"), hasattr(os, "RWF_NOWAIT")  # on Linux
 _BLOCK = 4096  # what is read past the page cache, and the memory for it, are blocks
 _LOOKS = 2
+_places = Random(0)  # where it is looked; nothing that is read depends on it
 _PIECE_BYTES = 2**19  # read at once: Linux reads ahead of whoever reads on in pieces, in large pages
 
 
@@ -28,6 +30,7 @@ class OpenFile:
 
     def __init__(self, path: str) -> None:
         self._fd = self._past = -1
+        self._can_pass, self._lock = _CAN_PASS, Lock()
         self.path, self._fd = path, os.open(path, os.O_RDONLY)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
 
@@ -50,18 +53,24 @@ class OpenFile:
 
     def descriptor(self, *, past_cache: bool) -> int:
         """What to read from. Not every file system has a way past the page cache."""
-        if past_cache and self._past < 0 and _CAN_PASS:
-            with suppress(OSError):
-                self._past = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        return self._past if past_cache and self._past >= 0 else self._fd
+        if not past_cache:
+            return self._fd
+        with self._lock:
+            if self._past < 0 and self._can_pass:
+                self._can_pass = False
+                with suppress(OSError):  # the same file, whatever has the name by now
+                    self._past = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT)
+        return self._past if self._past >= 0 else self._fd
 
     def is_cached(self, place: int, nbytes: int) -> bool:
         """Whether the page cache seems to have these bytes; False where nobody knows.
 
         A few are looked at, others each time: to look at a page can bring it into the cache.
         """
-        byte = bytearray(1)
-        looked_at = (randrange(place, min(place + nbytes, self.size)) for _ in range(_LOOKS))
+        last, byte = min(place + nbytes, self.size), bytearray(1)
+        if place >= last:
+            return True
+        looked_at = [_places.randrange(place, last) for _ in range(_LOOKS)]
         try:
             return _CAN_LOOK and all(os.preadv(self._fd, [byte], one, os.RWF_NOWAIT) for one in looked_at)
         except OSError:  # it would have to wait for the disk

@@ -84,6 +84,9 @@ class ReadsTogether(Protocol):
     def announce(self, generation_index: int, sites: Sequence[Site | None], step: int, *, again: bool = False) -> None:
         """These will be read soon, and maybe `again` later: fetching may begin. Errors are left to reading."""
 
+    def forget(self) -> None:
+        """What was announced and not read yet will not be."""
+
     def read_together(self, generation_index: int, sites: Sequence[Site | None], step: int) -> list[TokenBlock]:
         """One block for each site; their memory is used again once nobody holds them."""
 

@@ -149,8 +149,17 @@ class SourceFeed:
     repeats = True
 
     def __init__(
-        self, source: TokenSource, sites: Sequence[SiteKey], filters: Filters, split: Split, side: Side, seed: int
+        self,
+        source: TokenSource,
+        sites: Sequence[SiteKey],
+        filters: Filters,
+        split: Split,
+        side: Side,
+        seed: int,
+        *,
+        page_cache: bool | None = None,
     ) -> None:
+        """With `page_cache` files are left in the system's cache; None: if all fit into half of the memory, about."""
         self.source, self.seed = source, seed
         self._assembler = _Assembler(sites, filters, split, side)
         self._steps = filters.steps_of(source.steps)
@@ -163,21 +172,14 @@ class SourceFeed:
             )
         fits = self._bytes_per_chunk <= _BYTES_IN_MEMORY
         self._together = source if isinstance(source, ReadsTogether) and fits else None
-        self.expect(None)
+        nbytes = len(here) * len(self._steps) * self._bytes_per_chunk
+        self._again = nbytes <= _memory_bytes() // 2 if page_cache is None else page_cache
 
     @property
     def tokens_at_most(self) -> int:
         """Exact where nothing is filtered."""
         site = self._assembler.sites[0]
         return len(self._generations) * len(self._steps) * self.source.tokens(site)
-
-    def expect(self, tokens: int | None) -> None:
-        """So many tokens will be asked for; None, and unless this is told: more than an epoch has.
-
-        What will be read again is left in the page cache of the system, if all of it fits into half of the memory.
-        """
-        nbytes = len(self._generations) * len(self._steps) * self._bytes_per_chunk
-        self._again = (tokens is None or tokens > self.tokens_at_most) and nbytes <= _memory_bytes() // 2
 
     def chunks(self, epoch: int, start: int = 0, also: Sequence[int] = ()) -> Iterator[Chunk]:
         """Reads chunks as they are asked for, while the disk is at work on those that follow."""
@@ -191,15 +193,18 @@ class SourceFeed:
         return self._read_announced(places, self._together)
 
     def _read_announced(self, places: Iterator[Place], source: ReadsTogether) -> Iterator[Chunk]:
-        """The disk is at work on those that follow."""
+        """The disk is at work on those that follow; what was begun for nobody is dropped in the end."""
         announced = deque[Place]()
         ahead = min(-(-_AHEAD_BYTES // max(self._bytes_per_chunk, 1)), _AHEAD_CHUNKS)
-        for place in places:
-            source.announce(place[1], self._assembler.sites, place[2], again=self._again)
-            announced.append(place)
-            if len(announced) > ahead:
-                yield self._read(*announced.popleft())
-        yield from (self._read(*place) for place in announced)
+        try:
+            for place in places:
+                source.announce(place[1], self._assembler.sites, place[2], again=self._again)
+                announced.append(place)
+                if len(announced) > ahead:
+                    yield self._read(*announced.popleft())
+            yield from (self._read(*place) for place in announced)
+        finally:
+            source.forget()
 
     def _read(self, ordinal: int, generation: int, step: int) -> Chunk:
         sites = self._assembler.sites

@@ -46,7 +46,7 @@ class TokenBatches:
 
     A batch is a drawing without replacement. The last batch of an epoch is shorter where tokens do not divide; with
     `max_tokens`, so is the last of all. Process r of W gets rows r * n / W to (r + 1) * n / W of each batch, and reads
-    all of the data for it. `with` or `close` ends the thread that reads ahead.
+    all of the data for it. `with` or `close` ends the thread that reads ahead. `page_cache`: see `chunks.SourceFeed`.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class TokenBatches:
         ranks: Ranks | None = None,
         device: torch.device | str = "cpu",
         prefetch: bool = True,
+        page_cache: bool | None = None,
     ) -> None:
         filters, split = filters or Filters(), split or Split("prompt", 0.0)
         self.ranks, self.device = ranks or Ranks(), torch.device(device)
@@ -75,14 +76,14 @@ class TokenBatches:
         if callable(source):
             self.feed = StreamFeed(source, sites, filters, split, side)
         else:
-            self.feed = SourceFeed(source, sites, filters, split, side, seed)
+            if self.ranks.world_size > 1:  # all of them read the same files
+                page_cache = True
+            self.feed = SourceFeed(source, sites, filters, split, side, seed, page_cache=page_cache)
         if not self.feed.repeats and (epochs or 1) > 1:
             raise FluxIRError(
                 f"a live stream is one epoch long: got {epochs} epochs", hint="give more prompts, or collect them first"
             )
         self.epochs = epochs if epochs or max_tokens else 1
-        if isinstance(self.feed, SourceFeed):
-            self.feed.expect(self.tokens_at_most)
         self.tokens = 0
         """Tokens of all batches so far, of all processes together."""
         self.epoch = 0
@@ -314,6 +315,7 @@ def _fingerprint(batches: TokenBatches, filters: Filters, split: Split, side: Si
         "seed": batches.seed,
         "batch_tokens": batches.batch_tokens,
         "pool_bytes": batches.pool_bytes,
+        "bytes_beside": Pool.BYTES_BESIDE,
         "tokens": batches.feed.tokens_at_most,
         "side": side,
         "split": [split.by, split.threshold, split.run_tokens],

@@ -136,6 +136,7 @@ def test_no_damage_passes_for_a_capture(write):
         assert not alike.holds(alike.opened(str(path)))
 
 
+@pytest.mark.usefixtures("_sizes")
 def test_a_damaged_directory_never_gives_other_values(write):
     """Checksums of tensors are not looked at, as always; a record that is elsewhere shows by its header."""
     first, path = write(0), write(1)
@@ -147,7 +148,8 @@ def test_a_damaged_directory_never_gives_other_values(write):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         file = alike.opened(str(path))
         try:
-            got = alike.read(file, READ, 2) if alike.holds(file) else None
+            alike.announce(file, READ, 2, again=False)
+            got = alike.read(file, READ, 2) if alike.is_like(file) else None
         except FluxIRError as error:
             told.add(error.message.split(": ")[-1])
             continue
@@ -190,7 +192,7 @@ def test_announcing_changes_nothing_that_is_read(write, again, cached):
 def test_what_is_read_once_passes_the_page_cache(write, monkeypatch, tmp_path):
     skip_unless_there_is_a_way_past(tmp_path)
     monkeypatch.setattr(capture_file, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(open_file, "randrange", lambda start, stop: start)  # it looks at no other place
+    monkeypatch.setattr(open_file._places, "randrange", lambda start, stop: start)  # it looks at no other place
     paths = [write(number, img_tokens=4000) for number in range(3)]
     source = CaptureSource.of_files(paths)
     place = load_capture(paths[2]).place_of(READ[0], 2).values
@@ -214,12 +216,38 @@ def test_a_file_that_is_gone_is_told_in_one_line(write):
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.usefixtures("_sizes")
+def test_an_empty_file_is_told_in_one_line(write):
+    source = CaptureSource.of_files([write(0), write(1)])
+    write(1).write_bytes(b"")
+    source.announce(1, READ, 0)  # says nothing
+    with pytest.raises(FluxIRError, match=r"1\.pt") as caught:
+        source.read_together(1, READ, 0)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.usefixtures("_sizes")
+def test_what_is_forgotten_is_read_all_the_same(write):
+    paths = [write(number) for number in range(5)]
+    source = CaptureSource.of_files(paths)
+    expected = [[block.values.clone() for block in source.read_together(i, READ, 2)] for i in range(5)]
+    drop_from_cache(paths)
+    for index in range(5):
+        source.announce(index, READ, 2)
+    assert len(source._soon) == 5
+    source.forget()
+    assert not source._soon
+    for index in range(5):
+        assert all(map(same_bits, [block.values for block in source.read_together(index, READ, 2)], expected[index]))
+
+
 def test_threads_do_not_disturb_each_other(write):
     source = CaptureSource.of_files([write(number) for number in range(20)])
     mapped = [source.read(index, READ[2], 0).values.clone() for index in range(20)]
 
     def read(turn):
         index = turn * 7 % 20
+        source.announce(turn % 20, READ, 0)
         return torch.equal(source.read_together(index, READ, 0)[2].values, mapped[index])
 
     with ThreadPoolExecutor(4) as threads:

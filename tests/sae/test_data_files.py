@@ -11,6 +11,7 @@ from flux_ir.capture.recorder import StepContext
 from flux_ir.capture.store import CapturePlan
 from flux_ir.capture.tokens import open_source
 from flux_ir.capture.whole import write_capture
+from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data import TokenBatches, choose_sites
 from flux_ir.sae.measure_data import measure_normalisation
@@ -218,16 +219,14 @@ def test_plain_arrays_are_data(tmp_path):
 @pytest.mark.parametrize(
     ("known", "memory", "again"),
     [
-        ({}, 2**40, False),
-        ({"epochs": 2}, 2**40, True),
-        ({"epochs": 2}, 80_000, False),
-        ({"max_tokens": 361}, 2**40, True),
-        ({"max_tokens": 360}, 2**40, False),
+        ({}, 2**40, True),
+        ({}, 80_000, False),
+        ({"page_cache": True}, 80_000, True),
+        ({"page_cache": False}, 2**40, False),
+        ({"ranks": Ranks(0, 2)}, 80_000, True),
     ],
 )
-def test_files_that_are_read_again_and_fit_into_memory_are_left_in_the_page_cache(
-    captures, monkeypatch, known, memory, again
-):
+def test_files_that_fit_into_memory_are_left_in_the_page_cache(captures, monkeypatch, known, memory, again):
     monkeypatch.setattr("flux_ir.sae.chunks._memory_bytes", lambda: memory)
     told = []
     monkeypatch.setattr("flux_ir.capture.alike.Alike.announce", lambda *_, again: told.append(again))
