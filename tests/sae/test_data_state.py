@@ -76,6 +76,16 @@ def test_a_state_of_other_settings_is_refused(change):
         batches_of(NumberedSource(), split=split, **change).restore(state)
 
 
+def test_a_state_of_a_pool_with_other_slots_is_refused(monkeypatch):
+    """The same bytes hold another number of them."""
+    batches = batches_of(NumberedSource())
+    next(batches)
+    state = batches.state()
+    monkeypatch.setattr("flux_ir.sae.pool.Pool.BYTES_BESIDE", 15)
+    with pytest.raises(FluxIRError, match="bytes_beside was 16 and is 15"):
+        batches_of(NumberedSource()).restore(state)
+
+
 def test_a_state_of_a_collection_that_has_grown_is_refused():
     state = batches_of(NumberedSource()).state()
     with pytest.raises(FluxIRError, match="tokens was 180 and is 216"):
