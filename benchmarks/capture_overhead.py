@@ -53,8 +53,13 @@ def seconds_row(name: str, setting: Setting, options: argparse.Namespace) -> lis
     sampling = Sampling(setting, options.device)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         path = Path(folder) / "capture.pt"
+
+        def captured() -> None:
+            sampling.captured(path)
+            path.unlink()  # a run has a file of its own: before one is replaced, ext4 would write it all to the disk
+
         seconds = interleaved(
-            {"plain": sampling.plain, "captured": lambda: sampling.captured(path)},
+            {"plain": sampling.plain, "captured": captured},
             options.repetitions,
             device=options.device,
         )

@@ -84,3 +84,12 @@ def test_importing_the_package_does_not_load_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_no_command_loads_the_models_of_transformers_before_it_encodes_a_prompt():
+    """They take several times as long to import as PyTorch, and most commands need none of them."""
+    modules = sorted(path.stem for path in (ROOT / "flux_ir" / "commands").glob("*.py") if path.stem != "__init__")
+    imports = ", ".join(f"flux_ir.commands.{module}" for module in modules)
+    code = f"import sys, {imports}; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "True False"

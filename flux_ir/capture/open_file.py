@@ -88,12 +88,13 @@ class Prepared:
         self._memory = memory[-memory.data_ptr() % _BLOCK :][:blocks]
         self._view = memoryview(self._memory.numpy().data)
         self._descriptor, self._filled = file.descriptor(past_cache=past_cache), -1
+        self._piece = _PIECE_BYTES if self._descriptor == file.descriptor(past_cache=False) else blocks
 
     def fill(self) -> None:
         """Asks the system. Errors are left to `result`."""
         filled, start = 0, self.place - self._before
         with suppress(OSError):
-            while count := os.preadv(self._descriptor, [self._view[filled:]], start + filled):
+            while count := os.preadv(self._descriptor, [self._view[filled : filled + self._piece]], start + filled):
                 filled += count
                 if start + filled >= self.file.size:  # no more than the last block may be cut short
                     break

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
@@ -50,12 +49,13 @@ class Preprocessing(NamedTuple):
 class ClipVision(nn.Module):
     """The picture half of CLIP up to its last layer but one. `forward` gives token vectors, the class token first."""
 
-    def __init__(self, model: CLIPVisionModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        """`model` is a `CLIPVisionModel` of transformers."""
         super().__init__()
         inner: Any = getattr(model, "vision_model", model)  # transformers 4 has one more level
         # hidden_states[-2] is what the last layer is given, so that layer never runs.
         inner.encoder.layers = inner.encoder.layers[:-1]
-        self.model = model
+        self.model: Any = model
         self._patches = int(inner.embeddings.num_patches)
 
     @property
@@ -105,6 +105,8 @@ def locate_clip(clip: str, *, announce: Announce | None = None) -> Path:
 
 def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipVision:
     """The picture half of the checkpoint, ready to run. Raises FluxIRError for one that is broken or lacks weights."""
+    from transformers import CLIPVisionModel
+
     model = load_pretrained(CLIPVisionModel, folder, dtype, what=WHAT)
     return ClipVision(model).to(device).eval().requires_grad_(False)
 

@@ -1,4 +1,7 @@
-"""Models of transformers from a local folder: every weight from the folder, and quietly. Next: `text` and `clip`."""
+"""Models of transformers from a local folder: every weight from the folder, and quietly. Next: `text` and `clip`.
+
+transformers is imported when something is loaded, not before: its models take longer to import than PyTorch.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from torch import nn
 
 from flux_ir.errors import FluxIRError
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, *, what: str) -> Model:
@@ -22,11 +24,15 @@ def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, *, what
 
     Raises FluxIRError for a folder that is broken or lacks weights.
     """
+    of_transformers: Any = kind
     try:
         with _quietly():
-            loaded: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+            loaded = of_transformers.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unreadable(folder, f"{kind.__name__}: {error}", what=what) from error
+    model: Model
     model, told = loaded
     if missing := sorted(told["missing_keys"]):
         problem = f"{len(missing)} weights of {kind.__name__} are missing, first {missing[0]}"
@@ -34,8 +40,10 @@ def load_pretrained(kind: type[Model], folder: Path, dtype: torch.dtype, *, what
     return model
 
 
-def load_tokenizer(folder: Path, *, what: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the folder. Raises FluxIRError if there is none that can be read."""
+def load_tokenizer(folder: Path, *, what: str) -> Any:
+    """The tokenizer of the folder, a transformers one. Raises FluxIRError if there is none that can be read."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -50,6 +58,8 @@ def unreadable(folder: Path, problem: str, *, what: str) -> FluxIRError:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Progress and complaints are the caller's: transformers' own bars and reports stay away, and come back after."""
+    from transformers.utils import logging
+
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

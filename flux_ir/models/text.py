@@ -1,15 +1,15 @@
 """Text encoders: T5 gives every token a vector, CLIP gives the prompt one vector. Both through transformers.
 
-As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask).
+As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask). What encodes no
+prompt does not wait for transformers, whose models take longer to import than PyTorch.
 """
 
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from flux_ir.models.pretrained import load_pretrained, load_tokenizer
 from flux_ir.shapes import Pooled, TxtTokens
@@ -30,17 +30,20 @@ class TextEmbedding(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """A text model with its tokenizer. `forward` gives token vectors (T5) or a pooled vector (CLIP) per prompt."""
+    """A text model of transformers with its tokenizer.
+
+    `forward` gives token vectors (T5) or a pooled vector (CLIP) per prompt.
+    """
 
     def __init__(
         self,
-        model: T5EncoderModel | CLIPTextModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: nn.Module,
+        tokenizer: Any,
         max_tokens: int,
         output: Literal["last_hidden_state", "pooler_output"],
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.output = output
@@ -97,6 +100,8 @@ def load_t5(
 
     Raises FluxIRError for a folder that is broken or lacks weights.
     """
+    from transformers import T5EncoderModel
+
     model = load_pretrained(T5EncoderModel, model_dir, dtype, what=_WHAT)
     tokenizer = load_tokenizer(tokenizer_dir, what=_WHAT)
     return _finished(TextEncoder(model, tokenizer, max_tokens, "last_hidden_state"), device)
@@ -104,6 +109,8 @@ def load_t5(
 
 def load_clip(model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
     """The CLIP text encoder of a local transformers folder. Raises FluxIRError as `load_t5`."""
+    from transformers import CLIPTextModel
+
     model = load_pretrained(CLIPTextModel, model_dir, dtype, what=_WHAT)
     max_tokens = min(CLIP_TOKENS, model.config.max_position_embeddings)
     tokenizer = load_tokenizer(tokenizer_dir, what=_WHAT)

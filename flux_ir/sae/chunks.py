@@ -26,7 +26,7 @@ from flux_ir.sae.splits import Side, Split
 RUN_BYTES = 2 * 2**20
 _BYTES_IN_MEMORY = 2**28  # larger chunks are mapped, and moved to the pool a piece at a time
 _AHEAD_BYTES = 16 * 2**20  # announced before they are read: enough that the disk never waits
-_AHEAD_CHUNKS = 64  # files that stay open until they are read
+_AHEAD_CHUNKS = 120  # files that stay open until they are read
 _WAITING_CHUNKS = 1024  # of a stream, until their last site has come
 
 Blocks = Callable[[], Iterator[TokenBlock]]
