@@ -5,7 +5,6 @@ evenly from all slots but those that are being refilled after the two batches be
 advance, so neither the thread nor the number of processes changes any batch.
 """
 
-import json
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -21,6 +20,7 @@ from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.choosing import choose_sites, sites_in_lockstep
 from flux_ir.sae.chunks import Blocks, Chunk, Feed, SourceFeed, StreamFeed
+from flux_ir.sae.data_settings import check_same_settings, settings_text
 from flux_ir.sae.filters import Filters, SiteKey
 from flux_ir.sae.loading import Loader, already, refill_pool
 from flux_ir.sae.pool import Batch, Pool, Row, Slots, free_slots, slot_bytes
@@ -87,7 +87,16 @@ class TokenBatches:
         self.tokens = 0
         """Tokens of all batches so far, of all processes together."""
         self.epoch = 0
-        self._settings = _fingerprint(self, filters, split, side)
+        self._settings = settings_text(
+            sites=self.sites,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            pool_bytes=pool_bytes,
+            tokens=self.feed.tokens_at_most,
+            filters=filters,
+            split=split,
+            side=side,
+        )
         self._batch_of_epoch = 0
         self._pool: Pool | None = None
         self._loader: Loader | None = None
@@ -159,12 +168,7 @@ class TokenBatches:
 
         Raises FluxIRError if the state is of other data or of other settings.
         """
-        if state["settings"] != self._settings:
-            raise FluxIRError(
-                "the place in the data was saved with other data or settings: "
-                f"{_difference(state['settings'], self._settings)}",
-                hint="resume with the settings and the captures of the first run",
-            )
+        check_same_settings(state["settings"], self._settings)
         self.close()
         self._pool = self._loader = self._rest = None
         self._refills.clear()
@@ -306,28 +310,3 @@ def _check_numbers(
             f"a batch must have a token for each of {ranks.world_size} processes: got {batch_tokens}",
             hint="a few thousand tokens are usual",
         )
-
-
-def _fingerprint(batches: TokenBatches, filters: Filters, split: Split, side: Side) -> str:
-    """All that the order of the tokens depends on, as JSON."""
-    settings = {
-        "sites": [str(site) for site in batches.sites],
-        "seed": batches.seed,
-        "batch_tokens": batches.batch_tokens,
-        "pool_bytes": batches.pool_bytes,
-        "bytes_beside": Pool.BYTES_BESIDE,
-        "tokens": batches.feed.tokens_at_most,
-        "side": side,
-        "split": [split.by, split.threshold, split.run_tokens],
-        "stream": filters.stream,
-        "steps": None if filters.steps is None else sorted(filters.steps),
-        "padding": filters.padding,
-        "limits": filters.outlier_factor and sorted((str(site), step, x) for (site, step), x in filters.limits.items()),
-    }
-    return json.dumps(settings)
-
-
-def _difference(one: str, other: str) -> str:
-    before, now = json.loads(one), json.loads(other)
-    names = [name for name in now if before.get(name) != now[name]]
-    return "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in names)

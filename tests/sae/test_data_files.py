@@ -99,18 +99,18 @@ class Telling:
 
 
 def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captures):
-    source = open_source(captures(100))
+    source = open_source(captures(150))
     telling, sites = Telling(source), choose_sites(source, ["double.0.img"])
     known = {"batch_tokens": 20, "pool_bytes": 100 * (source.d(sites[0]) * 2 + Pool.BYTES_BESIDE)}
     with TokenBatches(telling, sites, **known) as batches:
         next(batches)
     after = telling.told
-    assert after < 100
+    assert after < 200  # of 300
     time.sleep(0.1)
     assert telling.told == after
     with TokenBatches(source, sites, **known) as batches:
         opened = [len(source._soon) for _ in batches]
-    assert max(opened) <= 64 + 16
+    assert max(opened) <= 120 + 16
 
 
 @pytest.mark.parametrize("ahead", [1, 3 * 12 * 64 * 2 * 2, 2**20])
