@@ -12,7 +12,7 @@ from torch import Tensor
 from flux_ir.capture.open_file import OpenFile, Prepared
 
 _THREADS = 3  # with one the disk would be idle between its reads
-_GROUP = 8  # small files
+_GROUP = 16  # small files
 
 
 class BegunRead:
