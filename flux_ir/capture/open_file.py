@@ -5,8 +5,8 @@ writes where the bytes are wanted (`O_DIRECT`), and it pushes out what others ke
 """
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from random import Random
 from threading import Lock
 
@@ -58,9 +58,26 @@ class OpenFile:
         with self._lock:
             if self._past < 0 and self._can_pass:
                 self._can_pass = False
-                with suppress(OSError):  # the same file, whatever has the name by now
-                    self._past = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT)
+                with suppress(OSError):
+                    self._past = self._opened_again(os.O_DIRECT)
         return self._past if self._past >= 0 else self._fd
+
+    @contextmanager
+    def descriptor_alone(self) -> Iterator[int]:
+        """One that nobody else reads from: Linux reads ahead well where it sees one place move on, not several."""
+        try:
+            alone = self._opened_again(0)
+        except OSError:
+            yield self._fd
+            return
+        try:
+            yield alone
+        finally:
+            os.close(alone)
+
+    def _opened_again(self, flags: int) -> int:
+        """The same file, whatever has the name by now. Raises OSError where there is no such way."""
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | flags)
 
     def is_cached(self, place: int, nbytes: int) -> bool:
         """Whether the page cache seems to have these bytes; False where nobody knows.
@@ -88,17 +105,24 @@ class Prepared:
         self._memory = memory[-memory.data_ptr() % _BLOCK :][:blocks]
         self._view = memoryview(self._memory.numpy().data)
         self._descriptor, self._filled = file.descriptor(past_cache=past_cache), -1
-        self._piece = _PIECE_BYTES if self._descriptor == file.descriptor(past_cache=False) else blocks
+        self._in_pieces = self._descriptor == file.descriptor(past_cache=False) and blocks > _PIECE_BYTES
 
     def fill(self) -> None:
         """Asks the system. Errors are left to `result`."""
-        filled, start = 0, self.place - self._before
         with suppress(OSError):
-            while count := os.preadv(self._descriptor, [self._view[filled : filled + self._piece]], start + filled):
-                filled += count
-                if start + filled >= self.file.size:  # no more than the last block may be cut short
-                    break
-            self._filled = filled
+            if self._in_pieces:
+                with self.file.descriptor_alone() as descriptor:
+                    self._filled = self._read(descriptor, _PIECE_BYTES)
+            else:
+                self._filled = self._read(self._descriptor, self._view.nbytes)
+
+    def _read(self, descriptor: int, piece: int) -> int:
+        filled, start = 0, self.place - self._before
+        while count := os.preadv(descriptor, [self._view[filled : filled + piece]], start + filled):
+            filled += count
+            if start + filled >= self.file.size:  # no more than the last block may be cut short
+                break
+        return filled
 
     def result(self) -> Tensor:
         """The bytes, uint8 [nbytes]; fewer at the end of the file. Raises OSError if there is no way to read them."""

@@ -54,6 +54,20 @@ def test_every_way_gives_the_bytes_of_the_file(path, cached, way):
         assert WAYS[way](file, place, nbytes).numpy().tobytes() == whole[place : place + nbytes]
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_large_parts_come_through_the_page_cache_in_pieces(path, monkeypatch, alone):
+    monkeypatch.setattr(open_file, "_PIECE_BYTES", 1000)
+    if not alone:  # a system where a file cannot be opened again by its descriptor
+        monkeypatch.setattr(OpenFile, "_opened_again", lambda *_: os.open("/nowhere/at/all", os.O_RDONLY))
+    read, known = [], os.preadv
+    monkeypatch.setattr(open_file.os, "preadv", lambda *given: read.append(given[0]) or known(*given))
+    file, whole = OpenFile(str(path)), path.read_bytes()
+    for place, nbytes in PARTS:
+        assert read_prepared(file, place, nbytes, past_cache=False).numpy().tobytes() == whole[place : place + nbytes]
+    assert len(read) > SIZE // 1000
+    assert (file.descriptor(past_cache=False) in read) != alone
+
+
 def test_small_files_are_read_a_few_at_a_time_or_when_somebody_waits(path):
     file, ahead, whole = OpenFile(str(path)), ReadAhead(), path.read_bytes()
     begun = [ahead.begin_small(prepared(file, *PARTS[i % len(PARTS)])) for i in range(19)]
@@ -127,7 +141,7 @@ def test_where_one_small_file_is_missing_the_next_ones_are_not_looked_for(path, 
     ahead, looked = ReadAhead(), []
     file = OpenFile(str(path))
     monkeypatch.setattr(OpenFile, "is_cached", lambda *_: looked.append(1) or len(looked) < 4)
-    assert [ahead.is_needed(file) for _ in range(12)] == [False] * 3 + [True] * 9
+    assert [ahead.is_needed(file) for _ in range(20)] == [False] * 3 + [True] * 17
     assert len(looked) == 5
 
 
