@@ -20,7 +20,7 @@ from flux_ir.sites import Site
 Fetch = Callable[[str], Path]
 
 _OPEN_FILES = 8  # at once, in each way of reading: readers take all they want of a file before the next
-_FILES_SOON = 128  # announced and not read yet
+_FILES_SOON = 128  # announced and not read yet: more than any reader announces (`sae.chunks`)
 
 _F = TypeVar("_F")
 

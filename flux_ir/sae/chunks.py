@@ -5,7 +5,7 @@ one pass over the data. Next: `pool`, which mixes the rows.
 """
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -26,7 +26,7 @@ from flux_ir.sae.splits import Side, Split
 RUN_BYTES = 2 * 2**20
 _BYTES_IN_MEMORY = 2**28  # larger chunks are mapped, and moved to the pool a piece at a time
 _AHEAD_BYTES = 64 * 2**20  # announced before they are read: enough that the disk never waits
-_AHEAD_FILES = 120  # that stay open until they are read
+_AHEAD_FILES = 120  # that stay open until they are read: fewer than a source keeps (`capture_source`)
 _WAITING_CHUNKS = 1024  # of a stream, until their last site has come
 
 Blocks = Callable[[], Iterator[TokenBlock]]
@@ -193,15 +193,20 @@ class SourceFeed:
         return self._read_announced(places, self._together)
 
     def _read_announced(self, places: Iterator[Place], source: ReadsTogether) -> Iterator[Chunk]:
-        """The disk is at work on those that follow; what was begun for nobody is dropped in the end."""
-        announced = deque[Place]()
-        ahead = min(-(-_AHEAD_BYTES // max(self._bytes_per_chunk, 1)), _AHEAD_FILES * self._run_steps)
+        """The disk is at work on those that follow; what nobody came to read is forgotten in the end."""
+        announced, files = deque[Place](), Counter[int]()
+        ahead = -(-_AHEAD_BYTES // max(self._bytes_per_chunk, 1))
         try:
             for place in places:
                 source.announce(place[1], self._assembler.sites, place[2], again=self._again)
                 announced.append(place)
-                if len(announced) > ahead:
-                    yield self._read(*announced.popleft())
+                files[place[1]] += 1
+                while len(announced) > ahead or len(files) > _AHEAD_FILES:
+                    ordinal, generation, step = announced.popleft()
+                    files[generation] -= 1
+                    if not files[generation]:
+                        del files[generation]
+                    yield self._read(ordinal, generation, step)
             yield from (self._read(*place) for place in announced)
         finally:
             source.forget()
@@ -218,13 +223,9 @@ class SourceFeed:
     def _bytes_per_chunk(self) -> int:
         return sum(self.source.tokens(site) * self.source.d(site) * 2 for site in self._assembler.sites)
 
-    @property
-    def _run_steps(self) -> int:
-        return min(max(RUN_BYTES // max(self._bytes_per_chunk, 1), 1), len(self._steps))
-
     def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Generation and step of every chunk: runs of steps of one generation, shuffled."""
-        run_steps = self._run_steps
+        run_steps = min(max(RUN_BYTES // max(self._bytes_per_chunk, 1), 1), len(self._steps))
         runs_each = -(-len(self._steps) // run_steps)
         draw = np.random.default_rng([self.seed, epoch])
         runs = draw.permutation(len(self._generations) * runs_each)

@@ -17,6 +17,13 @@ SIZE = 3 * 4096 + 1234
 PARTS = [(0, SIZE), (0, 1), (1, 4096), (4095, 2), (4096, 4096), (5000, 3000), (SIZE - 1, 1), (SIZE - 5000, 9000)]
 
 
+LINUX = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux")
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.fixture
 def path(tmp_path):
     torch.manual_seed(0)
@@ -54,18 +61,26 @@ def test_every_way_gives_the_bytes_of_the_file(path, cached, way):
         assert WAYS[way](file, place, nbytes).numpy().tobytes() == whole[place : place + nbytes]
 
 
+@LINUX
 @pytest.mark.parametrize("alone", [True, False])
 def test_large_parts_come_through_the_page_cache_in_pieces(path, monkeypatch, alone):
     monkeypatch.setattr(open_file, "_PIECE_BYTES", 1000)
     if not alone:  # a system where a file cannot be opened again by its descriptor
         monkeypatch.setattr(OpenFile, "_opened_again", lambda *_: os.open("/nowhere/at/all", os.O_RDONLY))
-    read, known = [], os.preadv
-    monkeypatch.setattr(open_file.os, "preadv", lambda *given: read.append(given[0]) or known(*given))
-    file, whole = OpenFile(str(path)), path.read_bytes()
+    read, sizes, known = [], [], os.preadv
+
+    def listen(descriptor, views, *place):
+        read.append(descriptor)
+        sizes.extend(view.nbytes for view in views)
+        return known(descriptor, views, *place)
+
+    monkeypatch.setattr(open_file.os, "preadv", listen)
+    file, whole, before = OpenFile(str(path)), path.read_bytes(), open_files()
     for place, nbytes in PARTS:
         assert read_prepared(file, place, nbytes, past_cache=False).numpy().tobytes() == whole[place : place + nbytes]
-    assert len(read) > SIZE // 1000
+    assert max(sizes) == 1000
     assert (file.descriptor(past_cache=False) in read) != alone
+    assert open_files() == before
 
 
 def test_small_files_are_read_a_few_at_a_time_or_when_somebody_waits(path):
@@ -145,11 +160,8 @@ def test_where_one_small_file_is_missing_the_next_ones_are_not_looked_for(path, 
     assert len(looked) == 5
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux")
+@LINUX
 def test_a_file_is_closed_when_nobody_holds_it(path):
-    def open_files():
-        return len(list(Path("/proc/self/fd").iterdir()))
-
     before = open_files()
     file = OpenFile(str(path))
     read_prepared(file, 0, 10)

@@ -1,7 +1,7 @@
 """Batches of files: captures of every dtype and plain arrays come back as stored, however they are read."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -13,10 +13,12 @@ from flux_ir.capture.tokens import open_source
 from flux_ir.capture.whole import write_capture
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.chunks import SourceFeed
 from flux_ir.sae.data import TokenBatches, choose_sites
+from flux_ir.sae.filters import Filters
 from flux_ir.sae.measure_data import measure_normalisation
 from flux_ir.sae.pool import Pool
-from flux_ir.sae.splits import split_source
+from flux_ir.sae.splits import Split, split_source
 from flux_ir.sites import all_sites, match_sites
 from tests.sae.numbered_source import PLENTY, rows_of, same, sorted_rows
 
@@ -88,14 +90,22 @@ class Telling:
 
     source: object
     told: int = 0
+    unread: set = field(default_factory=set)
+    most_unread: int = 0
 
     def __getattr__(self, name):
         return getattr(self.source, name)
 
-    def announce(self, *place, again):
+    def announce(self, generation, *place, again):
         time.sleep(0.01)
         self.told += 1
-        self.source.announce(*place, again=again)
+        self.unread.add(generation)
+        self.most_unread = max(self.most_unread, len(self.unread))
+        self.source.announce(generation, *place, again=again)
+
+    def read_together(self, generation, *place):
+        self.unread.discard(generation)
+        return self.source.read_together(generation, *place)
 
 
 def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captures):
@@ -108,9 +118,16 @@ def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captur
     assert after < 300  # of 400
     time.sleep(0.1)
     assert telling.told == after
-    with TokenBatches(source, sites, **known) as batches:
-        opened = [len(source._soon) for _ in batches]
-    assert max(opened) <= 120 + 16
+    assert 120 <= telling.most_unread <= 121
+
+
+def test_no_more_files_are_announced_where_one_step_of_each_is_read_again(captures):
+    source = open_source(captures(150))
+    telling, sites = Telling(source), choose_sites(source, ["double.0.img"])
+    feed = SourceFeed(telling, sites, Filters(), Split("prompt", 0.0), "training", 0)
+    again = range(0, 300, 2)
+    assert [chunk.ordinal for chunk in feed.chunks(0, start=300, also=again)] == list(again)
+    assert telling.most_unread == 121  # the one that is about to be read, too
 
 
 @pytest.mark.parametrize("ahead", [1, 3 * 12 * 64 * 2 * 2, 2**20])
