@@ -207,21 +207,17 @@ def test_what_is_read_once_passes_the_page_cache(write, monkeypatch, tmp_path):
         source._files.clear()
 
 
-def test_a_file_that_is_gone_is_told_in_one_line(write):
-    source = CaptureSource.of_files([write(0), write(1)])
-    write(1).unlink()
-    source.announce(1, READ, 0)  # says nothing
-    with pytest.raises(FluxIRError, match=r"1\.pt: No such file") as caught:
-        source.read_together(1, READ, 0)
-    assert "\n" not in caught.value.message
-
-
 @pytest.mark.usefixtures("_sizes")
-def test_an_empty_file_is_told_in_one_line(write):
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(Path.unlink, r"1\.pt: No such file"), (lambda path: path.write_bytes(b""), r"1\.pt is not a complete capture")],
+    ids=["gone", "empty"],
+)
+def test_a_file_that_is_gone_or_empty_is_told_in_one_line(write, spoil, said):
     source = CaptureSource.of_files([write(0), write(1)])
-    write(1).write_bytes(b"")
+    spoil(write(1))
     source.announce(1, READ, 0)  # says nothing
-    with pytest.raises(FluxIRError, match=r"1\.pt") as caught:
+    with pytest.raises(FluxIRError, match=said) as caught:
         source.read_together(1, READ, 0)
     assert "\n" not in caught.value.message
 
