@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from networks import FULL, SIDE_PX, TXT_TOKENS, WIDE, random_flux, random_inputs
 
-from flux_ir.capture.recorder import Recorder
-from flux_ir.capture.store import CapturePlan, CaptureWriter
 from flux_ir.models.registry import get_spec
 from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.recording.recorder import Recorder
+from flux_ir.recording.store import CapturePlan, CaptureWriter
 from flux_ir.sampling.generate import Inputs, sample
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import block_outputs

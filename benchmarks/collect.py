@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from measure import Target, arguments, interleaved, machine, parse, print_report
 
-from flux_ir.capture.recorder import MemorySink, Recorder
-from flux_ir.collect.batches import Recipe
-from flux_ir.collect.collection import CollectSettings
-from flux_ir.collect.collector import collect
-from flux_ir.collect.prompts import WorkList
-from flux_ir.collect.storage import LocalStorage
+from flux_ir.collecting.batches import Recipe
+from flux_ir.collecting.collection import CollectSettings
+from flux_ir.collecting.collector import collect
+from flux_ir.collecting.prompts import WorkList
+from flux_ir.collecting.storage import LocalStorage
 from flux_ir.commands.report import bytes_at, in_units, peak_host_bytes
 from flux_ir.distributed import Ranks
 from flux_ir.models.placement import plan
@@ -29,6 +28,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
+from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sites import Site, block_outputs

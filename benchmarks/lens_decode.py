@@ -11,13 +11,13 @@ import torch
 from capturing import Sampling, Setting, settings
 from measure import Target, arguments, interleaved, machine, parse, print_report
 
-from flux_ir.capture.store import Capture, load_capture
 from flux_ir.layout import RunFolder
 from flux_ir.lens.decode import LensDecoder
 from flux_ir.lens.readout import read_step
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.registry import get_spec
 from flux_ir.models.transformer import Flux
+from flux_ir.recording.store import Capture, load_capture
 from flux_ir.sampling.generate import to_pixels
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import unpack

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from measure import Target, arguments, machine, parse, print_report, seconds_of
 
-from flux_ir.capture.plan import CapturePlan
-from flux_ir.capture.recorder import StepContext
-from flux_ir.capture.tokens import open_source
-from flux_ir.capture.whole import write_capture
+from flux_ir.activations.tokens import open_source
+from flux_ir.activations.whole import write_capture
 from flux_ir.models.transformer import FluxParams
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.recorder import StepContext
 from flux_ir.sae.data import TokenBatches, choose_sites
 from flux_ir.sae.pool import Pool
 from flux_ir.sites import Site

@@ -6,13 +6,13 @@ from itertools import repeat
 import torch
 from rich.text import Text
 
-from flux_ir.collect.batches import Recipe
-from flux_ir.collect.collection import Collection, CollectSettings, read_index
-from flux_ir.collect.collector import Collector
-from flux_ir.collect.groups import EXTRAS
-from flux_ir.collect.one_job import one_job_at
-from flux_ir.collect.prompts import read_prompts
-from flux_ir.collect.storage import Storage, open_storage
+from flux_ir.collecting.batches import Recipe
+from flux_ir.collecting.collection import Collection, CollectSettings, read_index
+from flux_ir.collecting.collector import Collector
+from flux_ir.collecting.groups import EXTRAS
+from flux_ir.collecting.one_job import one_job_at
+from flux_ir.collecting.prompts import read_prompts
+from flux_ir.collecting.storage import Storage, open_storage
 from flux_ir.commands.collect import CollectOptions
 from flux_ir.commands.front import INTERRUPTED
 from flux_ir.commands.generation import check_steps

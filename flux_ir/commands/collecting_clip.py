@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from flux_ir.capture.tokens import CLIP_CAPTIONS, CLIP_IMAGES
-from flux_ir.collect.captions import read_captions
-from flux_ir.collect.clip_images import (
+from flux_ir.activations.tokens import CLIP_CAPTIONS, CLIP_IMAGES
+from flux_ir.collecting.captions import read_captions
+from flux_ir.collecting.clip_images import (
     INDEX_FILE,
     ClipCollection,
     Collected,

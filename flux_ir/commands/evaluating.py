@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from flux_ir.capture.tokens import open_source
+from flux_ir.activations.tokens import open_source
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
 from flux_ir.commands.judged import Judged, draw_fronts, result_table, write_results
 from flux_ir.commands.report import Report, peak_memory

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from flux_ir.capture.exported_source import METADATA_KEY, SETTINGS, Facts, array_name
-from flux_ir.capture.tokens import TokenBlock, TokenSource, open_source
+from flux_ir.activations.exported_source import METADATA_KEY, SETTINGS, Facts, array_name
+from flux_ir.activations.tokens import TokenBlock, TokenSource, open_source
 from flux_ir.commands.export import ExportOptions
 from flux_ir.commands.report import Report, counted
 from flux_ir.errors import FluxIRError

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flux_ir.capture.recorder import Recorder, Sink
-from flux_ir.capture.store import CapturePlan, CaptureWriter, load_capture
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.reading import LENSES, decode_run
 from flux_ir.commands.report import Report, peak_memory
@@ -30,6 +28,8 @@ from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.options import to_json_dict
+from flux_ir.recording.recorder import Recorder, Sink
+from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
 from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import image_ids

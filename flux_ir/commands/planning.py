@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from flux_ir.capture.plan import CapturePlan
-from flux_ir.capture.store import file_bytes
-from flux_ir.collect.collection import CollectSettings
-from flux_ir.collect.prompts import WorkList
-from flux_ir.collect.sizes import captures_bytes, embeddings_bytes, latents_bytes, site_sizes
+from flux_ir.collecting.collection import CollectSettings
+from flux_ir.collecting.prompts import WorkList
+from flux_ir.collecting.sizes import captures_bytes, embeddings_bytes, latents_bytes, site_sizes
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.collect import CollectOptions
 from flux_ir.commands.collecting import place
@@ -31,6 +29,8 @@ from flux_ir.lens.readout import image_outputs
 from flux_ir.models.pretrained import load_tokenizer
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.store import file_bytes
 
 Rows = list[tuple[str, str, str]]
 

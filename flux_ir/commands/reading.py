@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from flux_ir.capture.store import Capture, load_capture
 from flux_ir.commands.lens import LensOptions
 from flux_ir.commands.report import Report, peak_memory
 from flux_ir.errors import FluxIRError
@@ -22,6 +21,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_autoencoder, locate_transformer
 from flux_ir.models.transformer import Flux
 from flux_ir.models.weights import load_autoencoder, load_flux
+from flux_ir.recording.store import Capture, load_capture
 from flux_ir.shapes import Pixels
 from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flux_ir.capture.store import load_capture
-from flux_ir.collect.embeddings import EmbeddedPrompt, embed_prompts
+from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
 from flux_ir.commands.report import Report
 from flux_ir.errors import FluxIRError
@@ -18,6 +17,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
+from flux_ir.recording.store import load_capture
 from flux_ir.sae.fit_baselines import BaselineFits
 from flux_ir.sae.held_out import Subject
 from flux_ir.sae.metrics import rounded

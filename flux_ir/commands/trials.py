@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from flux_ir.capture.plan import CapturePlan, capture_bytes
-from flux_ir.capture.recorder import MemorySink, Recorder
-from flux_ir.collect.batches import recorded_bytes
-from flux_ir.collect.collection import CollectSettings
-from flux_ir.collect.collector import Collector
-from flux_ir.collect.fitting import cpu_batch, gpu_batch
-from flux_ir.collect.live import live_blocks
-from flux_ir.collect.storage import LocalStorage, open_storage
+from flux_ir.collecting.batches import recorded_bytes
+from flux_ir.collecting.collection import CollectSettings
+from flux_ir.collecting.collector import Collector
+from flux_ir.collecting.fitting import cpu_batch, gpu_batch
+from flux_ir.collecting.live import live_blocks
+from flux_ir.collecting.storage import LocalStorage, open_storage
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.generation import Job
 from flux_ir.commands.report import bytes_at, peak_memory
@@ -27,6 +25,8 @@ from flux_ir.commands.room import Room
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
+from flux_ir.recording.plan import CapturePlan, capture_bytes
+from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 
 TRIAL_STEPS = 3

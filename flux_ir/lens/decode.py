@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flux_ir.capture.store import Capture
 from flux_ir.layout import RunFolder, complete_file
 from flux_ir.lens.measures import cosine, finite, psnr_db, relative_distance
 from flux_ir.lens.readout import Lens, Reading, read_step, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.transformer import Flux
+from flux_ir.recording.store import Capture
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.shapes import PackedLatent, Pixels

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flux_ir.capture.token_blocks import TokenSource
+from flux_ir.activations.token_blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.filters import Filters, SiteKey
 from flux_ir.sites import Stream, match_sites, nearest_names

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flux_ir.capture.token_blocks import ReadsTogether, TokenBlock, TokenSource
+from flux_ir.activations.token_blocks import ReadsTogether, TokenBlock, TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.filters import Filters, SiteKey, check_finite
 from flux_ir.sae.splits import Side, Split

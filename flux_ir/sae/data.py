@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flux_ir.capture.token_blocks import TokenSource
+from flux_ir.activations.token_blocks import TokenSource
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.choosing import choose_sites, sites_in_lockstep

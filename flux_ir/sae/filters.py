@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.capture.token_blocks import TokenBlock
+from flux_ir.activations.token_blocks import TokenBlock
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site, Stream
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.capture.token_blocks import TokenSource
+from flux_ir.activations.token_blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.chunks import SourceFeed
 from flux_ir.sae.filters import Filters, SiteKey

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.capture.token_blocks import TokenSource
+from flux_ir.activations.token_blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.choosing import sites_in_lockstep
 from flux_ir.sae.chunks import Blocks, Chunk, Feed, SourceFeed, StreamFeed

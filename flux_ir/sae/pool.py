@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flux_ir.capture.spare_memory import SpareMemory
+from flux_ir.activations.spare_memory import SpareMemory
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.chunks import Chunk
 from flux_ir.sae.filters import SiteKey

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.capture.token_blocks import TokenSource
+from flux_ir.activations.token_blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flux_ir.capture.store import load_capture
 from flux_ir.models.registry import get_spec
+from flux_ir.recording.store import load_capture
 
 SCRIPT = Path(__file__).parents[2] / "capture_sample.py"
 SPEC = get_spec("flux-tiny")

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ir.capture.store import load_capture
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.models.placement import plan
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.options import flags
+from flux_ir.recording.store import load_capture
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sites import block_outputs

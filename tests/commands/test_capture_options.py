@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from flux_ir.capture.store import load_capture
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.generation import settle
+from flux_ir.recording.store import load_capture
 from flux_ir.sites import Site
 from tests.commands.run_folder import BLOCKS, DEPTH, LAST, QUICK, SMALL, SPEC, files_in, metadata_of, pixels_of
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_ir.capture.tokens import open_source
-from flux_ir.collect.one_job import one_job_at
-from flux_ir.collect.storage import LocalStorage
+from flux_ir.activations.tokens import open_source
+from flux_ir.collecting.one_job import one_job_at
+from flux_ir.collecting.storage import LocalStorage
 from flux_ir.commands.collect import CollectOptions, main
 from flux_ir.commands.collecting import settle, tokens_per_generation
 from flux_ir.distributed import Ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ir.capture.tokens import open_source
+from flux_ir.activations.tokens import open_source
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.evaluate_sae import main as evaluate_sae
 from flux_ir.commands.main import main as flux_ir

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flux_ir.capture.recorder import StepContext
-from flux_ir.capture.store import CapturePlan, load_capture
-from flux_ir.capture.tokens import open_source
-from flux_ir.capture.whole import write_capture
+from flux_ir.activations.tokens import open_source
+from flux_ir.activations.whole import write_capture
 from flux_ir.commands.main import main as flux_ir
+from flux_ir.recording.recorder import StepContext
+from flux_ir.recording.store import CapturePlan, load_capture
 from flux_ir.sites import Site
 
 TXT, IMG = 7, 12

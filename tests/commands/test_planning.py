@@ -7,10 +7,9 @@ import fsspec
 import pytest
 import torch
 
-from flux_ir.capture.store import file_bytes
-from flux_ir.collect.batches import Recipe
-from flux_ir.collect.prompts import WorkList
-from flux_ir.collect.sizes import captures_bytes, site_sizes
+from flux_ir.collecting.batches import Recipe
+from flux_ir.collecting.prompts import WorkList
+from flux_ir.collecting.sizes import captures_bytes, site_sizes
 from flux_ir.commands import room
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect
@@ -19,6 +18,7 @@ from flux_ir.commands.trials import Pace
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import get_spec
+from flux_ir.recording.store import file_bytes
 from flux_ir.sites import Site
 
 SPEC = get_spec("flux-tiny")

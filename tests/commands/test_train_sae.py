@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from flux_ir.capture.tokens import open_source
+from flux_ir.activations.tokens import open_source
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.sae.base import load_sae
 from flux_ir.sae.config import ARCHITECTURES, HAS_K

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flux_ir.capture.tokens import open_source
+from flux_ir.activations.tokens import open_source
 from flux_ir.commands.train_sae import main as train_sae
 from flux_ir.sae.splits import split_source
 from tests.commands.small_training import D

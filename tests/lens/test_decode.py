@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ir.capture.recorder import Recorder
-from flux_ir.capture.store import CapturePlan, CaptureWriter, load_capture
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder
 from flux_ir.lens.decode import LensDecoder, batch_size, lens_report, read_picture
 from flux_ir.lens.measures import cosine, psnr_db, relative_distance
 from flux_ir.lens.readout import read_step
 from flux_ir.models.text import TextEmbedding
+from flux_ir.recording.recorder import Recorder
+from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.schedule import get_schedule

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from flux_ir.capture.token_blocks import Generation, TokenBlock
+from flux_ir.activations.token_blocks import Generation, TokenBlock
 from flux_ir.sae.data import TokenBatches
 from flux_ir.sae.pool import Pool
 from flux_ir.sites import Site

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flux_ir.capture.recorder import MemorySink, Recorder
 from flux_ir.errors import FluxIRError
+from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sae.baselines import PCA, BaselineConfig, Covariance, Neurons, RandomDictionary
 from flux_ir.sae.itda import ITDA
 from flux_ir.sae.pursuit import gradient_pursuit

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from flux_ir.capture.recorder import StepContext
-from flux_ir.capture.store import CapturePlan
-from flux_ir.capture.tokens import open_source
-from flux_ir.capture.whole import write_capture
+from flux_ir.activations.tokens import open_source
+from flux_ir.activations.whole import write_capture
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.recording.recorder import StepContext
+from flux_ir.recording.store import CapturePlan
 from flux_ir.sae.chunks import SourceFeed
 from flux_ir.sae.data import TokenBatches, choose_sites
 from flux_ir.sae.filters import Filters
@@ -246,7 +246,7 @@ def test_plain_arrays_are_data(tmp_path):
 def test_files_that_fit_into_memory_are_left_in_the_page_cache(captures, monkeypatch, known, memory, again):
     monkeypatch.setattr("flux_ir.sae.chunks._memory_bytes", lambda: memory)
     told = []
-    monkeypatch.setattr("flux_ir.capture.alike.Alike.announce", lambda *_, again: told.append(again))
+    monkeypatch.setattr("flux_ir.activations.alike.Alike.announce", lambda *_, again: told.append(again))
     source = open_source(captures(15))
     sites = choose_sites(source, ["double.0.img"])
     with TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY, **known) as batches:

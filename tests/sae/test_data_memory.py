@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_ir.capture.token_blocks import TokenBlock
+from flux_ir.activations.token_blocks import TokenBlock
 from flux_ir.sae.data import TokenBatches
 from flux_ir.sae.pool import Pool
 from tests.sae.numbered_source import IMG, PLENTY, NumberedSource, batches_of, rows_of, same

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flux_ir.capture.token_blocks import TokenBlock
+from flux_ir.activations.token_blocks import TokenBlock
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.filters import Filters, all_finite, check_finite, lengths
 from flux_ir.sites import Site

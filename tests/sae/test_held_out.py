@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_ir.capture.tokens import open_source
+from flux_ir.activations.tokens import open_source
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.fit_baselines import BaselineFits, neurons_of
 from flux_ir.sae.held_out import subject_of

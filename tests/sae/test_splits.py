@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_ir.capture.token_blocks import Generation
+from flux_ir.activations.token_blocks import Generation
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.splits import Split, split_prompts, split_source
 from flux_ir.sites import Site

@@ -1,0 +1,192 @@
+"""Files that say which site and step their arrays are of, as `flux-ir export` writes them, as training data.
+
+`{id}.safetensors` holds an array [tokens, d] under `{site}/step_{s}` for each, and what else is known of the generation
+as JSON in its metadata. As .npy each array is a file `{site}/step_{s}/{id}.npy`, and the JSON is `{id}.json`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flux_ir.activations.array_source import array_shape, opened, read_array
+from flux_ir.activations.token_blocks import Generation, TokenBlock, leading_txt, token_positions
+from flux_ir.errors import FluxIRError
+from flux_ir.sites import Site, nearest_names
+
+METADATA_KEY = "flux_ir"
+SETTINGS = "export.json"
+"""What a folder was exported with."""
+
+_NAME = re.compile(r"(?P<site>[^/]+)/step_(?P<step>\d+)")
+_At = tuple[Site, int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an exported generation besides its numbers."""
+
+    id: str
+    prompt: str = ""
+    model: str | None = None
+    txt_tokens: int = 0
+    """Of the whole text: so many tokens lead those of a single block."""
+    used_txt: int | None = None
+    img_positions: Sequence[int] | None = None
+    """None: all image tokens are there."""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Facts":
+        """Raises ValueError, KeyError or TypeError for JSON that is not of `to_json`."""
+        return cls(**json.loads(text))
+
+
+class ExportedGeneration(NamedTuple):
+    """One generation: where each of its arrays is, by file and name (None: the only one of the file)."""
+
+    facts: Facts
+    path: Path
+    arrays: Mapping[_At, tuple[Path, str | None]]
+
+
+def array_name(site: Site, step: int) -> str:
+    """The name of an array: a key in a safetensors file, a folder for .npy."""
+    return f"{site}/step_{step}"
+
+
+def is_exported(file: Path) -> bool:
+    """Whether all arrays of a safetensors file are named by site and step."""
+    if file.suffix != ".safetensors":
+        return False
+    with opened(file) as archive:
+        names = list(archive.keys())
+    return bool(names) and all(_at(name) for name in names)
+
+
+def safetensors_generation(file: Path) -> ExportedGeneration:
+    """A generation exported as safetensors."""
+    with opened(file) as archive:
+        names, metadata = list(archive.keys()), archive.metadata() or {}
+    text = metadata.get(METADATA_KEY)
+    facts = Facts(file.stem) if text is None else _facts(file, text)
+    return ExportedGeneration(facts, file, {at: (file, name) for name in names if (at := _at(name))})
+
+
+def npy_generations(folder: Path) -> list[ExportedGeneration]:
+    """The generations exported as .npy to this folder: those whose JSON, written last, is there."""
+    steps = sorted(folder.glob("*/step_*"))
+    named = {at: step for step in steps if (at := _at(f"{step.parent.name}/{step.name}"))}
+    found = []
+    for file in sorted(set(folder.glob("*.json")) - {folder / SETTINGS}) if named else []:
+        facts = _facts(file, file.read_text(encoding="utf-8"))
+        arrays = {at: (path, None) for at, step in named.items() if (path := step / f"{file.stem}.npy").is_file()}
+        found.append(ExportedGeneration(facts, file, arrays))
+    return found
+
+
+class ExportedSource:
+    """Activations of generations that were exported: each holds the same sites and steps."""
+
+    def __init__(self, exported: Sequence[ExportedGeneration]) -> None:
+        self._exported = exported
+        first = exported[0]
+        for other in exported:
+            _check_same(first, other)
+        self._shapes = {at: array_shape(*where) for at, where in first.arrays.items()}
+        self.sites: Sequence[Site] = sorted({site for site, _ in first.arrays})
+        self.steps: Sequence[int] = sorted({step for _, step in first.arrays})
+        self.model: str | None = first.facts.model
+        self.generations: Sequence[Generation] = [Generation(e.facts.id, e.facts.prompt, e.path) for e in exported]
+
+    def d(self, site: Site | None) -> int:
+        """The width of a site."""
+        return self._shapes[self._stored(site), self.steps[0]][-1]
+
+    def tokens(self, site: Site | None) -> int:
+        """Tokens of a site per generation and step."""
+        stored, facts = self._stored(site), self._exported[0].facts
+        tokens = self._shapes[stored, self.steps[0]][0]
+        if stored == site:
+            return tokens
+        return facts.txt_tokens if site is not None and site.stream == "txt" else tokens - facts.txt_tokens
+
+    def read(self, generation_index: int, site: Site | None, step: int) -> TokenBlock:
+        """One block."""
+        stored, (facts, path, arrays) = self._stored(site), self._exported[generation_index]
+        site = site or stored
+        if (stored, step) not in arrays:
+            raise FluxIRError(f"step {step} was not exported to {path}", hint=f"it holds the steps {self.steps}")
+        file, name = arrays[stored, step]
+        values = read_array(file, lambda array: array[:], name)
+        if values.shape != self._shapes[stored, step]:
+            raise FluxIRError(
+                f"all generations must have the same sizes: {stored} is {list(values.shape)} in {file} and "
+                f"{list(self._shapes[stored, step])} in {self._exported[0].path}",
+                hint="keep generations of different sizes in different folders",
+            )
+        if stored != site:
+            values = values[: facts.txt_tokens] if site.stream == "txt" else values[facts.txt_tokens :]
+        kept = None if facts.img_positions is None else torch.tensor(facts.img_positions, dtype=torch.int32)
+        return TokenBlock(
+            values=values,
+            scale=None,
+            site=site,
+            step=step,
+            generation=facts.id,
+            prompt=facts.prompt,
+            positions=token_positions(site, facts.txt_tokens, kept, len(values)),
+            txt_tokens=len(values) if site.stream == "txt" else leading_txt(site, facts.txt_tokens),
+            used_txt=facts.used_txt,
+        )
+
+    def _stored(self, site: Site | None) -> Site:
+        if site is None:
+            raise FluxIRError("exported activations are read by site: got None", hint="name a site")
+        for stored in (site, site.whole):
+            if stored in self.sites:
+                return stored
+        raise FluxIRError(
+            f"{site} was not exported to {self._exported[0].path}, which holds {len(self.sites)} sites",
+            hint=f"the nearest are {nearest_names(str(site), map(str, self.sites))}",
+        )
+
+
+def _at(name: str) -> _At | None:
+    """The site and step an array's name speaks of."""
+    found = _NAME.fullmatch(name)
+    try:
+        return (Site.parse(found["site"]), int(found["step"])) if found else None
+    except FluxIRError:
+        return None
+
+
+def _facts(file: Path, text: str) -> Facts:
+    try:
+        return Facts.from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FluxIRError(
+            f"{file} does not say what flux-ir export says of a generation: {error}", hint="export it again"
+        ) from error
+
+
+def _check_same(first: ExportedGeneration, other: ExportedGeneration) -> None:
+    names = [", ".join(array_name(*at) for at in sorted(e.arrays)) for e in (first, other)]
+    differences: list[tuple[str, str | None, str | None]] = [
+        ("model", first.facts.model, other.facts.model),
+        ("sites and steps", names[0], names[1]),
+    ]
+    for word, one, another in differences:
+        if one != another:
+            raise FluxIRError(
+                f"all exported generations of a folder must have the same {word}: {other.path} has {another}, "
+                f"{first.path} has {one}",
+                hint="keep different ones in different folders",
+            )

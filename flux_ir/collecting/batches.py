@@ -1,0 +1,166 @@
+"""One batch of generations, sampled and recorded in memory: what is written to files, or trained on as it comes.
+
+Next: `collector`, which writes batches into a collection.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.collecting.embeddings import EmbeddedPrompt
+from flux_ir.collecting.prompts import WorkItem
+from flux_ir.models.registry import ModelSpec
+from flux_ir.models.text import TextEmbedding
+from flux_ir.models.transformer import Flux
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
+from flux_ir.sampling.generate import noise_for, prepare, sample
+from flux_ir.sampling.latents import image_ids
+from flux_ir.sampling.schedule import get_schedule
+from flux_ir.shapes import PackedLatent
+from flux_ir.sites import Site
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every generation of a job is sampled, and what of it is recorded and kept."""
+
+    spec: ModelSpec
+    width: int
+    height: int
+    num_steps: int
+    guidance: float
+    sites: tuple[Site, ...]
+    steps: tuple[int, ...]
+    stored_dtype: torch.dtype
+    """Of the activations in the file."""
+    network_dtype: torch.dtype
+    tokens_per_image: int | None = None
+    """How many image tokens are kept, at random places; None: all."""
+    to_the_end: bool = False
+    """Whether all steps run, for the sake of the picture. If not, the forward of the last recorded step ends behind its
+    deepest site."""
+
+    @property
+    def img_tokens(self) -> int:
+        """Image tokens of one picture."""
+        return image_ids(1, self.height, self.width).shape[1]
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The sampler's schedule."""
+        return get_schedule(self.num_steps, self.img_tokens, shift=self.spec.shifts_schedule)
+
+    def plan(self, item: WorkItem | None = None, *, used_txt: int = 0) -> CapturePlan:
+        """The capture file of one generation; without an item, of one of the same shape."""
+        return CapturePlan(
+            flux=self.spec.flux,
+            sites=self.sites,
+            timesteps=self.timesteps,
+            txt_tokens=self.spec.text_tokens,
+            img_tokens=self.img_tokens,
+            guidance=self.guidance,
+            metadata=self._metadata(item, used_txt) if item else {},
+            steps=self.steps,
+            dtype=self.stored_dtype,
+            context_dtype=self.network_dtype,
+            img_positions=self.positions(item) if item else self.positions(WorkItem("", "", 0, 0)),
+            rounds=True,
+        )
+
+    def positions(self, item: WorkItem) -> list[int] | None:
+        """The image tokens that are kept of this generation, in order: drawn with a seed that is its id."""
+        if self.tokens_per_image is None:
+            return None
+        generator = torch.Generator().manual_seed(int(item.id or "0", 16))
+        return torch.randperm(self.img_tokens, generator=generator)[: self.tokens_per_image].sort().values.tolist()
+
+    def _metadata(self, item: WorkItem, used_txt: int) -> dict[str, Any]:
+        return {
+            "generation_id": item.id,
+            "model": self.spec.name,
+            "prompt": item.prompt,
+            "repeat": item.repeat,
+            "width": self.width,
+            "height": self.height,
+            "num_steps": self.num_steps,
+            "timesteps": self.timesteps,
+            "seed": item.seed,
+            "guidance": self.guidance,
+            "used_txt": used_txt,
+        }
+
+
+class RecordedGeneration(NamedTuple):
+    """One generation of a batch, on the CPU."""
+
+    item: WorkItem
+    used_txt: int
+    values: Mapping[tuple[int, Site], Tensor]
+    """[1, tokens, d] per step and site, as the network made them."""
+    contexts: Mapping[int, StepContext]
+    latent: PackedLatent | None
+    """The finished picture's; None where the steps did not run to the end."""
+
+
+class RecordedBatch(NamedTuple):
+    """What a batch of generations put out, on the CPU: the first axis of every tensor counts the items."""
+
+    items: Sequence[WorkItem]
+    used_txt: Sequence[int]
+    values: Mapping[tuple[int, Site], Tensor]
+    contexts: Mapping[int, StepContext]
+    latent: PackedLatent | None
+
+    def generations(self) -> list[RecordedGeneration]:
+        """One by one: views, not copies."""
+        return [self._generation(number) for number in range(len(self.items))]
+
+    def _generation(self, i: int) -> RecordedGeneration:
+        return RecordedGeneration(
+            self.items[i],
+            self.used_txt[i],
+            {of: value[i : i + 1] for of, value in self.values.items()},
+            {step: StepContext(img[i : i + 1], y[i : i + 1], txt) for step, (img, y, txt) in self.contexts.items()},
+            None if self.latent is None else self.latent[i : i + 1],
+        )
+
+
+@torch.no_grad()
+def record_batch(
+    model: Flux, recipe: Recipe, items: Sequence[WorkItem], embedded: Sequence[EmbeddedPrompt]
+) -> RecordedBatch:
+    """Sample a batch of generations as far as the recipe needs, and bring what it records to the CPU."""
+    device = model.img_in.weight.device
+    noise = noise_for([item.seed for item in items], recipe.height, recipe.width, device, recipe.network_dtype)
+    text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(one.text for one in embedded), strict=True)))
+    inputs = prepare(noise, text, recipe.height, recipe.width)
+    sink, latent = MemorySink(), None
+    with Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
+        for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance)):
+            latent = step.after
+    on_host = {of: _to_host(value) for of, value in sink.values.items()}
+    contexts = {step: StepContext(_to_host(img), _to_host(y), txt) for step, (img, y, txt) in sink.contexts.items()}
+    finished = _to_host(latent) if recipe.to_the_end and latent is not None else None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return RecordedBatch(items, [one.used_txt for one in embedded], on_host, contexts, finished)
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """The value on the CPU; from a GPU on its way there, into memory that it can be copied to at full speed."""
+    if value.device.type != "cuda":
+        return value
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return pinned.copy_(value, non_blocking=True)
+
+
+def recorded_bytes(recipe: Recipe) -> int:
+    """Bytes that one generation takes in memory until it is written."""
+    plan = recipe.plan()
+    values = sum(prod(plan.full_shape(site)) for site in plan.sites) * len(plan.kept_steps)
+    return values * recipe.network_dtype.itemsize

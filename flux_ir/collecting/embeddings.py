@@ -1,0 +1,132 @@
+"""Embedded prompts, kept by content: computed once, read back as often as a prompt is drawn.
+
+On a CPU prompts are encoded one by one, side by side on one thread each; on a GPU in chunks of one fixed size. Either
+way the bits of a prompt's embedding depend on the prompt alone, and on nothing that is encoded along with it.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from flux_ir.collecting.storage import Storage, move_aside
+from flux_ir.collecting.workers import borrowed, in_order, replicas
+from flux_ir.models.suite import TextEncoders
+from flux_ir.models.text import TextEmbedding, encode
+
+Made = TypeVar("Made")
+
+CHUNK = 32
+"""Prompts per call on a GPU; the last call is filled up with empty prompts."""
+
+
+class EmbeddedPrompt(NamedTuple):
+    """One prompt as the transformer is told it: [1, txt_tokens, d] of T5, [1, pooled] of CLIP."""
+
+    text: TextEmbedding
+    used_txt: int
+    """How many of the text tokens are the prompt's, and not padding."""
+
+
+def embedding_name(prompt: str) -> str:
+    """Where the embedding of a prompt lies in its collection, by the hash of the prompt."""
+    digest = hashlib.sha256(prompt.encode()).hexdigest()
+    return f"text/{digest[:2]}/{digest}.safetensors"
+
+
+def needs_encoding(storage: Storage, prompt: str, *, needed: Collection[str], checksums: bool) -> bool:
+    """Whether a prompt has to be encoded: it is needed and has no embedding, or has a broken one (moved aside)."""
+    name = embedding_name(prompt)
+    if not storage.exists(name):
+        return prompt in needed
+    if not checksums or read_embedding(storage, prompt) is not None:
+        return False
+    move_aside(storage, name)
+    return True
+
+
+def encode_prompts(encoders: TextEncoders, prompts: Sequence[str], storage: Storage) -> Iterator[str]:
+    """Encodes and keeps every prompt; yields each when it is kept."""
+    for kept in _embedded(encoders, prompts, partial(_keep, storage)):
+        yield from kept
+
+
+def embed_prompts(encoders: TextEncoders, prompts: Sequence[str]) -> list[EmbeddedPrompt]:
+    """Prompts embedded in this call: the same bits as those that are kept."""
+    return [embedded for chunk in _embedded(encoders, prompts, lambda _, embedded: embedded) for embedded in chunk]
+
+
+def read_embedding(storage: Storage, prompt: str) -> EmbeddedPrompt | None:
+    """The kept embedding; None where there is none, or its file is broken."""
+    try:
+        tensors = safetensors.torch.load(storage.read(embedding_name(prompt)))
+        digest = _digest(tensors["txt"], tensors["y"], tensors["used_txt"])
+        intact = torch.equal(tensors["sha256"], digest)
+    except (FileNotFoundError, KeyError, safetensors.SafetensorError):
+        return None
+    text = TextEmbedding(tensors["txt"], tensors["y"])
+    return EmbeddedPrompt(text, int(tensors["used_txt"])) if intact else None
+
+
+def embedding_content(embedded: EmbeddedPrompt) -> bytes:
+    """The file of an embedded prompt: it has the same size for every prompt."""
+    (txt, y), used_txt = embedded.text, torch.tensor(embedded.used_txt)
+    tensors = {"txt": txt, "y": y, "used_txt": used_txt, "sha256": _digest(txt, y, used_txt)}
+    return safetensors.torch.save(tensors)
+
+
+def _embedded(
+    encoders: TextEncoders, prompts: Sequence[str], then: Callable[[Sequence[str], list[EmbeddedPrompt]], Made]
+) -> Iterator[Made]:
+    """Embeds all prompts; what `then` makes of every chunk of them, in order."""
+    if _device(encoders).type != "cpu":
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            yield then(chunk, _embed_chunk(encoders, chunk, fill_to=CHUNK))
+        return
+    workers = torch.get_num_threads()
+    # A tokenizer keeps how it pads from one call to the next: every thread needs one of its own.
+    t5s, clips = replicas(encoders.t5, workers), replicas(encoders.clip, workers)
+
+    def embed(prompt: str) -> Made:
+        with borrowed(t5s) as t5, borrowed(clips) as clip:
+            return then([prompt], _embed_chunk(TextEncoders(t5, clip), [prompt]))
+
+    yield from in_order(embed, prompts, workers)
+
+
+def _embed_chunk(encoders: TextEncoders, prompts: Sequence[str], *, fill_to: int = 1) -> list[EmbeddedPrompt]:
+    filled = [*prompts, *[""] * (fill_to - len(prompts))]
+    txt, y = (part.cpu() for part in encode(encoders.t5, encoders.clip, filled))
+    return [
+        EmbeddedPrompt(TextEmbedding(txt[i : i + 1].clone(), y[i : i + 1].clone()), used_tokens(encoders, prompt))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def used_tokens(encoders: TextEncoders, prompt: str) -> int:
+    """How many of T5's tokens are the prompt's, with its end mark: the rest is padding."""
+    ids = encoders.t5.tokenizer(prompt, truncation=True, max_length=encoders.t5.max_tokens)["input_ids"]
+    return len(ids)
+
+
+def _keep(storage: Storage, prompts: Sequence[str], embedded: Sequence[EmbeddedPrompt]) -> Sequence[str]:
+    for prompt, one in zip(prompts, embedded, strict=True):
+        storage.publish(embedding_content(one), embedding_name(prompt))
+    return prompts
+
+
+def _digest(*tensors: Tensor) -> Tensor:
+    """A checksum that lies beside the tensors, so that a broken file is known for one."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _device(encoders: TextEncoders) -> torch.device:
+    return next(encoders.t5.parameters()).device

@@ -1,0 +1,113 @@
+"""Activations that never touch a disk: the blocks that a collection of the same settings would hold, as they are made.
+
+Next: `stream`, which runs this ahead of what consumes it.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.activations.token_blocks import TokenBlock, leading_txt, token_positions
+from flux_ir.collecting.batches import Recipe, RecordedBatch, RecordedGeneration, record_batch
+from flux_ir.collecting.collection import CollectSettings
+from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
+from flux_ir.collecting.fitting import cpu_batch, gpu_batch
+from flux_ir.collecting.groups import GROUP
+from flux_ir.collecting.prompts import WorkItem, WorkList
+from flux_ir.collecting.workers import in_order, replicas
+from flux_ir.distributed import Ranks
+from flux_ir.models.suite import Suite
+from flux_ir.models.transformer import Flux
+from flux_ir.recording.pieces import ScaleOf, pieces_of_site, positions
+
+
+def live_blocks(
+    settings: CollectSettings, suite: Suite, *, start: int = 0, ranks: Ranks | None = None
+) -> Iterator[TokenBlock]:
+    """Every block of every generation, in the order of the work: of a generation step after step, sites by depth.
+
+    The bits are those of the files that `collector.collect` writes with these settings, dtype and token positions
+    included. Pictures are never decoded. `start` is the number of the first generation wanted, of all ranks; groups are
+    dealt to `ranks` as they are when collecting. Many `repeats` make a stream as long as training may ever need.
+
+    A group's prompts are encoded when it is its turn, so both text encoders stay loaded.
+    """
+    recipe, of = settings.recipe, ranks or Ranks()
+    work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
+    groups = (group for group in range(start // GROUP, -(-len(work) // GROUP)) if group % of.world_size == of.rank)
+    with suite.transformer() as model:
+        on_cpu = model.img_in.weight.device.type == "cpu"
+        workers = torch.get_num_threads() if on_cpu else 1
+        size = settings.batch_size or (cpu_batch(recipe) if on_cpu else gpu_batch(model, recipe))
+        record = partial(_record, replicas(model, workers), recipe)
+        batches = _batches(suite, work, groups, size, start)
+        with closing(in_order(record, batches, workers)) as recorded:
+            for skipped, batch in recorded:
+                for generation in batch.generations()[skipped:]:
+                    yield from blocks_of(recipe, generation)
+
+
+def blocks_of(recipe: Recipe, generation: RecordedGeneration) -> Iterator[TokenBlock]:
+    """What a capture of this generation would hold, as blocks."""
+    plan = recipe.plan(generation.item, used_txt=generation.used_txt)
+    kept = positions(plan)
+    for step in plan.kept_steps:
+        for site in plan.sites:
+            pieces = pieces_of_site(plan, step, site, generation.values[step, site])
+            tensors = {piece.of: _own(piece.value[0]) for piece in pieces}
+            yield TokenBlock(
+                values=tensors[site],
+                scale=tensors.get(ScaleOf(site)),
+                site=site,
+                step=step,
+                generation=generation.item.id,
+                prompt=generation.item.prompt,
+                positions=token_positions(site, plan.txt_tokens, kept, tensors[site].shape[0]),
+                txt_tokens=leading_txt(site, plan.txt_tokens),
+                used_txt=generation.used_txt,
+            )
+
+
+class _Batch(NamedTuple):
+    """Generations to be recorded together; the first `skipped` are not wanted, and there for the sake of the bits."""
+
+    skipped: int
+    items: list[WorkItem]
+    embedded: list[EmbeddedPrompt]
+
+
+def _batches(suite: Suite, work: WorkList, groups: Iterator[int], size: int, start: int) -> Iterator[_Batch]:
+    """The same slices of the same groups as a collection's."""
+    for group in groups:
+        items = work.items(group * GROUP, (group + 1) * GROUP)
+        first = max(0, start - group * GROUP) // size * size
+        embedded = _embedded(suite, [item.prompt for item in items[first:]])
+        for begin in range(first, len(items), size):
+            batch = items[begin : begin + size]
+            skipped = max(0, start - group * GROUP - begin)
+            yield _Batch(skipped, batch, [embedded[item.prompt] for item in batch])
+
+
+def _embedded(suite: Suite, prompts: list[str]) -> dict[str, EmbeddedPrompt]:
+    """Every prompt's embedding, each computed once."""
+    each = list(dict.fromkeys(prompts))
+    with suite.text_encoders() as encoders:
+        return dict(zip(each, embed_prompts(encoders, each), strict=True))
+
+
+def _record(networks: "SimpleQueue[Flux]", recipe: Recipe, batch: _Batch) -> tuple[int, RecordedBatch]:
+    network = networks.get()
+    try:
+        return batch.skipped, record_batch(network, recipe, batch.items, batch.embedded)
+    finally:
+        networks.put(network)
+
+
+def _own(value: Tensor) -> Tensor:
+    """The value in memory of its own: a view would keep the whole batch for as long as it waits."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value

@@ -1,0 +1,1 @@
+"""Recording what a transformer computes: `recorder` listens, `store` writes and reads the file."""
