@@ -171,7 +171,7 @@ def process_rows(options: argparse.Namespace) -> list[list[str]]:
 def tokens_per_second(root: Path, processes: int, threads: int, device: str) -> float:
     """What the command says of its speed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["-m", "flux_ir.commands.collect", "--prompts", str(root / "prompts.txt"), "--model", SPEC.name]
+    command += ["-m", "flux_ir", "collect", "--prompts", str(root / "prompts.txt"), "--model", SPEC.name]
     command += ["--sites", str(SITE), "--steps", ",".join(map(str, STEPS)), "--device", device.partition(":")[0]]
     command += ["--output_dir", str(root / f"{processes}_{threads}")]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

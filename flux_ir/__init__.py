@@ -1,3 +1,32 @@
-"""flux_ir: an instrument for looking inside FLUX.1."""
+"""flux_ir: an instrument for looking inside FLUX.1.
+
+Everything public is imported from here, and only when it is first used: `import flux_ir` itself takes no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flux_ir.activations.tokens import open_source
+    from flux_ir.api.export import export
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "export": "flux_ir.api.export",
+    "open_source": "flux_ir.activations.tokens",
+}
+
+__all__ = ["export", "open_source"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'flux_ir' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

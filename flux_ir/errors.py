@@ -1,5 +1,8 @@
 """The one exception a user can mend: what must hold, what came instead, and what to do about it."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FluxIRError(Exception):
     """An error a user can mend. Commands print it as one line plus the hint and leave with exit code 2.
@@ -14,3 +17,13 @@ class FluxIRError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name a person most likely meant by `word`, or None if none comes near."""
+    names = list(known)
+    if close := difflib.get_close_matches(word.lower(), names, n=1):
+        return close[0]
+    starts = (name for name in names if word and name.startswith(word.lower()))
+    holds = (name for name in names if len(word) > 2 and word.lower() in name)
+    return next(starts, None) or next(holds, None)

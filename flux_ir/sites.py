@@ -76,6 +76,21 @@ class Site:
         return _KINDS.index(self.kind), self.block, streams.index(self.stream), parts.index(self.part)
 
 
+SiteNames = str | Site | Iterable[str | Site]
+"""Sites as people give them: one or several, as text or as `Site`; text may be patterns with commas between them."""
+
+
+def site_names(sites: SiteNames) -> tuple[str, ...]:
+    """The names and patterns in `sites`, one by one: what `match_sites` takes."""
+    given = (sites,) if isinstance(sites, str | Site) else sites
+    return tuple(name.strip() for site in given for name in str(site).split(","))
+
+
+def as_site(site: str | Site) -> Site:
+    """A site that is given as text or as a `Site`. Raises FluxIRError if there can be none of this name."""
+    return Site.parse(site) if isinstance(site, str) else site
+
+
 def all_sites(depth: int, depth_single_blocks: int) -> list[Site]:
     """Every site of a transformer with so many double and single blocks, in depth order."""
     blocks: dict[Kind, int] = {"double": depth, "single": depth_single_blocks}

@@ -1,19 +1,19 @@
 """`flux-ir collect-clip`: CLIP's activations of a folder of pictures, and of their captions."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.front import launch
-from flux_ir.options import REQUIRED, Options, option
+from flux_ir.commands.cli.option import REQUIRED, option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import MACHINE, Device
 
-WHAT, WHERE = "what is collected", "machine and place"
+WHAT = "what is collected"
 
 
-@dataclass(frozen=True)
-class CollectClipOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class CollectClipOptions(Device):
     """Collect CLIP's activations of every picture below a folder: the vision hidden_states[-2], as training data.
 
     They go below --output_dir as safetensors shards of [images, tokens, d]: images/, captions/ for the pooled text of
@@ -39,11 +39,8 @@ class CollectClipOptions(Options):
     dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", help="precision of the encoders and of what is stored", group=WHAT
     )
-    batch_size: int = option(32, help="pictures computed at once", group=WHERE, minimum=1)
-    device: str | None = option(
-        None, help="cpu, cuda or cuda:N", group=WHERE, default_text="the first GPU, or the CPU where there is none"
-    )
-    output_dir: Path = option(Path("captures/clip"), help="where the shards go", group=WHERE)
+    batch_size: int = option(32, help="pictures computed at once", group=MACHINE, minimum=1)
+    output_dir: Path = option(Path("captures/clip"), help="where the shards go", group=MACHINE)
 
 
 def run(options: CollectClipOptions) -> None:
@@ -53,10 +50,6 @@ def run(options: CollectClipOptions) -> None:
     collect_clip(options)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code."""
-    return launch(CollectClipOptions, run, argv, prog="flux-ir collect-clip")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(CollectClipOptions, run, argv, prog=prog)

@@ -13,8 +13,8 @@ from flux_ir.collecting.groups import EXTRAS
 from flux_ir.collecting.one_job import one_job_at
 from flux_ir.collecting.prompts import read_prompts
 from flux_ir.collecting.storage import Storage, open_storage
+from flux_ir.commands.cli.parse import INTERRUPTED
 from flux_ir.commands.collect import CollectOptions
-from flux_ir.commands.front import INTERRUPTED
 from flux_ir.commands.generation import check_steps
 from flux_ir.commands.report import Report, counted, in_units, peak_memory
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
@@ -80,7 +80,7 @@ def settle(options: CollectOptions) -> CollectSettings:
         width=width,
         height=height,
         num_steps=num_steps,
-        guidance=options.guidance,
+        guidance=spec.default_guidance if options.guidance is None else options.guidance,
         sites=tuple(choose_sites(options.sites, spec)),
         steps=tuple(check_steps(options.steps, num_steps)),
         stored_dtype=getattr(torch, options.dtype),

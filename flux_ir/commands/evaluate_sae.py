@@ -1,19 +1,19 @@
 """`flux-ir evaluate-sae`: how well autoencoders give back tokens they were not trained on, and what that does."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.front import launch
-from flux_ir.options import REQUIRED, Options, option
+from flux_ir.commands.cli.option import REQUIRED, option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Device
 
-WHAT, SPLICE, WHERE = "what is measured", "splice", "model and machine"
+WHAT, SPLICE = "what is measured", "splice"
 
 
-@dataclass(frozen=True)
-class EvaluateSAEOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSAEOptions(Device, Checkpoints):
     """Measure autoencoders on the images and prompts they were not trained on: FVU, L0, dead features, cosine.
 
     Every autoencoder's folder gets metrics.json, density.png, fvu_per_step.png and curves.png; several together also
@@ -56,21 +56,9 @@ class EvaluateSAEOptions(Options):
     splice_batch: int = option(4, help="generations that go through the model together", group=SPLICE, minimum=1)
 
     model: str | None = option(
-        None, help="the model to splice into", group=WHERE, default_text="the one that was captured"
+        None, help="the model to splice into", group=MACHINE, default_text="the one that was captured"
     )
-    batch_tokens: int = option(4096, help="tokens encoded at once", group=WHERE, minimum=1)
-    device: str | None = option(
-        None, help="cpu, cuda or cuda:N", group=WHERE, default_text="the first GPU, or the CPU where there is none"
-    )
-    checkpoint: Path | None = option(
-        None,
-        help="the transformer's weights: a .safetensors file or a diffusers folder",
-        group=WHERE,
-        default_text="environment, package, hub",
-    )
-    ae_checkpoint: Path | None = option(
-        None, help="the autoencoder's weights, likewise", group=WHERE, default_text="environment, package, hub"
-    )
+    batch_tokens: int = option(4096, help="tokens encoded at once", group=MACHINE, minimum=1)
 
 
 def run(options: EvaluateSAEOptions) -> None:
@@ -80,10 +68,6 @@ def run(options: EvaluateSAEOptions) -> None:
     evaluate_saes(options)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code."""
-    return launch(EvaluateSAEOptions, run, argv, prog="flux-ir evaluate-sae")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(EvaluateSAEOptions, run, argv, prog=prog)

@@ -3,16 +3,16 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from flux_ir.commands.front import launch
-from flux_ir.options import Options, option
+from flux_ir.commands.cli.option import option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import Runs
 
 PAGE = "explorer.html"
 
 
-@dataclass(frozen=True)
-class ExploreOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class ExploreOptions(Runs):
     """Write explorer.html beside the runs: every decoded picture in a grid of blocks by steps, with its numbers.
 
     The page needs no server and no network: open it in a browser. It reads the runs' own pictures where they are, and
@@ -25,7 +25,6 @@ class ExploreOptions(Options):
         default_text="every run with decoded pictures",
     )
     single_file: bool = option(False, help="put every picture inside the page, so that it can be sent as one file")
-    output_dir: Path = option(Path("output"), help="where the runs' folders are, and where the page goes")
 
 
 def run(options: ExploreOptions) -> None:
@@ -40,10 +39,6 @@ def run(options: ExploreOptions) -> None:
     print(page)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code."""
-    return launch(ExploreOptions, run, argv, prog="flux-ir explore")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(ExploreOptions, run, argv, prog=prog)

@@ -1,17 +1,17 @@
 """`flux-ir export`: captured activations as plain arrays, for other programs."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.front import launch
-from flux_ir.options import REQUIRED, Options, option
+from flux_ir.commands.cli.option import REQUIRED, option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import Steps
 
 
-@dataclass(frozen=True)
-class ExportOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Steps):
     """Write captured activations as plain arrays [tokens, d], with all that is known of each generation beside them.
 
     The same captures give the same bytes. What is written can be trained on like the captures it came from.
@@ -31,22 +31,25 @@ class ExportOptions(Options):
     sites: tuple[str, ...] | None = option(
         None, help="which sites, as shell patterns such as double.*.img or single.3.img", default_text="all there are"
     )
-    steps: tuple[int, ...] | None = option(
-        None, help="which steps, counted from 0", minimum=0, default_text="all there are"
-    )
 
 
 def run(options: ExportOptions) -> None:
     """Export as the options say. Raises FluxIRError for what a user can mend, before anything is written."""
-    from flux_ir.commands.exporting import export
+    from flux_ir.api.export import export
+    from flux_ir.commands.report import Report, counted
 
-    export(options)
+    with Report() as report:
+        done = export(
+            options.captures,
+            options.output_dir,
+            format=options.format,
+            sites=options.sites,
+            steps=options.steps,
+            progress=report.watch,
+        )
+    report.table(counted(done.generations, "generation"), {"arrays": done.folder}, {})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code."""
-    return launch(ExportOptions, run, argv, prog="flux-ir export")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(ExportOptions, run, argv, prog=prog)

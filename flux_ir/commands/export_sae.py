@@ -1,17 +1,16 @@
 """`flux-ir export-sae`: an autoencoder for another program, from another program, or for the hub."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.front import launch
+from flux_ir.commands.cli.option import REQUIRED, Options, option
+from flux_ir.commands.cli.parse import launch
 from flux_ir.errors import FluxIRError
-from flux_ir.options import REQUIRED, Options, option
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportSAEOptions(Options):
     """Write an autoencoder as another program reads it, or put it on the hub.
 
@@ -54,10 +53,6 @@ def run(options: ExportSAEOptions) -> None:
     export_sae(options)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code."""
-    return launch(ExportSAEOptions, run, argv, prog="flux-ir export-sae")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(ExportSAEOptions, run, argv, prog=prog)

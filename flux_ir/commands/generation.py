@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flux_ir.commands.capture import CaptureOptions
+from flux_ir.commands.cli.option import to_json_dict
 from flux_ir.commands.reading import LENSES, decode_run
 from flux_ir.commands.report import Report, peak_memory
 from flux_ir.errors import FluxIRError
@@ -27,7 +28,6 @@ from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.options import to_json_dict
 from flux_ir.recording.recorder import Recorder, Sink
 from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
 from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample
@@ -58,6 +58,7 @@ class Job(NamedTuple):
     width: int
     height: int
     seed: int
+    guidance: float
     img_tokens: int
     timesteps: list[float]
     sites: list[Site]
@@ -101,6 +102,7 @@ def settle(options: CaptureOptions) -> Job:
         width=width,
         height=height,
         seed=secrets.randbelow(SEEDS) if options.seed is None else options.seed,
+        guidance=spec.default_guidance if options.guidance is None else options.guidance,
         img_tokens=img_tokens,
         timesteps=get_schedule(num_steps, img_tokens, shift=spec.shifts_schedule),
         sites=choose_sites(options, spec),
@@ -196,7 +198,7 @@ def planned_file(options: CaptureOptions, job: Job, metadata: dict[str, Any]) ->
         timesteps=job.timesteps,
         txt_tokens=job.spec.text_tokens,
         img_tokens=job.img_tokens,
-        guidance=options.guidance,
+        guidance=job.guidance,
         metadata=metadata,
         steps=job.kept_steps,
         dtype=job.dtype,
@@ -212,7 +214,7 @@ def paint(options: CaptureOptions, job: Job, suite: Suite, sink: Sink, report: R
     inputs = prepare(noise, text, job.height, job.width)
     latent = inputs.img
     with suite.transformer() as model, Recorder(model, job.sites, sink, steps=job.kept_steps):
-        steps = sample(model, inputs, job.timesteps, options.guidance)
+        steps = sample(model, inputs, job.timesteps, job.guidance)
         for step in report.follow("sample", steps, total=len(job.timesteps) - 1):
             latent = step.after  # only the last is kept: memory does not grow with the steps
     return latent
@@ -237,7 +239,7 @@ def describe(options: CaptureOptions, job: Job, folder: RunFolder, timestamp: st
         "num_steps": len(job.timesteps) - 1,
         "timesteps": job.timesteps,
         "seed": job.seed,
-        "guidance": options.guidance,
+        "guidance": job.guidance,
         "timestamp": timestamp,
     }
 

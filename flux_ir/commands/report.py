@@ -10,20 +10,70 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
+
+from flux_ir.api.progress import Note
+from flux_ir.api.progress import Progress as StageProgress
 
 T = TypeVar("T")
 
 
 class Report:
-    """Times phases, draws their progress, and prints the closing table."""
+    """Times phases, draws their progress, and prints the closing table.
+
+    `watch` is what work that reports its progress calls. Within `with`, no bar stays behind, whatever raises.
+    """
 
     def __init__(self) -> None:
         # Lines are never broken here: a path or an id must survive being copied, and being piped into a file.
         self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
         self.results = Console(highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
+        self._begun = 0.0
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._end_bar()
+
+    def watch(self, event: StageProgress | Note) -> None:
+        """Draws a stage of more than one part as a bar, adds up the seconds of all stages, and prints notes."""
+        if isinstance(event, Note):
+            self.note(event.text)
+            return
+        if event.done == 0:
+            self._end_bar()
+            self._begun = time.perf_counter()
+            if event.total > 1:
+                bar = self._progress()
+                bar.start()
+                self._bar = bar, bar.add_task(event.stage, total=event.total)
+        elif self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, completed=event.done)
+        if event.done == event.total:
+            self.seconds[event.stage] = self.seconds.get(event.stage, 0.0) + time.perf_counter() - self._begun
+            self._end_bar()
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(*columns, TimeRemainingColumn(), console=self.notes)
 
     def note(self, text: str) -> None:
         """One line for the person watching, on stderr. Never interpreted as markup: prompts may hold brackets."""
@@ -40,8 +90,7 @@ class Report:
 
     def follow(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
         """The items, with a progress bar that counts them and the time of the whole loop as a phase."""
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, TimeRemainingColumn(), console=self.notes)
+        bar = self._progress()
         with self.phase(name), bar:
             task = bar.add_task(name, total=total)
             for item in items:

@@ -1,21 +1,21 @@
 """`flux-ir train-sae` (and `train_sae.py`): train sparse autoencoders on activations, stored or made on the way."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.front import launch
+from flux_ir.commands.cli.option import option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import Device
 from flux_ir.errors import FluxIRError
-from flux_ir.options import Options, option
 
 DATA, WHAT, HOW, LIVE, WHERE = "the data", "the autoencoder", "the training", "live data", "where and when"
 SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
 
 
-@dataclass(frozen=True)
-class TrainSAEOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class TrainSAEOptions(Device):
     """Train sparse autoencoders on captured activations, or on activations that are made on the way and never stored.
 
     Lists (--k 16,32 --expansion 4,8 --seed 0,1, several sites) train every combination side by side on the same
@@ -147,9 +147,6 @@ class TrainSAEOptions(Options):
         None, help="name of the folder in --output_dir", group=WHERE, default_text="that of the captures, or the model"
     )
     output_dir: Path = option(Path("saes"), help="where the autoencoders go: one folder each", group=WHERE)
-    device: str | None = option(
-        None, help="cpu, cuda or cuda:N", group=WHERE, default_text="the GPU of each process, or the CPU"
-    )
     checkpoint_minutes: float = option(
         10.0, help="time from one checkpoint to the next", unit="minutes", group=WHERE, minimum=0.0
     )
@@ -214,10 +211,6 @@ def run(options: TrainSAEOptions) -> int:
     return train_saes(options)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """The script `train_sae.py`: returns the exit code."""
-    return launch(TrainSAEOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(TrainSAEOptions, run, argv, prog=prog)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from flux_ir.commands.front import INTERRUPTED
+from flux_ir.commands.cli.parse import INTERRUPTED
 from flux_ir.commands.logging_to import check_logger
 from flux_ir.commands.report import Report, peak_memory
 from flux_ir.commands.train_sae import SPARSE, TrainSAEOptions

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flux_ir.commands.cli.option import to_json_dict
 from flux_ir.commands.logging_to import Logger, open_logger
 from flux_ir.commands.report import Report
 from flux_ir.commands.stopping import StopRequest, stop_requests
@@ -20,7 +21,6 @@ from flux_ir.commands.training_table import TrainingTable
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
-from flux_ir.options import to_json_dict
 from flux_ir.sae.architectures import make_sae
 from flux_ir.sae.checkpoints import Checkpoints, SavedRun
 from flux_ir.sae.config import SAEConfig

@@ -77,7 +77,7 @@ def measure_capture(
     sink, seconds, latent = MemorySink(), [0.0], inputs.img
     with suite.transformer() as model, Recorder(model, job.sites, sink, steps=[0]):
         begun = time.perf_counter()
-        for step in islice(sample(model, inputs, job.timesteps, options.guidance), TRIAL_STEPS):
+        for step in islice(sample(model, inputs, job.timesteps, job.guidance), TRIAL_STEPS):
             latent = step.after
             _wait(latent.device)
             seconds.append(time.perf_counter() - begun)

@@ -1,14 +1,13 @@
 """`flux-ir visualize` (and `create_visualization.py`): films and sheets of what each block would have drawn."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.front import launch
+from flux_ir.commands.cli.option import REQUIRED, flags, option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import Runs
 from flux_ir.errors import FluxIRError
-from flux_ir.options import REQUIRED, Options, flags, option
 
 WHAT, HOW, WHERE = "what is shown", "how it is shown", "where"
 MOST_GIF_FPS = 50
@@ -21,8 +20,8 @@ _MEANS_NOTHING_FOR = {
 }
 
 
-@dataclass(frozen=True)
-class VisualizeOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class VisualizeOptions(Runs):
     """Make a film, a contact sheet or a page of what each block would have drawn.
 
     Works from the pictures that capture_sample.py and flux-ir lens have decoded; the model is not loaded. The result
@@ -75,8 +74,6 @@ class VisualizeOptions(Options):
         maximum=1024,
     )
 
-    output_dir: Path = option(Path("output"), help="where the runs' folders are", group=WHERE)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.output_format == "gif" and self.fps > MOST_GIF_FPS:
@@ -99,10 +96,6 @@ def run(options: VisualizeOptions) -> None:
     show(options)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """The script `create_visualization.py`: returns the exit code."""
-    return launch(VisualizeOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launch(VisualizeOptions, run, argv, prog=prog)

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from flux_ir.commands.capture import CaptureOptions
+from flux_ir.commands.cli.option import flags
 from flux_ir.models.placement import plan
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
-from flux_ir.options import flags
 from flux_ir.recording.store import load_capture
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
@@ -234,5 +234,5 @@ def test_help_loads_nothing_heavy():
     assert "usage: capture_sample.py [--flag value ...]" in done.stdout
     assert all(f"--{flag.name}" in done.stdout or f"--[no]{flag.name}" in done.stdout for flag in flags(CaptureOptions))
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "flux_ir.options" in imported
+    assert "flux_ir.commands.cli.option" in imported
     assert not {"torch", "numpy", "fire", "rich", "transformers", "PIL"} & imported

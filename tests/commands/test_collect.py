@@ -18,11 +18,11 @@ import torch
 from flux_ir.activations.tokens import open_source
 from flux_ir.collecting.one_job import one_job_at
 from flux_ir.collecting.storage import LocalStorage
+from flux_ir.commands.cli.option import flags
 from flux_ir.commands.collect import CollectOptions, main
 from flux_ir.commands.collecting import settle, tokens_per_generation
 from flux_ir.distributed import Ranks
 from flux_ir.models.registry import get_spec
-from flux_ir.options import flags
 
 SPEC = get_spec("flux-tiny")
 SMALL = ("--model", "flux-tiny", "--width", "64", "--height", "48", "--num_steps", "3", "--steps", "0,1")
@@ -122,7 +122,7 @@ def test_everything_on_demand_is_in_the_folder(tmp_path, capsys):
 
 def test_two_processes_write_the_same_bytes(words, plain, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "flux_ir.commands.collect", *words, "--output_dir", str(tmp_path)]
+    command += ["-m", "flux_ir", "collect", *words, "--output_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path) == files_of(plain)

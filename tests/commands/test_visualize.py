@@ -274,7 +274,7 @@ def test_the_names_are_those_of_the_original_program():
     folders = [RunFolder(Path("output"), ID), RunFolder(Path("output"), OTHER)]
 
     def name(*, compare=False, **options):
-        return file_name(VisualizeOptions(ID, **options), folders if compare else folders[:1])
+        return file_name(VisualizeOptions(generation_id=ID, **options), folders if compare else folders[:1])
 
     assert name() == f"visualization_{ID}.gif"
     assert name(block_type="single", output_format="mp4") == f"visualization_{ID}_single.mp4"
@@ -286,8 +286,8 @@ def test_the_names_are_those_of_the_original_program():
 
 def test_options_are_checked_from_python_too():
     with pytest.raises(FluxIRError, match="--fps"):
-        VisualizeOptions(ID, fps=0.0)
-    assert VisualizeOptions(ID, output_format="mp4", fps=60).fps == 60
+        VisualizeOptions(generation_id=ID, fps=0.0)
+    assert VisualizeOptions(generation_id=ID, output_format="mp4", fps=60).fps == 60
 
 
 def test_the_verb_does_the_same_as_the_script(output):

@@ -1,8 +1,8 @@
-"""The front of every command: python-fire constructs the options from the flags, behind two guards.
+"""The front of every command: python-fire splits the words and constructs the options, behind two guards.
 
-First, free text stays text: fire would read `cat, dog` as a tuple, `2024` as a number and drop what follows a `#`; here
-every text is read by the field it is for (`Flag.read`). Second, an unknown or misspelt flag stops at once with the
-nearest name, before anything loads. The same place turns what a user can mend into one line and exit code 2.
+First, an unknown or misspelt flag stops at once with the nearest name, before anything loads. Second, free text stays
+text: fire would read `cat, dog` as a tuple, `2024` as a number and drop what follows a `#`; here every value reaches
+the field it is for as text (`Flag.read`). The same place turns what a user can mend into one line and exit code 2.
 """
 
 import errno
@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from flux_ir.commands.help_page import help_page, placeholder
-from flux_ir.errors import FluxIRError
-from flux_ir.options import Flag, Options, flags, nearest
+from flux_ir.commands.cli.help import help_page, placeholder
+from flux_ir.commands.cli.option import Flag, Options, flags
+from flux_ir.errors import FluxIRError, nearest
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -27,6 +27,8 @@ READER_LEFT = 128 + 13  # as a shell reports SIGPIPE
 
 _HELP = ("-h", "--help")
 _FLAG = re.compile(r"--[^\W\d_][\w-]*(=.*)?", re.DOTALL)
+_FLAG_TO_FIRE = re.compile("--|-[a-zA-Z]")  # what starts like this, fire takes for a flag
+_NEVER_TYPED = "\0"  # as fire's separator: by default it is -, which may be a value
 _DASHES = "-\N{EN DASH}\N{EM DASH}"  # what editors make of two hyphens
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -87,48 +89,50 @@ def exit_code(work: Callable[[], int | None]) -> int:
 def parse(options_type: type[AnyOptions], words: Sequence[str], *, prog: str) -> AnyOptions:
     """The options these words describe. Raises FluxIRError at the first word that is wrong."""
     known = flags(options_type)
-    texts = read_words(words, known, prog=prog)
-    for flag in known:
-        if flag.required and flag.name not in texts:
-            raise FluxIRError(f"--{flag.name} is required: {flag.facts.help}", hint=f"{prog} --help lists all flags")
+    command = check_words(words, known, prog=prog)
 
     import fire  # 60 ms: only once the words are in order
     from fire.decorators import SetParseFns
 
     readers = {flag.name: flag.read for flag in known}
-    command = [f"--{name}={text}" for name, text in texts.items()]  # the one spelling fire never interprets
-    return fire.Fire(SetParseFns(**readers)(options_type), command=command, name=prog, serialize=lambda _: None)
+    fires_own = ["--", f"--separator={_NEVER_TYPED}"]
+    return fire.Fire(
+        SetParseFns(**readers)(options_type), command=[*command, *fires_own], name=prog, serialize=lambda _: None
+    )
 
 
-def read_words(words: Sequence[str], known: Sequence[Flag], *, prog: str) -> dict[str, str]:
-    """The text typed for each flag, by the flag's name; a switch gives "True" or "False".
+def check_words(words: Sequence[str], known: Sequence[Flag], *, prog: str) -> list[str]:
+    """The words, once every flag among them is known, given once and has its value; fire then splits them.
 
-    A word that looks like a flag is never taken for the value of the flag before it.
-    Raises FluxIRError on an unknown or repeated flag, a missing value, and a word that follows no flag.
+    They stay as typed but for two spellings that fire would misread: a hyphen behind `--no`, and a text that starts
+    with dashes, which is joined to its flag by `=`. A word that looks like a flag is never taken for a value.
+    Raises FluxIRError on an unknown, repeated or missing flag, a missing value, and a word that follows no flag.
     """
     by_name = {flag.name: flag for flag in known}
-    texts: dict[str, str] = {}
+    given: set[str] = set()
+    checked: list[str] = []
     rest = list(words)
     while rest:
-        spelling, equals, text = rest.pop(0).partition("=")
-        flag, negated = _find(spelling + equals + text, by_name, prog=prog)
-        if flag.name in texts:
+        word = rest.pop(0)
+        spelling, equals, text = word.partition("=")
+        flag, negated = _find(word, by_name, prog=prog)
+        if flag.name in given:
             hint = "give it once, with commas between its values" if flag.many else "give it once"
             raise FluxIRError(f"--{flag.name} is given twice", hint=hint)
+        given.add(flag.name)
         if negated and equals:
             raise FluxIRError(f"{spelling} takes no value: got {text!r}", hint=f"write {spelling}, or --{flag.name}")
-        follows = bool(rest) and not _looks_like_flag(rest[0])
-        if equals:
-            texts[flag.name] = text
-        elif negated:
-            texts[flag.name] = "False"
-        elif follows:
-            texts[flag.name] = rest.pop(0)
-        elif flag.kind is bool:
-            texts[flag.name] = "True"
-        else:
+        checked.append(f"--no{flag.name}" if negated else word)
+        if negated or equals:
+            continue
+        if rest and not _looks_like_flag(rest[0]):
+            value = rest.pop(0)
+            checked[-1:] = [f"{word}={value}"] if _FLAG_TO_FIRE.match(value) else [word, value]
+        elif flag.kind is not bool:  # fire would read True
             raise _no_value(flag, rest)
-    return texts
+    if missing := next((flag for flag in known if flag.required and flag.name not in given), None):
+        raise FluxIRError(f"--{missing.name} is required: {missing.facts.help}", hint=f"{prog} --help lists all flags")
+    return checked
 
 
 def _find(word: str, by_name: dict[str, Flag], *, prog: str) -> tuple[Flag, bool]:

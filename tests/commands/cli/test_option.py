@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
+from flux_ir.commands.cli.option import REQUIRED, Flag, Options, flags, option, to_json_dict
 from flux_ir.errors import FluxIRError
-from flux_ir.options import REQUIRED, Flag, Options, flags, nearest, option, to_json_dict
 
 
 @dataclass(frozen=True)
@@ -206,23 +206,7 @@ def test_the_json_dictionary_holds_plain_values():
     assert list(plain) == [flag.name for flag in flags(Drawing)]
 
 
-@pytest.mark.parametrize(
-    ("word", "near"),
-    [
-        ("promt", "prompt"),
-        ("PROMPT", "prompt"),
-        ("gpu", "multi_gpu"),
-        ("w", "width"),
-        ("out", "output_dir"),
-        ("zz", None),
-        ("", None),
-    ],
-)
-def test_the_nearest_name_is_found(word, near):
-    assert nearest(word, ["prompt", "width", "multi_gpu", "output_dir"]) == near
-
-
 def test_options_import_nothing_heavy():
     heavy = "{'torch', 'numpy', 'fire', 'rich', 'jaxtyping'}"
-    check = f"import sys, flux_ir.options; sys.exit(bool({heavy} & sys.modules.keys()))"
+    check = f"import sys, flux_ir.commands.cli.option; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,20 +1,18 @@
 """How the options of a command are declared: one frozen dataclass whose fields are its flags.
 
 A field has a type, a default, and what `option` says about it. It is checked whenever the dataclass is constructed,
-from the command line or from Python; `flux_ir.commands.front` turns the same fields into flags and a help page.
+from the command line or from Python; `parse` turns the same fields into flags, and `help` into a help page.
 Nothing heavy is imported here, so that `--help` answers at once.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import FluxIRError, nearest
 
 T = TypeVar("T")
 Scalar = str | int | float | bool | Path
@@ -184,23 +182,16 @@ class Options:
 
 
 def flags(options_type: type[Options]) -> list[Flag]:
-    """The flags of a command, in the order its fields are declared."""
-    return [_flag(field.name, field.type, field.default, field.metadata.get("facts")) for field in fields(options_type)]
+    """The flags of a command: its own in the order they are declared, then those it shares with other commands."""
+    declared = {field.name: field for field in fields(options_type)}
+    names = dict.fromkeys(name for base in options_type.__mro__ for name in getattr(base, "__annotations__", {}))
+    ordered = [declared[name] for name in names if name in declared]
+    return [_flag(field.name, field.type, field.default, field.metadata.get("facts")) for field in ordered]
 
 
 def to_json_dict(options: Options) -> dict[str, Any]:
     """The options by name as plain JSON values: paths become text, tuples lists."""
     return {field.name: _plain(getattr(options, field.name)) for field in fields(options)}
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name a person most likely meant by `word`, or None if none comes near."""
-    names = list(known)
-    if close := difflib.get_close_matches(word.lower(), names, n=1):
-        return close[0]
-    starts = (name for name in names if word and name.startswith(word.lower()))
-    holds = (name for name in names if len(word) > 2 and word.lower() in name)
-    return next(starts, None) or next(holds, None)
 
 
 def _flag(name: str, annotation: Any, default: Any, facts: Facts | None) -> Flag:

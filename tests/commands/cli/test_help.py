@@ -4,8 +4,8 @@ from typing import Literal
 
 import pytest
 
-from flux_ir.commands.help_page import help_page
-from flux_ir.options import REQUIRED, Options, option
+from flux_ir.commands.cli.help import help_page
+from flux_ir.commands.cli.option import REQUIRED, Options, option
 
 
 @dataclass(frozen=True)

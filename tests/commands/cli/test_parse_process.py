@@ -12,9 +12,9 @@ SCRIPT = """
 import errno, os, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
-from flux_ir.commands.front import launch
+from flux_ir.commands.cli.parse import launch
 from flux_ir.errors import FluxIRError
-from flux_ir.options import Options, option
+from flux_ir.commands.cli.option import Options, option
 
 @dataclass(frozen=True)
 class ToyOptions(Options):

@@ -1,10 +1,10 @@
-"""From captures to plain arrays, a generation at a time: the heavy half of the command `export`."""
+"""From captures to plain arrays, a generation at a time."""
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,49 +12,71 @@ from safetensors.torch import save
 
 from flux_ir.activations.exported_source import METADATA_KEY, SETTINGS, Facts, array_name
 from flux_ir.activations.tokens import TokenBlock, TokenSource, open_source
-from flux_ir.commands.export import ExportOptions
-from flux_ir.commands.report import Report, counted
+from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
-from flux_ir.sites import Site, Stream, match_sites
+from flux_ir.sites import Site, SiteNames, Stream, match_sites, site_names
 
 
-def export(options: ExportOptions) -> None:
-    """Write every generation; print where they are."""
-    report = Report()
-    source = open_source(options.captures)
-    sites, steps = choose_sites(source, options), choose_steps(source, options)
+class Exported(NamedTuple):
+    """What an export has written."""
+
+    folder: Path
+    generations: int
+
+
+def export(
+    captures: str | Path,
+    output_dir: str | Path,
+    *,
+    format: Literal["safetensors", "npy"] = "safetensors",  # noqa: A002 (the word of the flag)
+    sites: SiteNames | None = None,
+    steps: Iterable[int] | None = None,
+    progress: Watch = unwatched,
+) -> Exported:
+    """Write the activations in `captures` as plain arrays [tokens, d] into a folder, a generation at a time.
+
+    `captures` is a collection (or its URL), a capture, or a folder of these; `sites` and `steps` say which part of it
+    (None: all). `output_dir` is a new folder, or that of the same export, which is written anew.
+
+    Raises FluxIRError for captures that cannot be read, sites and steps that are not in them, and a folder with other
+    things in it.
+    """
+    source, folder = open_source(captures), Path(output_dir)
+    chosen_sites, chosen_steps = choose_sites(captures, source, sites), choose_steps(captures, source, steps)
     check_ids(source)
-    check_folder(options.output_dir, settings_of(source, options, sites, steps))
-    for blocks in report.follow("export", generations(source, sites, steps), total=len(source.generations)):
-        write_generation(options, source, blocks)
-    report.table(counted(len(source.generations), "generation"), {"arrays": options.output_dir}, {})
+    check_folder(folder, settings_of(source, format, chosen_sites, chosen_steps))
+    total = len(source.generations)
+    for blocks in follow(progress, "export", generations(source, chosen_sites, chosen_steps), total):
+        write_generation(folder, format, source, blocks)
+    return Exported(folder, total)
 
 
-def choose_sites(source: TokenSource, options: ExportOptions) -> list[Site]:
+def choose_sites(captures: str | Path, source: TokenSource, names: SiteNames | None) -> list[Site]:
     """The sites to write: the chosen ones of those there are and their halves."""
     if not source.sites:
         raise FluxIRError(
-            f"what is exported has sites, and {options.captures} is a plain array", hint="it can be trained on as it is"
+            f"what is exported has sites, and {captures} is a plain array", hint="it can be trained on as it is"
         )
-    if options.sites is None:
+    if names is None:
         return list(source.sites)
     streams: tuple[Stream, ...] = ("img", "txt")
     whole = [site for site in source.sites if site.kind == "single" and site.stream is None]
     halves = [Site(site.kind, site.block, stream, site.part) for site in whole for stream in streams]
-    return match_sites(options.sites, sorted({*source.sites, *halves}))
+    return match_sites(site_names(names), sorted({*source.sites, *halves}))
 
 
-def choose_steps(source: TokenSource, options: ExportOptions) -> list[int]:
+def choose_steps(captures: str | Path, source: TokenSource, steps: Iterable[int] | None) -> list[int]:
     """The steps to write. Raises FluxIRError for one that is not there."""
-    if options.steps is None:
+    if steps is None:
         return list(source.steps)
-    if missing := sorted(set(options.steps) - set(source.steps)):
+    chosen = sorted(set(steps))
+    if missing := [step for step in chosen if step not in source.steps]:
         raise FluxIRError(
             f"--steps must be among those captured: got {', '.join(map(str, missing))}",
-            hint=f"{options.captures} holds the steps {', '.join(map(str, source.steps))}",
+            hint=f"{captures} holds the steps {', '.join(map(str, source.steps))}",
         )
-    return sorted(set(options.steps))
+    return chosen
 
 
 def check_ids(source: TokenSource) -> None:
@@ -71,12 +93,10 @@ def check_ids(source: TokenSource) -> None:
         seen.add(name)
 
 
-def settings_of(
-    source: TokenSource, options: ExportOptions, sites: Sequence[Site], steps: Sequence[int]
-) -> dict[str, Any]:
+def settings_of(source: TokenSource, file_format: str, sites: Sequence[Site], steps: Sequence[int]) -> dict[str, Any]:
     """What all files of one export have in common."""
     return {
-        "format": options.format,
+        "format": file_format,
         "model": source.model,
         "sites": [str(site) for site in sites],
         "steps": list(steps),
@@ -112,17 +132,17 @@ def generations(source: TokenSource, sites: Sequence[Site], steps: Sequence[int]
         yield [source.read(number, site, step) for site in sites for step in steps]
 
 
-def write_generation(options: ExportOptions, source: TokenSource, blocks: Sequence[TokenBlock]) -> None:
+def write_generation(folder: Path, file_format: str, source: TokenSource, blocks: Sequence[TokenBlock]) -> None:
     """Write one generation, complete or not at all."""
     facts = facts_of(source, blocks)
-    if options.format == "safetensors":
+    if file_format == "safetensors":
         # Copied: two halves of one block lie in one piece of memory, which the format does not allow.
         tensors = {name_of(block): block.floats().clone(memory_format=torch.contiguous_format) for block in blocks}
-        write(options.output_dir / f"{facts.id}.safetensors", save(tensors, {METADATA_KEY: facts.to_json()}))
+        write(folder / f"{facts.id}.safetensors", save(tensors, {METADATA_KEY: facts.to_json()}))
         return
     for block in blocks:
-        write(options.output_dir / name_of(block) / f"{facts.id}.npy", npy_bytes(block.floats()))
-    write(options.output_dir / f"{facts.id}.json", f"{facts.to_json()}\n".encode())  # last: now it is complete
+        write(folder / name_of(block) / f"{facts.id}.npy", npy_bytes(block.floats()))
+    write(folder / f"{facts.id}.json", f"{facts.to_json()}\n".encode())  # last: now it is complete
 
 
 def facts_of(source: TokenSource, blocks: Sequence[TokenBlock]) -> Facts:

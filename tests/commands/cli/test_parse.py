@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_ir.commands.front import launch
+from flux_ir.commands.cli.option import REQUIRED, Options, option
+from flux_ir.commands.cli.parse import launch
 from flux_ir.errors import FluxIRError
-from flux_ir.options import REQUIRED, Options, option
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from flux_ir.options import Flag, Options, flags
+from flux_ir.commands.cli.option import Flag, Options, flags
 
 _FLAG_COLUMN_CHARS = 38  # a longer flag gets a line of its own
 _FOOTER = """\

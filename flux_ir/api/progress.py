@@ -1,0 +1,44 @@
+"""How work that takes long tells how far it is: it calls `progress` with events, and prints nothing itself."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(NamedTuple):
+    """So many of a stage's parts are done. A stage begins with 0 and ends with `total`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Note(NamedTuple):
+    """Something worth knowing, in one sentence."""
+
+    text: str
+
+
+Watch = Callable[[Progress | Note], None]
+
+
+def unwatched(event: Progress | Note) -> None:
+    """For those who do not want to know."""
+
+
+def follow(progress: Watch, stage: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """The items, each reported once it has been dealt with."""
+    progress(Progress(stage, 0, total))
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(Progress(stage, done, total))
+
+
+@contextmanager
+def phase(progress: Watch, stage: str) -> Iterator[None]:
+    """A stage of one part."""
+    progress(Progress(stage, 0, 1))
+    yield
+    progress(Progress(stage, 1, 1))

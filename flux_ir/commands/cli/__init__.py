@@ -1,0 +1,1 @@
+"""How words become options: declared in `option`, read in `parse`, shown by `help`; `shared` has common flags."""

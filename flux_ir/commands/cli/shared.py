@@ -1,0 +1,105 @@
+"""Flags that several commands have in common: each is declared here, once, and a command's options inherit it.
+
+Defaults that belong to a model are None here and are asked of its `ModelSpec` when the command runs: the registry needs
+torch, and `--help` does not wait for it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flux_ir.commands.cli.option import Options, option
+
+PICTURE, KEEP, READ, MACHINE = "the picture", "what is recorded", "what is shown", "model and machine"
+LARGEST_SEED = 2**63 - 1
+_OF_THE_MODEL = "the model's own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture(Options):
+    """What is sampled, but for its prompt and its noise."""
+
+    model: str = option("flux-schnell", help="flux-schnell, flux-dev, flux-dev-krea or flux-tiny", group=PICTURE)
+    width: int | None = option(
+        None, help="width", unit="px", group=PICTURE, multiple_of=16, minimum=16, default_text=_OF_THE_MODEL
+    )
+    height: int | None = option(
+        None, help="height", unit="px", group=PICTURE, multiple_of=16, minimum=16, default_text=_OF_THE_MODEL
+    )
+    num_steps: int | None = option(None, help="Euler steps", group=PICTURE, minimum=1, default_text=_OF_THE_MODEL)
+    guidance: float | None = option(
+        None,
+        help="guidance strength, for the guidance-distilled dev family",
+        group=PICTURE,
+        default_text=_OF_THE_MODEL,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(Options):
+    """Where it is computed."""
+
+    device: str | None = option(
+        None,
+        help="cpu, cuda or cuda:N",
+        group=MACHINE,
+        default_text="a GPU, under torchrun one for each process; the CPU where there is none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offload(Options):
+    """For GPUs with little memory."""
+
+    offload: bool = option(False, help="keep each part on the GPU only while it is needed", group=MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints(Options):
+    """Where the weights are."""
+
+    checkpoint: Path | None = option(
+        None,
+        help="the transformer's weights: a .safetensors file or a diffusers folder",
+        group=MACHINE,
+        default_text="those the capture was made with, if there is one; else environment, package, hub",
+    )
+    ae_checkpoint: Path | None = option(
+        None, help="the autoencoder's weights, likewise", group=MACHINE, default_text="likewise"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Options):
+    """Where run folders are."""
+
+    output_dir: Path = option(Path("output"), help="where the runs' folders are", group=MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readings(Options):
+    """How block outputs are read."""
+
+    lens: Literal["euler", "x0", "both"] = option(
+        "euler",
+        help="euler: the state the sampler would go to; x0: the clean image the block believes in",
+        group=READ,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Options):
+    """Which steps of the sampler."""
+
+    steps: tuple[int, ...] | None = option(
+        None, help="which steps, counted from 0", group=KEEP, minimum=0, default_text="every step there is"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Options):
+    """A question asked before the work."""
+
+    plan: bool = option(
+        False, help="only say what it would take: tokens, bytes, memory and time, from a short trial", group=MACHINE
+    )

@@ -1,0 +1,43 @@
+"""The public names: what they are, that no room stands in their way, and that importing the package is light."""
+
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import flux_ir
+
+ROOMS = [module.name for module in pkgutil.iter_modules(flux_ir.__path__) if module.name != "__main__"]
+
+
+def test_rooms_and_public_names_differ():
+    assert not set(ROOMS) & set(flux_ir.__all__)
+
+
+def test_every_public_name_is_what_it_was_also_behind_every_room_and_asked_for_twice():
+    for room in ROOMS:
+        import_module(f"flux_ir.{room}")
+    for name in flux_ir.__all__:
+        module = import_module(flux_ir._MODULES[name])
+        assert getattr(flux_ir, name) is getattr(module, name)
+        assert getattr(flux_ir, name) is getattr(module, name)
+        assert getattr(flux_ir, name).__doc__, name
+
+
+def test_every_public_name_is_listed_once_and_in_order():
+    assert list(flux_ir._MODULES) == flux_ir.__all__ == sorted(set(flux_ir.__all__), key=str.lower)
+    assert set(flux_ir.__all__) <= set(dir(flux_ir))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'flux_ir' has no attribute 'captrue'"):
+        _ = flux_ir.captrue
+    assert not hasattr(flux_ir, "captrue")
+
+
+def test_the_package_is_imported_without_torch_and_its_names_are_known():
+    check = "import sys, flux_ir; print(len(dir(flux_ir)) > 5, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False"]
