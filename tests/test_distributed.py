@@ -11,9 +11,10 @@ from flux_ir.errors import FluxIRError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TOGETHER = """
-import sys, time, torch
+import os, sys, time, torch
 from pathlib import Path
 from flux_ir.distributed import all_sum, arrivals, first_rank_value, joined, wait_for_all
+from flux_ir.models.compute_dtype import choose_dtype
 with joined() as ranks:
     assert ranks.world_size == 2 and ranks.rank in (0, 1) and ranks.local_rank == ranks.rank
     assert ranks.is_first == (ranks.rank == 0) and ranks.device("cpu") == torch.device("cpu")
@@ -26,6 +27,11 @@ with joined() as ranks:
     seen = list(arrivals("counted", ranks, seconds=0.01))
     assert seen[-1] == 2 and (ranks.is_first or seen[0] == 1), seen
     assert ranks.count("things", 0) == 10
+    if not ranks.is_first:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # one machine without bfloat16: none computes in it
+    chosen = choose_dtype("auto", ["cpu"], ranks=ranks)
+    assert chosen.dtype == torch.float32 and chosen.reason, chosen
+    assert choose_dtype("bfloat16", ["cpu"], ranks=ranks).dtype == torch.bfloat16
     wait_for_all(ranks)
     (Path(sys.argv[1]) / f"rank_{ranks.rank}").touch()
 assert not torch.distributed.is_initialized()

@@ -220,7 +220,9 @@ class Collector:
             recorded = record_batch(network, self.recipe, job.items, embedded)
         pixels = None
         if autoencoder is not None and recorded.latent is not None:
-            pixels = decode(autoencoder, recorded.latent, self.recipe.height, self.recipe.width)
+            pixels = decode(
+                autoencoder, recorded.latent, self.recipe.height, self.recipe.width, self.recipe.network_dtype
+            )
         if not self.settings.save_latents:
             recorded = recorded._replace(latent=None)
         return job, DrawnBatch(recorded, pixels)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
@@ -13,7 +12,7 @@ from flux_ir.commands.cli.shared import (
     PICTURE,
     READ,
     Checkpoints,
-    Device,
+    Compute,
     Offload,
     Picture,
     Plan,
@@ -24,7 +23,7 @@ from flux_ir.commands.cli.shared import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureOptions(Picture, Steps, Readings, Device, Offload, Checkpoints, Runs, Plan):
+class CaptureOptions(Picture, Steps, Readings, Compute, Offload, Checkpoints, Runs, Plan):
     """Sample one picture, record what every block puts out at every step, and decode each block as if it were the last.
 
     Everything goes into a folder of its own below --output_dir, named by the generation id printed at the start.
@@ -51,9 +50,6 @@ class CaptureOptions(Picture, Steps, Readings, Device, Offload, Checkpoints, Run
     should_decode_intermediates: bool = option(True, help="decode what each block would have drawn", group=READ)
 
     multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
-    dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", help="precision of the text encoders and the transformer, and of what is recorded", group=MACHINE
-    )
 
 
 def run(options: CaptureOptions) -> None:

@@ -7,13 +7,13 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Device
+from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Compute
 
 WHAT, SPLICE = "what is measured", "splice"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSAEOptions(Device, Checkpoints):
+class EvaluateSAEOptions(Compute, Checkpoints):
     """Measure autoencoders on the images and prompts they were not trained on: FVU, L0, dead features, cosine.
 
     Every autoencoder's folder gets metrics.json, density.png, fvu_per_step.png and curves.png; several together also

@@ -12,7 +12,7 @@ from flux_ir.activations.tokens import open_source
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
 from flux_ir.commands.judged import Judged, draw_fronts, result_table, write_results
 from flux_ir.commands.report import Report, peak_memory
-from flux_ir.commands.splicing import Splicer, network_dtype
+from flux_ir.commands.splicing import Splicer, recorded_dtype
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import plan
 from flux_ir.sae.base import load_sae
@@ -104,7 +104,7 @@ class Judge:
 
     def _splicer_for(self, subject: Subject) -> Splicer:
         if self._splicer is None:
-            self._splicer = Splicer(self.options, self.source.model, network_dtype(subject), self.report)
+            self._splicer = Splicer(self.options, self.source.model, recorded_dtype(subject), self.report)
         return self._splicer
 
 

@@ -23,6 +23,7 @@ from flux_ir.commands.report import Report, peak_memory
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, write_json
 from flux_ir.lens.readout import image_outputs
+from flux_ir.models.compute_dtype import ComputeDtype, choose_dtype
 from flux_ir.models.placement import Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.sources import locate_model
@@ -54,7 +55,7 @@ class Job(NamedTuple):
 
     spec: ModelSpec
     placement: Placement
-    dtype: torch.dtype
+    compute: ComputeDtype
     width: int
     height: int
     seed: int
@@ -74,8 +75,10 @@ def capture(options: CaptureOptions) -> None:
         source = locate_model(job.spec, options.checkpoint, options.ae_checkpoint, announce=report.note)
         report.results.print(f"generation id: {folder.generation_id}")
         where = f"{', '.join(job.placement.devices)} ({job.placement.reason})"
-        report.note(f"{job.spec.name} on {where}, {options.dtype}, seed {job.seed}")
-        suite = Suite(job.spec, source, job.placement, job.dtype)
+        report.note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}")
+        if job.compute.warning is not None:
+            report.note(f"note: {job.compute.warning}")
+        suite = Suite(job.spec, source, job.placement, job.compute.dtype)
         files = generate(options, job, folder, suite, report)
         written = files._asdict()
         if options.should_decode_intermediates:
@@ -93,12 +96,13 @@ def settle(options: CaptureOptions) -> Job:
     check_size(height, width)
     num_steps = options.num_steps or spec.default_steps
     img_tokens = image_ids(1, height, width).shape[1]
+    placement = plan(
+        torch.cuda.device_count(), device=options.device, multi_gpu=options.multi_gpu, offload=options.offload
+    )
     return Job(
         spec=spec,
-        placement=plan(
-            torch.cuda.device_count(), device=options.device, multi_gpu=options.multi_gpu, offload=options.offload
-        ),
-        dtype=getattr(torch, options.dtype),
+        placement=placement,
+        compute=choose_dtype(options.dtype, placement.devices),
         width=width,
         height=height,
         seed=secrets.randbelow(SEEDS) if options.seed is None else options.seed,
@@ -201,7 +205,7 @@ def planned_file(options: CaptureOptions, job: Job, metadata: dict[str, Any]) ->
         guidance=job.guidance,
         metadata=metadata,
         steps=job.kept_steps,
-        dtype=job.dtype,
+        dtype=job.compute.dtype,
     )
 
 
@@ -210,7 +214,7 @@ def paint(options: CaptureOptions, job: Job, suite: Suite, sink: Sink, report: R
     for _ in report.follow("load", suite.load(), total=Suite.PARTS):
         pass
     text = embed(suite, options.prompt, report)
-    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.dtype)
+    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)
     latent = inputs.img
     with suite.transformer() as model, Recorder(model, job.sites, sink, steps=job.kept_steps):
@@ -250,7 +254,8 @@ def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
     return {
         "captured_steps": job.kept_steps,
         "sites": [str(site) for site in job.sites],
-        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype": job.compute.name,
+        "dtype_reason": job.compute.reason,
         "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},
         "offload": job.placement.offload,
         "files": {
@@ -264,14 +269,14 @@ def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "
-        "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions bfloat16",
+        "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions in dtype",
     }
 
 
 def save_picture(options: CaptureOptions, job: Job, suite: Suite, latent: PackedLatent, path: Path) -> None:
     """Decode the finished latent and save it with what made it."""
     with suite.autoencoder() as autoencoder:
-        pixels = decode(autoencoder, latent, job.height, job.width)
+        pixels = decode(autoencoder, latent, job.height, job.width, suite.dtype)
     prompt = options.prompt if options.add_sampling_metadata else None
     with complete_file(path) as beside:
         beside.write_bytes(jpeg_bytes(pixels, model=job.spec.name, prompt=prompt))

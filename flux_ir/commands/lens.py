@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Checkpoints, Device, Readings, Runs
+from flux_ir.commands.cli.shared import Checkpoints, Compute, Readings, Runs
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensOptions(Readings, Device, Checkpoints, Runs):
+class LensOptions(Readings, Compute, Checkpoints, Runs):
     """Decode what each block of an existing capture would have drawn, without sampling again.
 
     Pictures, lens.json and the contact sheet of the run are written anew; everything else stays as it is.

@@ -53,7 +53,7 @@ def plan_capture(options: CaptureOptions) -> None:
     _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_room_rows(room)])
     check_disk(total, room, flags="--sites or --steps")
     source = locate_model(job.spec, options.checkpoint, options.ae_checkpoint, announce=report.note)
-    suite = Suite(job.spec, source, job.placement, job.dtype)
+    suite = Suite(job.spec, source, job.placement, job.compute.dtype)
     weights = weights_bytes(suite)
     check_memory(weights, suite.placement)
     report.note(f"a trial of {TRIAL_STEPS} steps")

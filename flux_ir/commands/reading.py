@@ -15,6 +15,7 @@ from flux_ir.layout import RunFolder, write_json
 from flux_ir.lens.decode import LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
@@ -49,9 +50,15 @@ def read_again(options: LensOptions) -> None:
         announce=report.note,
     )
     placement = plan(torch.cuda.device_count(), device=options.device)
-    report.note(f"{spec.name} on {placement.transformer} ({placement.reason})")
+    compute = choose_dtype(options.dtype, placement.devices, recorded=capture.dtype)
+    report.note(f"{spec.name} on {placement.transformer} ({placement.reason}), {compute}")
+    if compute.warning is not None:
+        report.note(f"note: {compute.warning}")
+    if compute.dtype != capture.dtype:
+        recorded = str(capture.dtype).removeprefix("torch.")
+        report.note(f"note: the capture is {recorded}: its last block gives the sampler's next state but for rounding")
     with report.phase("load"):
-        model = load_flux(spec, transformer, placement.transformer, capture.dtype)
+        model = load_flux(spec, transformer, placement.transformer, compute.dtype)
         decoder = load_autoencoder(spec, autoencoder, placement.ae_decoder)
     lenses = LENSES[options.lens]
     written = decode_run(report, folder, capture, model, decoder, lenses, earlier=earlier, batch=options.decode_batch)

@@ -12,6 +12,7 @@ from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
 from flux_ir.commands.report import Report
 from flux_ir.errors import FluxIRError
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
@@ -57,19 +58,20 @@ class Run(NamedTuple):
 class Splicer:
     """The model, loaded when the first autoencoder asks for it, and the prompts that were embedded for it."""
 
-    def __init__(self, options: EvaluateSAEOptions, model: str | None, dtype: torch.dtype, report: Report) -> None:
+    def __init__(self, options: EvaluateSAEOptions, model: str | None, recorded: torch.dtype, report: Report) -> None:
         name = options.model or model
         if name is None:
             raise FluxIRError("the captures do not say which model they are of", hint="name it with --model")
-        self.options, self.report, self.dtype = options, report, dtype
+        self.options, self.report = options, report
         self.spec = get_spec(name)
+        self.placement = plan(torch.cuda.device_count(), device=options.device)
+        self.compute = choose_dtype(options.dtype, self.placement.devices, recorded=recorded)
         self._embedded: dict[str, EmbeddedPrompt] = {}
 
     @cached_property
     def suite(self) -> Suite:
         """The model's parts."""
         options = self.options
-        placement = plan(torch.cuda.device_count(), device=options.device)
         source = locate_model(
             self.spec,
             options.checkpoint,
@@ -77,7 +79,10 @@ class Splicer:
             autoencoder=options.splice and options.pictures,
             announce=self.report.note,
         )
-        return Suite(self.spec, source, placement, self.dtype)
+        self.report.note(f"{self.spec.name} computes in {self.compute}")
+        if self.compute.warning is not None:
+            self.report.note(f"note: {self.compute.warning}")
+        return Suite(self.spec, source, self.placement, self.compute.dtype)
 
     def check(self, subject: Subject) -> Site:
         """The subject's site. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
@@ -103,19 +108,22 @@ class Splicer:
             batches = list(self._batches(runs))
             for batch in self.report.follow(f"splice {site}", batches, total=len(batches)):
                 self._add(meter, batch)
-        return as_json(meter.result(), runs=len(runs), steps=steps)
+        return as_json(meter.result(), runs=len(runs), steps=steps, dtype=self.compute.name)
 
     def _add(self, meter: SpliceMeter, runs: list[Run]) -> None:
         first = runs[0]
-        device = self.suite.placement.transformer
-        noise = noise_for([run.seed for run in runs], first.height, first.width, device, self.dtype)
+        device, dtype = self.placement.transformer, self.compute.dtype
+        noise = noise_for([run.seed for run in runs], first.height, first.width, device, dtype)
         parts = zip(*(self._embedded[run.prompt].text for run in runs), strict=True)
         inputs = prepare(noise, TextEmbedding(*map(torch.cat, parts)), first.height, first.width)
         latents = meter.add(inputs, list(first.timesteps), first.guidance)
         if self.options.pictures:
             with self.suite.autoencoder() as autoencoder:
                 meter.add_pictures(
-                    {name: decode(autoencoder, latent, first.height, first.width) for name, latent in latents.items()}
+                    {
+                        name: decode(autoencoder, latent, first.height, first.width, dtype)
+                        for name, latent in latents.items()
+                    }
                 )
 
     def _batches(self, runs: list[Run]) -> Iterator[list[Run]]:
@@ -153,7 +161,7 @@ def held_out_runs(subject: Subject, most: int) -> list[Run]:
     return list(runs.values())
 
 
-def network_dtype(subject: Subject) -> torch.dtype:
+def recorded_dtype(subject: Subject) -> torch.dtype:
     """What the captured model computed in. Raises FluxIRError where files do not say how they were made."""
     path = subject.source.generations[0].path
     _check_capture(path)
@@ -186,7 +194,7 @@ def _check_capture(path: Path | None) -> None:
         )
 
 
-def as_json(results: Mapping[str, SpliceNumbers], *, runs: int, steps: tuple[int, ...]) -> dict[str, Any]:
+def as_json(results: Mapping[str, SpliceNumbers], *, runs: int, steps: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """The numbers of every replacement with what it recovered of each ablation, overall and per step."""
     rows: dict[str, Any] = {}
     for name, numbers in results.items():
@@ -204,4 +212,4 @@ def as_json(results: Mapping[str, SpliceNumbers], *, runs: int, steps: tuple[int
                 str(step): rounded(recovered(value, ablated.velocity_mse_per_step[step]))
                 for step, value in per_step.items()
             }
-    return {"generations": runs, "steps": list(steps), "replacements": rows}
+    return {"generations": runs, "steps": list(steps), "dtype": dtype, "replacements": rows}

@@ -129,7 +129,7 @@ class TrainSAEOptions(Device):
         None,
         help="precision of the large products; weights are float32",
         group=HOW,
-        default_text="bfloat16 on a GPU, float32 on a CPU",
+        default_text="bfloat16 on a GPU that has it, else float32",
     )
     shard_optimiser: bool = option(
         False, help="spread the optimiser's moments over the processes of torchrun", group=HOW

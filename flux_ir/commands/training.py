@@ -5,10 +5,9 @@ Sites that have the same tokens (all image sites, say) are one run: their autoen
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.text import Text
@@ -21,6 +20,7 @@ from flux_ir.commands.training_data import TrainingData, open_data
 from flux_ir.commands.training_run import Planned, Result, Run
 from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError
+from flux_ir.models.compute_dtype import bfloat16_on
 from flux_ir.models.placement import plan
 from flux_ir.sae.config import SAEConfig
 from flux_ir.sae.data import sites_in_lockstep
@@ -29,7 +29,6 @@ from flux_ir.sae.trainer import TrainSettings
 
 MOST_DEAD_AFTER = 10_000_000
 DEAD_SHARE = 20  # a feature is dead after at most this part of the run
-_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # what such instructions of a CPU are called
 
 
 def train_saes(options: TrainSAEOptions) -> int:
@@ -76,7 +75,7 @@ def plan_run(
             hint=f"make --batch_tokens a multiple of {ranks.world_size}",
         )
     tokens = total_steps * options.batch_tokens
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
     settings = TrainSettings(
         total_steps=total_steps,
         batch_tokens=options.batch_tokens,
@@ -94,11 +93,8 @@ def plan_run(
 
 def _products(device: torch.device, dtype: torch.dtype) -> str:
     """What precision products have, and where they could have a quicker one."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has no such function
-    quicker = dtype == torch.float32 and any(capabilities.get(name) for name in _BFLOAT16)
-    advice = (
-        " (this CPU trains several times as fast with --dtype bfloat16)" if quicker and device.type == "cpu" else ""
-    )
+    quicker = dtype == torch.float32 and device.type == "cpu" and bfloat16_on(device).real
+    advice = " (this CPU trains several times as fast with --dtype bfloat16)" if quicker else ""
     return f"products in {str(dtype).removeprefix('torch.')}{advice}"
 
 

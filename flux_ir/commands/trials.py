@@ -72,7 +72,7 @@ def measure_capture(
             pass
     with _timed() as text_seconds, suite.text_encoders() as encoders:
         text = encode(encoders.t5, encoders.clip, [options.prompt])
-    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.dtype)
+    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)
     sink, seconds, latent = MemorySink(), [0.0], inputs.img
     with suite.transformer() as model, Recorder(model, job.sites, sink, steps=[0]):
@@ -89,7 +89,7 @@ def measure_capture(
     copy = copying.seconds if latent.device.type == "cuda" else 0.0
     disk = capture_bytes(planned) / len(planned.kept_steps) / disk_speed(room)
     with _timed() as decoding, suite.autoencoder() as autoencoder:
-        decode(autoencoder, latent, job.height, job.width)
+        decode(autoencoder, latent, job.height, job.width, suite.dtype)
     once = {"load": load.seconds, "text": text_seconds.seconds, "pictures": decoding.seconds * (1 + pictures)}
     kept = len(planned.kept_steps) / (len(job.timesteps) - 1)  # other steps are neither copied nor written
     unit = max(compute, copy * kept, disk * kept)

@@ -21,6 +21,7 @@ from flux_ir.demo.judge import Row, judge, tally
 from flux_ir.demo.scenes import held_out_scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import ASSETS, PROVENANCE_FILE, ModelSpec, packaged_spec
 from flux_ir.models.sources import locate_model
@@ -64,13 +65,13 @@ def draw_captions(suite: Suite, captions: list[str], num_steps: int) -> Iterator
             noise = noise_for(seeds, side, side, suite.placement.transformer, suite.dtype)
             inputs = prepare(noise, encode(text.t5, text.clip, prompts), side, side)
             *_, last = sample(flux, inputs, timesteps, spec.default_guidance)
-            yield from decode(autoencoder, last.after, side, side).numpy()
+            yield from decode(autoencoder, last.after, side, side, suite.dtype).numpy()
 
 
 def evaluate(spec: ModelSpec, count: int, num_steps: int, device: str | None) -> list[Row]:
     """The table over `count` held-out captions that all differ."""
     placement = plan(torch.cuda.device_count(), device=device)
-    suite = Suite(spec, locate_model(spec), placement, torch.bfloat16)
+    suite = Suite(spec, locate_model(spec), placement, choose_dtype("auto", placement.devices).dtype)
     scenes = held_out_scenes(count, CAPTION_SEED)
     pictures = draw_captions(suite, [scene.caption for scene in scenes], num_steps)
     followed = track(pictures, "drawing and judging", total=count, console=Console(stderr=True))

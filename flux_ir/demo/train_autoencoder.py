@@ -12,6 +12,7 @@ from flux_ir.demo.checkpoints import Checkpoint, step_generator
 from flux_ir.demo.drawing import SIDE_PX, draw
 from flux_ir.demo.scenes import scene_at, scenes
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams, kl_to_standard_normal
+from flux_ir.models.compute_dtype import bfloat16_on
 
 AE_PARAMS = AutoEncoderParams(
     resolution=SIDE_PX,
@@ -62,7 +63,7 @@ def train_autoencoder(config: AutoencoderConfig, checkpoint: Checkpoint, device:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.steps)
     for step in checkpoint.steps(config.steps, model=model, optimiser=optimiser, schedule=schedule):
         x = crops(config, step).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16_on(device).real):
             mean, log_variance = model.moments(x)
             mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
             noise = torch.randn(mean.shape, generator=step_generator(config.seed, step)).to(device)

@@ -19,6 +19,7 @@ from flux_ir.demo.train_autoencoder import picture_batches
 from flux_ir.demo.train_text import TEXT_DIM, Describer
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.compute_dtype import bfloat16_on
 from flux_ir.models.text import TextEncoder
 from flux_ir.models.transformer import Flux, FluxParams
 from flux_ir.sampling.latents import image_ids, pack, text_ids
@@ -79,7 +80,7 @@ def encode_bank(autoencoder: AutoEncoder, config: FlowConfig, device: str) -> Te
     """Packed latents, bf16 [scenes, img, packed], of the first `bank_scenes` training scenes."""
     latents = []
     for pictures in picture_batches(config.seed, config.bank_scenes):
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16_on(device).real):
             latents.append(pack(autoencoder.encode(pictures.to(device))).to("cpu", torch.bfloat16))
     return torch.cat(latents)
 
@@ -186,7 +187,7 @@ def train_flow(
         eps = torch.randn(x0.shape, generator=generator)
         x_t = torch.lerp(x0, eps, t[:, None, None]).to(device)
         captions = [bank.captions[row] for row in rows.tolist()]
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16_on(device).real):
             v = velocity(x_t, img_ids, model.t5(captions), txt_ids, t.to(device), model.clip(captions))
         loss = (v.float() - (eps - x0).to(device)).square().mean()
         loss.backward()

@@ -151,7 +151,7 @@ class LensDecoder:
         return relative_distance(last.cpu(), self.capture.context(step + 1).img)
 
     def _decode(self, latents: PackedLatent) -> Pixels:
-        return decode(self.autoencoder, latents, self.height, self.width)
+        return decode(self.autoencoder, latents, self.height, self.width, self.model.dtype)
 
     def _write(self, place: Place, pixels: Pixels, index: int) -> Decoded:
         path = self.folder.decoded_image(place.lens, place.step, place.site.kind, place.site.block)

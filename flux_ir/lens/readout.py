@@ -1,7 +1,8 @@
 """What each block would have predicted had it been the last: block output -> velocity -> latent.
 
 The trained last layer applied at an earlier depth (the logit lens, nostalgebraist 2020), through the very functions the
-sampler uses: read at the last single block, the `euler` reading is the sampler's next state, bit for bit.
+sampler uses: read at the last single block, the `euler` reading is the sampler's next state, bit for bit, if the model
+has the dtype that it sampled in. In another dtype the same reading is right to the rounding of the coarser one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,15 +75,18 @@ def readable_sites(capture: Capture) -> list[Site]:
 
 @torch.no_grad()
 def read_step(model: Flux, capture: Capture, step: int) -> Iterator[Reading]:
-    """Every readable block of one captured step, in depth order. One block's tensors are in memory at a time."""
-    device = model.img_in.weight.device
+    """Every readable block of one captured step, in depth order, computed in the dtype of the model.
+
+    One block's tensors are in memory at a time.
+    """
+    device, dtype = model.img_in.weight.device, model.dtype
     context = capture.context(step)
-    img, y = context.img.to(device), context.y.to(device)
+    img, y = context.img.to(device, dtype), context.y.to(device, dtype)
     guidance = None if model.guidance_in is None else per_sample(context.guidance, img)
     vec = model.conditioning(per_sample(context.t_curr, img), y, guidance)
     for site in readable_sites(capture):
         txt_tokens = context.txt_tokens if site.kind == "single" and site.stream is None else 0
-        velocity = velocity_at(model, capture.read(site, step).to(device), vec, txt_tokens=txt_tokens)
+        velocity = velocity_at(model, capture.read(site, step).to(device, dtype), vec, txt_tokens=txt_tokens)
         yield Reading(
             step,
             site,

@@ -8,6 +8,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step, denoise
@@ -64,24 +65,27 @@ def sample(model: Flux, inputs: Inputs, timesteps: list[float], guidance: float)
     return denoise(model, *inputs, timesteps, guidance)
 
 
-def decode(autoencoder: AutoEncoder, packed: PackedLatent, height: int, width: int) -> Pixels:
+def decode(
+    autoencoder: AutoEncoder, packed: PackedLatent, height: int, width: int, dtype: torch.dtype | None = None
+) -> Pixels:
     """Packed latents as pictures, uint8 [batch, height, width, 3] on the CPU.
 
-    Decoded from float32 latents under bf16 autocast, as the published sampler does. A CPU decodes pictures side by
-    side; a GPU the whole batch at once.
+    `dtype` is what the convolutions compute in (None: what suits the device). Decoded from float32 latents; in bfloat16
+    under autocast, as the published sampler does. A CPU decodes pictures side by side, a GPU the whole batch at once.
     """
     device = autoencoder.decoder.conv_in.weight.device
+    dtype = dtype or choose_dtype("auto", [str(device)]).dtype
     latents = unpack(packed.float(), height, width).to(device)
     if device.type == "cpu":
-        return side_by_side(partial(_decode_together, autoencoder), latents, height * width)
-    return _decode_together(autoencoder, latents)
+        return side_by_side(partial(_decode_together, autoencoder, dtype), latents, height * width)
+    return _decode_together(autoencoder, dtype, latents)
 
 
 @torch.no_grad()
-def _decode_together(autoencoder: AutoEncoder, latents: Latent) -> Pixels:
+def _decode_together(autoencoder: AutoEncoder, dtype: torch.dtype, latents: Latent) -> Pixels:
     # Convolutions are fastest with channels last, and every layer leaves them so.
     latents = latents.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
         return to_pixels(autoencoder.decode(latents))
 
 

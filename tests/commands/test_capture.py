@@ -16,6 +16,7 @@ from PIL import Image
 
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.cli.option import flags
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
@@ -39,6 +40,7 @@ from tests.commands.run_folder import (
     tensors_of,
 )
 
+COMPUTE = choose_dtype("auto", plan(torch.cuda.device_count()).devices)
 EXIF_PROMPT, EXIF_SOFTWARE, EXIF_MAKE, EXIF_MODEL = 0x010E, 0x0131, 0x010F, 0x0110
 
 
@@ -96,7 +98,7 @@ def test_the_generation_id_comes_first_and_the_table_last(captured_run):
 
 def test_progress_and_notes_go_to_stderr_alone(captured_run):
     lines = captured_run.stderr.splitlines()
-    assert re.fullmatch(r"flux-tiny on (cpu|cuda:0) \(.*\), bfloat16, seed 1", lines[0])
+    assert re.fullmatch(r"flux-tiny on (cpu|cuda:0) \(.*\), " + re.escape(f"{COMPUTE}, seed 1"), lines[0])
     for phase, count in (("load", 4), ("sample", 3), ("decode", 3 * len(BLOCKS))):
         assert [line for line in lines if re.match(rf"{phase} .* {count}/{count} ", line)]
     (note,) = [line for line in lines if line.startswith("note: ")]
@@ -128,7 +130,7 @@ def test_the_metadata_say_how_to_repeat_the_run(captured_run):
     assert metadata["options"]["num_steps"] == 3
     assert metadata["captured_steps"] == [0, 1, 2]
     assert metadata["sites"] == [str(site) for site in block_outputs(DEPTH, DEPTH_SINGLE)]
-    assert metadata["dtype"] == "bfloat16"
+    assert (metadata["dtype"], metadata["dtype_reason"]) == (COMPUTE.name, COMPUTE.reason)
     assert metadata["devices"].keys() == {"t5", "clip", "transformer", "ae_encoder", "ae_decoder"}
     assert metadata["offload"] is False
     assert metadata["rounding"]
@@ -155,7 +157,7 @@ def test_the_capture_is_the_original_programs_dictionary(captured_run):
         assert [(img.shape[1:], txt.shape[1:]) for img, txt in pairs] == [((64, width), (txt_tokens, width))] * 3
     for outputs in file["single_blocks"].values():
         assert [output.shape for output in outputs] == [(1, txt_tokens + 64, width)] * 3
-        assert {output.dtype for output in outputs} == {torch.bfloat16}
+        assert {output.dtype for output in outputs} == {COMPUTE.dtype}
     context = file["denoising_context"]
     assert [y.shape for y in context["y"]] == [(1, SPEC.flux.vec_in_dim)] * 3
     assert [img.shape for img in context["img_state"]] == [(1, 64, 64)] * 3
@@ -205,14 +207,14 @@ def test_the_same_seed_gives_the_same_bytes(captured_run, run):
 
 
 def test_capturing_changes_no_bit_of_the_picture(captured_run):
-    suite = Suite(SPEC, locate_model(SPEC), plan(torch.cuda.device_count()), torch.bfloat16)
+    suite = Suite(SPEC, locate_model(SPEC), plan(torch.cuda.device_count()), COMPUTE.dtype)
     with suite.text_encoders() as text:
         embedding = encode(*text, [captured_run.prompt])
-    noise = noise_for([1], 128, 128, suite.placement.transformer, torch.bfloat16)
+    noise = noise_for([1], 128, 128, suite.placement.transformer, COMPUTE.dtype)
     inputs = prepare(noise, embedding, 128, 128)
     with suite.transformer() as model, suite.autoencoder() as autoencoder:
         *_, last = sample(model, inputs, load_capture(captured_run.folder).metadata["timesteps"], 2.5)
-        pixels = decode(autoencoder, last.after, 128, 128)
+        pixels = decode(autoencoder, last.after, 128, 128, COMPUTE.dtype)
     expected = jpeg_bytes(pixels, model="flux-tiny", prompt=captured_run.prompt)
     assert (captured_run.folder / "img_0.jpg").read_bytes() == expected
 

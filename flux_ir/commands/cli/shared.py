@@ -48,6 +48,17 @@ class Device(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compute(Device):
+    """Where a model is run, and in which precision."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto",
+        help="what the model computes in; auto: bfloat16 where the device has it, else (or if recorded so) float32",
+        group=MACHINE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Offload(Options):
     """For GPUs with little memory."""
 
