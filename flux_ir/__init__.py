@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux_ir.activations.tokens import open_source
     from flux_ir.api.export import export
+    from flux_ir.recording.intervention import Intervention
+    from flux_ir.recording.recorder import MemorySink, Recorder
+    from flux_ir.sae.splice import spliced
+    from flux_ir.sites import Site
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "export": "flux_ir.api.export",
+    "Intervention": "flux_ir.recording.intervention",
+    "MemorySink": "flux_ir.recording.recorder",
     "open_source": "flux_ir.activations.tokens",
+    "Recorder": "flux_ir.recording.recorder",
+    "Site": "flux_ir.sites",
+    "spliced": "flux_ir.sae.splice",
 }
 
-__all__ = ["export", "open_source"]
+__all__ = ["Intervention", "MemorySink", "Recorder", "Site", "export", "open_source", "spliced"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Places in the transformer whose output can be recorded, by name: one grammar for flags, file keys and plots.
 
 `double.18.img` is the image output of double block 18, `single.9` text and image behind single block 9, `single.9.img`
-its image half; a last word names a part of the block (`double.18.img.mlp`). `capture.recorder` listens there.
+its image half; a last word names a part of the block (`double.18.img.mlp`). `recording.recorder` listens there.
 """
 
 import difflib
@@ -106,6 +106,30 @@ def all_sites(depth: int, depth_single_blocks: int) -> list[Site]:
 def block_outputs(depth: int, depth_single_blocks: int) -> list[Site]:
     """What every block puts out: both streams of the double blocks, then the single blocks whole."""
     return [site for site in all_sites(depth, depth_single_blocks) if site.part is None and site.whole == site]
+
+
+def check_sites(sites: Iterable[Site], depth: int, depth_single_blocks: int) -> None:
+    """Raises FluxIRError for the first site a transformer of this depth does not have, naming the nearest."""
+    available = all_sites(depth, depth_single_blocks)
+    unknown = next(iter(sorted(set(sites) - set(available))), None)
+    if unknown is not None:
+        raise FluxIRError(
+            f"this model has {depth} double and {depth_single_blocks} single blocks, and no site {unknown}",
+            hint=f"the nearest are {nearest_names(str(unknown), map(str, available))}",
+        )
+
+
+def sites_of(sites: SiteNames, depth: int, depth_single_blocks: int) -> list[Site]:
+    """The sites that are meant, of a transformer of this depth, each once: in the order given, a pattern's by depth.
+
+    Raises FluxIRError for a site the transformer does not have, and for a pattern that matches nothing.
+    """
+    chosen: list[Site] = []
+    available = all_sites(depth, depth_single_blocks)
+    for name in (sites,) if isinstance(sites, str | Site) else sites:
+        chosen += [name] if isinstance(name, Site) else match_sites(site_names(name), available)
+    check_sites(chosen, depth, depth_single_blocks)
+    return list(dict.fromkeys(chosen))
 
 
 def match_sites(patterns: Iterable[str], available: Sequence[Site]) -> list[Site]:

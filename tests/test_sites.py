@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ir.errors import FluxIRError
-from flux_ir.sites import Site, all_sites, block_outputs, match_sites
+from flux_ir.sites import Site, all_sites, as_site, block_outputs, match_sites, sites_of
 
 blocks = st.integers(0, 99)
 doubles = st.builds(
@@ -140,3 +140,27 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_sites():
 def test_the_whole_of_a_half_is_the_block():
     assert Site.parse("single.3.img.out").whole == Site.parse("single.3.out")
     assert Site.parse("double.3.img").whole == Site.parse("double.3.img")
+
+
+@pytest.mark.parametrize(
+    ("sites", "names"),
+    [
+        ("single.1", ["single.1"]),
+        ("single.2.img, double.*.img", ["double.0.img", "double.1.img", "single.2.img"]),
+        (Site("single", 1), ["single.1"]),
+        (["single.1", Site("double", 0, "txt"), "single.1"], ["single.1", "double.0.txt"]),
+        ((), []),
+    ],
+)
+def test_sites_are_given_as_text_or_as_sites_one_or_several(sites, names):
+    assert [str(site) for site in sites_of(sites, 2, 3)] == names
+
+
+@pytest.mark.parametrize("sites", ["single.3", Site("single", 3), ["single.0", "double.5.*"]])
+def test_sites_that_a_model_does_not_have_are_refused_however_they_are_given(sites):
+    with pytest.raises(FluxIRError):
+        sites_of(sites, 2, 3)
+
+
+def test_one_site_is_given_as_text_or_as_a_site():
+    assert as_site("single.9.img") == as_site(Site("single", 9, "img")) == Site.parse("single.9.img")

@@ -27,14 +27,13 @@ from flux_ir.sae.splice import (
     Replace,
     SpliceMeter,
     SpliceNumbers,
-    check_spliceable,
     mean_ablation,
     reconstruction,
     recovered,
     zero_ablation,
 )
 from flux_ir.sampling.generate import decode, noise_for, prepare
-from flux_ir.sites import Site
+from flux_ir.sites import Site, check_sites
 
 ANCHORS = ("zero", "mean")
 
@@ -88,7 +87,7 @@ class Splicer:
         """The subject's site. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
         if subject.site is None:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
-        check_spliceable(subject.site, self.spec.flux)
+        check_sites([subject.site], self.spec.flux.depth, self.spec.flux.depth_single_blocks)
         last = len(_run_of(subject.source.generations[0].path).timesteps) - 2
         if any(step > last for step in self.options.splice_steps or ()):
             raise FluxIRError(

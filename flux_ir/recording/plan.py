@@ -11,8 +11,7 @@ import torch
 from flux_ir.errors import FluxIRError
 from flux_ir.models.transformer import FluxParams
 from flux_ir.recording.precision import FLOAT8, READ_AS, ROUNDED
-from flux_ir.recording.recorder import check_sites
-from flux_ir.sites import Site
+from flux_ir.sites import Site, check_sites
 
 Shape = tuple[int, ...]
 

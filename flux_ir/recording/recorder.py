@@ -1,10 +1,10 @@
 """Listens to a finished transformer and hands what passes its sites to a sink, without changing a bit of its output.
 
-Every site is the output of some module, or what a block made of its input; `_tap` says which. Next: `store`, the sink
-that writes the capture file.
+Every site is the output of some module, or what a block made of its input; `module_of` says of which. Next: `store`,
+the sink that writes the capture file, and `intervention`, which writes at sites.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from inspect import signature
 from types import TracebackType
@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from flux_ir.errors import FluxIRError
 from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step
-from flux_ir.shapes import PackedLatent, Pooled
-from flux_ir.sites import Site, all_sites, nearest_names
+from flux_ir.shapes import PackedLatent, Pooled, Tokens
+from flux_ir.sites import Site, SiteNames, as_site, sites_of
 
 
 class StepContext(NamedTuple):
@@ -51,6 +50,10 @@ class MemorySink:
     def write(self, step: int, site: Site, value: Tensor) -> None:
         self.values[step, site] = value.detach()
 
+    def read(self, site: str | Site, step: int) -> Tokens:
+        """One site at one step, [batch, tokens, d]. Raises KeyError for one that was not recorded."""
+        return self.values[step, as_site(site)]
+
 
 class RecordingComplete(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward that was to be recorded only as far as it has come: `until_recorded` takes it for the end."""
@@ -67,6 +70,8 @@ def until_recorded(steps: Iterator[Step]) -> Iterator[Step]:
 class Recorder:
     """Records the sites of every forward of `model` while its `with` lasts: one forward is one step, counted from 0.
 
+    `sites` are given as `Site` or as text, which may hold patterns (`double.*.img`).
+
     `steps` are the steps to record (None: all); the others pass untouched. No hook is left behind, whatever raises.
 
     With `stop_early` the forward of the last of `steps` ends by `RecordingComplete` as soon as its last site is
@@ -78,16 +83,16 @@ class Recorder:
     def __init__(
         self,
         model: Flux,
-        sites: Sequence[Site],
+        sites: SiteNames,
         sink: Sink,
         *,
         steps: Collection[int] | None = None,
         stop_early: bool = False,
     ) -> None:
-        check_sites(sites, model.params.depth, model.params.depth_single_blocks)
+        chosen = sites_of(sites, model.params.depth, model.params.depth_single_blocks)
         if stop_early and not steps:
             raise ValueError("stop_early needs the steps to record: it stops at the last of them")
-        self.model, self.sites, self.sink = model, tuple(dict.fromkeys(sites)), sink
+        self.model, self.sites, self.sink = model, tuple(chosen), sink
         self.steps = None if steps is None else frozenset(steps)
         self._last_step = max(steps) if stop_early and steps else None
         self._signature = signature(model.forward)
@@ -102,9 +107,8 @@ class Recorder:
             before = self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True)
             hooks.callback(before.remove)
             for site in self.sites:
-                module, take = _tap(site)
-                listener = self._listener(site, take)
-                handle = self.model.get_submodule(module).register_forward_hook(listener, with_kwargs=True)
+                module = self.model.get_submodule(module_of(site))
+                handle = module.register_forward_hook(Listener(self, site), with_kwargs=True)
                 hooks.callback(handle.remove)
             self._hooks = hooks.pop_all()
         return self
@@ -130,71 +134,63 @@ class Recorder:
         if self._step == self._last_step and self._to_come == 0:
             raise RecordingComplete
 
-    def _listener(self, site: Site, take: "_Take") -> Callable[..., None]:
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._recording:
-                value = take(args, kwargs, output)
-                self.sink.write(self._step, site, _half(value, site, self._txt_tokens))
-                self._to_come -= 1
-                self._stop_if_complete()
-
-        return listen
-
-
-def check_sites(sites: Sequence[Site], depth: int, depth_single_blocks: int) -> None:
-    """Raises FluxIRError for the first site a transformer of this depth does not have, naming the nearest."""
-    available = all_sites(depth, depth_single_blocks)
-    unknown = next(iter(sorted(set(sites) - set(available))), None)
-    if unknown is not None:
-        raise FluxIRError(
-            f"this model has {depth} double and {depth_single_blocks} single blocks, and no site {unknown}",
-            hint=f"the nearest are {nearest_names(str(unknown), map(str, available))}",
-        )
+    def take(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """What a site's `Listener` hands over: one call of its module."""
+        if not self._recording:
+            return
+        value = stream_of(site, output)
+        if site.part == "update":
+            value = value - block_input(site, args, kwargs)
+        rows = rows_of(site, value.shape[1], self._txt_tokens)
+        self.sink.write(self._step, site, value if site.whole == site else value[:, rows])
+        self._to_come -= 1
+        self._stop_if_complete()
 
 
-def _half(value: Tensor, site: Site, txt_tokens: int) -> Tensor:
-    if site.kind == "double" or site.stream is None:
-        return value
-    return value[:, :txt_tokens] if site.stream == "txt" else value[:, txt_tokens:]
+class Listener:
+    """The hook of one site. Of a type of its own, so that interventions which come later can stand before it."""
+
+    def __init__(self, recorder: Recorder, site: Site) -> None:
+        self.recorder, self.site = recorder, site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.recorder.take(self.site, args, kwargs, output)
 
 
-# Picks a site's value out of one call of its module: (args, kwargs, output) -> value.
-_Take = Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor]
-
-
-def _tap(site: Site) -> tuple[str, _Take]:
-    """The name of the module whose call shows this site, and what to take of it (both halves, for a single block)."""
+def module_of(site: Site) -> str:
+    """The name of the module whose call shows this site: its output, or output - input for an update."""
     block, stream = f"{site.kind}_blocks.{site.block}", site.stream
     match site.kind, site.part:
-        case "double", None:
-            return block, lambda args, kwargs, output: _stream_of(site, output)
-        case "double", "update":
-            return block, lambda args, kwargs, output: _stream_of(site, output) - _block_input(site, args, kwargs)
+        case _, None | "update":
+            return block
         case "double", "attn":
-            return f"{block}.{stream}_attn.proj", _output
+            return f"{block}.{stream}_attn.proj"
         case "double", "mlp":
-            return f"{block}.{stream}_mlp", _output
-        case "double", "neurons":
-            return f"{block}.{stream}_mlp.1", _output  # 0 and 2 are the linears: their names are the checkpoint's
-        case "single", "update":
-            return block, lambda args, kwargs, output: output - _block_input(site, args, kwargs)
+            return f"{block}.{stream}_mlp"
+        case "double", _:
+            return f"{block}.{stream}_mlp.1"  # 0 and 2 are the linears: their names are the checkpoint's
         case "single", "neurons":
-            return f"{block}.mlp_act", _output
-        case "single", "out":
-            return f"{block}.linear2", _output
+            return f"{block}.mlp_act"
         case _:
-            return block, _output
+            return f"{block}.linear2"
 
 
-def _output(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-    return output
+def stream_of(site: Site, output: Any) -> Tensor:
+    """Of a module's output, the tensor that the site is in: double blocks put out a pair, image first."""
+    if not isinstance(output, tuple):
+        return output
+    return output[0] if site.stream == "img" else output[1]
 
 
-def _stream_of(site: Site, pair: tuple[Tensor, Tensor]) -> Tensor:
-    return pair[0] if site.stream == "img" else pair[1]  # image first
+def rows_of(site: Site, tokens: int, txt_tokens: int) -> slice:
+    """Which of the rows of `stream_of` are the site's: the half of one stream, in a single block."""
+    if site.whole == site:
+        return slice(0, tokens)
+    return slice(0, txt_tokens) if site.stream == "txt" else slice(txt_tokens, tokens)
 
 
-def _block_input(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def block_input(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What the site's block was called with, of the site's stream; both streams for a single block."""
     names = ("img", "txt") if site.kind == "double" else ("x",)
     position = 1 if site.kind == "double" and site.stream == "txt" else 0
     return args[position] if position < len(args) else kwargs[names[position]]

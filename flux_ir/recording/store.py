@@ -27,7 +27,7 @@ from flux_ir.recording.plan import CapturePlan, Shape, capture_bytes, contents, 
 from flux_ir.recording.precision import READ_AS, dequantised
 from flux_ir.recording.recorder import StepContext
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
-from flux_ir.sites import Site, nearest_names
+from flux_ir.sites import Site, as_site, nearest_names
 
 __all__ = ["Capture", "CaptureContext", "CapturePlan", "CaptureWriter", "capture_bytes", "file_bytes", "load_capture"]
 
@@ -186,24 +186,25 @@ class Capture:
         kept = self._contents.get("token_positions")
         return None if kept is None else self.archive.tensor(kept)
 
-    def shape(self, site: Site) -> Shape:
+    def shape(self, site: str | Site) -> Shape:
         """[batch, tokens, width] of one site, as at the first kept step."""
+        site = as_site(site)
         batch, tokens, width = self._stored(site, 0).shape
         txt_tokens = self._context["txt_seq_len"][0]
         if site not in self._known:  # a half
             tokens = txt_tokens if site.stream == "txt" else tokens - txt_tokens
         return batch, tokens, width
 
-    def read(self, site: Site, step: int) -> Tokens:
+    def read(self, site: str | Site, step: int) -> Tokens:
         """One site at one step: [batch, tokens, width], mapped from the file; float8 with scales becomes bfloat16.
 
         Raises FluxIRError for a site or a step that was not captured.
         """
         return dequantised(*self.read_stored(site, step))
 
-    def read_stored(self, site: Site, step: int) -> tuple[Tensor, Tensor | None]:
+    def read_stored(self, site: str | Site, step: int) -> tuple[Tensor, Tensor | None]:
         """The values as the file holds them, mapped from it, and the scales [batch, tokens] of float8 values."""
-        place = self.place_of(site, step)
+        place = self.place_of(as_site(site), step)
         values = self.archive.tensor(place.values)[:, place.tokens]
         return values, None if place.scale is None else self.archive.tensor(place.scale)[:, place.tokens]
 

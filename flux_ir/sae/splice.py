@@ -6,94 +6,49 @@ untouched velocity (so L_clean = 0). Pictures are compared after whole runs, in 
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from inspect import signature
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.models.transformer import Flux
+from flux_ir.recording.intervention import Intervention
 from flux_ir.sae.metrics import DENSE_VALUES, Reconstructor
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.denoise import Step, per_sample
 from flux_ir.sampling.generate import Inputs, sample
 from flux_ir.shapes import PackedLatent, Pixels, Tokens
-from flux_ir.sites import Site, all_sites, nearest_names
+from flux_ir.sites import Site, as_site, check_sites
 
 Replace = Callable[[Tokens], Tokens]
-"""Gives what shall stand in the place of a block's output, in the same shape, dtype and on the same device."""
+"""Gives what shall stand in the place of what a site computed, in the same shape, dtype and on the same device."""
 
 CLEAN = "clean"
 
 
-def check_spliceable(site: Site, params: FluxParams) -> None:
-    """Raises FluxIRError unless the model has this site, and it is a block's output: nothing else can be replaced."""
-    available = all_sites(params.depth, params.depth_single_blocks)
-    whole = [known for known in available if known.part is None]
-    if site not in available:
-        raise FluxIRError(
-            f"this model has {params.depth} double and {params.depth_single_blocks} single blocks, and no site {site}",
-            hint=f"the nearest are {nearest_names(str(site), map(str, whole))}",
-        )
-    if site.part is not None:
-        raise FluxIRError(
-            f"only what a block puts out can be spliced, not a part of it: got {site}",
-            hint="evaluate without --splice, or train on a site such as " + str(Site(site.kind, site.block, "img")),
-        )
+def spliced(
+    model: Flux,
+    site: str | Site,
+    replace: Replace | SparseAutoencoder,
+    *,
+    steps: Collection[int] | None = None,
+    keep_error: bool = False,
+) -> Intervention:
+    """While the `with` lasts, `replace(x)` stands where `site` computed `x`: one forward is one step, counted from 0.
 
+    An autoencoder stands for its reconstruction, with `keep_error` as in `reconstruction`. `steps` are the steps to
+    replace at (None: all). A `replace` that gives back what it was given changes no bit.
 
-@contextmanager
-def spliced(model: Flux, site: Site, replace: Replace, *, steps: Collection[int] | None = None) -> Iterator[None]:
-    """While the `with` lasts, `replace(x)` stands where `site` put out `x`: one forward is one step, counted from 0.
-
-    `steps` are the steps to replace at (None: all). No hook is left behind, whatever raises. A `replace` that gives
-    back what it was given changes no bit.
-
-    Raises FluxIRError for a site that cannot be spliced.
+    Raises FluxIRError for a site that the model does not have.
     """
-    check_spliceable(site, model.params)
-    arguments, step, txt_tokens = signature(model.forward), -1, 0
-
-    def begin_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal step, txt_tokens
-        step += 1
-        txt_tokens = arguments.bind(*args, **kwargs).arguments["txt"].shape[1]
-
-    def put_in_place(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _replaced(site, output, replace, txt_tokens) if steps is None or step in steps else output
-
-    with ExitStack() as hooks:
-        before = model.register_forward_pre_hook(begin_step, with_kwargs=True)
-        hooks.callback(before.remove)
-        block = model.get_submodule(f"{site.kind}_blocks.{site.block}")
-        hooks.callback(block.register_forward_hook(put_in_place).remove)
-        yield
-
-
-def _replaced(site: Site, output: Any, replace: Replace, txt_tokens: int) -> Any:
-    """A block's output, with its part that is `site` replaced."""
-    if site.kind == "double":
-        img, txt = output
-        return (_put(replace, img, site), txt) if site.stream == "img" else (img, _put(replace, txt, site))
-    if site.stream is None:
-        return _put(replace, output, site)
-    txt, img = output[:, :txt_tokens], output[:, txt_tokens:]
-    if site.stream == "img":
-        return torch.cat([txt, _put(replace, img, site)], dim=1)
-    return torch.cat([_put(replace, txt, site), img], dim=1)
-
-
-def _put(replace: Replace, value: Tensor, site: Site) -> Tensor:
-    new = replace(value)
-    if new.shape != value.shape or new.dtype != value.dtype:
-        raise FluxIRError(
-            f"what is put in place of {site} must be {value.dtype} {list(value.shape)}: "
-            f"got {new.dtype} {list(new.shape)}",
-            hint="use a dictionary that was trained on this site of this model",
-        )
-    return new
+    put = replace
+    if isinstance(replace, SparseAutoencoder):
+        put = reconstruction(replace, replace.config.d_sae, keep_error=keep_error)
+    elif keep_error:
+        raise ValueError("keep_error is for the reconstruction of an autoencoder")
+    return Intervention(model, {as_site(site): lambda value, step: put(value)}, steps=steps)
 
 
 def reconstruction(reconstructor: Reconstructor, d_sae: int, *, keep_error: bool = False) -> Replace:
@@ -164,7 +119,7 @@ class _Sums:
 class SpliceMeter:
     """Runs prompts untouched and with each replacement at one site, and adds up how far apart they come out.
 
-    `steps` are the steps to replace at (None: all). Raises FluxIRError for a site that cannot be spliced.
+    `steps` are the steps to replace at (None: all). Raises FluxIRError for a site that the model does not have.
     """
 
     def __init__(
@@ -175,7 +130,7 @@ class SpliceMeter:
         *,
         steps: Collection[int] | None = None,
     ) -> None:
-        check_spliceable(site, model.params)
+        check_sites([site], model.params.depth, model.params.depth_single_blocks)
         self.model, self.site, self.replacements = model, site, dict(replacements)
         self.steps = None if steps is None else frozenset(steps)
         self._sums = {name: _Sums() for name in self.replacements}

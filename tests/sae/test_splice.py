@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.base import SAEConfig, make_sae
 from flux_ir.sae.baselines import PCA, Covariance
 from flux_ir.sae.splice import (
     CLEAN,
@@ -19,7 +20,15 @@ from flux_ir.sae.splice import (
 from flux_ir.sampling.generate import Inputs
 from flux_ir.sites import Site
 
-SITES = ["double.0.img", "double.1.txt", "single.1", "single.1.img", "single.2.txt"]
+SITES = [
+    "double.0.img",
+    "double.1.txt",
+    "double.0.img.mlp",
+    "single.1",
+    "single.1.img",
+    "single.1.img.update",
+    "single.2.txt",
+]
 TIMES = [1.0, 0.7, 0.3, 0.0]
 
 
@@ -69,6 +78,16 @@ def test_another_value_reaches_the_velocity_unless_it_is_text_at_the_very_end(ti
     with spliced(model, Site.parse(name), zero_ablation):
         changed = run(model, given)
     assert torch.equal(changed, run(model, given)) == (name == "single.2.txt")  # text behind the last block is dropped
+
+
+@pytest.mark.parametrize("keep_error", [True, False])
+def test_an_autoencoder_stands_for_its_reconstruction(tiny_flux, tiny_inputs, keep_error):
+    model, given = tiny_flux(), tiny_inputs()
+    sae = make_sae(SAEConfig("topk", d_in=64, d_sae=128, k=4))
+    with spliced(model, "single.1.img", sae, keep_error=keep_error):
+        by_name = run(model, given)
+    with spliced(model, Site.parse("single.1.img"), reconstruction(sae, 128, keep_error=keep_error)):
+        assert torch.equal(run(model, given), by_name)
 
 
 def test_only_the_named_stream_is_replaced(tiny_flux, tiny_inputs):
@@ -197,15 +216,6 @@ def test_pictures_are_compared_in_levels_of_255(tiny_flux, inputs):
 # ---- Refused
 
 
-@pytest.mark.parametrize("name", ["double.0.img.mlp", "single.1.update", "single.1.img.neurons", "double.1.txt.attn"])
-def test_parts_of_blocks_are_refused(tiny_flux, name):
-    with (
-        pytest.raises(FluxIRError, match=f"only what a block puts out can be spliced, not a part of it: got {name}"),
-        spliced(tiny_flux(), Site.parse(name), zero_ablation),
-    ):
-        pass
-
-
 def test_blocks_the_model_does_not_have_are_refused(tiny_flux):
     with (
         pytest.raises(FluxIRError, match=r"2 double and 3 single blocks, and no site single.3.img"),
@@ -218,7 +228,7 @@ def test_values_of_another_shape_or_dtype_are_refused(tiny_flux, tiny_inputs):
     model, given = tiny_flux(), tiny_inputs()
     for wrong in (lambda x: x[:, 1:], lambda x: x.double()):
         with (
-            pytest.raises(FluxIRError, match=r"what is put in place of single.0.img must be"),
+            pytest.raises(FluxIRError, match=r"what stands in place of single.0.img must have the"),
             spliced(model, Site.parse("single.0.img"), wrong),
         ):
             run(model, given)
