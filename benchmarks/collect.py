@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from measure import Target, arguments, interleaved, machine, parse, print_report
 
-from flux_ir.collecting.batches import Recipe
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import collect
 from flux_ir.collecting.prompts import WorkList
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.commands.report import bytes_at, in_units, peak_host_bytes
 from flux_ir.distributed import Ranks

@@ -14,6 +14,7 @@ whoever writes it gives it its final name when it is complete. The header is mad
 library: it must be known before the tensors are, and its bytes are a function of the content alone.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,11 @@ class ShardLayout:
     def images(self) -> int:
         return len(next(iter(self.rows.values())))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors.values())
+
     def header(self) -> bytes:
         """The file's first bytes: the length of the JSON, and the JSON padded so that values begin aligned."""
         metadata = {"format": "flux_ir shard", "version": VERSION}
@@ -177,19 +183,18 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.path = path
         header = layout.header()
         self._starts = {name: len(header) + start for name, (start, _) in layout._spans().items()}
         self._tensors = layout.tensors
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             size = len(header) + sum(tensor.nbytes for tensor in layout.tensors.values())
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file, 0, size)
-            else:
-                os.ftruncate(self._file, size)
+            _take_space(self._file, size)
             os.pwrite(self._file, header, 0)
         except BaseException:
-            os.close(self._file)
+            self.close()
+            path.unlink()
             raise
 
     def write(self, key: str, first_image: int, value: Tensor) -> None:
@@ -203,13 +208,30 @@ class ShardWriter:
             written = os.pwrite(self._file, content, offset)
             content, offset = content[written:], offset + written
 
+    def close(self) -> None:
+        """Nothing is written after this. May be called twice."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        self.close()
+
+
+def _take_space(file: int, size: int) -> None:
+    """Reserves disk space where the file system can, so that a full disk is known before anything is computed."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    os.ftruncate(file, size)
 
 
 def _json(value: Any) -> str:

@@ -1,43 +1,58 @@
-"""A collection: a folder of captures, all made with one set of settings, that can always be gone on with.
+"""A collection: a folder of shards, all made with one set of settings, that can always be gone on with.
 
-    collection.json         everything that the bits of its files depend on
-    index.jsonl             a row per generation; where it is, the collection is complete
-    stats.safetensors       statistics of every site and step, over all generations
-    groups/000012/          64 generations each: {id}.pt, index.jsonl, stats.safetensors
+    collection.json                 everything that the bits of its files depend on
+    index.jsonl                     a row per generation; where it is, the collection is complete
+    stats.safetensors, .sha256      statistics of every site and step, over all generations
+    shards/000012.safetensors       a fixed run of generations, complete or absent: see `activations.shards`
+    stats/000012.safetensors        beside each shard its checksum, statistics, and what else its rows need
+    pictures/000012/{id}.jpg        the pictures of a shard's generations, where they are kept
+    latents/000012/{id}.safetensors their finished latents, likewise
     text/ab/{sha256}.safetensors    embedded prompts
-    broken/                 files that were found broken and made again
+    broken/                         files that were found broken and made again
 
-Files are a function of the settings: how many processes or threads made them, and how often they were interrupted,
-changes no byte. Next: `groups`, and `collector`, which does the work.
+Everything of a shard is published before the shard itself, so where a shard is, its files are. Files are a function of
+the settings: how many processes or threads made them, and how often they were interrupted, changes no byte.
+Next: `collector`, which does the work.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import platform
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from flux_ir.collecting.batches import Recipe
-from flux_ir.collecting.groups import (
-    CHECKSUM,
-    GROUP,
-    INDEX,
-    STATISTICS,
-    Group,
-    Kept,
-    Row,
+import torch
+
+from flux_ir.activations.shards import SHARD_IMAGES, ShardLayout, images_per_shard
+from flux_ir.collecting.prompts import WorkItem, WorkList, prompts_digest
+from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.shard_notes import (
+    FileFacts,
+    ShardNotes,
     Statistics,
-    group_folder,
+    facts_of_path,
     merge_statistics,
-    publish_statistics,
+    notes_content,
+    notes_name,
+    read_notes,
 )
-from flux_ir.collecting.prompts import WorkList, prompts_digest
-from flux_ir.collecting.storage import Storage
+from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.statistics import read_statistics
+from flux_ir.models.sources import ModelSource
+from flux_ir.recording.statistics import write_statistics
 
-COLLECTION = "collection.json"
-VERSION = 1
-"""Of the folder's layout."""
+COLLECTION, INDEX, STATISTICS, CHECKSUM = "collection.json", "index.jsonl", "stats.safetensors", "stats.sha256"
+VERSION = 2
+"""Of the folder's layout. Version 1 had a capture file for every generation."""
+
+EXTRAS = {"image": ("pictures", ".jpg"), "latent": ("latents", ".safetensors")}
+"""What may be kept of a generation besides its shard, each in a folder of its own."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,14 +71,18 @@ class CollectSettings:
     """How files that are there already are looked at."""
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and not 1 <= self.batch_size <= GROUP:
-            raise FluxIRError(f"--batch_size must be from 1 to {GROUP}: got {self.batch_size}", hint="try 8")
+        if self.batch_size is not None and not 1 <= self.batch_size <= SHARD_IMAGES:
+            raise FluxIRError(f"--batch_size must be from 1 to {SHARD_IMAGES}: got {self.batch_size}", hint="try 8")
 
     @property
-    def kept(self) -> Kept:
-        """What every generation leaves."""
-        recipe = self.recipe
-        return Kept(recipe.spec.name, recipe.sites, recipe.steps, self.save_images, self.save_latents)
+    def extras(self) -> list[str]:
+        """Which of `EXTRAS` every generation leaves."""
+        return [extra for extra, kept in (("image", self.save_images), ("latent", self.save_latents)) if kept]
+
+    @property
+    def shard_images(self) -> int:
+        """Generations of a shard; the last may have fewer."""
+        return images_per_shard(self.recipe.generation_bytes)
 
     def described(self, *, device: str, weights: str) -> dict[str, Any]:
         """Everything that the bits of the files depend on, as JSON says it: by the names of the flags.
@@ -83,8 +102,8 @@ class CollectSettings:
             "guidance": recipe.guidance,
             "sites": [str(site) for site in recipe.sites],
             "steps": list(recipe.steps),
-            "dtype": str(recipe.stored_dtype).removeprefix("torch."),
-            "network_dtype": str(recipe.network_dtype).removeprefix("torch."),
+            "dtype": str(recipe.network_dtype).removeprefix("torch."),
+            "store_dtype": str(recipe.stored_dtype).removeprefix("torch."),
             "tokens_per_image": recipe.tokens_per_image,
             "save_images": self.save_images,
             "save_latents": self.save_latents,
@@ -93,18 +112,61 @@ class CollectSettings:
         }
 
 
+class Shard(NamedTuple):
+    """One shard of a collection as work: its generations, in the batches they are computed in."""
+
+    number: int
+    items: Sequence[WorkItem]
+    batches: Sequence[Sequence[WorkItem]]
+
+    @property
+    def name(self) -> str:
+        """Of the shard's file in the collection."""
+        return f"shards/{self.number:06d}.safetensors"
+
+    def layout(self, recipe: Recipe, used_txt: Sequence[int]) -> ShardLayout:
+        """What its file holds; `used_txt` has an entry per generation."""
+        rows: dict[str, Sequence[Any]] = {
+            "ids": [item.id for item in self.items],
+            "prompts": [item.prompt for item in self.items],
+            "seeds": [item.seed for item in self.items],
+            "repeats": [item.repeat for item in self.items],
+            "used_txt": used_txt,
+        }
+        facts = {
+            "model": recipe.spec.name,
+            "txt_tokens": recipe.spec.text_tokens,
+            "sites": [str(site) for site in recipe.sites],
+            "steps": list(recipe.steps),
+            "width": recipe.width,
+            "height": recipe.height,
+        }
+        return ShardLayout(recipe.tensors(len(self.items)), rows, facts)
+
+    def extra_name(self, extra: str, item: WorkItem) -> str:
+        """The name of a generation's picture or latent."""
+        folder, suffix = EXTRAS[extra]
+        return f"{folder}/{self.number:06d}/{item.id}{suffix}"
+
+
 class Collection:
-    """The folder of a collection and the work that belongs into it."""
+    """The folder of a collection and the work that belongs into it, cut into shards, and these into batches."""
 
     def __init__(self, storage: Storage, settings: CollectSettings, *, batch_size: int) -> None:
         self.storage, self.settings, self.batch_size = storage, settings, batch_size
         self.work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
-        self.groups = -(-len(self.work) // GROUP)
+        self.shard_images = settings.shard_images
+        self.shards = -(-len(self.work) // self.shard_images)
 
-    def group(self, number: int) -> Group:
-        """One group, with what is noted of it."""
-        items = self.work.items(number * GROUP, (number + 1) * GROUP)
-        return Group(self.storage, number, items, self.settings.kept, batch_size=self.batch_size)
+    def shard(self, number: int) -> Shard:
+        """One shard's work: a function of the settings and the number alone."""
+        items = self.work.items(number * self.shard_images, (number + 1) * self.shard_images)
+        size = self.batch_size
+        return Shard(number, items, [items[first : first + size] for first in range(0, len(items), size)])
+
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard's file is there."""
+        return self.storage.exists(shard.name)
 
     @property
     def is_complete(self) -> bool:
@@ -115,34 +177,101 @@ class Collection:
         """Something is missing after all."""
         self.storage.remove(INDEX)
 
-    def merge(self) -> Iterator[int]:
-        """Write the index and the statistics of the whole, group after group; yields how many are merged.
+    def publish(self, shard: Shard, path: Path, notes: ShardNotes) -> None:
+        """The notes first, then the shard at `path` under its name: where a shard is, all that belongs to it is."""
+        self.storage.publish(notes_content(notes), notes_name(shard.number))
+        self.storage.publish(path, shard.name)
 
-        Raises FluxIRError if a group is not finished.
+    def is_intact(self, shard: Shard, *, checksums: bool) -> bool:
+        """Whether the shard and everything that belongs to it is as it was written. Broken files are moved aside."""
+        notes = read_notes(self.storage, shard.number)
+        if notes is None:
+            if self.storage.exists(notes_name(shard.number)):
+                move_aside(self.storage, notes_name(shard.number))
+            return False
+        files = {shard.name: notes.file}
+        for extra in self.settings.extras:
+            each = zip(shard.items, notes.extras.get(extra, []), strict=False)
+            files |= {shard.extra_name(extra, item): facts for item, facts in each}
+        complete = len(files) == 1 + len(self.settings.extras) * len(shard.items)
+        broken = [name for name, facts in files.items() if not self._file_is_intact(name, facts, checksums=checksums)]
+        return complete and not broken
+
+    def _file_is_intact(self, name: str, facts: FileFacts, *, checksums: bool) -> bool:
+        size = self.storage.size(name)
+        if size is None:
+            return False
+        if size == facts.bytes and (not checksums or self.storage.sha256(name) == facts.sha256):
+            return True
+        move_aside(self.storage, name)
+        return False
+
+    def rows(self, shard: Shard, notes: ShardNotes) -> Iterator[Row]:
+        """The rows of a shard's generations in the index."""
+        for number, item in enumerate(shard.items):
+            row = {**item._asdict(), "shard": shard.name, "row": number, "used_txt": notes.used_txt[number]}
+            for extra in self.settings.extras:
+                facts = notes.extras[extra][number]
+                row[extra] = {"path": shard.extra_name(extra, item), **facts._asdict()}
+            yield row
+
+    def merge(self) -> Iterator[int]:
+        """Write the index and the statistics of the whole, shard after shard; yields how many are merged.
+
+        Raises FluxIRError if a shard is not finished.
         """
         statistics: Statistics = {}
         path = self.storage.scratch(".jsonl")
         with path.open("wb") as index:
-            for number in range(self.groups):
-                folder = group_folder(number)
-                try:
-                    index.write(self.storage.read(f"{folder}/{INDEX}"))
-                    of_group = read_statistics(self.storage.local(f"{folder}/{STATISTICS}"))
-                except FileNotFoundError as error:
+            for number in range(self.shards):
+                shard = self.shard(number)
+                notes = read_notes(self.storage, number)
+                if notes is None or not self.has(shard):
                     raise FluxIRError(
-                        f"{folder} of {self.storage.where} is not finished",
+                        f"{shard.name} of {self.storage.where} is not finished",
                         hint="all processes must see the same folder; the same command goes on from here",
-                    ) from error
-                merge_statistics(statistics, of_group)
+                    )
+                index.write(as_lines(self.rows(shard, notes)))
+                merge_statistics(statistics, notes.statistics)
                 yield number + 1
-        publish_statistics(self.storage, statistics, STATISTICS, checksum=CHECKSUM)
+        publish_statistics(self.storage, statistics)
         self.storage.publish(path, INDEX)
 
 
+def publish_statistics(storage: Storage, statistics: Statistics) -> None:
+    """Write the statistics of the whole, and beside them their checksum as the program sha256sum checks it."""
+    path = storage.scratch(".safetensors")
+    write_statistics(path, statistics)
+    facts = facts_of_path(path)
+    storage.publish(path, STATISTICS)
+    storage.publish(f"{facts.sha256}  {STATISTICS}\n".encode(), CHECKSUM)
+
+
+def as_lines(rows: Iterable[Row]) -> bytes:
+    """Rows as JSON Lines."""
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+
+
+def read_index(storage: Storage) -> Iterator[Row]:
+    """The rows of a complete collection. Raises FileNotFoundError for another."""
+    with storage.local(INDEX).open("rb") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+# ---- What a collection says of itself
+
+
 def stored_description(storage: Storage) -> dict[str, Any] | None:
-    """What `collection.json` says; None where there is none. Raises FluxIRError for a broken one."""
+    """What `collection.json` says; None where there is none. Raises FluxIRError for a broken or an old one."""
     try:
         described = json.loads(storage.read(COLLECTION))
+        if described["version"] == 1:
+            raise FluxIRError(
+                f"{storage.where} is an old collection, with a file for every generation (version 1): "
+                f"this program makes shards (version {VERSION})",
+                hint=f"convert it: flux-ir convert-collection --captures {storage.where} --output_dir NEW",
+            )
         if described["version"] != VERSION:
             raise FluxIRError(
                 f"{storage.where} is a collection of version {described['version']}: this program knows {VERSION}",
@@ -165,7 +294,7 @@ def check_same(storage: Storage, stored: dict[str, Any], wanted: dict[str, Any])
     A batch size of None agrees with any.
     """
     before = stored["settings"]
-    keys = [key for key in {**before, **wanted} if key != "batch_size" or wanted["batch_size"] is not None]
+    keys = [key for key in {**before, **wanted} if key != "batch_size" or wanted.get("batch_size") is not None]
     differences = [
         f"{key} {_told(key, before.get(key))} there, {_told(key, wanted.get(key))} now"
         for key in keys
@@ -189,12 +318,14 @@ def publish_description(
     storage: Storage, settings: CollectSettings, described: dict[str, Any], *, versions: dict[str, str]
 ) -> None:
     """Write `collection.json`: the settings, and what a reader wants to know of the model besides."""
-    recipe = settings.recipe
+    recipe, generations = settings.recipe, len(settings.prompts) * settings.repeats
     value = {
         "version": VERSION,
+        "kind": "flux",
         "settings": described,
-        "generations": len(settings.prompts) * settings.repeats,
-        "group": GROUP,
+        "generations": generations,
+        "images_per_shard": settings.shard_images,
+        "shards": -(-generations // settings.shard_images),
         "model": asdict(recipe.spec.flux),
         "txt_tokens": recipe.spec.text_tokens,
         "img_tokens": recipe.img_tokens,
@@ -202,12 +333,47 @@ def publish_description(
         "timesteps": recipe.timesteps,
         "versions": versions,
     }
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    storage.publish(f"{text}\n".encode(), COLLECTION)
+    publish_json(storage, value, COLLECTION)
 
 
-def read_index(storage: Storage) -> Iterator[Row]:
-    """The rows of a complete collection. Raises FileNotFoundError for another."""
-    with storage.local(INDEX).open("rb") as lines:
-        for line in lines:
-            yield json.loads(line)
+def publish_json(storage: Storage, value: Any, name: str) -> None:
+    """Write a value as JSON for people."""
+    storage.publish(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode(), name)
+
+
+_ENDS = 2**20  # bytes
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def weights_digest(source: ModelSource) -> str:
+    """16 hex digits that stand for the content of the model's files, wherever they lie.
+
+    From the name, the size, the first and the last MiB of each: reading 24 GB whole would take longer than many a job.
+    """
+    parts = [source.transformer, *([source.autoencoder] if source.autoencoder else [])]
+    files = {entry.file for part in parts for entry in part.entries.values()}
+    for encoder in source.text:
+        files |= {file for pattern in _WEIGHTS for file in encoder.model_dir.glob(pattern)}
+    ends = sorted((file.name, *_ends(file)) for file in files)
+    return hashlib.sha256(repr(ends).encode()).hexdigest()[:16]
+
+
+def _ends(file: Path) -> tuple[int, str]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(_ENDS))
+        opened.seek(max(0, size - _ENDS))
+        digest.update(opened.read(_ENDS))
+    return size, digest.hexdigest()
+
+
+def versions_of(device: torch.device) -> dict[str, str]:
+    """What else may decide about the last bit: programs and, for a GPU, its name."""
+    versions = {
+        # Not from the installed package: a clone that is run in place has none.
+        "flux_ir": import_module("flux_ir").__version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+    return versions | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})

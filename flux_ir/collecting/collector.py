@@ -3,50 +3,77 @@
 A job has four parts: `verify` what is there, `encode` the prompts (and free the encoders), `record` what is missing,
 `merge`. Each is an iterator that says how far it has come; `collect` is all of them in a row.
 
-Bits never depend on who computes: groups and the batches in them are fixed slices of the work, and on a CPU each batch
-is computed by one thread, on a copy of the network that shares its weights.
+Bits never depend on who computes: shards and the batches in them are fixed slices of the work, and on a CPU each batch
+is computed by one thread, on a copy of the network that shares its weights. A batch is written into its shard's scratch
+file as soon as it is recorded, so memory holds batches and never shards.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+import math
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
+from threading import Lock
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
-from flux_ir.collecting.batches import record_batch
+from flux_ir.activations.shards import POSITIONS_KEY, ShardWriter, scale_key, site_key, state_key
+from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import (
     Collection,
     CollectSettings,
+    Shard,
     check_same,
     publish_description,
     stored_description,
+    versions_of,
+    weights_digest,
 )
-from flux_ir.collecting.embeddings import EmbeddedPrompt, encode_prompts, needs_encoding, read_embedding
-from flux_ir.collecting.fitting import cpu_batch, gpu_batch
-from flux_ir.collecting.groups import GROUP, Group, Row, Statistics, merge_statistics
-from flux_ir.collecting.one_job import one_job_at
+from flux_ir.collecting.embeddings import (
+    EmbeddedPrompt,
+    encode_prompts,
+    needs_encoding,
+    read_embedding,
+    read_used_txt,
+)
 from flux_ir.collecting.prompts import WorkItem
-from flux_ir.collecting.provenance import versions, weights_digest
-from flux_ir.collecting.storage import Storage
+from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, record_batch
+from flux_ir.collecting.shard_notes import (
+    FileFacts,
+    ShardNotes,
+    Statistics,
+    facts_of,
+    facts_of_path,
+    merge_statistics,
+)
+from flux_ir.collecting.storage import Storage, one_job_at
 from flux_ir.collecting.workers import borrowed, in_order, replicas
-from flux_ir.collecting.writing import DrawnBatch, WrittenBatch, read_batch, write_batch
 from flux_ir.distributed import Ranks, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
+from flux_ir.layout import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
+from flux_ir.recording.pieces import ScaleOf, pieces_of_context, pieces_of_site, positions
+from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sampling.generate import decode
+from flux_ir.sampling.image import jpeg_bytes
+from flux_ir.sampling.latents import unpack
+from flux_ir.shapes import PackedLatent, Pixels
 
 GPU_WRITERS = 4
 """Threads that write what one GPU records: rounding, checksums and statistics of a batch take longer than its copy."""
+MOST_EXIF_BYTES = 60_000  # the data ends at 64 kB
 
 
-def collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ranks) -> Iterator[Row]:
-    """All four parts: yields the row of every generation that this rank makes, and ends when the whole is complete.
+def collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ranks) -> Iterator[WorkItem]:
+    """All four parts: yields every generation that this rank records, and ends when the whole is complete.
 
+    What is recorded is kept once its shard is whole; a collection that is stopped before goes on with that shard.
     Raises FluxIRError for a folder that was collected with other settings, or where another job is at work: also one
     of this process, whose iterator is neither at its end nor closed.
     """
@@ -59,15 +86,6 @@ def collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ra
         yield from job.record()
         for _ in job.merge():
             pass
-
-
-class _Job(NamedTuple):
-    """A batch to be made, or to be read again for its statistics where it is there."""
-
-    group: Group
-    items: list[WorkItem]
-    is_last: bool
-    """Whether the group is finished with it."""
 
 
 class Collector:
@@ -93,57 +111,47 @@ class Collector:
         self._begin(self._described["batch_size"] or on_cpu)
         self._open: list[int] = []
         self._to_encode: dict[str, None] = {}
-        self.found, self.missing = 0, 0
-        """Generations of this rank that were there, and that have to be made. Known after `verify`."""
+        self.missing = 0
+        """Generations of this rank that have to be made. Known after `verify`."""
 
     def _begin(self, batch_size: int | None) -> None:
         """Fix the batch size (None: not known yet, and until then nothing is there) and say what is collected."""
-        self.collection = Collection(self.storage, self.settings, batch_size=batch_size or GROUP)
+        self.collection = Collection(self.storage, self.settings, batch_size=batch_size or self.settings.shard_images)
         self._described["batch_size"] = batch_size
         if batch_size is not None and not self._is_described and self.ranks.is_first:
-            publish_description(self.storage, self.settings, self._described, versions=versions(self.device))
+            publish_description(self.storage, self.settings, self._described, versions=versions_of(self.device))
         self._is_described = batch_size is not None
 
     @property
-    def groups(self) -> range:
-        """The numbers of this rank's groups: dealt in turns."""
-        return range(self.ranks.rank, self.collection.groups, self.ranks.world_size)
-
-    @property
-    def generations(self) -> int:
-        """How many generations this rank has, finished or not."""
-        return sum(min(GROUP, len(self.collection.work) - number * GROUP) for number in self.groups)
+    def shards(self) -> range:
+        """The numbers of this rank's shards: dealt in turns."""
+        return range(self.ranks.rank, self.collection.shards, self.ranks.world_size)
 
     def verify(self) -> Iterator[bool]:
-        """Looks at what is there; yields whether it is intact, for each generation that counted as finished.
+        """Looks at what is there; yields whether it is there and intact, for each of this rank's shards.
 
         Broken files are moved aside.
         """
         checksums = self.settings.verify == "checksums"
-        for number in self.groups:
-            group = self.collection.group(number)
-            for is_intact in group.check(checksums=checksums, workers=max(2, self.workers)):
-                self.found += is_intact
-                yield is_intact
-            missing = [item for batch in group.batches if not group.has(batch) for item in batch]
-            self.missing += sum(item.id not in group.rows for item in missing)
-            if not group.finished:
-                self._open.append(number)
-            self._look_at_prompts(group, {item.prompt for item in missing}, checksums=checksums)
+        workers = max(2, self.workers)
+        shards = map(self.collection.shard, self.shards)
+        look = partial(self._look_at, checksums=checksums)
+        for shard, intact in in_order(look, shards, workers):
+            if not intact:
+                self._open.append(shard.number)
+                self.missing += len(shard.items)
+            prompts = list(dict.fromkeys(item.prompt for item in shard.items))
+            needed = set() if intact else set(prompts)
+            needs = partial(needs_encoding, self.storage, needed=needed, checksums=checksums)
+            for prompt, to_encode in zip(prompts, in_order(needs, prompts, workers), strict=True):
+                if to_encode:
+                    self._to_encode[prompt] = None
+            yield intact
         if self._open:
             self.collection.reopen()
 
-    def _look_at_prompts(self, group: Group, needed: set[str], *, checksums: bool) -> None:
-        prompts = list(dict.fromkeys(item.prompt for item in group.items))
-        look = partial(needs_encoding, self.storage, needed=needed, checksums=checksums)
-        for prompt, to_encode in zip(prompts, in_order(look, prompts, max(2, self.workers)), strict=True):
-            if to_encode:
-                self._to_encode[prompt] = None
-
-    @property
-    def open_generations(self) -> int:
-        """How many generations `record` yields: all of the groups that are not finished."""
-        return sum(len(self.collection.group(number)) for number in self._open)
+    def _look_at(self, shard: Shard, *, checksums: bool) -> tuple[Shard, bool]:
+        return shard, self.collection.is_intact(shard, checksums=checksums)
 
     @property
     def prompts_to_encode(self) -> int:
@@ -163,10 +171,11 @@ class Collector:
         self._to_encode = {}
         self.suite.free_text_encoders()
 
-    def record(self) -> Iterator[Row]:
-        """Makes what is missing; yields the row of every generation as it is finished, in the order of the work.
+    def record(self) -> Iterator[WorkItem]:
+        """Makes the shards that are missing; yields every generation as it is recorded, in the order of the work.
 
-        In groups that were begun before, also the rows of those that were there.
+        The last of a shard is yielded when the shard is there. Raises FluxIRError for values that are not finite: they
+        are never kept.
         """
         with ExitStack() as loaded:
             model = loaded.enter_context(self.suite.transformer()) if self._needs_network() else None
@@ -175,75 +184,86 @@ class Collector:
             if not self._is_described:
                 tried = gpu_batch(model, self.recipe) if model is not None and self.ranks.is_first else None
                 self._begin(first_rank_value(tried, self.ranks))
-            statistics: Statistics = {}
-            for job, written in self._written(model, autoencoder):
-                merge_statistics(statistics, written.statistics)
-                yield from written.rows
-                if job.is_last:
-                    job.group.close(statistics)
-                    statistics = {}
+            if model is None or not self._open:
+                return
+            shards = map(self.collection.shard, self._open)
+            with closing(self._written(model, autoencoder, shards)) as batches:
+                for written in batches:
+                    written.shard.count(written)
+                    if written.is_last:
+                        written.shard.finish()
+                    yield from written.items
 
     def _needs_network(self) -> bool:
         # A batch size that is to be found by trying is found by rank 0, whatever its share is.
         return self.missing > 0 or (not self._is_described and self.ranks.is_first)
 
-    def _written(self, model: Flux | None, autoencoder: AutoEncoder | None) -> Iterator[tuple[_Job, WrittenBatch]]:
-        """Every batch of the open groups, in order."""
-        if self.two_stages:
-            # The GPU samples the next batch while threads write the last ones.
-            networks = replicas(model, 1) if model else None
-            with closing(in_order(partial(self._draw, networks, autoencoder), self._jobs(), 1)) as drawn:
+    def _written(
+        self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[Shard]
+    ) -> "Generator[_WrittenBatch, None, None]":
+        """Every batch of these shards, in order, once it is in its shard's scratch file."""
+        # The GPU samples the next batch while threads write the last ones; a CPU's threads do all of it, side by side.
+        networks = replicas(model, 1 if self.two_stages else self.workers)
+        draw = partial(self._draw, networks, autoencoder)
+        with ExitStack() as stack:
+            jobs = self._jobs(shards, stack.enter_context(_open_shards()))
+            if self.two_stages:
+                drawn = stack.enter_context(closing(in_order(draw, jobs, 1)))
                 yield from in_order(self._write, drawn, self.workers)
-            return
-        networks = replicas(model, self.workers) if model else None
+            else:
+                yield from in_order(lambda job: self._write(draw(job)), jobs, self.workers)
 
-        def make(job: _Job) -> tuple[_Job, WrittenBatch]:
-            return self._write(self._draw(networks, autoencoder, job))
+    def _jobs(self, shards: Iterable[Shard], open_shards: "list[_OpenShard]") -> "Iterator[_Job]":
+        """The batches to record, and in the list the shards that they are written to."""
+        for shard in shards:
+            open_shards[:] = [each for each in open_shards if not each.is_finished]
+            open_shards.append(_OpenShard(self.collection, shard))
+            first = 0
+            for items in shard.batches:
+                yield _Job(open_shards[-1], first, list(items), is_last=items is shard.batches[-1])
+                first += len(items)
 
-        yield from in_order(make, self._jobs(), self.workers)
-
-    def _jobs(self) -> Iterator[_Job]:
-        for number in self._open:
-            group = self.collection.group(number)
-            group.load()
-            for items in group.batches:
-                yield _Job(group, list(items), is_last=items is group.batches[-1])
-
-    def _draw(
-        self, networks: "SimpleQueue[Flux] | None", autoencoder: AutoEncoder | None, job: _Job
-    ) -> tuple[_Job, DrawnBatch | None]:
-        """Samples and records a batch; nothing, if it is there."""
-        if networks is None or job.group.has(job.items):
-            return job, None
+    def _draw(self, networks: "SimpleQueue[Flux]", autoencoder: AutoEncoder | None, job: "_Job") -> "_Drawn":
+        """Samples and records a batch."""
         embedded = [self._embedded(item.prompt) for item in job.items]
         with borrowed(networks) as network:
             recorded = record_batch(network, self.recipe, job.items, embedded)
         pixels = None
         if autoencoder is not None and recorded.latent is not None:
-            pixels = decode(
-                autoencoder, recorded.latent, self.recipe.height, self.recipe.width, self.recipe.network_dtype
-            )
-        if not self.settings.save_latents:
-            recorded = recorded._replace(latent=None)
-        return job, DrawnBatch(recorded, pixels)
+            height, width, dtype = self.recipe.height, self.recipe.width, self.recipe.network_dtype
+            pixels = decode(autoencoder, recorded.latent, height, width, dtype)
+        return _Drawn(job, recorded, pixels)
 
     def _embedded(self, prompt: str) -> EmbeddedPrompt:
         embedded = read_embedding(self.storage, prompt)
         if embedded is None:
-            raise FluxIRError(
-                f"the embedding of {prompt[:40]!r} in {self.storage.where} is broken or gone",
-                hint="the same command with --verify checksums makes it again",
-            )
+            raise _broken_embedding(self.storage, prompt)
         return embedded
 
-    def _write(self, made: tuple[_Job, DrawnBatch | None]) -> tuple[_Job, WrittenBatch]:
-        job, drawn = made
-        if drawn is None:
-            return job, read_batch(job.group, self.recipe, job.items)
-        return job, write_batch(job.group, self.recipe, drawn)
+    def _write(self, drawn: "_Drawn") -> "_WrittenBatch":
+        job, recorded = drawn.job, drawn.recorded
+        _check_finite(self.recipe, recorded)
+        statistics: Statistics = {}
+        extras: dict[str, list[FileFacts]] = {extra: [] for extra in self.settings.extras}
+        for number, generation in enumerate(recorded.generations()):
+            job.shard.write(job.first_row + number, generation, statistics)
+            for extra in extras:
+                content = self._extra_content(extra, generation, drawn.pixels, number)
+                self.storage.publish(content, job.shard.shard.extra_name(extra, generation.item))
+                extras[extra].append(facts_of(content))
+        return _WrittenBatch(job.shard, job.items, extras, statistics, job.is_last)
+
+    def _extra_content(self, extra: str, generation: RecordedGeneration, pixels: Pixels | None, number: int) -> bytes:
+        if extra == "image":
+            assert pixels is not None
+            prompt = generation.item.prompt  # the index has it, where a JPEG's EXIF data have no room
+            short = prompt if len(prompt.encode()) <= MOST_EXIF_BYTES else None
+            return jpeg_bytes(pixels, number, model=self.recipe.spec.name, prompt=short)
+        assert generation.latent is not None
+        return latent_content(self.recipe, generation.latent)
 
     def merge(self) -> Iterator[int]:
-        """Waits for all ranks, then rank 0 writes the index and the statistics of the whole; yields merged groups."""
+        """Waits for all ranks, then rank 0 writes the index and the statistics of the whole; yields merged shards."""
         for _ in arrivals("recorded", self.ranks):
             pass
         if self.ranks.is_first:
@@ -251,3 +271,145 @@ class Collector:
             self.storage.clear_scratch(everyones=True)
         for _ in arrivals("merged", self.ranks):
             pass
+
+
+class _Job(NamedTuple):
+    """A batch to be made."""
+
+    shard: "_OpenShard"
+    first_row: int
+    items: list[WorkItem]
+    is_last: bool
+    """Whether the shard is whole with it."""
+
+
+class _Drawn(NamedTuple):
+    """A recorded batch, and the pictures of it where they are asked for."""
+
+    job: _Job
+    recorded: RecordedBatch
+    pixels: Pixels | None
+
+
+class _WrittenBatch(NamedTuple):
+    """A batch that is in its shard's scratch file, and what is noted of it."""
+
+    shard: "_OpenShard"
+    items: list[WorkItem]
+    extras: dict[str, list[FileFacts]]
+    statistics: Statistics
+    is_last: bool
+
+
+class _OpenShard:
+    """A shard that is being written into a scratch file. Several threads may write different generations."""
+
+    def __init__(self, collection: Collection, shard: Shard) -> None:
+        self.collection, self.shard = collection, shard
+        self.storage, self.recipe = collection.storage, collection.settings.recipe
+        self.is_finished = False
+        self._used_txt: list[int] = []
+        self._extras: dict[str, list[FileFacts]] = {extra: [] for extra in collection.settings.extras}
+        self._statistics: Statistics = {}
+        self._writer: ShardWriter | None = None
+        self._lock = Lock()
+
+    def write(self, row: int, generation: RecordedGeneration, statistics: Statistics) -> None:
+        """Writes what is kept of one generation, and counts it: the values as they were rounded."""
+        writer, plan = self._opened(), self.recipe.plan(generation.item)
+        tensors: dict[str, Tensor] = {}
+        if (kept := positions(plan)) is not None:
+            tensors[POSITIONS_KEY] = kept[None]
+        for step, context in generation.contexts.items():
+            tensors[state_key(step)] = pieces_of_context(plan, step, context)[0].value
+        for (step, site), value in generation.values.items():
+            pieces = {piece.of: piece.value for piece in pieces_of_site(plan, step, site, value)}
+            tensors[site_key(site, step)] = pieces[site]
+            if (scale := pieces.get(ScaleOf(site))) is not None:
+                tensors[scale_key(site_key(site, step))] = scale
+            sums = statistics.setdefault((site, step), SiteStatistics(value.shape[-1]))
+            sums.add(pieces[site], scale)
+        for key, tensor in tensors.items():
+            try:
+                writer.write(key, row, tensor)
+            except OSError as error:
+                raise disk_error(writer.path, error) from error
+
+    def _opened(self) -> ShardWriter:
+        """The file, laid out by the first who needs it: the header holds how long all prompts are in tokens."""
+        with self._lock:
+            if self._writer is None:
+                known: dict[str, int] = {}
+                for prompt in dict.fromkeys(item.prompt for item in self.shard.items):
+                    used = read_used_txt(self.storage, prompt)
+                    if used is None:
+                        raise _broken_embedding(self.storage, prompt)
+                    known[prompt] = used
+                self._used_txt = [known[item.prompt] for item in self.shard.items]
+                path = self.storage.scratch(".safetensors")
+                try:
+                    self._writer = ShardWriter(path, self.shard.layout(self.recipe, self._used_txt))
+                except OSError as error:
+                    raise disk_error(path, error) from error
+            return self._writer
+
+    def count(self, batch: _WrittenBatch) -> None:
+        """Notes a batch that is written: the first batch first."""
+        merge_statistics(self._statistics, batch.statistics)
+        for extra, facts in batch.extras.items():
+            self._extras[extra] += facts
+
+    def finish(self) -> None:
+        """Every batch is written and noted: publishes the shard."""
+        writer = self._opened()
+        writer.close()
+        notes = ShardNotes(facts_of_path(writer.path), self._used_txt, self._extras, self._statistics)
+        self.collection.publish(self.shard, writer.path, notes)
+        self.is_finished = True
+
+    def drop(self) -> None:
+        """Lets go of a file that is not whole."""
+        if not self.is_finished and self._writer is not None:
+            self._writer.close()
+            self._writer.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_shards() -> Iterator[list[_OpenShard]]:
+    """A list of the shards that are being written; those that are not whole at the end are dropped."""
+    shards: list[_OpenShard] = []
+    try:
+        yield shards
+    finally:
+        for shard in shards:
+            shard.drop()
+
+
+def latent_content(recipe: Recipe, latent: PackedLatent) -> bytes:
+    """The file of a finished latent: it has the same size for every generation."""
+    unpacked = unpack(latent, recipe.height, recipe.width)[0]
+    return safetensors.torch.save({"latent": unpacked.contiguous()})
+
+
+def _check_finite(recipe: Recipe, recorded: RecordedBatch) -> None:
+    """Raises FluxIRError that names the first step and site whose values hold NaN or infinity."""
+    for step in recipe.steps:
+        tensors = {"the state before it": recorded.contexts[step].img}
+        tensors |= {str(site): recorded.values[step, site] for site in recipe.sites}
+        for name, value in tensors.items():
+            # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
+            if math.isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
+                continue
+            item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
+            raise FluxIRError(
+                f"values that are kept must be finite: at step {step}, {name} holds NaN or infinity, "
+                f"first for {item.prompt[:40]!r} with the seed {item.seed}",
+                hint="look for weights that are not finite, or compute in float32: --dtype float32",
+            )
+
+
+def _broken_embedding(storage: Storage, prompt: str) -> FluxIRError:
+    return FluxIRError(
+        f"the embedding of {prompt[:40]!r} in {storage.where} is broken or gone",
+        hint="the same command with --verify checksums makes it again",
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -70,6 +71,15 @@ def read_embedding(storage: Storage, prompt: str) -> EmbeddedPrompt | None:
         return None
     text = TextEmbedding(tensors["txt"], tensors["y"])
     return EmbeddedPrompt(text, int(tensors["used_txt"])) if intact else None
+
+
+def read_used_txt(storage: Storage, prompt: str) -> int | None:
+    """How many text tokens of a kept embedding are the prompt's, without reading the rest; None where it is broken."""
+    try:
+        with safetensors.safe_open(storage.local(embedding_name(prompt)), framework="pt") as file:
+            return int(file.get_tensor("used_txt"))
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
 
 
 def embedding_content(embedded: EmbeddedPrompt) -> bytes:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from flux_ir.activations.token_blocks import TokenBlock, leading_txt, token_positions
-from flux_ir.collecting.batches import Recipe, RecordedBatch, RecordedGeneration, record_batch
+from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
-from flux_ir.collecting.fitting import cpu_batch, gpu_batch
-from flux_ir.collecting.groups import GROUP
 from flux_ir.collecting.prompts import WorkItem, WorkList
+from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, record_batch
 from flux_ir.collecting.workers import in_order, replicas
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
@@ -32,20 +31,21 @@ def live_blocks(
     """Every block of every generation, in the order of the work: of a generation step after step, sites by depth.
 
     The bits are those of the files that `collector.collect` writes with these settings, dtype and token positions
-    included. Pictures are never decoded. `start` is the number of the first generation wanted, of all ranks; groups are
-    dealt to `ranks` as they are when collecting. Many `repeats` make a stream as long as training may ever need.
+    included. Pictures are never decoded. `start` is the number of the first generation to yield, of all ranks; shards
+    are dealt to `ranks` as they are when collecting. Many `repeats` make a stream as long as training may ever need.
 
-    A group's prompts are encoded when it is its turn, so both text encoders stay loaded.
+    A shard's prompts are encoded when it is its turn, so both text encoders stay loaded.
     """
     recipe, of = settings.recipe, ranks or Ranks()
     work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
-    groups = (group for group in range(start // GROUP, -(-len(work) // GROUP)) if group % of.world_size == of.rank)
+    images = settings.shard_images
+    shards = (shard for shard in range(start // images, -(-len(work) // images)) if shard % of.world_size == of.rank)
     with suite.transformer() as model:
         on_cpu = model.img_in.weight.device.type == "cpu"
         workers = torch.get_num_threads() if on_cpu else 1
         size = settings.batch_size or (cpu_batch(recipe) if on_cpu else gpu_batch(model, recipe))
         record = partial(_record, replicas(model, workers), recipe)
-        batches = _batches(suite, work, groups, size, start)
+        batches = _batches(suite, work, shards, images, size, start)
         with closing(in_order(record, batches, workers)) as recorded:
             for skipped, batch in recorded:
                 for generation in batch.generations()[skipped:]:
@@ -53,8 +53,8 @@ def live_blocks(
 
 
 def blocks_of(recipe: Recipe, generation: RecordedGeneration) -> Iterator[TokenBlock]:
-    """What a capture of this generation would hold, as blocks."""
-    plan = recipe.plan(generation.item, used_txt=generation.used_txt)
+    """What a shard holds of this generation, as blocks."""
+    plan = recipe.plan(generation.item)
     kept = positions(plan)
     for step in plan.kept_steps:
         for site in plan.sites:
@@ -74,22 +74,24 @@ def blocks_of(recipe: Recipe, generation: RecordedGeneration) -> Iterator[TokenB
 
 
 class _Batch(NamedTuple):
-    """Generations to be recorded together; the first `skipped` are not wanted, and there for the sake of the bits."""
+    """Generations to be recorded together; the first `skipped` are not yielded, and there for the sake of the bits."""
 
     skipped: int
     items: list[WorkItem]
     embedded: list[EmbeddedPrompt]
 
 
-def _batches(suite: Suite, work: WorkList, groups: Iterator[int], size: int, start: int) -> Iterator[_Batch]:
-    """The same slices of the same groups as a collection's."""
-    for group in groups:
-        items = work.items(group * GROUP, (group + 1) * GROUP)
-        first = max(0, start - group * GROUP) // size * size
+def _batches(
+    suite: Suite, work: WorkList, shards: Iterator[int], images: int, size: int, start: int
+) -> Iterator[_Batch]:
+    """The same slices of the same shards as a collection's."""
+    for shard in shards:
+        items = work.items(shard * images, (shard + 1) * images)
+        first = max(0, start - shard * images) // size * size
         embedded = _embedded(suite, [item.prompt for item in items[first:]])
         for begin in range(first, len(items), size):
             batch = items[begin : begin + size]
-            skipped = max(0, start - group * GROUP - begin)
+            skipped = max(0, start - shard * images - begin)
             yield _Batch(skipped, batch, [embedded[item.prompt] for item in batch])
 
 

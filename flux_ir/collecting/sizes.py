@@ -1,26 +1,25 @@
-"""How large captures will be, to the byte, before anything is computed."""
+"""How large a collection will be, to the byte, before anything is computed."""
 
-import pickle
 from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from flux_ir.collecting.batches import Recipe
+from flux_ir.collecting.collection import Collection
+from flux_ir.collecting.collector import latent_content
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embedding_content
-from flux_ir.collecting.prompts import WorkItem, WorkList
-from flux_ir.collecting.writing import latent_content
+from flux_ir.collecting.prompts import WorkList
+from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.shard_notes import FileFacts, ShardNotes, notes_content
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.plan import CapturePlan
-from flux_ir.recording.store import file_bytes
+from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sites import Site
-
-_AT_ONCE = 1024  # generations of a work list that are looked at together
 
 
 class SiteSize(NamedTuple):
-    """What one site takes in one capture."""
+    """What one site takes of one generation."""
 
     site: Site
     tokens: int
@@ -30,8 +29,15 @@ class SiteSize(NamedTuple):
     """Of all kept steps, with the scales of float8."""
 
 
+class ShardSizes(NamedTuple):
+    """Bytes of a collection's shards, exactly, and of what stands beside them (pictures left out)."""
+
+    shards: int
+    notes: int
+
+
 def site_sizes(plan: CapturePlan) -> list[SiteSize]:
-    """Every site of a capture, by depth."""
+    """Every site of one generation, by depth."""
     sizes = []
     for site in plan.sites:
         shape = plan.shape(site)
@@ -42,21 +48,19 @@ def site_sizes(plan: CapturePlan) -> list[SiteSize]:
     return sizes
 
 
-def captures_bytes(recipe: Recipe, work: WorkList, used_txt: Callable[[str], int]) -> int:
-    """Bytes of the capture files of a whole collection; `used_txt` counts the text tokens of a prompt.
-
-    Sizes differ by what the metadata say, prompts above all, and by nothing else: each length is laid out once.
-    """
-    known: dict[int, int] = {}
-    total = 0
-    for start in range(0, len(work), _AT_ONCE):
-        for item in work.items(start, start + _AT_ONCE):
-            used = used_txt(item.prompt)
-            length = _varying_length(item, used)
-            if length not in known:
-                known[length] = file_bytes(recipe.plan(item, used_txt=used))
-            total += known[length]
-    return total
+def shard_sizes(collection: Collection, used_txt: Callable[[str], int]) -> ShardSizes:
+    """Bytes of all shards; `used_txt` counts the text tokens of a prompt, which stand in a shard's header."""
+    recipe = collection.settings.recipe
+    plan = recipe.plan()
+    empty = {(site, step): SiteStatistics(plan.shape(site)[-1]) for site in plan.sites for step in plan.kept_steps}
+    statistics = len(notes_content(ShardNotes(FileFacts(0, ""), [], {}, empty)))
+    shards = notes = 0
+    for number in range(collection.shards):
+        shard = collection.shard(number)
+        used = [used_txt(item.prompt) for item in shard.items]
+        shards += shard.layout(recipe, used).nbytes
+        notes += statistics + len(str(used)) + 64
+    return ShardSizes(shards, notes)
 
 
 def embeddings_bytes(recipe: Recipe, work: WorkList) -> int:
@@ -71,8 +75,3 @@ def latents_bytes(recipe: Recipe, work: WorkList) -> int:
     """Bytes of the finished latents of a whole collection."""
     latent = torch.zeros(1, recipe.img_tokens, recipe.spec.flux.in_channels, dtype=recipe.network_dtype)
     return len(latent_content(recipe, latent)) * len(work)
-
-
-def _varying_length(item: WorkItem, used_txt: int) -> int:
-    """The length, in the capture's own spelling, of everything in its metadata that differs between generations."""
-    return len(pickle.dumps((item.prompt, item.seed, item.repeat, used_txt), protocol=2))

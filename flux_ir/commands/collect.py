@@ -1,30 +1,36 @@
 """`flux-ir collect`: activations of thousands of prompts, computed once."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
-from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.parse import INTERRUPTED, launch
 from flux_ir.commands.cli.shared import (
     KEEP,
     LARGEST_SEED,
     MACHINE,
     Checkpoints,
-    Device,
+    Compute,
     Offload,
     Picture,
     Plan,
     Steps,
 )
+from flux_ir.errors import FluxIRError
+
+if TYPE_CHECKING:
+    from flux_ir.api.collect import Collected
+    from flux_ir.commands.report import Report
 
 PROMPTS = "the prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectOptions(Picture, Steps, Device, Offload, Checkpoints, Plan):
-    """Collect what some sites put out over many prompts: one capture file per generation, in groups, with an index.
+class CollectOptions(Picture, Steps, Compute, Offload, Checkpoints, Plan):
+    """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 
     No step after the last of --steps is computed. The same command goes on where it stopped. Under torchrun all
     processes share the work: torchrun --nproc_per_node 2 -m flux_ir collect --prompts ... writes the same files, byte
@@ -58,10 +64,8 @@ class CollectOptions(Picture, Steps, Device, Offload, Checkpoints, Plan):
         minimum=1,
         default_text="all",
     )
-    dtype: Literal["bfloat16", "float16", "float32", "float8_e4m3fn"] = option(
-        "bfloat16",
-        help="precision of what is kept (float8 with a scale per token); the network runs in bfloat16, but for float32",
-        group=KEEP,
+    store_dtype: Literal["bfloat16", "float16", "float32", "float8_e4m3fn"] = option(
+        "bfloat16", help="precision of what is kept (float8 with a scale per token)", group=KEEP
     )
     save_images: bool = option(False, help="also keep the pictures: all steps run, and are decoded", group=KEEP)
     save_latents: bool = option(False, help="also keep the finished latents: all steps run", group=KEEP)
@@ -78,17 +82,57 @@ class CollectOptions(Picture, Steps, Device, Offload, Checkpoints, Plan):
         "checksums", help="how files that are there already are looked at, before going on", group=MACHINE
     )
 
+    def __post_init__(self) -> None:
+        if self.dtype in ("float16", "float8_e4m3fn"):  # what --dtype meant once
+            raise FluxIRError(
+                f"--dtype is what the network computes in, auto, bfloat16 or float32: got {self.dtype!r}",
+                hint=f"what is kept is said by --store_dtype {self.dtype}",
+            )
+        super().__post_init__()
+
 
 def run(options: CollectOptions) -> int:
     """Collect as the options say; returns the exit code. Raises FluxIRError for what a user can mend."""
+    from flux_ir.api.collect import collect
+    from flux_ir.commands.report import Report
+
+    arguments = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "plan"}
     if options.plan:
         from flux_ir.commands.planning import plan_collection
 
-        plan_collection(options)
+        plan_collection(arguments)
         return 0
-    from flux_ir.commands.collecting import collect
+    speaks = os.environ.get("RANK", "0") == "0"  # for all processes of the job
+    report = Report()
+    try:
+        with report:
+            done = collect(**arguments, progress=report.watch)
+    except KeyboardInterrupt:
+        if speaks:
+            where = options.output_dir
+            report.note(f"stopped: what is finished is kept in {where}; the same command goes on from there")
+        return INTERRUPTED
+    if speaks:
+        conclude(done, options, report)
+    return 0
 
-    return collect(options)
+
+def conclude(done: "Collected", options: CollectOptions, report: "Report") -> None:
+    """Say that the collection is complete, and print what it holds and what it took."""
+    from flux_ir.commands.report import in_units, peak_memory
+
+    seconds = report.seconds.get("collect", 0.0)
+    rows = [("generations", f"{done.generations}", f"{done.made} of them now"), ("tokens", f"{done.tokens}", "")]
+    rows += [("bytes", in_units(done.bytes), "without index, statistics and embedded prompts")]
+    rows += [(name, f"{value:.2f} s", "") for name, value in report.seconds.items()]
+    if done.made and seconds:
+        rows += [("speed", f"{done.made * done.tokens // done.generations / seconds:.0f} tokens/s", "")]
+    rows += [
+        (f"peak memory, {device}", in_units(size), "of the first process") for device, size in peak_memory().items()
+    ]
+    how = {"checksums": "size and checksum", "sizes": "size"}[options.verify]
+    state = "complete" if done.made else f"complete; every file has its {how}"
+    report.rows(f"collection {state}", [*rows, ("where", "", done.where)])
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

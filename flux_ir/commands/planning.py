@@ -3,21 +3,20 @@
 Sizes are exact; times come from a short trial of the model itself, on the machine at hand. Nothing stays behind.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.text import Text
 
-from flux_ir.collecting.collection import CollectSettings
-from flux_ir.collecting.prompts import WorkList
-from flux_ir.collecting.sizes import captures_bytes, embeddings_bytes, latents_bytes, site_sizes
+from flux_ir.api.collect import CollectionJob, collection_job
+from flux_ir.collecting.collection import Collection
+from flux_ir.collecting.sizes import embeddings_bytes, latents_bytes, shard_sizes, site_sizes
+from flux_ir.collecting.storage import LocalStorage
 from flux_ir.commands.capture import CaptureOptions
-from flux_ir.commands.collect import CollectOptions
-from flux_ir.commands.collecting import place
-from flux_ir.commands.collecting import settle as settle_collection
 from flux_ir.commands.generation import describe, planned_file, settle
 from flux_ir.commands.report import Report, bytes_at, counted, in_units
 from flux_ir.commands.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
@@ -62,43 +61,45 @@ def plan_capture(options: CaptureOptions) -> None:
     _print(report, _pace_rows(pace, "step", steps, sum(weights.values())))
 
 
-def plan_collection(options: CollectOptions) -> None:
-    """Print what the whole collection would take. Raises FluxIRError if it does not fit."""
+def plan_collection(arguments: Mapping[str, Any]) -> None:
+    """Print what the whole collection would take, by the arguments of `api.collect`.
+
+    Raises FluxIRError if it does not fit.
+    """
     report = Report()
-    settings = settle_collection(options)
     with joined() as ranks:
+        job = collection_job(**arguments, ranks=ranks, progress=report.watch)
         if ranks.is_first:
-            _plan_collection(options, settings, ranks, report)
+            _plan_collection(job, ranks, report)
 
 
-def _plan_collection(options: CollectOptions, settings: CollectSettings, ranks: Ranks, report: Report) -> None:
-    recipe, placement = settings.recipe, place(options, ranks)
-    work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
-    source = locate_model(
-        recipe.spec,
-        options.checkpoint,
-        options.ae_checkpoint,
-        autoencoder=settings.save_images,
-        announce=report.note,
-    )
-    suite = Suite(recipe.spec, source, placement, recipe.network_dtype)
-    total, embedded = captures_bytes(recipe, work, text_counter(suite)), embeddings_bytes(recipe, work)
+def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report) -> None:
+    settings, suite = job.settings, job.suite
+    recipe = settings.recipe
+    collection = Collection(LocalStorage(Path()), settings, batch_size=1)  # nothing is written or read there
+    work = collection.work
+    sizes, embedded = shard_sizes(collection, text_counter(suite)), embeddings_bytes(recipe, work)
     latents = latents_bytes(recipe, work) if settings.save_latents else 0
     generations = counted(len(work), "generation")
     _title(report, f"plan: {generations} of {recipe.spec.name}, {recipe.width} x {recipe.height} px")
-    beside = [("embedded prompts", f"{embedded} B", f"{len(set(settings.prompts))} different ones")]
+    shards = f"of up to {collection.shard_images} generations"
+    beside = [
+        ("shards", f"{collection.shards}", shards),
+        ("beside them", in_units(sizes.notes), "about: checksums and statistics of every shard"),
+    ]
+    beside += [("embedded prompts", f"{embedded} B", f"{len(set(settings.prompts))} different ones")]
     beside += [("latents", f"{latents} B", f"of {generations}")] if latents else []
-    _print(report, [*_size_rows(recipe.plan(), len(work), total), *beside])
-    room = room_at(options.output_dir)
-    there = 0 if room.folder is None else bytes_at(Path(options.output_dir).expanduser())
-    _print(report, [*_room_rows(room), *([("already there", in_units(there), options.output_dir)] if there else [])])
-    needed = total + embedded + latents - there
-    check_disk(needed, room, flags="--sites, --steps, --tokens_per_image or --dtype")
+    _print(report, [*_size_rows(recipe.plan(), len(work), sizes.shards, what="shards"), *beside])
+    room = room_at(job.output_dir)
+    there = 0 if room.folder is None else bytes_at(Path(job.output_dir).expanduser())
+    _print(report, [*_room_rows(room), *([("already there", in_units(there), job.output_dir)] if there else [])])
+    needed = sizes.shards + sizes.notes + embedded + latents - there
+    check_disk(needed, room, flags="--sites, --steps, --tokens_per_image or --store_dtype")
     weights = weights_bytes(suite)
-    check_memory(weights, placement, encoders_go_first=True)
-    report.note("a trial of two rounds of batches")
+    check_memory(weights, suite.placement, encoders_go_first=True)
+    report.note(f"a trial of two rounds of batches, in {job.compute}")
     with _enough_memory():
-        pace = measure_collection(settings, suite, options.output_dir, room)
+        pace = measure_collection(settings, suite, job.output_dir, room)
     once = {"text": pace.once["text"] * len(set(settings.prompts))}
     rows = _pace_rows(pace._replace(once=once), "generation", len(work), sum(weights.values()))
     if ranks.world_size > 1:
@@ -131,7 +132,7 @@ def _enough_memory() -> Iterator[None]:
         ) from error
 
 
-def _size_rows(plan: CapturePlan, captures: int, total: int) -> Rows:
+def _size_rows(plan: CapturePlan, captures: int, total: int, *, what: str = "captures") -> Rows:
     """Tokens and bytes of every site, and of everything: `total` is exact."""
     steps, sizes = len(plan.kept_steps), site_sizes(plan)
     tokens = sum(size.tokens for size in sizes) * steps * captures
@@ -142,7 +143,7 @@ def _size_rows(plan: CapturePlan, captures: int, total: int) -> Rows:
         rows.append((str(size.site), f"{size.bytes * captures} B", note))
     rest = total - sum(size.bytes for size in sizes) * captures
     rows.append(("state and layout", f"{rest} B", "what each step began with, and the files' own structure"))
-    rows.append(("in all", f"{total} B", f"{in_units(total)}, exactly what the captures will take"))
+    rows.append(("in all", f"{total} B", f"{in_units(total)}, exactly what the {what} will take"))
     return rows
 
 

@@ -4,7 +4,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -103,10 +103,14 @@ class Report:
         rows = [(name, f"{value:.2f} s", "") for name, value in seconds.items()]
         rows += [(f"peak memory, {device}", in_units(size), "") for device, size in memory.items()]
         rows += [(name, in_units(bytes_at(path)), str(path)) for name, path in written.items()]
+        self.rows(title, rows)
+
+    def rows(self, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
+        """A name, an amount and a note in every row, below a title."""
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         self.results.print(Text(title, style="bold"))
-        for name, amount, path in rows:
-            self.results.print(Text(f"{name:<{widths[0]}}  {amount:>{widths[1]}}  {path}".rstrip()))
+        for name, amount, note in rows:
+            self.results.print(Text(f"{name:<{widths[0]}}  {amount:>{widths[1]}}  {note}".rstrip()))
 
 
 def counted(number: int, noun: str) -> str:

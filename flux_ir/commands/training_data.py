@@ -13,10 +13,10 @@ from torch import Tensor
 from flux_ir.activations.stream import block_bytes, stream_blocks
 from flux_ir.activations.token_blocks import TokenBlock, TokenSource
 from flux_ir.activations.tokens import open_source
-from flux_ir.collecting.batches import Recipe
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.prompts import prompts_digest, read_prompts
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.commands.generation import check_steps
 from flux_ir.commands.train_sae import TrainSAEOptions
 from flux_ir.distributed import Ranks

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from flux_ir.collecting.batches import recorded_bytes
+from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import Collector
-from flux_ir.collecting.fitting import cpu_batch, gpu_batch
 from flux_ir.collecting.live import live_blocks
+from flux_ir.collecting.recipe import recorded_bytes
 from flux_ir.collecting.storage import LocalStorage, open_storage
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.generation import Job
@@ -112,8 +112,8 @@ def measure_collection(settings: CollectSettings, suite: Suite, where: str, room
             for _ in job.encode():
                 pass
         whole = _seconds_each(job.record(), first)
-        written = sum(bytes_at(path) for path in Path(folder).rglob("*.pt"))
-        drawn = sum(bytes_at(path) for path in Path(folder).rglob("*.jpg"))
+        written = sum(bytes_at(path) for path in Path(folder).glob("shards/*"))
+        drawn = sum(bytes_at(path) for path in Path(folder).glob("pictures/*/*"))
     disk = written / generations / disk_speed(room, where)
     copy += max(0.0, whole - compute)
     return Pace(

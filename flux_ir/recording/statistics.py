@@ -82,8 +82,8 @@ class SiteStatistics:
         rms = self.second_moment.sqrt()
         return (rms > OUTLIER_RATIO * rms.median()).nonzero().flatten()
 
-    def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """As tensors under `{prefix}/{name}`: the sums, from which all is read again, and what they say."""
+    def sums(self, prefix: str) -> dict[str, Tensor]:
+        """The sums as tensors under `{prefix}/{name}`: all is read again from them."""
         sums: dict[str, Tensor] = {
             "count": torch.tensor(self.count),
             "sum": torch.from_numpy(self.sum.copy()),
@@ -91,17 +91,21 @@ class SiteStatistics:
             "sum_of_norms": torch.tensor(self.sum_of_norms, dtype=torch.float64),
             "max_abs": torch.from_numpy(self.max_abs.copy()),
         }
+        return {f"{prefix}/{name}": tensor for name, tensor in sums.items()}
+
+    def to_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The sums, and what they say, likewise."""
         said = {
             "mean": self.mean,
             "second_moment": self.second_moment,
             "mean_norm": torch.tensor(self.mean_norm, dtype=torch.float64),
             "outlier_dims": self.outlier_dims,
         }
-        return {f"{prefix}/{name}": tensor for name, tensor in (sums | said).items()}
+        return self.sums(prefix) | {f"{prefix}/{name}": tensor for name, tensor in said.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> "SiteStatistics":
-        """What `to_tensors` gave. Raises KeyError if it is not there."""
+        """What `sums` or `to_tensors` gave. Raises KeyError if it is not there."""
         count, total, squares, norms, largest = (tensors[f"{prefix}/{name}"] for name in _SUMS)
         read = cls(len(total))
         read.count, read.sum_of_norms = int(count), float(norms)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from flux_ir.activations import remote
 from flux_ir.activations.remote_source import CACHE_FOLDER, MAX_CACHE_BYTES
 from flux_ir.activations.tokens import open_source
-from flux_ir.collecting.batches import Recipe
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import collect
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import open_storage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError

@@ -1,13 +1,15 @@
 """Small collections of flux-tiny: their settings, one process's share of the work, and the files it leaves."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from flux_ir.collecting.batches import Recipe
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import Collector
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.models.placement import plan
@@ -52,14 +54,25 @@ def settings_of(*, prompts=PROMPTS[:5], repeats=1, batch_size=3, seed=7, verify=
 
 
 def collected(folder, settings, suite, rank=0, world_size=1):
-    """Collects, and returns the rows. With several ranks, only this one's share; nothing is merged."""
+    """Collects, and returns what was recorded. With several ranks, only this one's share; nothing is merged."""
     job = Collector(settings, suite, LocalStorage(folder, rank=rank), Ranks(rank, world_size))
     list(job.verify())
     list(job.encode())
-    rows = list(job.record())
+    items = list(job.record())
     if world_size == 1:
         list(job.merge())
-    return rows
+    return items
+
+
+def rows_of(folder):
+    """The rows of the index."""
+    return [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+
+
+def tensor_of(folder, row, key):
+    """A tensor of one generation, by its row: read with the library that anybody has."""
+    with safe_open(folder / row["shard"], framework="pt") as file:
+        return file.get_tensor(key)[row["row"]]
 
 
 def files_of(folder):

@@ -6,21 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flux_ir.collecting.batches import Recipe, recorded_bytes
+from flux_ir.activations.shards import SHARD_BYTES, SHARD_IMAGES
+from flux_ir.collecting.batch_size import CPU_BATCH, MOST_BYTES, cpu_batch
 from flux_ir.collecting.collection import (
     COLLECTION,
     Collection,
     CollectSettings,
+    as_lines,
     check_same,
     publish_description,
     read_index,
     stored_description,
 )
-from flux_ir.collecting.fitting import CPU_BATCH, MOST_BYTES, cpu_batch
-from flux_ir.collecting.groups import GROUP, as_lines, read_rows
+from flux_ir.collecting.recipe import Recipe, recorded_bytes
+from flux_ir.collecting.shard_notes import ShardNotes, facts_of, notes_content, notes_name, read_notes
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
+from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sites import Site, all_sites
 
 SPEC = get_spec("flux-tiny")
@@ -46,9 +49,10 @@ def described(storage):
 
 def test_it_says_every_setting_and_what_readers_need(described):
     assert described["settings"]["sites"] == ["double.0.img", "single.1"]
-    assert described["settings"]["dtype"] == "float8_e4m3fn"
+    assert described["settings"]["store_dtype"] == "float8_e4m3fn"
+    assert described["settings"]["dtype"] == "bfloat16"
     assert described["settings"]["prompts"]["count"] == 2
-    assert (described["generations"], described["group"]) == (2, GROUP)
+    assert (described["generations"], described["images_per_shard"], described["shards"]) == (2, SHARD_IMAGES, 1)
     assert (described["txt_tokens"], described["img_tokens"], described["kept_img_tokens"]) == (SPEC.text_tokens, 12, 4)
     assert described["model"]["hidden_size"] == SPEC.flux.hidden_size
     assert described["versions"] == {"torch": "2.8"}
@@ -83,7 +87,7 @@ def test_there_is_no_description_before_there_is_one(storage):
     assert stored_description(storage) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 1}', '{"version": 1, "settings": 5}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 2}', '{"version": 2, "settings": 5}'])
 def test_a_broken_description_is_one_clear_line(storage, text):
     storage.publish(text.encode(), COLLECTION)
     with pytest.raises(FluxIRError, match=r"collection.json in .* must say what was collected"):
@@ -91,32 +95,72 @@ def test_a_broken_description_is_one_clear_line(storage, text):
 
 
 def test_a_collection_of_a_later_program_is_left_alone(storage):
-    storage.publish(b'{"version": 2, "settings": {}}', COLLECTION)
-    with pytest.raises(FluxIRError, match="is a collection of version 2: this program knows 1"):
+    storage.publish(b'{"version": 3, "settings": {}}', COLLECTION)
+    with pytest.raises(FluxIRError, match="is a collection of version 3: this program knows 2"):
         stored_description(storage)
 
 
-@pytest.mark.parametrize("batch_size", [0, GROUP + 1])
-def test_a_batch_fits_into_a_group(batch_size):
-    with pytest.raises(FluxIRError, match=f"--batch_size must be from 1 to {GROUP}"):
+def test_an_old_collection_is_refused_with_the_command_that_converts_it(storage):
+    storage.publish(b'{"version": 1, "settings": {}}', COLLECTION)
+    with pytest.raises(FluxIRError, match="is an old collection, with a file for every generation") as caught:
+        stored_description(storage)
+    assert caught.value.hint == f"convert it: flux-ir convert-collection --captures {storage.where} --output_dir NEW"
+
+
+@pytest.mark.parametrize("batch_size", [0, SHARD_IMAGES + 1])
+def test_a_batch_fits_into_a_shard(batch_size):
+    with pytest.raises(FluxIRError, match=f"--batch_size must be from 1 to {SHARD_IMAGES}"):
         settings_of(batch_size=batch_size)
 
 
-def test_groups_and_batches_are_fixed_slices_of_the_work(storage):
+def test_shards_and_batches_are_fixed_slices_of_the_work(storage):
     collection = Collection(storage, settings_of("abc", repeats=50), batch_size=24)
-    groups = [collection.group(number) for number in range(collection.groups)]
-    assert [len(group) for group in groups] == [64, 64, 22]
-    assert [[len(batch) for batch in group.batches] for group in groups] == [[24, 24, 16], [24, 24, 16], [22]]
-    every = [item for group in groups for batch in group.batches for item in batch]
+    shards = [collection.shard(number) for number in range(collection.shards)]
+    assert [len(shard.items) for shard in shards] == [64, 64, 22]
+    assert [[len(batch) for batch in shard.batches] for shard in shards] == [[24, 24, 16], [24, 24, 16], [22]]
+    every = [item for shard in shards for batch in shard.batches for item in batch]
     assert every == collection.work.items(0, 150)
-    assert [group.folder for group in groups] == ["groups/000000", "groups/000001", "groups/000002"]
+    assert shards[2].name == "shards/000002.safetensors"
 
 
-def test_rows_that_are_broken_are_left_out(storage):
-    rows = [{"id": "a", "prompt": "ein gr\u00fcner Kreis"}, {"id": "b", "prompt": "x"}]
-    storage.publish(as_lines(rows) + b'{"id": "c", "pro\n\xff\xfe\n[]\n', "rows.jsonl")
-    assert read_rows(storage, "rows.jsonl") == rows
-    assert read_rows(storage, "none.jsonl") == []
+def test_large_generations_make_shards_of_fewer(storage):
+    recipe = settings_of().recipe
+    full = get_spec("flux-schnell")
+    sites = tuple(all_sites(full.flux.depth, full.flux.depth_single_blocks))[:40]
+    wide = replace(recipe, spec=full, sites=sites, width=256, height=256, tokens_per_image=None)
+    settings = replace(settings_of("ab"), recipe=wide)
+    assert settings.shard_images == SHARD_BYTES // wide.generation_bytes
+    assert 0 < settings.shard_images < SHARD_IMAGES
+
+
+def test_the_header_of_a_shard_says_what_its_rows_are_and_its_bytes_are_known_before(storage):
+    settings = settings_of("ab")
+    shard = Collection(storage, settings, batch_size=2).shard(0)
+    layout = shard.layout(settings.recipe, [3, 4])
+    assert (list(layout.rows), list(layout.facts)) == (
+        ["ids", "prompts", "seeds", "repeats", "used_txt"],
+        ["model", "txt_tokens", "sites", "steps", "width", "height"],
+    )
+    assert layout.nbytes == len(layout.header()) + 2 * settings.recipe.generation_bytes
+    sizes = [tensor.dtype.itemsize for tensor in layout.tensors.values()]
+    assert sizes == sorted(sizes, reverse=True)  # so that every tensor begins aligned
+
+
+def test_what_stands_beside_a_shard_is_read_as_it_was_written_or_not_at_all(storage):
+    sums = SiteStatistics(5)
+    sums.add(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+    notes = ShardNotes(facts_of(b"abc"), [3, 4], {"image": [facts_of(b"d")] * 2}, {(SITES[0], 2): sums})
+    content = notes_content(notes)
+    storage.publish(content, notes_name(7))
+    read = read_notes(storage, 7)
+    assert notes_content(read) == content
+    assert (read.file.bytes, read.used_txt, read.extras["image"][1]) == (3, [3, 4], facts_of(b"d"))
+    for at in range(8, len(content), 11):  # the library itself refuses most of these
+        storage.publish(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], notes_name(7))
+        assert read_notes(storage, 7) is None
+    storage.publish(content[:-1], notes_name(7))
+    assert read_notes(storage, 7) is None
+    assert read_notes(storage, 8) is None
 
 
 def test_the_index_is_read_row_by_row(storage):

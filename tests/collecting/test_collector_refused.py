@@ -7,7 +7,7 @@ from flux_ir.collecting.collector import Collector, collect
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from tests.collecting.small_jobs import PROMPTS, SITES, collected, files_of, settings_of
+from tests.collecting.small_jobs import PROMPTS, collected, files_of, settings_of
 
 
 def test_other_settings_are_refused_with_every_difference(suite, whole):
@@ -16,7 +16,7 @@ def test_other_settings_are_refused_with_every_difference(suite, whole):
         Collector(other, suite, LocalStorage(whole), Ranks())
     message = caught.value.message
     assert "was collected with other settings: prompts 5 (sha256 " in message
-    assert "; seed 7 there, 8 now; steps 0,1 there, 1 now; dtype bfloat16 there, float16 now" in message
+    assert "; seed 7 there, 8 now; steps 0,1 there, 1 now; store_dtype bfloat16 there, float16 now" in message
     assert "another --output_dir" in str(caught.value.hint)
 
 
@@ -35,10 +35,38 @@ def test_a_batch_size_left_open_agrees_with_the_one_that_is_there(suite, whole):
         Collector(settings_of(batch_size=5), suite, LocalStorage(whole), Ranks())
 
 
-def test_merging_waits_for_no_group_that_will_not_come(suite, tmp_path):
-    settings = settings_of(prompts=PROMPTS, repeats=4, batch_size=32, sites=SITES[:1], steps=(0,), tokens_per_image=1)
+def test_merging_waits_for_no_shard_that_will_not_come(suite, small_shards, tmp_path):
+    settings = settings_of(prompts=PROMPTS[:3], batch_size=1)
     collected(tmp_path, settings, suite, rank=0, world_size=2)
     job = Collector(settings, suite, LocalStorage(tmp_path), Ranks())
     list(job.verify())
-    with pytest.raises(FluxIRError, match=r"groups/000001 of .* is not finished"):
+    with pytest.raises(FluxIRError, match=r"shards/000001.safetensors of .* is not finished"):
         list(job.merge())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_values_that_are_not_finite_are_never_kept_and_the_first_is_named(suite, tmp_path, dtype):
+    with suite.transformer() as model:
+        weight = model.double_blocks[1].img_mlp[2].weight
+        before = weight[5, 5].item()
+        weight.data[5, 5] = float("inf")
+        try:
+            with pytest.raises(FluxIRError) as caught:
+                collected(tmp_path, settings_of(stored_dtype=dtype), suite)
+        finally:
+            weight.data[5, 5] = before
+    assert "must be finite: at step 0, double.1.img holds NaN or infinity, first for 'a red" in caught.value.message
+    assert "float32" in caught.value.hint
+    assert list(tmp_path.glob("shards/*")) == list(tmp_path.glob("partial/*/*")) == []
+
+
+def test_the_state_must_be_finite_too(suite, tmp_path):
+    with suite.transformer() as model:
+        weight = model.single_blocks[3].linear2.weight  # behind every site that is kept
+        before = weight[5, 5].item()
+        weight.data[5, 5] = float("nan")
+        try:
+            with pytest.raises(FluxIRError, match="at step 1, the state before it holds NaN"):
+                collected(tmp_path, settings_of(), suite)
+        finally:
+            weight.data[5, 5] = before

@@ -5,10 +5,10 @@ import torch
 
 from flux_ir.activations.stream import running_ahead, stream_blocks
 from flux_ir.activations.tokens import open_source
-from flux_ir.collecting.batches import Recipe
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import collect
 from flux_ir.collecting.live import live_blocks
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.models.placement import plan

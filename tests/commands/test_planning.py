@@ -7,9 +7,9 @@ import fsspec
 import pytest
 import torch
 
-from flux_ir.collecting.batches import Recipe
-from flux_ir.collecting.prompts import WorkList
-from flux_ir.collecting.sizes import captures_bytes, site_sizes
+from flux_ir.activations import shards
+from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.sizes import site_sizes
 from flux_ir.commands import room
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect
@@ -18,7 +18,6 @@ from flux_ir.commands.trials import Pace
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import get_spec
-from flux_ir.recording.store import file_bytes
 from flux_ir.sites import Site
 
 SPEC = get_spec("flux-tiny")
@@ -61,9 +60,10 @@ def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("--dtype", "float8_e4m3fn", "--tokens_per_image", "9", "--repeats", "3", "--save_latents")]
+    "words", [(), ("--store_dtype", "float8_e4m3fn", "--tokens_per_image", "9", "--repeats", "3", "--save_latents")]
 )
-def test_the_captures_of_a_collection_have_the_planned_bytes(plan, tmp_path, words):
+def test_the_shards_of_a_collection_have_the_planned_bytes(plan, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 4)
     prompts = ["a red circle", LONG, "a circle", "a caf\u00e9 \U0001f408", "a red circle"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     words = ("--model", "flux-tiny", "--prompts", str(tmp_path / "prompts.txt"), "--num_steps", "2", *words)
@@ -71,25 +71,19 @@ def test_the_captures_of_a_collection_have_the_planned_bytes(plan, tmp_path, wor
     rows = plan(collect, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt"]  # nothing of the trial is left
     assert collect(list(words)) == 0
-    written = [path.stat().st_size for path in (tmp_path / "out").glob("groups/*/*.pt")]
-    assert len(written) == 5 * (3 if "--repeats" in words else 1)
+    out, generations = tmp_path / "out", 5 * (3 if "--repeats" in words else 1)
+    written = [path.stat().st_size for path in out.glob("shards/*")]
+    assert len(written) == int(rows["shards"][0]) == -(-generations // 4)
     assert amount(rows, "in all") == sum(written)
+    beside = sum(path.stat().st_size for path in out.glob("stats/*"))
+    assert abs(beside / 1000 - float(rows["beside them"][0].removesuffix(" kB"))) < 0.05 * beside / 1000
     tokens = 2 * (9 + 20 + 9 if "--tokens_per_image" in words else 64 + 20 + 64)
-    assert amount(rows, "tokens") == tokens * len(written)
+    assert amount(rows, "tokens") == tokens * generations
     assert rows["embedded prompts"][1] == "4 different ones"
-    assert amount(rows, "embedded prompts") == sum(path.stat().st_size for path in (tmp_path / "out").glob("text/*/*"))
-    latents = sum(path.stat().st_size for path in (tmp_path / "out").glob("groups/*/*.latent.safetensors"))
+    assert amount(rows, "embedded prompts") == sum(path.stat().st_size for path in out.glob("text/*/*"))
+    latents = sum(path.stat().st_size for path in out.glob("latents/*/*"))
     assert (amount(rows, "latents") if "latents" in rows else 0) == latents
     assert bool(latents) == ("--save_latents" in words)
-
-
-def test_sizes_are_those_of_every_single_file():
-    recipe = Recipe(SPEC, 64, 48, 3, 2.5, (Site.parse("double.0.txt"),), (0, 2), torch.bfloat16, torch.bfloat16, 5)
-    prompts = ["x" * length for length in range(1, 200, 7)] + ["\N{CAT}" * 9]
-    work = WorkList(prompts, repeats=2, seed=3)
-    each = [file_bytes(recipe.plan(item, used_txt=len(item.prompt))) for item in work.items(0, len(work))]
-    assert len(set(each)) > 2
-    assert captures_bytes(recipe, work, len) == sum(each)
 
 
 def test_scales_of_float8_count_for_their_site():

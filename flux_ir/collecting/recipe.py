@@ -1,16 +1,17 @@
-"""One batch of generations, sampled and recorded in memory: what is written to files, or trained on as it comes.
+"""How generations are sampled and recorded, a batch at a time: for a collection's shards, or to be trained on at once.
 
-Next: `collector`, which writes batches into a collection.
+Next: `collection`, the folder of shards, and `collector`, which fills it; `live`, which hands batches on.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flux_ir.activations.shards import POSITIONS_KEY, ShardTensor, scale_key, site_key, state_key
 from flux_ir.collecting.embeddings import EmbeddedPrompt
 from flux_ir.collecting.prompts import WorkItem
 from flux_ir.models.registry import ModelSpec
@@ -37,13 +38,18 @@ class Recipe:
     sites: tuple[Site, ...]
     steps: tuple[int, ...]
     stored_dtype: torch.dtype
-    """Of the activations in the file."""
+    """Of the activations in the shard."""
     network_dtype: torch.dtype
     tokens_per_image: int | None = None
     """How many image tokens are kept, at random places; None: all."""
     to_the_end: bool = False
     """Whether all steps run, for the sake of the picture. If not, the forward of the last recorded step ends behind its
     deepest site."""
+
+    def __post_init__(self) -> None:
+        # frozen, so not by plain assignment; sorted, so that a setting has one spelling
+        object.__setattr__(self, "sites", tuple(sorted(set(self.sites))))
+        object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
 
     @property
     def img_tokens(self) -> int:
@@ -55,8 +61,8 @@ class Recipe:
         """The sampler's schedule."""
         return get_schedule(self.num_steps, self.img_tokens, shift=self.spec.shifts_schedule)
 
-    def plan(self, item: WorkItem | None = None, *, used_txt: int = 0) -> CapturePlan:
-        """The capture file of one generation; without an item, of one of the same shape."""
+    def plan(self, item: WorkItem | None = None) -> CapturePlan:
+        """What is kept of one generation, and in which shapes; without an item, of one of the same shapes."""
         return CapturePlan(
             flux=self.spec.flux,
             sites=self.sites,
@@ -64,11 +70,11 @@ class Recipe:
             txt_tokens=self.spec.text_tokens,
             img_tokens=self.img_tokens,
             guidance=self.guidance,
-            metadata=self._metadata(item, used_txt) if item else {},
+            metadata={},
             steps=self.steps,
             dtype=self.stored_dtype,
             context_dtype=self.network_dtype,
-            img_positions=self.positions(item) if item else self.positions(WorkItem("", "", 0, 0)),
+            img_positions=self.positions(item or WorkItem("", "", 0, 0)),
             rounds=True,
         )
 
@@ -79,20 +85,25 @@ class Recipe:
         generator = torch.Generator().manual_seed(int(item.id or "0", 16))
         return torch.randperm(self.img_tokens, generator=generator)[: self.tokens_per_image].sort().values.tolist()
 
-    def _metadata(self, item: WorkItem, used_txt: int) -> dict[str, Any]:
-        return {
-            "generation_id": item.id,
-            "model": self.spec.name,
-            "prompt": item.prompt,
-            "repeat": item.repeat,
-            "width": self.width,
-            "height": self.height,
-            "num_steps": self.num_steps,
-            "timesteps": self.timesteps,
-            "seed": item.seed,
-            "guidance": self.guidance,
-            "used_txt": used_txt,
-        }
+    def tensors(self, images: int) -> dict[str, ShardTensor]:
+        """The tensors of a shard of so many generations, those of larger elements first: every one begins aligned."""
+        plan = self.plan()
+        tensors: dict[str, ShardTensor] = {}
+        for step in plan.kept_steps:
+            for site in plan.sites:
+                _, tokens, d = plan.shape(site)
+                tensors[site_key(site, step)] = ShardTensor(plan.dtype, (images, tokens, d))
+                if plan.scales:
+                    tensors[scale_key(site_key(site, step))] = ShardTensor(torch.float32, (images, tokens))
+            tensors[state_key(step)] = ShardTensor(plan.of_context, (images, *plan.img_shape[1:]))
+        if plan.img_positions is not None:
+            tensors[POSITIONS_KEY] = ShardTensor(torch.int32, (images, plan.kept_img_tokens))
+        return dict(sorted(tensors.items(), key=lambda named: -named[1].dtype.itemsize))
+
+    @property
+    def generation_bytes(self) -> int:
+        """What one generation takes in a shard, without its share of the header."""
+        return sum(tensor.bytes_per_image for tensor in self.tensors(1).values())
 
 
 class RecordedGeneration(NamedTuple):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from flux_ir.collecting.batches import Recipe, record_batch, recorded_bytes
+from flux_ir.activations.shards import SHARD_IMAGES
 from flux_ir.collecting.embeddings import EmbeddedPrompt
-from flux_ir.collecting.groups import GROUP
 from flux_ir.collecting.prompts import WorkItem
+from flux_ir.collecting.recipe import Recipe, record_batch, recorded_bytes
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 
@@ -30,7 +30,7 @@ def gpu_batch(model: Flux, recipe: Recipe) -> int:
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
     """The largest power of two up to `most` with which `attempt` does not run out of memory; at least 1."""
-    size = 1 << (min(most, GROUP).bit_length() - 1)
+    size = 1 << (min(most, SHARD_IMAGES).bit_length() - 1)
     while size > 1:
         try:
             attempt(size)
