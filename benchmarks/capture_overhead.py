@@ -109,7 +109,7 @@ def peak_resident_bytes() -> int:
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return peak_host_bytes()
+    return peak_host_bytes() or 0
 
 
 if __name__ == "__main__":

@@ -342,7 +342,6 @@ def publish_json(storage: Storage, value: Any, name: str) -> None:
 
 
 _ENDS = 2**20  # bytes
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def weights_digest(source: ModelSource) -> str:
@@ -353,7 +352,7 @@ def weights_digest(source: ModelSource) -> str:
     parts = [source.transformer, *([source.autoencoder] if source.autoencoder else [])]
     files = {entry.file for part in parts for entry in part.entries.values()}
     for encoder in source.text:
-        files |= {file for pattern in _WEIGHTS for file in encoder.model_dir.glob(pattern)}
+        files |= set(encoder.files())
     ends = sorted((file.name, *_ends(file)) for file in files)
     return hashlib.sha256(repr(ends).encode()).hexdigest()[:16]
 

@@ -1,7 +1,6 @@
 """What a command tells while it works and when it is done: progress on stderr, one table of results on stdout."""
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,13 +139,23 @@ def peak_memory() -> dict[str, int]:
 
     gpus = range(torch.cuda.device_count())
     peaks = {f"cuda:{gpu}": torch.cuda.max_memory_allocated(gpu) for gpu in gpus}
-    return {"host": peak_host_bytes()} | {device: peak for device, peak in peaks.items() if peak}
+    return host_memory() | {device: peak for device, peak in peaks.items() if peak}
 
 
-def peak_host_bytes() -> int:
-    """The largest resident memory of this process so far."""
+def host_memory() -> dict[str, int]:
+    """`peak_memory` of the host alone; empty where the system does not tell it (Windows)."""
+    peak = peak_host_bytes()
+    return {} if peak is None else {"host": peak}
+
+
+def peak_host_bytes() -> int | None:
+    """The largest resident memory of this process so far; None where the system does not tell it."""
     status = Path("/proc/self/status")  # Linux; getrusage there starts a new program at the peak of its parent
     if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), flags=re.MULTILINE)):
         return int(found[1]) * 1024
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -11,10 +11,10 @@ import torch
 from flux_ir.commands.report import in_units
 from flux_ir.errors import FluxIRError
 from flux_ir.models.contents import Part, blank_network
-from flux_ir.models.headers import INDEX_SUFFIX, read_entries
-from flux_ir.models.paths import first_file
+from flux_ir.models.headers import read_entries
 from flux_ir.models.placement import Placement
 from flux_ir.models.suite import Suite
+from flux_ir.models.text_sources import EncoderSource
 
 # Of a text encoder's checkpoint, what is never loaded: T5's decoder, CLIP's picture half.
 _LEFT_OUT = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -52,8 +52,8 @@ def weights_bytes(suite: Suite) -> dict[str, int]:
     as its decoder); text encoders of an older format than safetensors count as nothing.
     """
     parts: dict[str, int] = {
-        "t5": _encoder_elements(suite.source.text.t5.model_dir) * suite.dtype.itemsize,
-        "clip": _encoder_elements(suite.source.text.clip.model_dir) * suite.dtype.itemsize,
+        "t5": _encoder_elements(suite.source.text.t5) * suite.dtype.itemsize,
+        "clip": _encoder_elements(suite.source.text.clip) * suite.dtype.itemsize,
         "transformer": _elements(suite, "transformer") * suite.dtype.itemsize,
     }
     if suite.source.autoencoder is not None:
@@ -96,9 +96,9 @@ def _elements(suite: Suite, part: Part) -> int:
     return sum(parameter.numel() for parameter in blank_network(suite.spec, part).parameters())
 
 
-def _encoder_elements(folder: Path) -> int:
-    weights = first_file(folder, ("model.safetensors", f"model{INDEX_SUFFIX}"))
-    if weights is None:
-        return 0
-    entries = read_entries(weights)
-    return sum(prod(entry.shape) for name, entry in entries.items() if not name.startswith(_LEFT_OUT))
+def _encoder_elements(source: EncoderSource) -> int:
+    files = [file for file in source.files() if file.suffix != ".bin"]
+    entries = [item for file in files for item in read_entries(file).items() if item[0].startswith(source.prefix)]
+    return sum(
+        prod(entry.shape) for name, entry in entries if not name.removeprefix(source.prefix).startswith(_LEFT_OUT)
+    )

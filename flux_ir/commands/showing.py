@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flux_ir.commands.report import Report, peak_host_bytes
+from flux_ir.commands.report import Report, host_memory
 from flux_ir.commands.visualize import VisualizeOptions
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder
@@ -56,7 +56,7 @@ def show(options: VisualizeOptions) -> None:
     else:
         written = draw_film(options, subject, frames, reader, target, report)
     name_left_out(reader, report)
-    report.table(f"generation {subject.folders[0].generation_id}", written, {"host": peak_host_bytes()})
+    report.table(f"generation {subject.folders[0].generation_id}", written, host_memory())
 
 
 def find_subject(options: VisualizeOptions) -> Subject:

@@ -16,21 +16,19 @@ from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
-from flux_ir.models.headers import INDEX_SUFFIX
 from flux_ir.models.hub import Announce
 from flux_ir.models.paths import first_file, shards_present
-from flux_ir.models.pretrained import load_pretrained, unreadable
+from flux_ir.models.pretrained import WEIGHTS, load_pretrained, unreadable
 from flux_ir.models.registry import read_object
 
 TokenChoice = Literal["cls", "patches", "all"]
 
 WHAT = "the CLIP model"
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 _PIXELS = ("preprocessor_config.json", "processor_config.json")  # the second is how transformers 5 saves it
 _TOKENIZERS = ("tokenizer.json", "vocab.json")
 # What the hub's repositories of this family hold; a tokenizer.json needs none of the older tokenizer files.
-_HUB_FILES = ("config.json", _PIXELS[0], "tokenizer_config.json", _TOKENIZERS[0], _WEIGHTS[0])
+_HUB_FILES = ("config.json", _PIXELS[0], "tokenizer_config.json", _TOKENIZERS[0], WEIGHTS[0])
 
 
 class Preprocessing(NamedTuple):
@@ -107,7 +105,8 @@ def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     """The picture half of the checkpoint, ready to run. Raises FluxIRError for one that is broken or lacks weights."""
     from transformers import CLIPVisionModel
 
-    model = load_pretrained(CLIPVisionModel, folder, dtype, what=WHAT)
+    left_out = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    model = load_pretrained(CLIPVisionModel, folder, dtype, what=WHAT, left_out=left_out)
     return ClipVision(model).to(device).eval().requires_grad_(False)
 
 
@@ -166,9 +165,9 @@ def broken_image(path: Path, error: BaseException) -> FluxIRError:
 def _lacking(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return "no config.json"
-    weights = first_file(folder, _WEIGHTS)
+    weights = first_file(folder, WEIGHTS)
     if weights is None or not shards_present(weights):
-        return f"no weights ({' or '.join(_WEIGHTS)}, with all shards)"
+        return f"no weights ({' or '.join(WEIGHTS[:2])}, with all shards)"
     if not first_file(folder, _PIXELS):
         return f"no {_PIXELS[0]}"
     return None if first_file(folder, _TOKENIZERS) else f"no tokenizer ({' or '.join(_TOKENIZERS)})"

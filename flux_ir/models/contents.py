@@ -13,7 +13,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.headers import TensorEntry, read_entries
+from flux_ir.models.headers import TensorEntry, plain_weights, read_entries
 from flux_ir.models.keymap import Parts, diffusers_parts
 from flux_ir.models.registry import MODELS, ModelSpec, read_object
 from flux_ir.models.transformer import Flux
@@ -34,11 +34,32 @@ _GUIDANCE_MARKS: dict[Layout, str] = {
 }
 # Files that hold several networks put a prefix before the names of each.
 _PREFIXES: dict[Part, tuple[str, ...]] = {
-    "transformer": ("", "model.diffusion_model."),
+    "transformer": ("", "model.diffusion_model.", "diffusion_model."),
     "autoencoder": ("", "vae.", "first_stage_model."),
 }
-_ALL_PREFIXES = ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
+_ALL_PREFIXES = (*_PREFIXES["transformer"][1:], *_PREFIXES["autoencoder"][1:], "text_encoders.", "cond_stage_model.")
+# Other transformers, by the start of a name that only they have (after any prefix). Some have all of FLUX's marks too.
+_OTHER_TRANSFORMERS = {
+    "distilled_guidance_layer.": "Chroma, which was made of FLUX.1 and is built otherwise",
+    "double_stream_modulation_img.": "FLUX.2",
+    "txt_in.individual_token_refiner.": "HunyuanVideo",
+    "joint_blocks.": "Stable Diffusion 3",
+    "pos_embed.proj.": "Stable Diffusion 3 or a transformer like it",
+    "input_blocks.": "Stable Diffusion or SDXL",
+    "down_blocks.0.attentions.": "Stable Diffusion or SDXL",
+}
+# Networks that are added to another one, by parts of their names.
+_ADAPTERS = {
+    "lora": "a LoRA",
+    "lokr_": "a LoKr",
+    "hada_": "a LoHa",
+    "oft_": "an OFT adapter",
+    "ia3_": "an IA3 adapter",
+    "controlnet": "a ControlNet",
+    "dora_scale": "a DoRA",
+}
 _VARIANTS = {128: "the Canny and Depth variants take 128", 384: "the Fill variant takes 384"}
+_LATENTS = {4: "as those of Stable Diffusion and SDXL have", 32: "as those of FLUX.2 have"}
 _NAMES_SHOWN = 3
 
 
@@ -80,19 +101,47 @@ def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSourc
     found = _layout_and_prefix(part, stored)
     if found is None:
         raise _wrong_part(spec, part, path, origin, stored)
+    _check_company(spec, part, path, origin, stored)
     layout, prefix = found
-    entries = {
+    own = {
         name.removeprefix(prefix): entry
         for name, entry in stored.items()
-        if name.startswith(prefix) or not name.startswith(_ALL_PREFIXES)
+        if (prefix and name.startswith(prefix)) or not name.startswith(_ALL_PREFIXES)
     }
-    source = WeightSource(part, path, layout, origin, entries)
+    hint = f"{_remedy(spec, origin)}, in bfloat16, float16 or float8"
+    source = WeightSource(part, path, layout, origin, plain_weights(own, _named(path, origin), hint=hint))
     if part == "transformer":
         _check_family(spec, source)
     else:
         _check_autoencoder_config(spec, source)
     _check_tensors(spec, source)
     return source
+
+
+def holds(part: Part, path: Path) -> bool:
+    """Whether the file (or index of shards) has this part of a FLUX model among what it holds."""
+    return _layout_and_prefix(part, read_entries(path)) is not None
+
+
+def _check_company(spec: ModelSpec, part: Part, path: Path, origin: str, names: Iterable[str]) -> None:
+    """Raises FluxIRError for a file with another model's transformer, whichever part was asked for.
+
+    The autoencoder of Stable Diffusion 3 has the names and shapes of FLUX's and other factors: only its company, or a
+    config.json, tells it.
+    """
+    if other := _other_transformer(names):
+        raise FluxIRError(
+            f"{_named(path, origin)} must hold the {part} of {spec.name}: it holds that of {other}",
+            hint=_remedy(spec, origin),
+        )
+
+
+def _other_transformer(names: Iterable[str]) -> str | None:
+    prefixes = _PREFIXES["transformer"]
+    for mark, other in _OTHER_TRANSFORMERS.items():
+        if any(name.startswith(tuple(prefix + mark for prefix in prefixes)) for name in names):
+            return other
+    return None
 
 
 def _layout_and_prefix(part: Part, names: Iterable[str]) -> tuple[Layout, str] | None:
@@ -144,6 +193,15 @@ def _check_family(spec: ModelSpec, source: WeightSource) -> None:
 
 def _check_autoencoder_config(spec: ModelSpec, source: WeightSource) -> None:
     """Other families' autoencoders have the same tensors and other factors: they would decode to wrong colours."""
+    entry = source.entries.get("decoder.conv_in.weight")
+    channels = None if entry is None or len(entry.shape) != 4 else entry.shape[1]
+    if channels not in (None, spec.autoencoder.z_channels):
+        note = f" ({_LATENTS[channels]})" if channels in _LATENTS else ""
+        raise FluxIRError(
+            f"{_named(source.path, source.origin)} is not the autoencoder of {spec.name}: "
+            f"its latents have {channels} channels, not {spec.autoencoder.z_channels}{note}",
+            hint=_remedy(spec, source.origin),
+        )
     config = source.path.with_name("config.json")
     if source.layout != "diffusers" or not config.is_file():
         return
@@ -199,13 +257,15 @@ def _wrong_part(spec: ModelSpec, part: Part, path: Path, origin: str, names: Ite
 
 
 def _description(names: list[str]) -> str:
-    for other in ("transformer", "autoencoder"):
-        if _layout_and_prefix(other, names):
-            return f"a FLUX {other}"
+    if adapters := [kind for mark, kind in _ADAPTERS.items() if any(mark in name for name in names)]:
+        return f"{adapters[0]}, which is not a whole network"
+    if other := _other_transformer(names):
+        return f"the transformer of {other}"
+    for part in ("transformer", "autoencoder"):
+        if _layout_and_prefix(part, names):
+            return f"a FLUX {part}"
     if any(name.startswith(("text_model.", "encoder.block.", "shared.")) for name in names):
         return "a text encoder"
-    if any("lora" in name for name in names):
-        return "a LoRA, which is not a whole network"
     return f"{len(names)} tensors of something else ({', '.join(sorted(names)[:_NAMES_SHOWN])})"
 
 

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import shards
+from flux_ir.models.headers import is_index, shards
 from flux_ir.models.registry import ModelSpec
 
 PACKAGE, CACHE, HUB = "the package", "the hub's cache", "the hub"
 COMPONENT_FOLDERS = ("transformer", "vae")
 """Where the diffusers layout keeps the weights of our two networks."""
+_MODEL_FOLDERS = (*COMPONENT_FOLDERS, "diffusion_models", "unet", "checkpoints", "text_encoders", "clip")
+"""Those, and where ComfyUI keeps networks: what belongs to them lies in folders beside."""
+
+
+VARIANTS = ("", ".bf16", ".fp16")
+"""What diffusers and transformers put into the names of weights that were saved in another precision."""
 
 
 class NamedPath(NamedTuple):
@@ -39,9 +45,15 @@ def named_path(argument: str | Path | None, flag: str, variables: tuple[str, ...
 
 
 def model_folder(path: Path) -> Path:
-    """The folder whose files belong together: a file's own, or the one above `transformer/` and `vae/`."""
+    """The folder whose files belong together: a file's own, or the one above `transformer/`, `vae/` and their like."""
     folder = path if path.is_dir() else path.parent
-    return folder.parent if folder.name in COMPONENT_FOLDERS else folder
+    return folder.parent if folder.name in _MODEL_FOLDERS else folder
+
+
+def weight_names(stem: str) -> tuple[str, ...]:
+    """What weights that diffusers or transformers saved may be called: one file, or an index; the plain name first."""
+    files = [(f"{stem}{v}.safetensors", f"{stem}.safetensors.index{v}.json") for v in VARIANTS]
+    return tuple(name for pair in files for name in pair)
 
 
 def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -51,7 +63,7 @@ def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def shards_present(path: Path) -> bool:
     """Whether every file of an index is there; a file that is no index is whole by itself."""
-    return not path.name.endswith(".index.json") or all(shard.is_file() for shard in shards(path))
+    return not is_index(path) or all(shard.is_file() for shard in shards(path))
 
 
 def repository(spec: ModelSpec) -> str:

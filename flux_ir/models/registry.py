@@ -31,7 +31,10 @@ class ModelSpec:
     transformer_file: str
     autoencoder_file: str
     transformer_env: tuple[str, ...]
-    """Environment variables that may name the transformer's file or folder; the first one set counts."""
+    """Environment variables that may name the transformer's file or folder; the first one set counts.
+
+    A variable of this model alone comes before one that every model reads.
+    """
     autoencoder_env: tuple[str, ...]
     text_tokens: int
     """Length every prompt is padded to for T5."""
@@ -88,7 +91,7 @@ _DEV = ModelSpec(
     repo_id="black-forest-labs/FLUX.1-dev",
     transformer_file="flux1-dev.safetensors",
     autoencoder_file="ae.safetensors",
-    transformer_env=("FLUX_MODEL", "FLUX_DEV"),
+    transformer_env=("FLUX_DEV", "FLUX_MODEL"),
     autoencoder_env=("FLUX_AE", "AE"),
     text_tokens=512,
     default_steps=50,
@@ -106,7 +109,7 @@ _KREA = replace(
     name="flux-dev-krea",
     repo_id="black-forest-labs/FLUX.1-Krea-dev",
     transformer_file="flux1-krea-dev.safetensors",
-    transformer_env=("FLUX_MODEL", "FLUX_KREA_DEV", "FLUX_KREA"),
+    transformer_env=("FLUX_KREA_DEV", "FLUX_KREA", "FLUX_MODEL"),
 )
 
 _SCHNELL = replace(
@@ -115,7 +118,7 @@ _SCHNELL = replace(
     flux=replace(_DEV_FLUX, guidance_embed=False),
     repo_id="black-forest-labs/FLUX.1-schnell",
     transformer_file="flux1-schnell.safetensors",
-    transformer_env=("FLUX_MODEL", "FLUX_SCHNELL"),
+    transformer_env=("FLUX_SCHNELL", "FLUX_MODEL"),
     text_tokens=256,
     default_steps=4,
     shifts_schedule=False,
@@ -163,7 +166,7 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
         repo_id=None,
         transformer_file="transformer.safetensors",
         autoencoder_file="ae.safetensors",
-        transformer_env=("FLUX_MODEL", name.upper().replace("-", "_")),
+        transformer_env=(name.upper().replace("-", "_"), "FLUX_MODEL"),
         autoencoder_env=("FLUX_AE",),
         text_tokens=facts["text_tokens"],
         default_steps=facts["default_steps"],

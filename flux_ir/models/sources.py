@@ -1,16 +1,18 @@
 """Where a model's files are. First what the user names, then what is on disk, and only then the hub.
 
 The order: arguments (`--checkpoint`, `--ae_checkpoint`), environment variables, the package, the hub's cache, the hub.
-A path that is named but missing is an error, never a download. What is found is checked (`contents`); `weights` loads.
+What lies in the file or the folder of the transformer that was named comes before the package and the hub. A path that
+is named but missing is an error, never a download. What is found is checked (`contents`) and announced; `weights`
+loads.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
-from flux_ir.models.contents import Part, WeightSource, inspect
-from flux_ir.models.headers import INDEX_SUFFIX
+from flux_ir.models.contents import Part, WeightSource, holds, inspect
 from flux_ir.models.hub import Announce
 from flux_ir.models.paths import (
     CACHE,
@@ -24,11 +26,13 @@ from flux_ir.models.paths import (
     repository,
     shards_present,
     verified,
+    weight_names,
 )
 from flux_ir.models.registry import ModelSpec
-from flux_ir.models.text_sources import TextSource, download_encoder, encoder_on_disk
+from flux_ir.models.text_sources import EncoderSource, TextSource, download_encoder, encoder_on_disk
 
-_DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", f"diffusion_pytorch_model{INDEX_SUFFIX}")
+_DIFFUSERS_FILES = weight_names("diffusion_pytorch_model")
+_SUFFIXES = ("*.safetensors", "*.sft")
 
 
 class ModelSource(NamedTuple):
@@ -50,12 +54,13 @@ def locate_model(
 ) -> ModelSource:
     """All parts of the model, without its autoencoder if that is not needed.
 
-    Everything on disk is found and checked first, so a mistake shows before any download.
+    Everything on disk is found and checked first, so a mistake shows before any download. `announce` is told of
+    downloads, and at the end which file was taken for each part.
     """
     transformer = _transformer_on_disk(spec, checkpoint)
     draws = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
-    t5, clip = encoder_on_disk(spec, "t5", checkpoint), encoder_on_disk(spec, "clip", checkpoint)
-    return ModelSource(
+    t5, clip = (encoder_on_disk(spec, encoder, checkpoint, announce) for encoder in ("t5", "clip"))
+    source = ModelSource(
         # Small files first: they tell whether the hub gives access at all.
         autoencoder=(draws or _download(spec, "autoencoder", announce)) if autoencoder else None,
         text=TextSource(
@@ -63,13 +68,30 @@ def locate_model(
         ),
         transformer=transformer or _download(spec, "transformer", announce),
     )
+    parts = {"transformer": source.transformer, "autoencoder": source.autoencoder}
+    _announce(announce, parts | {"T5": source.text.t5, "CLIP": source.text.clip})
+    return source
+
+
+def _announce(announce: Announce | None, parts: Mapping[str, WeightSource | EncoderSource | None]) -> None:
+    """Says which file was taken for each part, and what led to it. Parts of the package share one line."""
+    if announce is None:
+        return
+    shipped = [name for name, part in parts.items() if part is not None and part.origin == PACKAGE]
+    if shipped:
+        announce(f"{', '.join(shipped)}: the package's own")
+    for name, part in parts.items():
+        if part is not None and part.origin != PACKAGE:
+            announce(f"{name}: {part.path} (from {part.origin})")
 
 
 def locate_transformer(
     spec: ModelSpec, checkpoint: str | Path | None = None, *, announce: Announce | None = None
 ) -> WeightSource:
     """The transformer's weights. `checkpoint` is a file, or a folder in the diffusers or the published layout."""
-    return _transformer_on_disk(spec, checkpoint) or _download(spec, "transformer", announce)
+    source = _transformer_on_disk(spec, checkpoint) or _download(spec, "transformer", announce)
+    _announce(announce, {"transformer": source})
+    return source
 
 
 def locate_autoencoder(
@@ -79,8 +101,10 @@ def locate_autoencoder(
     checkpoint: str | Path | None = None,
     announce: Announce | None = None,
 ) -> WeightSource:
-    """The autoencoder's weights. Without `ae_checkpoint`, those that lie in the folder of `checkpoint` are taken."""
-    return _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) or _download(spec, "autoencoder", announce)
+    """The autoencoder's weights. Without `ae_checkpoint`, those that lie in the file or the folder of `checkpoint`."""
+    source = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) or _download(spec, "autoencoder", announce)
+    _announce(announce, {"autoencoder": source})
+    return source
 
 
 def _transformer_on_disk(spec: ModelSpec, checkpoint: str | Path | None) -> WeightSource | None:
@@ -97,8 +121,11 @@ def _autoencoder_on_disk(
     if own is not None:
         return inspect(spec, "autoencoder", _weight_file(spec, "autoencoder", own), own.origin)
     named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
-    if named is not None and (beside := _in_folder(spec, "autoencoder", model_folder(named.path))):
-        return inspect(spec, "autoencoder", beside, named.origin)
+    if named is not None:
+        weights = _weight_file(spec, "transformer", named)
+        inside = weights if holds("autoencoder", weights) else None
+        if own_file := inside or _in_folder(spec, "autoencoder", model_folder(named.path)):
+            return inspect(spec, "autoencoder", own_file, named.origin)
     return _shipped(spec, "autoencoder") or _cached(spec, "autoencoder")
 
 
@@ -109,11 +136,15 @@ def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
     found = _in_folder(spec, part, named.path) or first_file(named.path, _DIFFUSERS_FILES)
     if found is not None:
         return found
-    candidates = sorted(named.path.glob(f"*{INDEX_SUFFIX}")) or sorted(named.path.glob("*.safetensors"))
+    candidates = sorted(named.path.glob("*.safetensors.index*.json"))
+    candidates = candidates or sorted(file for suffix in _SUFFIXES for file in named.path.glob(suffix))
+    if len(candidates) > 1:
+        candidates = [file for file in candidates if holds(part, file)] or candidates
     if len(candidates) == 1:
         return candidates[0]
-    problem = f"{len(candidates)} safetensors files and no index" if candidates else "no safetensors file"
-    single, diffusers, _ = _places(spec, part)
+    names = ", ".join(file.name for file in candidates[:3])
+    problem = f"{len(candidates)} files that it may be ({names})" if candidates else "no safetensors file"
+    single, diffusers = _places(spec, part)[0], _places(spec, part)[2]
     raise FluxIRError(
         f"{named.origin} must lead to the {part} of {spec.name}: the folder {named.path} has {problem}",
         hint=f"name the file itself, or a folder with {single} or {diffusers}",
@@ -131,7 +162,9 @@ def _places(spec: ModelSpec, part: Part) -> tuple[str, ...]:
         "transformer": (spec.transformer_file, COMPONENT_FOLDERS[0]),
         "autoencoder": (spec.autoencoder_file, COMPONENT_FOLDERS[1]),
     }[part]
-    return (name, *(f"{folder}/{file}" for file in _DIFFUSERS_FILES))
+    single = (name, f"{Path(name).stem}.sft")
+    diffusers = tuple(f"{folder}/{file}" for file in _DIFFUSERS_FILES)
+    return (*single, *diffusers, *(f"{folder}/{file}" for file in single))  # ComfyUI keeps it as vae/ae.safetensors
 
 
 def _shipped(spec: ModelSpec, part: Part) -> WeightSource | None:

@@ -98,13 +98,28 @@ class Suite:
         if self._t5 is None:
             source = self.source.text.t5
             device = self._home(self.placement.t5)
-            self._t5 = load_t5(source.model_dir, source.tokenizer_dir, self.spec.text_tokens, device, self.dtype)
+            self._t5 = load_t5(
+                source.path,
+                source.tokenizer_dir,
+                self.spec.text_tokens,
+                device,
+                self.dtype,
+                config=source.config,
+                prefix=source.prefix,
+            )
         return self._t5
 
     def _load_clip(self) -> TextEncoder:
         if self._clip is None:
             source = self.source.text.clip
-            self._clip = load_clip(source.model_dir, source.tokenizer_dir, self._home(self.placement.clip), self.dtype)
+            self._clip = load_clip(
+                source.path,
+                source.tokenizer_dir,
+                self._home(self.placement.clip),
+                self.dtype,
+                config=source.config,
+                prefix=source.prefix,
+            )
         return self._clip
 
     def _load_transformer(self) -> Flux:

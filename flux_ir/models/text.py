@@ -5,12 +5,14 @@ prompt does not wait for transformers, whose models take longer to import than P
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from flux_ir.errors import FluxIRError
 from flux_ir.models.pretrained import load_pretrained, load_tokenizer
 from flux_ir.shapes import Pooled, TxtTokens
 
@@ -94,27 +96,62 @@ class TextEncoder(nn.Module):
 
 
 def load_t5(
-    model_dir: Path, tokenizer_dir: Path, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    model: Path,
+    tokenizer_dir: Path,
+    max_tokens: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    config: Mapping[str, Any] | None = None,
+    prefix: str = "",
 ) -> TextEncoder:
-    """The T5 encoder of a local transformers folder. `max_tokens`: the text length the transformer was trained with.
+    """The T5 encoder of a local transformers folder, or of one file of weights with `config` and `prefix`.
 
-    Raises FluxIRError for a folder that is broken or lacks weights.
+    `max_tokens`: the text length the transformer was trained with.
+
+    Raises FluxIRError for files that are broken or quantised, lack weights or have too many, and for the tokenizer of
+    another model.
     """
     from transformers import T5EncoderModel
 
-    model = load_pretrained(T5EncoderModel, model_dir, dtype, what=_WHAT)
-    tokenizer = load_tokenizer(tokenizer_dir, what=_WHAT)
-    return _finished(TextEncoder(model, tokenizer, max_tokens, "last_hidden_state"), device)
+    left_out = ("decoder.", "lm_head.")
+    t5 = load_pretrained(T5EncoderModel, model, dtype, what=_WHAT, left_out=left_out, config=config, prefix=prefix)
+    return _finished(TextEncoder(t5, _tokenizer(tokenizer_dir, t5), max_tokens, "last_hidden_state"), device)
 
 
-def load_clip(model_dir: Path, tokenizer_dir: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    """The CLIP text encoder of a local transformers folder. Raises FluxIRError as `load_t5`."""
+def load_clip(
+    model: Path,
+    tokenizer_dir: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    config: Mapping[str, Any] | None = None,
+    prefix: str = "",
+) -> TextEncoder:
+    """The CLIP text encoder, from what `load_t5` takes. Raises FluxIRError as it does."""
     from transformers import CLIPTextModel
 
-    model = load_pretrained(CLIPTextModel, model_dir, dtype, what=_WHAT)
-    max_tokens = min(CLIP_TOKENS, model.config.max_position_embeddings)
-    tokenizer = load_tokenizer(tokenizer_dir, what=_WHAT)
-    return _finished(TextEncoder(model, tokenizer, max_tokens, "pooler_output"), device)
+    left_out = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    clip: Any = load_pretrained(
+        CLIPTextModel, model, dtype, what=_WHAT, left_out=left_out, config=config, prefix=prefix
+    )
+    max_tokens = min(CLIP_TOKENS, clip.config.max_position_embeddings)
+    return _finished(TextEncoder(clip, _tokenizer(tokenizer_dir, clip), max_tokens, "pooler_output"), device)
+
+
+def _tokenizer(folder: Path, model: Any) -> Any:
+    """The tokenizer of the folder. Raises FluxIRError if it is another model's: their numbers would be nonsense."""
+    tokenizer = load_tokenizer(folder, what=_WHAT)
+    words = model.config.vocab_size
+    # CLIP was published with 2 as its end of text, which it never was: it is the last of its tokens.
+    ends = {model.config.eos_token_id, words - 1}
+    if len(tokenizer) > words or tokenizer.eos_token_id not in ends:
+        raise FluxIRError(
+            f"the tokenizer in {folder} is not that of the text encoder: it has {len(tokenizer)} tokens and ends texts "
+            f"with number {tokenizer.eos_token_id}; the encoder knows {words} and the end {model.config.eos_token_id}",
+            hint="fetch the tokenizer's folder of the same model",
+        )
+    return tokenizer
 
 
 def _finished(encoder: TextEncoder, device: torch.device | str) -> TextEncoder:

@@ -1,16 +1,22 @@
-"""Where the text encoders are: folders that transformers reads. The order of sources is that of `sources`."""
+"""Where the text encoders are: folders that transformers reads, or single files of weights as ComfyUI keeps them.
 
+The order of sources is that of `sources`. What a folder is said to hold is checked here, from its configuration; the
+weights are checked when they are read (`pretrained`).
+"""
+
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
-from flux_ir.models.headers import INDEX_SUFFIX
+from flux_ir.models.headers import is_index, read_entries, shards
 from flux_ir.models.hub import Announce
 from flux_ir.models.paths import (
     CACHE,
     HUB,
     PACKAGE,
+    NamedPath,
     first_file,
     model_folder,
     named_path,
@@ -18,26 +24,82 @@ from flux_ir.models.paths import (
     shards_present,
     verified,
 )
-from flux_ir.models.registry import ModelSpec
+from flux_ir.models.pretrained import CONFIG_FILE, WEIGHTS, read_config
+from flux_ir.models.registry import ModelSpec, read_object
 
 Encoder = Literal["t5", "clip"]
+
+ENCODER_ENV: dict[Encoder, tuple[str, ...]] = {"t5": ("FLUX_T5",), "clip": ("FLUX_CLIP",)}
+"""Environment variables that may name a text encoder: a file of weights, or a folder."""
 
 # Folders of (model, tokenizer) inside a model's folder: the diffusers layout, and that of packaged models.
 _FOLDERS: dict[Encoder, tuple[tuple[str, str], ...]] = {
     "t5": (("text_encoder_2", "tokenizer_2"), ("t5", "t5")),
     "clip": (("text_encoder", "tokenizer"), ("clip", "clip")),
 }
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_INDEXES = (f"model{INDEX_SUFFIX}", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "spiece.model", "vocab.json", "merges.txt")
+
+# ---- Single files: weights without a configuration or a tokenizer
+
+_FILES: dict[Encoder, str] = {"t5": "t5xxl*", "clip": "clip_l*"}
+_FILE_FOLDERS = (".", "text_encoders", "clip")
+_INSIDE: dict[Encoder, str] = {"t5": "text_encoders.t5xxl.transformer.", "clip": "text_encoders.clip_l.transformer."}
+"""What stands before the names of a text encoder in a file that holds a whole model."""
+_MARKS: dict[Encoder, str] = {
+    "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "clip": "text_model.embeddings.token_embedding.weight",
+}
+# The two encoders that every published FLUX.1 uses: google/t5-v1_1-xxl and openai/clip-vit-large-patch14.
+_PUBLISHED: dict[Encoder, Mapping[str, Any]] = {
+    "t5": {
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
+    "clip": {
+        "model_type": "clip_text_model",
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "projection_dim": 768,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    },
+}
 
 
 class EncoderSource(NamedTuple):
-    """A text encoder on disk, as transformers reads it."""
+    """A text encoder on disk.
 
-    model_dir: Path
+    `path`: the folder that transformers reads, or a file of weights whose `config` is known otherwise and in which
+    `prefix` stands before the names of the encoder's tensors.
+    """
+
+    path: Path
     tokenizer_dir: Path
     origin: str
+    config: Mapping[str, Any] | None = None
+    prefix: str = ""
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        weights = first_file(self.path, WEIGHTS) if self.path.is_dir() else self.path
+        assert weights is not None
+        return [file for file in shards(weights) if file.is_file()] if is_index(weights) else [weights]
 
 
 class TextSource(NamedTuple):
@@ -51,23 +113,109 @@ def locate_text(
     spec: ModelSpec, checkpoint: str | Path | None = None, *, announce: Announce | None = None
 ) -> TextSource:
     """Both text encoders. Those that lie in the folder of `checkpoint` come first."""
-    t5, clip = encoder_on_disk(spec, "t5", checkpoint), encoder_on_disk(spec, "clip", checkpoint)
+    t5, clip = (encoder_on_disk(spec, encoder, checkpoint, announce) for encoder in ("t5", "clip"))
     return TextSource(
         clip=clip or download_encoder(spec, "clip", announce), t5=t5 or download_encoder(spec, "t5", announce)
     )
 
 
-def encoder_on_disk(spec: ModelSpec, encoder: Encoder, checkpoint: str | Path | None) -> EncoderSource | None:
-    """The text encoder beside the transformer that the user named, in the package, or in the hub's cache."""
+def encoder_on_disk(
+    spec: ModelSpec, encoder: Encoder, checkpoint: str | Path | None, announce: Announce | None = None
+) -> EncoderSource | None:
+    """The text encoder that a variable names, in or beside the transformer that the user named, in the package, or in
+    the hub's cache.
+
+    A single file takes its tokenizer from the same places, or from the hub; `announce` is told of that download.
+    """
+    own = named_path(None, "", ENCODER_ENV[encoder])
+    if own is not None:
+        return _named_encoder(spec, encoder, own, announce)
     named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
-    if named is not None and (found := _encoder_in(model_folder(named.path), encoder)):
-        return _complete(EncoderSource(*found, named.origin), encoder)
+    if named is not None and (found := _beside(spec, encoder, named, announce)):
+        return found
     return _shipped_encoder(spec, encoder) or _cached_encoder(spec, encoder)
+
+
+def _named_encoder(spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None) -> EncoderSource:
+    if named.path.is_file():
+        return _single_file(spec, encoder, named.path, named.origin, announce)
+    if found := _encoder_in(named.path, encoder):
+        return _complete(spec, encoder, EncoderSource(*found, named.origin))
+    return _complete(spec, encoder, EncoderSource(named.path, named.path, named.origin))
+
+
+def _beside(spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None) -> EncoderSource | None:
+    """The text encoder in the file that was named, in a folder beside it, or as a file beside it."""
+    if named.path.is_file() and _prefix(encoder, named.path):
+        return _single_file(spec, encoder, named.path, named.origin, announce)
+    folder = model_folder(named.path)
+    if found := _encoder_in(folder, encoder):
+        return _complete(spec, encoder, EncoderSource(*found, named.origin))
+    pattern = _FILES[encoder]
+    files = [
+        f for sub in _FILE_FOLDERS for end in ("safetensors", "sft") for f in (folder / sub).glob(f"{pattern}.{end}")
+    ]
+    if files:  # the largest has lost least
+        file = max(files, key=lambda file: (file.stat().st_size, file.name))
+        return _single_file(spec, encoder, file, named.origin, announce)
+    return None
+
+
+def _single_file(
+    spec: ModelSpec, encoder: Encoder, file: Path, origin: str, announce: Announce | None
+) -> EncoderSource:
+    """The encoder in a file of weights. Raises FluxIRError if it holds none."""
+    prefix = _prefix(encoder, file)
+    if prefix is None:
+        raise FluxIRError(
+            f"{file} (from {origin}) must hold the {encoder.upper()} text encoder: it has no {_MARKS[encoder]}",
+            hint="take the file as transformers or ComfyUI has it, such as t5xxl_fp16 or clip_l",
+        )
+    config = _PUBLISHED[encoder] if spec.assets is None else read_object(spec.assets / encoder / CONFIG_FILE)
+    tokenizer = _tokenizer_beside(spec, encoder, model_folder(file)) or _fetched_tokenizer(spec, encoder, announce)
+    source = EncoderSource(file, tokenizer, origin, config, prefix)
+    _check_width(spec, encoder, source, config)
+    return source
+
+
+def _prefix(encoder: Encoder, file: Path) -> str | None:
+    """What stands before the names of the encoder's tensors in this file; None: it holds no such encoder."""
+    names = read_entries(file)
+    return next((prefix for prefix in ("", _INSIDE[encoder]) if prefix + _MARKS[encoder] in names), None)
+
+
+def _tokenizer_beside(spec: ModelSpec, encoder: Encoder, folder: Path) -> Path | None:
+    """The folder of the tokenizer beside a single file, in the package, or in the hub's cache."""
+    folders = [folder / tokenizer for _, tokenizer in _FOLDERS[encoder]]
+    if spec.assets is not None:
+        folders.append(spec.assets / encoder)
+    open_repo_id = _open_repo_id(spec, encoder)
+    for repo_id, below in ((spec.repo_id, f"{_FOLDERS[encoder][0][1]}/"), (open_repo_id, "")):
+        cached = [hub.cached(repo_id, below + name) for name in _TOKENIZERS] if repo_id else []
+        folders += [file.parent for file in cached if file]
+    return next((folder for folder in folders if first_file(folder, _TOKENIZERS)), None)
+
+
+def _fetched_tokenizer(spec: ModelSpec, encoder: Encoder, announce: Announce | None) -> Path:
+    repo_id = _open_repo_id(spec, encoder)
+    if repo_id is None:
+        raise FluxIRError(
+            f"a file of weights holds no tokenizer, and none for {encoder.upper()} lies beside it",
+            hint=f"put the folder {_FOLDERS[encoder][0][1]} of a diffusers folder beside the file",
+        )
+    return hub.download_repository(repo_id, _TOKENIZER_FILES, announce)
+
+
+def _open_repo_id(spec: ModelSpec, encoder: Encoder) -> str | None:
+    return spec.t5_repo_id if encoder == "t5" else spec.clip_repo_id
+
+
+# ---- Folders of transformers
 
 
 def _encoder_in(folder: Path, encoder: Encoder) -> tuple[Path, Path] | None:
     for model, tokenizer in _FOLDERS[encoder]:
-        if (folder / model / "config.json").is_file():
+        if (folder / model / CONFIG_FILE).is_file():
             return folder / model, folder / tokenizer
     return None
 
@@ -78,47 +226,62 @@ def _shipped_encoder(spec: ModelSpec, encoder: Encoder) -> EncoderSource | None:
     for relative in spec.sha256:
         if relative.startswith(f"{encoder}/"):
             verified(spec, relative)
-    return _complete(EncoderSource(spec.assets / encoder, spec.assets / encoder, PACKAGE), encoder)
+    return _complete(spec, encoder, EncoderSource(spec.assets / encoder, spec.assets / encoder, PACKAGE))
 
 
 def _cached_encoder(spec: ModelSpec, encoder: Encoder) -> EncoderSource | None:
     """The model's own copy if it is whole, else that of the open repository with the same weights."""
     model, tokenizer = _FOLDERS[encoder][0]
-    if spec.repo_id and (config := hub.cached(spec.repo_id, f"{model}/config.json")):
-        own = EncoderSource(config.parent, config.parent.parent / tokenizer, CACHE)
-        if not _lacking(own):
-            return own
-    open_repo_id = spec.t5_repo_id if encoder == "t5" else spec.clip_repo_id
-    if open_repo_id and (config := hub.cached(open_repo_id, "config.json")):
-        same = EncoderSource(config.parent, config.parent, CACHE)
-        if not _lacking(same):
-            return same
-    return None
+    candidates = []
+    if spec.repo_id and (config := hub.cached(spec.repo_id, f"{model}/{CONFIG_FILE}")):
+        candidates.append(EncoderSource(config.parent, config.parent.parent / tokenizer, CACHE))
+    open_repo_id = _open_repo_id(spec, encoder)
+    if open_repo_id and (config := hub.cached(open_repo_id, CONFIG_FILE)):
+        candidates.append(EncoderSource(config.parent, config.parent, CACHE))
+    whole = (source for source in candidates if not _lacking(source))
+    return next((_complete(spec, encoder, source) for source in whole), None)
 
 
 def download_encoder(spec: ModelSpec, encoder: Encoder, announce: Announce | None) -> EncoderSource:
     """The text encoder of the model's own repository, fetched from the hub."""
     model, tokenizer = _FOLDERS[encoder][0]
     folder = hub.download_folders(repository(spec), (model, tokenizer), announce)
-    return _complete(EncoderSource(folder / model, folder / tokenizer, HUB), encoder)
+    return _complete(spec, encoder, EncoderSource(folder / model, folder / tokenizer, HUB))
 
 
-def _complete(source: EncoderSource, encoder: Encoder) -> EncoderSource:
+def _complete(spec: ModelSpec, encoder: Encoder, source: EncoderSource) -> EncoderSource:
+    """The source. Raises FluxIRError if it is incomplete, quantised or another model's."""
     if lacking := _lacking(source):
         raise FluxIRError(
             f"the {encoder.upper()} text encoder from {source.origin} is incomplete: {lacking}",
             hint="fetch the whole folder again",
         )
+    _check_width(spec, encoder, source, read_config(source.path, what=f"the {encoder.upper()} text encoder"))
     return source
+
+
+def _check_width(spec: ModelSpec, encoder: Encoder, source: EncoderSource, config: Mapping[str, Any]) -> None:
+    """Raises FluxIRError for an encoder whose vectors the transformer does not take."""
+    config = config.get("text_config", config)  # CLIP with both its halves
+    key, width = {"t5": ("d_model", spec.flux.context_in_dim), "clip": ("hidden_size", spec.flux.vec_in_dim)}[encoder]
+    if config.get(key, width) != width:
+        raise FluxIRError(
+            f"{source.path} (from {source.origin}) is not the {encoder.upper()} of {spec.name}: its {key} is "
+            f"{config[key]}, and the transformer takes {width}",
+            hint=f"take the text encoder that {spec.name} was trained with",
+        )
 
 
 def _lacking(source: EncoderSource) -> str | None:
     """What a text encoder's folders lack, in words; None if they are complete."""
-    if not (source.model_dir / "config.json").is_file():
-        return f"no config.json in {source.model_dir}"
-    index = first_file(source.model_dir, _INDEXES)
-    if not first_file(source.model_dir, _WEIGHTS) and not (index and shards_present(index)):
-        return f"no weights in {source.model_dir} ({' or '.join(_WEIGHTS)}, or all shards of one)"
+    if not (source.path / CONFIG_FILE).is_file():
+        return f"no {CONFIG_FILE} in {source.path}"
+    if not any(shards_present(source.path / name) for name in _present(source.path, WEIGHTS)):
+        return f"no weights in {source.path} ({WEIGHTS[0]} or pytorch_model.bin, or all shards of one)"
     if not first_file(source.tokenizer_dir, _TOKENIZERS):
         return f"no tokenizer in {source.tokenizer_dir} ({', '.join(_TOKENIZERS)})"
     return None
+
+
+def _present(folder: Path, names: Iterable[str]) -> list[str]:
+    return [name for name in names if (folder / name).is_file()]

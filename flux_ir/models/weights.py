@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.contents import Part, WeightSource, blank_network, layout_parts
-from flux_ir.models.headers import TensorEntry
+from flux_ir.models.headers import read_tensor
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.transformer import Flux
 
@@ -60,17 +59,8 @@ def _filled(
     for name, blank in network.state_dict().items():
         entries = [source.entries[part] for part in layout[name].names]
         state[name] = torch.empty(blank.shape, device=device, dtype=dtype)
-        layout[name].fill(state[name], map(_mapped, entries))
+        layout[name].fill(state[name], map(read_tensor, entries))
         if advance is not None:
             advance(sum(entry.nbytes for entry in entries))
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
-
-
-def _mapped(entry: TensorEntry) -> Tensor:
-    """The tensor as a view of its file. Mapped for itself alone: freeing it gives its pages back at once."""
-    try:
-        with safe_open(entry.file, framework="pt") as file:
-            return file.get_tensor(entry.name)
-    except SafetensorError as error:
-        raise FluxIRError(f"{entry.file} cannot be read: {error}", hint="download it again") from error

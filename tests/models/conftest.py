@@ -101,7 +101,7 @@ def hub_cache(tmp_path, monkeypatch):
 def no_named_files(monkeypatch):
     """Nothing the user of this machine has set leads anywhere."""
     for spec in MODELS.values():
-        for variable in (*spec.transformer_env, *spec.autoencoder_env, "FLUX_TINY"):
+        for variable in (*spec.transformer_env, *spec.autoencoder_env, "FLUX_TINY", "FLUX_T5", "FLUX_CLIP"):
             monkeypatch.delenv(variable, raising=False)
 
 

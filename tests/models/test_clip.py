@@ -156,14 +156,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(clip):
     weights = load_file(clip / "model.safetensors")
     name = next(name for name in weights if name.startswith("vision_model") and "layers.1" in name)
     save_file({key: value for key, value in weights.items() if key != name}, clip / "model.safetensors")
-    with pytest.raises(FluxIRError, match=r"the CLIP model in .* 1 weights of CLIPVisionModel are missing"):
+    with pytest.raises(FluxIRError, match=r"the CLIP model in .* CLIPVisionModel: 1 weights are missing"):
         load_vision(clip, "cpu", torch.float32)
 
 
 def test_a_broken_checkpoint_is_one_error(clip):
     path = clip / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(FluxIRError, match=r"the CLIP model in .* cannot be read"):
+    with pytest.raises(FluxIRError, match=r"clip/model\.safetensors is cut short"):
         load_vision(clip, "cpu", torch.float32)
 
 

@@ -17,7 +17,7 @@ def flux_state(tiny_flux):
     return dict(tiny_flux().state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_published_names_are_recognised_with_and_without_prefix(tmp_path, tiny_spec, tiny_flux, save, prefix):
     path = save(tiny_flux(), tmp_path / "flux.safetensors", prefix=prefix)
     source = inspect(tiny_spec(), "transformer", path, "--checkpoint")
@@ -64,7 +64,10 @@ def test_weights_without_guidance_are_refused_for_dev(tmp_path, tiny_spec, tiny_
 
 def test_error_names_the_models_that_the_file_looks_like(tmp_path, save):
     # The family shows in two tensors, so nothing of full size is needed.
-    state = {"img_in.weight": torch.zeros(3072, 64, dtype=torch.uint8), "guidance_in.in_layer.weight": torch.zeros(1)}
+    state = {
+        "img_in.weight": torch.zeros(3072, 64, dtype=torch.float8_e4m3fn),
+        "guidance_in.in_layer.weight": torch.zeros(1),
+    }
     path = save(state, tmp_path / "flux1-dev.safetensors")
     with pytest.raises(FluxIRError, match="looks like flux-dev or flux-dev-krea") as error:
         inspect(MODELS["flux-schnell"], "transformer", path, "--checkpoint")
@@ -102,6 +105,12 @@ def test_autoencoder_given_as_transformer_and_the_other_way_round(
         ("text_model.final_layer_norm.bias", "a text encoder"),
         ("encoder.block.0.layer.0.layer_norm.weight", "a text encoder"),
         ("double_blocks.0.processor.qkv_lora1.up.weight", "a LoRA"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1", "a LoRA|a LoKr"),
+        ("lycoris_double_blocks_0_img_attn_qkv.lokr_w1", "a LoKr, which is not a whole network"),
+        ("lycoris_double_blocks_0_img_attn_qkv.hada_w1_a", "a LoHa"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "the transformer of Stable Diffusion 3"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "the transformer of Stable Diffusion or SDXL"),
+        ("double_stream_modulation_img.lin.weight", r"the transformer of FLUX\.2"),
         ("conv1.weight", r"1 tensors of something else \(conv1\.weight\)"),
     ],
 )
@@ -163,3 +172,40 @@ def test_damaged_file_in_the_cache_is_said_to_be_fetched_again(tmp_path, tiny_sp
     with pytest.raises(FluxIRError) as error:
         inspect(tiny_spec(), "transformer", path, "the hub's cache")
     assert error.value.hint == "delete the file and let it be fetched again"
+
+
+def test_the_autoencoder_in_another_models_file_never_passes(tmp_path, tiny_spec, tiny_autoencoder, save):
+    state = {f"first_stage_model.{name}": tensor for name, tensor in tiny_autoencoder().state_dict().items()}
+    state["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"] = torch.zeros(4, 4)
+    path = save(state, tmp_path / "sd3.safetensors")
+    with pytest.raises(
+        FluxIRError, match="must hold the autoencoder of flux-schnell: it holds that of Stable Diffusion 3"
+    ):
+        inspect(tiny_spec(), "autoencoder", path, "--ae_checkpoint")
+
+
+def test_autoencoders_with_other_latents_are_called_so(tmp_path, tiny_spec, tiny_autoencoder, save):
+    state = dict(tiny_autoencoder().state_dict()) | {"decoder.conv_in.weight": torch.zeros(64, 4, 3, 3)}
+    path = save(state | {"quant_conv.weight": torch.zeros(8, 8, 1, 1)}, tmp_path / "sdxl_vae.safetensors")
+    with pytest.raises(
+        FluxIRError, match=r"its latents have 4 channels, not 16 .as those of Stable Diffusion and SDXL"
+    ):
+        inspect(tiny_spec(), "autoencoder", path, "--ae_checkpoint")
+
+
+def test_chroma_is_not_called_flux(tmp_path, tiny_spec, flux_state, save):
+    flux_state["distilled_guidance_layer.in_proj.weight"] = torch.zeros(4, 4)
+    path = save(flux_state, tmp_path / "chroma.safetensors")
+    with pytest.raises(FluxIRError, match=r"it holds that of Chroma, which was made of FLUX.1") as error:
+        inspect(tiny_spec(), "transformer", path, "--checkpoint")
+    assert error.value.hint == "pass the weights of flux-schnell with --checkpoint"
+
+
+def test_quantised_weights_are_called_so_before_their_shapes_are_looked_at(tmp_path, tiny_spec, flux_state, save):
+    flux_state["img_in.weight"] = torch.zeros(64 * 32, 1, dtype=torch.uint8)
+    path = save(flux_state, tmp_path / "nf4.safetensors")
+    with pytest.raises(
+        FluxIRError, match=r"holds quantised weights, .* 1 tensors of type U8, first img_in.weight"
+    ) as error:
+        inspect(tiny_spec(), "transformer", path, "--checkpoint")
+    assert error.value.hint == "pass the weights of flux-schnell with --checkpoint, in bfloat16, float16 or float8"

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import read_entries, shards
+from flux_ir.models.headers import plain_weights, read_entries, read_tensor, shards
 
 
 @pytest.fixture
@@ -17,8 +18,8 @@ def state():
 def test_entries_say_where_and_how_large_each_tensor_is(tmp_path, save, state):
     path = save(state, tmp_path / "some.safetensors")
     entries = read_entries(path)
-    assert entries["a.weight"] == (path, "a.weight", (3, 5), "F32", 60)
-    assert entries["b.bias"] == (path, "b.bias", (7,), "BF16", 14)
+    assert entries["a.weight"] == (path, "a.weight", (3, 5), "F32", 60, None)
+    assert entries["b.bias"] == (path, "b.bias", (7,), "BF16", 14, None)
 
 
 def test_shards_are_read_through_their_index(tmp_path, save_sharded, state):
@@ -72,6 +73,77 @@ def test_index_of_another_version_is_noticed(tmp_path, save_sharded, state):
     index.write_text(json.dumps(stored))
     with pytest.raises(FluxIRError, match=r"lack 1 of the tensors it lists: c\.weight"):
         read_entries(index)
+
+
+def test_a_stale_copy_in_another_shard_counts_for_nothing(tmp_path, save, save_sharded, state):
+    index = save_sharded(state, tmp_path, "model")
+    second = shards(index)[1]
+    save(load_file(second) | {"a.weight": torch.ones(3, 5)}, second)
+    entry = read_entries(index)["a.weight"]
+    assert entry.file == shards(index)[0]
+    assert torch.equal(read_tensor(entry), state["a.weight"])
+
+
+def test_a_tensor_that_moved_to_another_shard_is_noticed(tmp_path, save, save_sharded, state):
+    index = save_sharded(state, tmp_path, "model")
+    first, second = shards(index)
+    save(load_file(second) | load_file(first), second)
+    save({"c": torch.zeros(1)}, first)
+    with pytest.raises(FluxIRError, match=r"a\.weight \(the first should be in model-00001-of-00002"):
+        read_entries(index)
+
+
+def test_shards_of_another_version_in_the_folder_are_named(tmp_path, save, save_sharded, state):
+    index = save_sharded(state, tmp_path, "model")
+    save(state, tmp_path / "model-00001-of-00003.safetensors")
+    save(state, tmp_path / "model.fp16-00001-of-00003.safetensors")  # another set, with an index of its own
+    with pytest.raises(
+        FluxIRError, match=r"shards that it does not list: model-00001-of-00003\.safetensors \("
+    ) as error:
+        read_entries(index)
+    assert "delete those that do not belong to the index" in error.value.hint
+
+
+# ---- float8 with scales, and types that hold no plain weights
+
+
+@pytest.mark.parametrize("leaf", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([0.5, 2.0]), torch.ones(2, 1)])
+def test_a_scale_beside_a_weight_is_applied_exactly(tmp_path, save, leaf, scale):
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).to(torch.float8_e4m3fn)
+    state = {"a.weight": values, f"a.{leaf}": scale, "a.bias": torch.ones(2)}
+    state |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "a.scale_input": torch.ones(())}
+    weights = plain_weights(read_entries(save(state, tmp_path / "a.safetensors")), "a", hint="b")
+    assert list(weights) == ["a.bias", "a.weight"]
+    assert torch.equal(read_tensor(weights["a.weight"]), values.float() * scale.reshape(-1, 1))
+    assert torch.equal(read_tensor(weights["a.bias"]), torch.ones(2))
+
+
+def test_scales_per_block_are_refused(tmp_path, save):
+    state = {"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(2, 2)}
+    with pytest.raises(FluxIRError, match=r"one number or one for each row: .* a\.weight \(4, 4\) is F32 \(2, 2\)"):
+        plain_weights(read_entries(save(state, tmp_path / "a.safetensors")), "a", hint="b")
+
+
+def test_codes_of_a_quantisation_are_not_taken_for_weights(tmp_path, save):
+    state = {"a.weight": torch.zeros(4, dtype=torch.uint8), "b.weight": torch.zeros(4, dtype=torch.int8)}
+    with pytest.raises(FluxIRError) as error:
+        plain_weights(read_entries(save(state, tmp_path / "a.safetensors")), "the file a", hint="b")
+    assert error.value.message == (
+        "the file a holds quantised weights, and only plain ones can be read: "
+        "1 tensors of type I8 and 1 tensors of type U8, first b.weight"
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [(b"GGUF\x03\0\0\0and more", r"quantised weights \(GGUF\)"), (b"PK\x03\x04 and more", "it is a pickle")],
+)
+def test_other_kinds_of_weight_files_are_called_what_they_are(tmp_path, start, words):
+    path = tmp_path / "some.safetensors"
+    path.write_bytes(start)
+    with pytest.raises(FluxIRError, match=words):
+        read_entries(path)
 
 
 def test_broken_index_is_an_error_naming_it(tmp_path):

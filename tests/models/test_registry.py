@@ -55,9 +55,9 @@ def test_sampling_facts_are_those_of_the_reference(name, steps, shifts, text_tok
     assert (spec.default_steps, spec.shifts_schedule, spec.text_tokens) == (steps, shifts, text_tokens)
 
 
-def test_general_variables_come_before_those_of_one_model():
+def test_variables_of_one_model_come_before_the_general_ones():
     for spec in MODELS.values():
-        assert spec.transformer_env[0] == "FLUX_MODEL"
+        assert spec.transformer_env.index("FLUX_MODEL") == len(spec.transformer_env) - 1
         assert spec.autoencoder_env == ("FLUX_AE", "AE")
 
 
@@ -73,7 +73,7 @@ def test_packaged_spec_is_read_from_its_folder(packaged_folder, tiny_flux_params
     assert spec.autoencoder == tiny_autoencoder().params
     assert (spec.text_tokens, spec.default_steps, spec.default_side_px) == (20, 8, 64)
     assert spec.repo_id is None
-    assert spec.transformer_env == ("FLUX_MODEL", "FLUX_TINY")
+    assert spec.transformer_env == ("FLUX_TINY", "FLUX_MODEL")
     assert set(spec.sha256) >= {"transformer.safetensors", "ae.safetensors", "t5/config.json", "clip/config.json"}
 
 

@@ -49,14 +49,14 @@ def test_argument_comes_before_every_variable(tiny_spec, flux_file, ae_file, mon
     assert locate_autoencoder(tiny_spec(), ae_file).origin == "--ae_checkpoint"
 
 
-def test_general_variable_comes_before_that_of_the_model(tiny_spec, flux_file, ae_file, monkeypatch):
-    monkeypatch.setenv("FLUX_SCHNELL", str(flux_file))
-    monkeypatch.setenv("AE", str(ae_file))
-    assert locate_transformer(tiny_spec()).origin == "FLUX_SCHNELL"
-    assert locate_autoencoder(tiny_spec()).origin == "AE"
+def test_variable_of_the_model_comes_before_the_general_one(tiny_spec, flux_file, ae_file, monkeypatch):
     monkeypatch.setenv("FLUX_MODEL", str(flux_file))
-    monkeypatch.setenv("FLUX_AE", str(ae_file))
+    monkeypatch.setenv("AE", str(ae_file))
     assert locate_transformer(tiny_spec()).origin == "FLUX_MODEL"
+    assert locate_autoencoder(tiny_spec()).origin == "AE"
+    monkeypatch.setenv("FLUX_SCHNELL", str(flux_file))
+    monkeypatch.setenv("FLUX_AE", str(ae_file))
+    assert locate_transformer(tiny_spec()).origin == "FLUX_SCHNELL"
     assert locate_autoencoder(tiny_spec()).origin == "FLUX_AE"
 
 
@@ -123,7 +123,7 @@ def test_folder_with_several_files_or_none_asks_for_the_file(tmp_path, tiny_spec
     assert "flux1-schnell.safetensors or transformer/" in error.value.hint
     for name in ("a", "b"):
         save(tiny_flux(), tmp_path / "own" / f"{name}.safetensors")
-    with pytest.raises(FluxIRError, match="has 2 safetensors files and no index"):
+    with pytest.raises(FluxIRError, match=r"has 2 files that it may be \(a\.safetensors, b\.safetensors\)"):
         locate_transformer(tiny_spec(), tmp_path / "own")
 
 
@@ -147,7 +147,7 @@ def test_packaged_files_are_verified_and_taken(packaged_folder):
     found = locate_model(spec)
     assert found.transformer.path == packaged_folder / "transformer.safetensors"
     assert found.autoencoder.origin == found.text.t5.origin == "the package"
-    assert found.text.clip.model_dir == found.text.clip.tokenizer_dir == packaged_folder / "clip"
+    assert found.text.clip.path == found.text.clip.tokenizer_dir == packaged_folder / "clip"
 
 
 @pytest.mark.parametrize("relative", ["transformer.safetensors", "ae.safetensors", "t5/model.safetensors"])
@@ -183,7 +183,7 @@ def test_diffusers_layout_in_the_cache_is_taken(tiny_spec, diffusers_root, hub_c
     hub_cache("black-forest-labs/FLUX.1-schnell", diffusers_root)
     found = locate_model(tiny_spec())
     assert found.transformer.layout == found.autoencoder.layout == "diffusers"
-    assert found.text.t5.model_dir.name == "text_encoder_2"
+    assert found.text.t5.path.name == "text_encoder_2"
 
 
 def test_cache_of_another_repository_is_not_looked_at(tiny_spec, flux_file, hub_cache):
@@ -229,3 +229,60 @@ def test_variable_with_the_wrong_family_says_which_variable(tiny_spec, tiny_flux
     monkeypatch.setenv("FLUX_MODEL", str(path))
     with pytest.raises(FluxIRError, match=r"\(from FLUX_MODEL\) is not flux-schnell"):
         locate_transformer(tiny_spec())
+
+
+# ---- What people really have
+
+
+def test_sft_files_and_half_precision_variants_are_taken(tmp_path, tiny_spec, tiny_flux, tiny_autoencoder, save):
+    flux, ae = tiny_flux(), tiny_autoencoder()
+    root = tmp_path / "sft"
+    save(flux, root / "flux1-schnell.sft")
+    save(ae, root / "ae.sft")
+    assert locate_transformer(tiny_spec(), root).path.name == "flux1-schnell.sft"
+    assert locate_autoencoder(tiny_spec(), checkpoint=root / "flux1-schnell.sft").path.name == "ae.sft"
+    half = tmp_path / "half"
+    save(to_diffusers(flux.state_dict(), flux.params), half / "transformer" / f"{STEM}.fp16.safetensors")
+    save(to_diffusers(ae.state_dict(), ae.params), half / "vae" / f"{STEM}.fp16.safetensors")
+    assert locate_transformer(tiny_spec(), half).path.name == f"{STEM}.fp16.safetensors"
+    assert locate_autoencoder(tiny_spec(), checkpoint=half).path.name == f"{STEM}.fp16.safetensors"
+
+
+def test_sharded_variant_is_read_through_its_index(tmp_path, tiny_spec, tiny_flux, save_sharded):
+    flux = tiny_flux()
+    folder = _made(tmp_path / "root" / "transformer")
+    index = save_sharded(to_diffusers(flux.state_dict(), flux.params), folder, f"{STEM}.fp16")
+    index.rename(folder / f"{STEM}.safetensors.index.fp16.json")
+    assert locate_transformer(tiny_spec(), tmp_path / "root").path.name.endswith(".index.fp16.json")
+
+
+def test_the_autoencoder_in_the_checkpoint_itself_is_taken(tmp_path, tiny_spec, tiny_flux, tiny_autoencoder, save):
+    everything = {f"model.diffusion_model.{name}": tensor for name, tensor in tiny_flux().state_dict().items()}
+    everything |= {f"vae.{name}": tensor for name, tensor in tiny_autoencoder().state_dict().items()}
+    path = save(everything, tmp_path / "all.safetensors")
+    save(tiny_autoencoder(seed=1), tmp_path / "ae.safetensors")
+    found = locate_autoencoder(tiny_spec(), checkpoint=path)
+    assert (found.path, found.origin) == (path, "--checkpoint")
+    assert locate_autoencoder(tiny_spec(), tmp_path / "ae.safetensors", checkpoint=path).path.name == "ae.safetensors"
+
+
+def test_the_one_file_of_a_folder_that_holds_the_part_is_taken(tmp_path, tiny_spec, tiny_flux, tiny_autoencoder, save):
+    flux = save(tiny_flux(), tmp_path / "own" / "my_finetune.safetensors")
+    ae = save(tiny_autoencoder(), tmp_path / "own" / "my_ae.sft")
+    assert locate_transformer(tiny_spec(), tmp_path / "own").path == flux
+    assert locate_autoencoder(tiny_spec(), tmp_path / "own").path == ae
+
+
+def test_comfyui_folders_belong_together(tmp_path, tiny_spec, tiny_flux, tiny_autoencoder, save):
+    flux = save(tiny_flux(), tmp_path / "models" / "diffusion_models" / "flux1-schnell.safetensors")
+    ae = save(tiny_autoencoder(), tmp_path / "models" / "vae" / "ae.safetensors")
+    assert locate_autoencoder(tiny_spec(), checkpoint=flux).path == ae
+
+
+def test_which_file_was_taken_is_said_for_each_part(packaged_folder, flux_file):
+    told = []
+    locate_model(packaged_spec("flux-tiny", packaged_folder), flux_file, announce=told.append)
+    assert told == ["autoencoder, T5, CLIP: the package's own", f"transformer: {flux_file} (from --checkpoint)"]
+    told.clear()
+    locate_transformer(packaged_spec("flux-tiny", packaged_folder), announce=told.append)
+    assert told == ["transformer: the package's own"]

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.pretrained import load_tokenizer
 from flux_ir.models.text import TextEncoder, encode, load_clip, load_t5
 
 MAX_TOKENS = 7
@@ -126,8 +127,10 @@ def test_a_flood_of_unknown_words_makes_a_short_note(text_folders):
 def test_a_large_vocabulary_is_not_spelt_out(folders):
     tokenizer = json.loads((folders.t5 / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {f"word{number}": 12 + number for number in range(100)}
+    t5 = t5_of(folders)
     (folders.t5 / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert t5_of(folders).notes("a cat") == ["words never seen in training: 'cat'"]
+    t5.tokenizer = load_tokenizer(folders.t5, what="the tokenizer")
+    assert t5.notes("a cat") == ["words never seen in training: 'cat'"]
 
 
 @pytest.mark.parametrize("unknown", [None, "</s>"])
@@ -174,7 +177,7 @@ def test_weights_that_are_missing_are_never_drawn_at_random(folders):
     gone = "encoder.block.1.layer.0.SelfAttention.q.weight"
     del weights[gone]
     save_file(weights, folders.t5 / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FluxIRError, match=f"1 weights of T5EncoderModel are missing, first {gone}") as caught:
+    with pytest.raises(FluxIRError, match=f"T5EncoderModel: 1 weights are missing .{gone}") as caught:
         t5_of(folders)
     assert str(folders.t5) in caught.value.message
     assert caught.value.hint == "fetch the whole folder again"
@@ -202,6 +205,89 @@ def _other_shape(path):
 )
 def test_a_broken_folder_is_one_clear_error(folders, file, change):
     change(folders.clip / file)
-    with pytest.raises(FluxIRError, match="cannot be read") as caught:
+    with pytest.raises(FluxIRError, match=r"cannot be read|is cut short|must be readable JSON") as caught:
         clip_of(folders)
     assert str(folders.clip) in caught.value.message
+
+
+def _rewritten(path, change):
+    weights = load_file(path)
+    save_file(change(weights), path, metadata={"format": "pt"})
+
+
+def _one_layer_less(config):
+    return config | {"num_layers": config["num_layers"] - 1}
+
+
+def test_layers_that_the_configuration_does_not_have_are_an_error(folders):
+    path = folders.t5 / "config.json"
+    path.write_text(json.dumps(_one_layer_less(json.loads(path.read_text()))))
+    with pytest.raises(FluxIRError, match=r"weights are not of this model \(encoder\.block\.1\.layer"):
+        t5_of(folders)
+
+
+def test_keys_that_no_text_encoder_has_are_an_error(folders):
+    _rewritten(folders.clip / "model.safetensors", lambda weights: weights | {"adapter.down": torch.zeros(2)})
+    with pytest.raises(FluxIRError, match=r"CLIPTextModel: 1 weights are not of this model \(adapter\.down\)"):
+        clip_of(folders)
+
+
+def _scaled(weights, *, apply=True):
+    """Matrices as float8 with a scale each, as ComfyUI's t5xxl_fp8_e4m3fn_scaled has them."""
+    state = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if not apply else {}
+    for name, tensor in weights.items():
+        if tensor.ndim == 2 and "layer" in name and "relative" not in name:
+            scale = tensor.abs().max() / 448
+            values = (tensor / scale).to(torch.float8_e4m3fn)
+            state |= {name: values.float() * scale} if apply else {name: values, name[:-6] + "scale_weight": scale}
+        else:
+            state[name] = tensor
+    return state
+
+
+def test_scales_beside_float8_weights_are_applied(folders):
+    original = t5_of(folders)(PROMPTS)
+    weights = load_file(folders.t5 / "model.safetensors")
+    _rewritten(folders.t5 / "model.safetensors", _scaled)
+    expected = t5_of(folders)(PROMPTS)
+    save_file(weights, folders.t5 / "model.safetensors")
+    _rewritten(folders.t5 / "model.safetensors", lambda state: _scaled(state, apply=False))
+    assert torch.equal(t5_of(folders)(PROMPTS), expected)
+    assert 0 < (expected - original).norm() / original.norm() < 0.1
+
+
+def test_codes_are_not_taken_for_weights(folders):
+    def coded(weights):
+        name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+        return weights | {name: torch.zeros(8, dtype=torch.uint8)}
+
+    _rewritten(folders.t5 / "model.safetensors", coded)
+    with pytest.raises(FluxIRError, match=r"the text encoder in .* holds quantised weights"):
+        t5_of(folders)
+
+
+def test_the_tokenizer_of_another_model_is_refused(folders):
+    tokenizer = json.loads((folders.t5 / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"word{number}": 12 + number for number in range(100)}
+    (folders.t5 / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        FluxIRError, match=r"is not that of the text encoder: it has 112 tokens .* the encoder knows 12"
+    ):
+        t5_of(folders)
+
+
+def test_older_pickled_weights_are_read_without_running_code(folders):
+    expected = t5_of(folders)(PROMPTS)
+    weights = load_file(folders.t5 / "model.safetensors")
+    (folders.t5 / "model.safetensors").unlink()
+    torch.save(weights, folders.t5 / "pytorch_model.bin")
+    assert torch.equal(t5_of(folders)(PROMPTS), expected)
+    torch.save({"a": PROMPTS, "b": Tokenizer}, folders.t5 / "pytorch_model.bin")
+    with pytest.raises(FluxIRError, match="cannot be read"):
+        t5_of(folders)
+
+
+def test_half_precision_variants_are_taken(folders):
+    expected = t5_of(folders)(PROMPTS)
+    (folders.t5 / "model.safetensors").rename(folders.t5 / "model.fp16.safetensors")
+    assert torch.equal(t5_of(folders)(PROMPTS), expected)

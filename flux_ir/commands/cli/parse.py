@@ -189,6 +189,8 @@ def _complain(message: str, hint: str | None) -> int:
 
 def _reader_left(stream: TextIO) -> bool:
     """Whether the reader of this stream is gone (`| head`); if so, what is left to write goes nowhere, quietly."""
+    if not hasattr(select, "poll"):
+        return False  # Windows: the error keeps its traceback
     poll = select.poll()
     poll.register(stream.fileno(), select.POLLOUT)
     gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
