@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux_ir.activations.tokens import open_source
-    from flux_ir.api.collect import collect
+    from flux_ir.api.collect import collect, convert_collection
     from flux_ir.api.export import export
     from flux_ir.recording.intervention import Intervention
     from flux_ir.recording.recorder import MemorySink, Recorder
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "collect": "flux_ir.api.collect",
+    "convert_collection": "flux_ir.api.collect",
     "export": "flux_ir.api.export",
     "Intervention": "flux_ir.recording.intervention",
     "MemorySink": "flux_ir.recording.recorder",
@@ -28,7 +29,17 @@ _MODULES = {
     "spliced": "flux_ir.sae.splice",
 }
 
-__all__ = ["Intervention", "MemorySink", "Recorder", "Site", "collect", "export", "open_source", "spliced"]
+__all__ = [
+    "Intervention",
+    "MemorySink",
+    "Recorder",
+    "Site",
+    "collect",
+    "convert_collection",
+    "export",
+    "open_source",
+    "spliced",
+]
 
 
 def __getattr__(name: str) -> Any:

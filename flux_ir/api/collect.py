@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from flux_ir.api.progress import Note, Watch, follow, unwatched
+from flux_ir.api.progress import Note, Progress, Watch, follow, unwatched
 from flux_ir.collecting.collection import Collection, CollectSettings, read_index
 from flux_ir.collecting.collector import Collector
+from flux_ir.collecting.convert import Conversion
 from flux_ir.collecting.prompts import read_prompts
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import one_job_at, open_storage
@@ -293,3 +294,24 @@ def _collected(collection: Collection, made: int) -> Collected:
     shards = sum(collection.storage.size(collection.shard(number).name) or 0 for number in range(collection.shards))
     tokens = generations * tokens_per_generation(settings.recipe)
     return Collected(collection.storage.where, generations, made, tokens, shards + extras)
+
+
+class Converted(NamedTuple):
+    """A collection of shards that came of an old one."""
+
+    where: str
+    generations: int
+
+
+def convert_collection(captures: str | Path, output_dir: str | Path, *, progress: Watch = unwatched) -> Converted:
+    """Makes a collection of shards of an old one, which had a capture file for every generation and stays as it is.
+
+    The new folder has the bytes that collecting anew gives; the same call goes on where it was stopped. Raises
+    FluxIRError for a folder that holds no complete old collection, and for files of it that are broken.
+    """
+    conversion = Conversion(open_storage(str(captures)), open_storage(str(output_dir)))
+    generations = len(conversion.collection.work)
+    progress(Progress("convert", 0, generations))
+    for done in conversion.run():
+        progress(Progress("convert", done, generations))
+    return Converted(conversion.new.where, generations)

@@ -9,7 +9,7 @@ file as soon as it is recorded, so memory holds batches and never shards.
 """
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
@@ -200,27 +200,27 @@ class Collector:
 
     def _written(
         self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[Shard]
-    ) -> "Generator[_WrittenBatch, None, None]":
+    ) -> "Generator[WrittenBatch, None, None]":
         """Every batch of these shards, in order, once it is in its shard's scratch file."""
         # The GPU samples the next batch while threads write the last ones; a CPU's threads do all of it, side by side.
         networks = replicas(model, 1 if self.two_stages else self.workers)
         draw = partial(self._draw, networks, autoencoder)
         with ExitStack() as stack:
-            jobs = self._jobs(shards, stack.enter_context(_open_shards()))
+            jobs = self._jobs(shards, stack.enter_context(open_shards()))
             if self.two_stages:
                 drawn = stack.enter_context(closing(in_order(draw, jobs, 1)))
                 yield from in_order(self._write, drawn, self.workers)
             else:
                 yield from in_order(lambda job: self._write(draw(job)), jobs, self.workers)
 
-    def _jobs(self, shards: Iterable[Shard], open_shards: "list[_OpenShard]") -> "Iterator[_Job]":
+    def _jobs(self, shards: Iterable[Shard], opened: "list[OpenShard]") -> "Iterator[_Job]":
         """The batches to record, and in the list the shards that they are written to."""
         for shard in shards:
-            open_shards[:] = [each for each in open_shards if not each.is_finished]
-            open_shards.append(_OpenShard(self.collection, shard))
+            opened[:] = [each for each in opened if not each.is_finished]
+            opened.append(OpenShard(self.collection, shard, partial(self._used_txt, shard)))
             first = 0
             for items in shard.batches:
-                yield _Job(open_shards[-1], first, list(items), is_last=items is shard.batches[-1])
+                yield _Job(opened[-1], first, list(items), is_last=items is shard.batches[-1])
                 first += len(items)
 
     def _draw(self, networks: "SimpleQueue[Flux]", autoencoder: AutoEncoder | None, job: "_Job") -> "_Drawn":
@@ -240,18 +240,28 @@ class Collector:
             raise _broken_embedding(self.storage, prompt)
         return embedded
 
-    def _write(self, drawn: "_Drawn") -> "_WrittenBatch":
+    def _used_txt(self, shard: Shard) -> list[int]:
+        """How many text tokens of every generation are its prompt's."""
+        used: dict[str, int] = {}
+        for prompt in dict.fromkeys(item.prompt for item in shard.items):
+            tokens = read_used_txt(self.storage, prompt)
+            if tokens is None:
+                raise _broken_embedding(self.storage, prompt)
+            used[prompt] = tokens
+        return [used[item.prompt] for item in shard.items]
+
+    def _write(self, drawn: "_Drawn") -> "WrittenBatch":
         job, recorded = drawn.job, drawn.recorded
         _check_finite(self.recipe, recorded)
         statistics: Statistics = {}
         extras: dict[str, list[FileFacts]] = {extra: [] for extra in self.settings.extras}
         for number, generation in enumerate(recorded.generations()):
-            job.shard.write(job.first_row + number, generation, statistics)
+            job.shard.write(job.first_row + number, _kept_tensors(self.recipe, generation), statistics)
             for extra in extras:
                 content = self._extra_content(extra, generation, drawn.pixels, number)
                 self.storage.publish(content, job.shard.shard.extra_name(extra, generation.item))
                 extras[extra].append(facts_of(content))
-        return _WrittenBatch(job.shard, job.items, extras, statistics, job.is_last)
+        return WrittenBatch(job.shard, job.items, extras, statistics, job.is_last)
 
     def _extra_content(self, extra: str, generation: RecordedGeneration, pixels: Pixels | None, number: int) -> bytes:
         if extra == "image":
@@ -276,7 +286,7 @@ class Collector:
 class _Job(NamedTuple):
     """A batch to be made."""
 
-    shard: "_OpenShard"
+    shard: "OpenShard"
     first_row: int
     items: list[WorkItem]
     is_last: bool
@@ -291,61 +301,52 @@ class _Drawn(NamedTuple):
     pixels: Pixels | None
 
 
-class _WrittenBatch(NamedTuple):
+class WrittenBatch(NamedTuple):
     """A batch that is in its shard's scratch file, and what is noted of it."""
 
-    shard: "_OpenShard"
+    shard: "OpenShard"
     items: list[WorkItem]
     extras: dict[str, list[FileFacts]]
     statistics: Statistics
     is_last: bool
 
 
-class _OpenShard:
-    """A shard that is being written into a scratch file. Several threads may write different generations."""
+class OpenShard:
+    """A shard that is being written into a scratch file. Several threads may write different generations.
 
-    def __init__(self, collection: Collection, shard: Shard) -> None:
+    `used_txt` is asked when the file is laid out: how many text tokens of every generation are its prompt's.
+    """
+
+    def __init__(self, collection: Collection, shard: Shard, used_txt: Callable[[], list[int]]) -> None:
         self.collection, self.shard = collection, shard
         self.storage, self.recipe = collection.storage, collection.settings.recipe
         self.is_finished = False
+        self._ask_used_txt = used_txt
         self._used_txt: list[int] = []
         self._extras: dict[str, list[FileFacts]] = {extra: [] for extra in collection.settings.extras}
         self._statistics: Statistics = {}
         self._writer: ShardWriter | None = None
         self._lock = Lock()
 
-    def write(self, row: int, generation: RecordedGeneration, statistics: Statistics) -> None:
-        """Writes what is kept of one generation, and counts it: the values as they were rounded."""
-        writer, plan = self._opened(), self.recipe.plan(generation.item)
-        tensors: dict[str, Tensor] = {}
-        if (kept := positions(plan)) is not None:
-            tensors[POSITIONS_KEY] = kept[None]
-        for step, context in generation.contexts.items():
-            tensors[state_key(step)] = pieces_of_context(plan, step, context)[0].value
-        for (step, site), value in generation.values.items():
-            pieces = {piece.of: piece.value for piece in pieces_of_site(plan, step, site, value)}
-            tensors[site_key(site, step)] = pieces[site]
-            if (scale := pieces.get(ScaleOf(site))) is not None:
-                tensors[scale_key(site_key(site, step))] = scale
-            sums = statistics.setdefault((site, step), SiteStatistics(value.shape[-1]))
-            sums.add(pieces[site], scale)
+    def write(self, row: int, tensors: Mapping[str, Tensor], statistics: Statistics) -> None:
+        """Writes what is kept of one generation, [1, ...] by its keys in the shard, and counts it in `statistics`."""
+        writer = self._opened()
         for key, tensor in tensors.items():
             try:
                 writer.write(key, row, tensor)
             except OSError as error:
                 raise disk_error(writer.path, error) from error
+        for step in self.recipe.steps:
+            for site in self.recipe.sites:
+                key = site_key(site, step)
+                sums = statistics.setdefault((site, step), SiteStatistics(tensors[key].shape[-1]))
+                sums.add(tensors[key], tensors.get(scale_key(key)))
 
     def _opened(self) -> ShardWriter:
-        """The file, laid out by the first who needs it: the header holds how long all prompts are in tokens."""
+        """The file, laid out by the first who needs it."""
         with self._lock:
             if self._writer is None:
-                known: dict[str, int] = {}
-                for prompt in dict.fromkeys(item.prompt for item in self.shard.items):
-                    used = read_used_txt(self.storage, prompt)
-                    if used is None:
-                        raise _broken_embedding(self.storage, prompt)
-                    known[prompt] = used
-                self._used_txt = [known[item.prompt] for item in self.shard.items]
+                self._used_txt = self._ask_used_txt()
                 path = self.storage.scratch(".safetensors")
                 try:
                     self._writer = ShardWriter(path, self.shard.layout(self.recipe, self._used_txt))
@@ -353,7 +354,7 @@ class _OpenShard:
                     raise disk_error(path, error) from error
             return self._writer
 
-    def count(self, batch: _WrittenBatch) -> None:
+    def count(self, batch: WrittenBatch) -> None:
         """Notes a batch that is written: the first batch first."""
         merge_statistics(self._statistics, batch.statistics)
         for extra, facts in batch.extras.items():
@@ -375,14 +376,30 @@ class _OpenShard:
 
 
 @contextmanager
-def _open_shards() -> Iterator[list[_OpenShard]]:
+def open_shards() -> Iterator[list[OpenShard]]:
     """A list of the shards that are being written; those that are not whole at the end are dropped."""
-    shards: list[_OpenShard] = []
+    shards: list[OpenShard] = []
     try:
         yield shards
     finally:
         for shard in shards:
             shard.drop()
+
+
+def _kept_tensors(recipe: Recipe, generation: RecordedGeneration) -> dict[str, Tensor]:
+    """What is kept of one generation: values at the kept places, as they are rounded, by their keys in a shard."""
+    plan = recipe.plan(generation.item)
+    tensors: dict[str, Tensor] = {}
+    if (kept := positions(plan)) is not None:
+        tensors[POSITIONS_KEY] = kept[None]
+    for step, context in generation.contexts.items():
+        tensors[state_key(step)] = pieces_of_context(plan, step, context)[0].value
+    for (step, site), value in generation.values.items():
+        pieces = {piece.of: piece.value for piece in pieces_of_site(plan, step, site, value)}
+        tensors[site_key(site, step)] = pieces[site]
+        if (scale := pieces.get(ScaleOf(site))) is not None:
+            tensors[scale_key(site_key(site, step))] = scale
+    return tensors
 
 
 def latent_content(recipe: Recipe, latent: PackedLatent) -> bytes:

@@ -13,6 +13,7 @@ VERBS = {
     "capture": "sample a picture, record every block, and show what each would have drawn",
     "collect": "collect activations over thousands of prompts, with any number of processes",
     "collect-clip": "collect CLIP's activations of a folder of pictures as training data",
+    "convert-collection": "make a collection of shards of an old one",
     "export": "write captured activations as plain arrays: safetensors or npy",
     "train-sae": "train sparse autoencoders on captured activations, or on live ones",
     "evaluate-sae": "measure autoencoders on images they were not trained on, and splice them into the model",
