@@ -16,7 +16,7 @@ VERBS = {
     "convert-collection": "make a collection of shards of an old one",
     "export": "write captured activations as plain arrays: safetensors or npy",
     "train-sae": "train sparse autoencoders on captured activations, or on live ones",
-    "evaluate-sae": "measure autoencoders on images they were not trained on, and splice them into the model",
+    "evaluate-sae": "measure autoencoders on images not trained on, and splice them into the model",
     "export-sae": "write an autoencoder as another program reads it, or put it on the hub",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
