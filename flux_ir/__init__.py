@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux_ir.activations.tokens import open_source
+    from flux_ir.api.capture import CaptureResult, capture
     from flux_ir.api.collect import collect, convert_collection
     from flux_ir.api.export import export
+    from flux_ir.api.lens import LensResult, read_capture, read_lens
+    from flux_ir.api.models import decode, encode_prompt, load_model, sample
+    from flux_ir.api.progress import Begun, Note, Progress
+    from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
     from flux_ir.recording.recorder import MemorySink, Recorder
     from flux_ir.sae.splice import spliced
@@ -18,26 +23,52 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Begun": "flux_ir.api.progress",
+    "capture": "flux_ir.api.capture",
+    "CaptureResult": "flux_ir.api.capture",
     "collect": "flux_ir.api.collect",
     "convert_collection": "flux_ir.api.collect",
+    "decode": "flux_ir.api.models",
+    "encode_prompt": "flux_ir.api.models",
     "export": "flux_ir.api.export",
+    "FluxIRError": "flux_ir.errors",
     "Intervention": "flux_ir.recording.intervention",
+    "LensResult": "flux_ir.api.lens",
+    "load_model": "flux_ir.api.models",
     "MemorySink": "flux_ir.recording.recorder",
+    "Note": "flux_ir.api.progress",
     "open_source": "flux_ir.activations.tokens",
+    "Progress": "flux_ir.api.progress",
+    "read_capture": "flux_ir.api.lens",
+    "read_lens": "flux_ir.api.lens",
     "Recorder": "flux_ir.recording.recorder",
+    "sample": "flux_ir.api.models",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.splice",
 }
 
 __all__ = [
+    "Begun",
+    "CaptureResult",
+    "FluxIRError",
     "Intervention",
+    "LensResult",
     "MemorySink",
+    "Note",
+    "Progress",
     "Recorder",
     "Site",
+    "capture",
     "collect",
     "convert_collection",
+    "decode",
+    "encode_prompt",
     "export",
+    "load_model",
     "open_source",
+    "read_capture",
+    "read_lens",
+    "sample",
     "spliced",
 ]
 

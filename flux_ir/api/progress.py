@@ -21,10 +21,16 @@ class Note(NamedTuple):
     text: str
 
 
-Watch = Callable[[Progress | Note], None]
+class Begun(NamedTuple):
+    """A generation has its id, which is the name of its folder."""
+
+    generation_id: str
 
 
-def unwatched(event: Progress | Note) -> None:
+Watch = Callable[[Progress | Note | Begun], None]
+
+
+def unwatched(event: Progress | Note | Begun) -> None:
     """For those who do not want to know."""
 
 

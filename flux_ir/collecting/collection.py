@@ -351,7 +351,7 @@ def weights_digest(source: ModelSource) -> str:
     """
     parts = [source.transformer, *([source.autoencoder] if source.autoencoder else [])]
     files = {entry.file for part in parts for entry in part.entries.values()}
-    for encoder in source.text:
+    for encoder in source.text or ():
         files |= set(encoder.files())
     ends = sorted((file.name, *_ends(file)) for file in files)
     return hashlib.sha256(repr(ends).encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """`flux-ir capture` (and `capture_sample.py`): sample a picture, record every block, show what each would draw."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
@@ -20,6 +21,7 @@ from flux_ir.commands.cli.shared import (
     Runs,
     Steps,
 )
+from flux_ir.commands.lens import lens_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,16 @@ class CaptureOptions(Picture, Steps, Readings, Compute, Offload, Checkpoints, Ru
     Everything goes into a folder of its own below --output_dir, named by the generation id printed at the start.
     """
 
-    prompt: str = option("a beautiful landscape", help="what to draw", group=PICTURE, free_text=True)
+    prompt: str | None = option(
+        None, help="what to draw", group=PICTURE, free_text=True, default_text='"a beautiful landscape"'
+    )
+    prompt_embeds: Path | None = option(
+        None,
+        help="the prompt's embeddings in its place: a .safetensors with prompt_embeds (T5) and pooled_prompt_embeds "
+        "(CLIP); no text encoder is loaded",
+        group=PICTURE,
+        default_text="the prompt is encoded",
+    )
     seed: int | None = option(
         None,
         help="seed of the noise: the same seed gives the same picture",
@@ -54,14 +65,21 @@ class CaptureOptions(Picture, Steps, Readings, Compute, Offload, Checkpoints, Ru
 
 def run(options: CaptureOptions) -> None:
     """Capture as the options say. Raises FluxIRError for what a user can mend, before anything heavy where possible."""
+    from flux_ir.api.capture import CaptureSettings, run_capture
+    from flux_ir.commands.report import Report, peak_memory
+
+    settings = CaptureSettings(**{field.name: getattr(options, field.name) for field in fields(CaptureSettings)})
     if options.plan:
         from flux_ir.commands.planning import plan_capture
 
-        plan_capture(options)
+        plan_capture(settings)
         return
-    from flux_ir.commands.generation import capture
-
-    capture(options)
+    with Report() as report:
+        done = run_capture(settings, report.watch)
+    written = {"picture": done.picture, "capture": done.capture, "metadata": done.metadata}
+    if done.lens is not None:
+        written |= lens_files(done.lens)
+    report.table(f"generation {done.generation_id}", written, peak_memory())
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import Checkpoints, Compute, Readings, Runs
+
+if TYPE_CHECKING:
+    from flux_ir.api.lens import LensResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +28,30 @@ class LensOptions(Readings, Compute, Checkpoints, Runs):
 
 def run(options: LensOptions) -> None:
     """Decode as the options say. Raises FluxIRError for what a user can mend, before anything heavy where possible."""
-    from flux_ir.commands.reading import read_again
+    from flux_ir.api.lens import read_lens
+    from flux_ir.commands.report import Report, peak_memory
 
-    read_again(options)
+    with Report() as report:
+        done = read_lens(
+            options.generation_id,
+            lens=options.lens,
+            output_dir=options.output_dir,
+            decode_batch=options.decode_batch,
+            device=options.device,
+            dtype=options.dtype,
+            checkpoint=options.checkpoint,
+            ae_checkpoint=options.ae_checkpoint,
+            progress=report.watch,
+        )
+    report.table(f"generation {options.generation_id}", lens_files(done), peak_memory())
+
+
+def lens_files(done: "LensResult") -> dict[str, Path]:
+    """What a lens has written, by the names of the closing table."""
+    written = {"numbers": done.numbers}
+    for lens in done.pictures:
+        written |= {f"pictures, {lens}": done.pictures[lens], f"contact sheet, {lens}": done.sheets[lens]}
+    return written
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from rich.text import Text
 
+from flux_ir.api.capture import CaptureSettings, describe, planned_file, settle
 from flux_ir.api.collect import CollectionJob, collection_job
 from flux_ir.collecting.collection import Collection
 from flux_ir.collecting.sizes import embeddings_bytes, latents_bytes, shard_sizes, site_sizes
 from flux_ir.collecting.storage import LocalStorage
-from flux_ir.commands.capture import CaptureOptions
-from flux_ir.commands.generation import describe, planned_file, settle
 from flux_ir.commands.report import Report, bytes_at, counted, in_units
 from flux_ir.commands.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
 from flux_ir.commands.trials import TRIAL_STEPS, Pace, measure_capture, measure_collection
@@ -34,30 +33,32 @@ from flux_ir.recording.store import file_bytes
 Rows = list[tuple[str, str, str]]
 
 
-def plan_capture(options: CaptureOptions) -> None:
+def plan_capture(settings: CaptureSettings) -> None:
     """Print what the capture would take. Raises FluxIRError if it does not fit."""
     report = Report()
-    job = settle(options)
-    metadata = describe(options, job, RunFolder(options.output_dir, "0" * 8), "00000000_000000")  # as long as any
-    planned = planned_file(options, job, metadata)
+    job = settle(settings)
+    metadata = describe(job, RunFolder(Path(settings.output_dir), "0" * 8), "00000000_000000")  # as long as any
+    planned = planned_file(job, metadata)
     total, steps = file_bytes(planned), len(job.timesteps) - 1
     _title(
         report,
         f"plan: {job.spec.name}, {job.width} x {job.height} px, {len(planned.kept_steps)} of {steps} steps kept",
     )
     _print(report, _size_rows(planned, 1, total))
-    pictures = len(image_outputs(job.sites)) * len(planned.kept_steps) if options.should_decode_intermediates else 0
-    pictures *= 2 if options.lens == "both" else 1
-    room = room_at(str(options.output_dir))
+    pictures = len(image_outputs(job.sites)) * len(planned.kept_steps) if settings.should_decode_intermediates else 0
+    pictures *= 2 if settings.lens == "both" else 1
+    room = room_at(str(settings.output_dir))
     _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_room_rows(room)])
     check_disk(total, room, flags="--sites or --steps")
-    source = locate_model(job.spec, options.checkpoint, options.ae_checkpoint, announce=report.note)
+    source = locate_model(
+        job.spec, settings.checkpoint, settings.ae_checkpoint, text=job.text is None, announce=report.note
+    )
     suite = Suite(job.spec, source, job.placement, job.compute.dtype)
     weights = weights_bytes(suite)
     check_memory(weights, suite.placement)
     report.note(f"a trial of {TRIAL_STEPS} steps")
     with _enough_memory():
-        pace = measure_capture(job, options, planned, suite, room, pictures=pictures)
+        pace = measure_capture(job, planned, suite, room, pictures=pictures)
     _print(report, _pace_rows(pace, "step", steps, sum(weights.values())))
 
 
@@ -111,6 +112,8 @@ def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report) -> None:
 
 def text_counter(suite: Suite) -> Callable[[str], int]:
     """Counts the text tokens of a prompt that are not padding, as they will be recorded with it."""
+    if suite.source.text is None:
+        raise ValueError("prompts are counted by the text encoders, which were not located")
     source, most = suite.source.text.t5, suite.spec.text_tokens
     tokenizer = load_tokenizer(source.tokenizer_dir, what="the text encoder")
 

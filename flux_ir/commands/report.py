@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from flux_ir.api.progress import Note
+from flux_ir.api.progress import Begun, Note
 from flux_ir.api.progress import Progress as StageProgress
 
 T = TypeVar("T")
@@ -46,10 +46,13 @@ class Report:
     def __exit__(self, *unused: object) -> None:
         self._end_bar()
 
-    def watch(self, event: StageProgress | Note) -> None:
+    def watch(self, event: StageProgress | Note | Begun) -> None:
         """Draws a stage of more than one part as a bar, adds up the seconds of all stages, and prints notes."""
         if isinstance(event, Note):
             self.note(event.text)
+            return
+        if isinstance(event, Begun):
+            self.results.print(f"generation id: {event.generation_id}")
             return
         if event.done == 0:
             self._end_bar()

@@ -51,11 +51,10 @@ def weights_bytes(suite: Suite) -> dict[str, int]:
     """Bytes of memory that the parts of a model take, by their names in `Placement` (both halves of the autoencoder
     as its decoder); text encoders of an older format than safetensors count as nothing.
     """
-    parts: dict[str, int] = {
-        "t5": _encoder_elements(suite.source.text.t5) * suite.dtype.itemsize,
-        "clip": _encoder_elements(suite.source.text.clip) * suite.dtype.itemsize,
-        "transformer": _elements(suite, "transformer") * suite.dtype.itemsize,
-    }
+    parts = {"transformer": _elements(suite, "transformer") * suite.dtype.itemsize}
+    if suite.source.text is not None:
+        parts["t5"] = _encoder_elements(suite.source.text.t5) * suite.dtype.itemsize
+        parts["clip"] = _encoder_elements(suite.source.text.clip) * suite.dtype.itemsize
     if suite.source.autoencoder is not None:
         parts["ae_decoder"] = _elements(suite, "autoencoder") * torch.float32.itemsize
     return parts

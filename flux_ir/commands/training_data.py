@@ -17,7 +17,6 @@ from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.prompts import prompts_digest, read_prompts
 from flux_ir.collecting.recipe import Recipe
-from flux_ir.commands.generation import check_steps
 from flux_ir.commands.train_sae import TrainSAEOptions
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
@@ -33,6 +32,7 @@ from flux_ir.sae.measure_data import measure_normalisation, norm_limits, sample_
 from flux_ir.sae.metrics import EvaluationBatch
 from flux_ir.sae.pool import Row, slot_bytes
 from flux_ir.sae.splits import Side, Split, split_prompts, split_source
+from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
 
 SAMPLE_TOKENS = 8_192  # that b_dec starts from

@@ -12,19 +12,18 @@ from typing import NamedTuple
 
 import torch
 
+from flux_ir.api.capture import Job, embed
+from flux_ir.api.progress import unwatched
 from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.recipe import recorded_bytes
 from flux_ir.collecting.storage import LocalStorage, open_storage
-from flux_ir.commands.capture import CaptureOptions
-from flux_ir.commands.generation import Job
 from flux_ir.commands.report import bytes_at, peak_memory
 from flux_ir.commands.room import Room
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
-from flux_ir.models.text import encode
 from flux_ir.recording.plan import CapturePlan, capture_bytes
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
@@ -63,15 +62,13 @@ class Pace(NamedTuple):
         return max(parts, key=lambda name: parts[name])
 
 
-def measure_capture(
-    job: Job, options: CaptureOptions, planned: CapturePlan, suite: Suite, room: Room, *, pictures: int
-) -> Pace:
+def measure_capture(job: Job, planned: CapturePlan, suite: Suite, room: Room, *, pictures: int) -> Pace:
     """Loads the model, encodes the prompt, runs a few steps with everything recorded, and decodes one picture."""
     with _timed() as load:
         for _ in suite.load():
             pass
-    with _timed() as text_seconds, suite.text_encoders() as encoders:
-        text = encode(encoders.t5, encoders.clip, [options.prompt])
+    with _timed() as text_seconds:
+        text = job.text or embed(suite, job.prompt, unwatched)
     noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)
     sink, seconds, latent = MemorySink(), [0.0], inputs.img

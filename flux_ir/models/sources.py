@@ -41,7 +41,8 @@ class ModelSource(NamedTuple):
     transformer: WeightSource
     autoencoder: WeightSource | None
     """None: not asked for."""
-    text: TextSource
+    text: TextSource | None
+    """None: not asked for."""
 
 
 def locate_model(
@@ -50,26 +51,34 @@ def locate_model(
     ae_checkpoint: str | Path | None = None,
     *,
     autoencoder: bool = True,
+    text: bool = True,
     announce: Announce | None = None,
 ) -> ModelSource:
-    """All parts of the model, without its autoencoder if that is not needed.
+    """All parts of the model, without its autoencoder or its text encoders if these are not needed.
 
     Everything on disk is found and checked first, so a mistake shows before any download. `announce` is told of
     downloads, and at the end which file was taken for each part.
     """
     transformer = _transformer_on_disk(spec, checkpoint)
     draws = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
-    t5, clip = (encoder_on_disk(spec, encoder, checkpoint, announce) for encoder in ("t5", "clip"))
+    t5, clip = (encoder_on_disk(spec, name, checkpoint, announce) if text else None for name in ("t5", "clip"))
     source = ModelSource(
         # Small files first: they tell whether the hub gives access at all.
         autoencoder=(draws or _download(spec, "autoencoder", announce)) if autoencoder else None,
         text=TextSource(
             clip=clip or download_encoder(spec, "clip", announce), t5=t5 or download_encoder(spec, "t5", announce)
-        ),
+        )
+        if text
+        else None,
         transformer=transformer or _download(spec, "transformer", announce),
     )
-    parts = {"transformer": source.transformer, "autoencoder": source.autoencoder}
-    _announce(announce, parts | {"T5": source.text.t5, "CLIP": source.text.clip})
+    parts: dict[str, WeightSource | EncoderSource | None] = {
+        "transformer": source.transformer,
+        "autoencoder": source.autoencoder,
+    }
+    if source.text is not None:
+        parts |= {"T5": source.text.t5, "CLIP": source.text.clip}
+    _announce(announce, parts)
     return source
 
 

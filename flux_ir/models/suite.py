@@ -6,7 +6,7 @@ parts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +16,11 @@ from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.sources import ModelSource
 from flux_ir.models.text import TextEncoder, load_clip, load_t5
+from flux_ir.models.text_sources import TextSource
 from flux_ir.models.transformer import Flux
 from flux_ir.models.weights import load_autoencoder, load_flux
+
+ModelPart = Literal["text", "transformer", "autoencoder"]
 
 
 class TextEncoders(NamedTuple):
@@ -28,9 +31,10 @@ class TextEncoders(NamedTuple):
 
 
 class Suite:
-    """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, one by one."""
+    """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, one by one.
 
-    PARTS = 4
+    A part that was not located (`sources`) cannot be asked for: ValueError.
+    """
 
     def __init__(self, spec: ModelSpec, source: ModelSource, placement: Placement, dtype: torch.dtype) -> None:
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
@@ -39,16 +43,37 @@ class Suite:
         self._transformer: Flux | None = None
         self._autoencoder: AutoEncoder | None = None
 
-    def load(self) -> Iterator[str]:
+    @property
+    def parts(self) -> list[ModelPart]:
+        """The parts that were located."""
+        located: dict[ModelPart, object] = {
+            "text": self.source.text,
+            "transformer": self.source.transformer,
+            "autoencoder": self.source.autoencoder,
+        }
+        return [part for part, source in located.items() if source is not None]
+
+    def load(self) -> Iterator[ModelPart]:
         """Load every part, yielding its name once it is there. Raises FluxIRError as `weights` and `text` do."""
-        self._load_t5()
-        yield "T5"
-        self._load_clip()
-        yield "CLIP"
-        self._load_transformer()
-        yield "transformer"
-        self._load_autoencoder()
-        yield "autoencoder"
+        for part in self.parts:
+            self.load_part(part)
+            yield part
+
+    def load_part(self, part: ModelPart) -> None:
+        """Load one part, unless it is there already."""
+        match part:
+            case "text":
+                self._load_t5()
+                self._load_clip()
+            case "transformer":
+                self._load_transformer()
+            case "autoencoder":
+                self._load_autoencoder()
+
+    @property
+    def flux(self) -> Flux:
+        """The transformer, wherever it is at the moment: to record from, or to change, while it runs."""
+        return self._load_transformer()
 
     @contextmanager
     def text_encoders(self) -> Iterator[TextEncoders]:
@@ -94,9 +119,14 @@ class Suite:
     def _home(self, device: str) -> str:
         return "cpu" if self.placement.offload else device
 
+    def _text_source(self) -> TextSource:
+        if self.source.text is None:
+            raise ValueError("this model was located without its text encoders")
+        return self.source.text
+
     def _load_t5(self) -> TextEncoder:
         if self._t5 is None:
-            source = self.source.text.t5
+            source = self._text_source().t5
             device = self._home(self.placement.t5)
             self._t5 = load_t5(
                 source.path,
@@ -111,7 +141,7 @@ class Suite:
 
     def _load_clip(self) -> TextEncoder:
         if self._clip is None:
-            source = self.source.text.clip
+            source = self._text_source().clip
             self._clip = load_clip(
                 source.path,
                 source.tokenizer_dir,

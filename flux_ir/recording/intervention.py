@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.recorder import Listener, block_input, module_of, rows_of, stream_of
 from flux_ir.shapes import Tokens
@@ -43,8 +44,11 @@ class Intervention:
     a tensor of the same shape, dtype and device.
     """
 
-    def __init__(self, model: Flux, edits: Mapping[str | Site, Edit], *, steps: Collection[int] | None = None) -> None:
-        params = model.params
+    def __init__(
+        self, model: Flux | Suite, edits: Mapping[str | Site, Edit], *, steps: Collection[int] | None = None
+    ) -> None:
+        flux = model.flux if isinstance(model, Suite) else model
+        params = flux.params
         pairs = [
             (site, edit)
             for names, edit in edits.items()
@@ -52,8 +56,8 @@ class Intervention:
         ]
         # A block's update and its output are changed by one module's hooks: the update is a part of the output.
         self.edits = sorted(pairs, key=lambda pair: pair[0].part != "update")
-        self.model, self.steps = model, None if steps is None else frozenset(steps)
-        self._signature = signature(model.forward)
+        self.model, self.steps = flux, None if steps is None else frozenset(steps)
+        self._signature = signature(flux.forward)
         self._hooks: ExitStack | None = None
         self._step, self._txt_tokens, self._changing = -1, 0, False
 

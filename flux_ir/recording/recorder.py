@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
@@ -82,20 +83,21 @@ class Recorder:
 
     def __init__(
         self,
-        model: Flux,
+        model: Flux | Suite,
         sites: SiteNames,
         sink: Sink,
         *,
         steps: Collection[int] | None = None,
         stop_early: bool = False,
     ) -> None:
-        chosen = sites_of(sites, model.params.depth, model.params.depth_single_blocks)
+        flux = model.flux if isinstance(model, Suite) else model
+        chosen = sites_of(sites, flux.params.depth, flux.params.depth_single_blocks)
         if stop_early and not steps:
             raise ValueError("stop_early needs the steps to record: it stops at the last of them")
-        self.model, self.sites, self.sink = model, tuple(chosen), sink
+        self.model, self.sites, self.sink = flux, tuple(chosen), sink
         self.steps = None if steps is None else frozenset(steps)
         self._last_step = max(steps) if stop_early and steps else None
-        self._signature = signature(model.forward)
+        self._signature = signature(flux.forward)
         self._hooks: ExitStack | None = None
         self._step, self._txt_tokens, self._recording, self._to_come = -1, 0, False, 0
 

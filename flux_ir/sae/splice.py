@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sae.metrics import DENSE_VALUES, Reconstructor
@@ -29,7 +30,7 @@ CLEAN = "clean"
 
 
 def spliced(
-    model: Flux,
+    model: Flux | Suite,
     site: str | Site,
     replace: Replace | SparseAutoencoder,
     *,

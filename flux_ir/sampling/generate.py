@@ -1,6 +1,6 @@
 """Whole prompts: noise and text in, steps out, pixels at the end. The pictures of a batch are independent."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -36,6 +36,17 @@ def check_size(height: int, width: int) -> None:
         f"width and height must be positive multiples of {TOKEN_PX} px: got {width} x {height}",
         hint=f"try --width {nearest[0]} --height {nearest[1]}",
     )
+
+
+def check_steps(steps: Iterable[int] | None, num_steps: int) -> list[int]:
+    """The steps to keep, in order, each once. Raises FluxIRError for one that the schedule does not have."""
+    chosen = sorted(set(range(num_steps) if steps is None else steps))
+    if beyond := [step for step in chosen if not 0 <= step < num_steps]:
+        raise FluxIRError(
+            f"--steps counts from 0 to {num_steps - 1} with {num_steps} steps: got {', '.join(map(str, beyond))}",
+            hint="choose other --steps or more --num_steps",
+        )
+    return chosen
 
 
 def noise_for(seeds: list[int], height: int, width: int, device: torch.device | str, dtype: torch.dtype) -> Latent:

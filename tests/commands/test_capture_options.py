@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 
-from flux_ir.commands.capture import CaptureOptions
-from flux_ir.commands.generation import settle
+from flux_ir.api.capture import CaptureSettings, settle
 from flux_ir.recording.store import load_capture
 from flux_ir.sites import Site
 from tests.commands.run_folder import BLOCKS, DEPTH, LAST, QUICK, SMALL, SPEC, files_in, metadata_of, pixels_of
@@ -111,11 +110,11 @@ def test_any_prompt_is_kept_as_it_was_typed(run, capsys, prompt):
 
 
 def test_defaults_are_those_of_the_model():
-    job = settle(CaptureOptions())
+    job = settle(CaptureSettings())
     assert (job.spec.name, job.width, job.height, len(job.timesteps) - 1) == ("flux-schnell", 256, 256, 4)
     assert job.timesteps == [1.0, 0.75, 0.5, 0.25, 0.0]
-    job = settle(CaptureOptions(model="flux-dev", width=512, height=768))
+    job = settle(CaptureSettings(model="flux-dev", width=512, height=768))
     assert (job.img_tokens, len(job.timesteps) - 1, len(job.sites)) == (1536, 50, 2 * 19 + 38)
     assert job.timesteps[25] > 0.5  # shifted towards the noise
-    assert (job := settle(CaptureOptions(model="flux-tiny"))).width == job.height == 128
+    assert (job := settle(CaptureSettings(model="flux-tiny"))).width == job.height == 128
     assert 0 <= job.seed < 2**31

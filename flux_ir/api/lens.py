@@ -1,21 +1,20 @@
-"""From a finished capture to pictures, numbers and a contact sheet: all of `lens`, the end of `capture`."""
+"""From a finished capture to pictures, numbers and a contact sheet: all of `read_lens`, the end of `capture`."""
 
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from flux_ir.commands.lens import LensOptions
-from flux_ir.commands.report import Report, peak_memory
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, write_json
 from flux_ir.lens.decode import LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.compute_dtype import choose_dtype
+from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
 from flux_ir.models.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
@@ -26,47 +25,84 @@ from flux_ir.recording.store import Capture, load_capture
 from flux_ir.shapes import Pixels
 from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
 
-LENSES: dict[str, tuple[Lens, ...]] = {"euler": ("euler",), "x0": ("x0",), "both": ("euler", "x0")}
+LensWord = Literal["euler", "x0", "both"]
+LENSES: dict[LensWord, tuple[Lens, ...]] = {"euler": ("euler",), "x0": ("x0",), "both": ("euler", "x0")}
 
 ROUNDING = 0.01  # of a bf16 state on another device than it was sampled on, with much to spare
 
 
-def read_again(options: LensOptions) -> None:
-    """`flux-ir lens`: decode the capture of an earlier run with the weights it was made with."""
-    report = Report()
-    folder = RunFolder(options.output_dir, options.generation_id)
+class LensResult(NamedTuple):
+    """What reading a capture has written."""
+
+    numbers: Path
+    """lens.json: how far each block is from the final answer."""
+    pictures: dict[Lens, Path]
+    """The folder of the decoded pictures, of each lens."""
+    sheets: dict[Lens, Path]
+    """The contact sheet of each lens: steps across, blocks down."""
+
+
+def read_capture(run: str | Path) -> Capture:
+    """Opens a capture: its file, or the folder of its run. Tensors are mapped from the file when they are asked for.
+
+    `capture.read("double.3.img", step=2)` is [batch, tokens, d]; `capture.sites`, `capture.steps` and
+    `capture.metadata` say what there is. Raises FluxIRError for a file that is missing, broken, or no capture.
+    """
+    return load_capture(run)
+
+
+def read_lens(
+    generation_id: str,
+    *,
+    lens: LensWord = "euler",
+    output_dir: str | Path = "output",
+    decode_batch: int | None = None,
+    device: str | None = None,
+    dtype: DtypeWord = "auto",
+    checkpoint: str | Path | None = None,
+    ae_checkpoint: str | Path | None = None,
+    progress: Watch = unwatched,
+) -> LensResult:
+    """Decode what each block of an earlier run would have drawn, without sampling again.
+
+    The run is the folder `output_dir`/`generation_id`; its pictures, lens.json and contact sheets are written anew.
+    The weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others.
+
+    Raises FluxIRError for a run that is not there or has nothing to decode, before anything heavy where possible.
+    """
+
+    def announce(text: str) -> None:
+        progress(Note(text))
+
+    folder = RunFolder(Path(output_dir), generation_id)
     capture = load_capture(folder.find_capture())
     readable_sites(capture)
     earlier = earlier_report(folder)
     made_with = read_json(folder.find_metadata()).get("files", {})
     spec = get_spec(capture.metadata["model"])
-    transformer = locate_transformer(
-        spec, options.checkpoint or recorded_path(made_with, "transformer"), announce=report.note
-    )
+    transformer = locate_transformer(spec, checkpoint or recorded_path(made_with, "transformer"), announce=announce)
     autoencoder = locate_autoencoder(
         spec,
-        options.ae_checkpoint or recorded_path(made_with, "autoencoder"),
-        checkpoint=options.checkpoint,
-        announce=report.note,
+        ae_checkpoint or recorded_path(made_with, "autoencoder"),
+        checkpoint=checkpoint,
+        announce=announce,
     )
-    placement = plan(torch.cuda.device_count(), device=options.device)
-    compute = choose_dtype(options.dtype, placement.devices, recorded=capture.dtype)
-    report.note(f"{spec.name} on {placement.transformer} ({placement.reason}), {compute}")
+    placement = plan(torch.cuda.device_count(), device=device)
+    compute = choose_dtype(dtype, placement.devices, recorded=capture.dtype)
+    announce(f"{spec.name} on {placement.transformer} ({placement.reason}), {compute}")
     if compute.warning is not None:
-        report.note(f"note: {compute.warning}")
+        announce(f"note: {compute.warning}")
     if compute.dtype != capture.dtype:
         recorded = str(capture.dtype).removeprefix("torch.")
-        report.note(f"note: the capture is {recorded}: its last block gives the sampler's next state but for rounding")
-    with report.phase("load"):
+        announce(f"note: the capture is {recorded}: its last block gives the sampler's next state but for rounding")
+    with phase(progress, "load"):
         model = load_flux(spec, transformer, placement.transformer, compute.dtype)
         decoder = load_autoencoder(spec, autoencoder, placement.ae_decoder)
-    lenses = LENSES[options.lens]
-    written = decode_run(report, folder, capture, model, decoder, lenses, earlier=earlier, batch=options.decode_batch)
-    report.table(f"generation {folder.generation_id}", written, peak_memory())
+    return decode_run(progress, folder, capture, model, decoder, LENSES[lens], earlier=earlier, batch=decode_batch)
 
 
 def decode_run(
-    report: Report,
+    progress: Watch,
     folder: RunFolder,
     capture: Capture,
     model: Flux,
@@ -75,26 +111,29 @@ def decode_run(
     *,
     earlier: dict[str, Any] | None = None,
     batch: int | None = None,
-) -> dict[str, Path]:
-    """Every picture of these lenses, `lens.json`, and one contact sheet per lens. What was written, by name.
+) -> LensResult:
+    """Every picture of these lenses, `lens.json`, and one contact sheet per lens.
 
     `earlier` is what `lens.json` held before: the numbers of the lenses that are not read now are kept.
     """
     decoder = LensDecoder(capture, model, autoencoder, folder, lenses, final_picture=final_picture(folder), batch=batch)
-    pictures = list(report.follow("decode", decoder.pictures(), total=len(decoder)))
+    pictures = list(follow(progress, "decode", decoder.pictures(), total=len(decoder)))
     if decoder.drift > ROUNDING:
-        report.note(
-            "note: these are not the weights the capture was made with: read at the last block, the next state is "
-            f"{decoder.drift:.1%} off the sampler's"
+        progress(
+            Note(
+                "note: these are not the weights the capture was made with: read at the last block, the next state is "
+                f"{decoder.drift:.1%} off the sampler's"
+            )
         )
     write_json(folder.lens_json, lens_report(decoder, pictures, earlier))
-    written = {"numbers": folder.lens_json}
-    with report.phase("contact sheet"):
+    with phase(progress, "contact sheet"):
         for lens in lenses:
             draw_contact_sheet(folder, capture, lens)
-            written[f"pictures, {lens}"] = folder.decoded(lens)
-            written[f"contact sheet, {lens}"] = folder.sheet(lens)
-    return written
+    return LensResult(
+        numbers=folder.lens_json,
+        pictures={lens: folder.decoded(lens) for lens in lenses},
+        sheets={lens: folder.sheet(lens) for lens in lenses},
+    )
 
 
 def final_picture(folder: RunFolder) -> Pixels | None:

@@ -1,0 +1,399 @@
+"""One generation from prompt to pictures.
+
+What can be wrong is found from the cheapest on: the settings in `settle`, then the folder, then the files of the model,
+then the space on the disk; and only then a weight is read.
+"""
+
+import platform
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flux_ir.api.lens import LENSES, LensResult, LensWord, decode_run
+from flux_ir.api.models import read_prompt_embeds
+from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, write_json
+from flux_ir.lens.readout import image_outputs
+from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
+from flux_ir.models.placement import Placement, plan
+from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import Suite
+from flux_ir.models.text import TextEmbedding, encode
+from flux_ir.recording.recorder import Recorder, Sink
+from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
+from flux_ir.sampling.generate import check_size, check_steps, decode, noise_for, prepare, sample
+from flux_ir.sampling.image import jpeg_bytes
+from flux_ir.sampling.latents import image_ids
+from flux_ir.sampling.schedule import get_schedule
+from flux_ir.shapes import PackedLatent
+from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_of
+
+SEEDS = 2**31
+MOST_EXIF_BYTES = 60_000  # a JPEG's EXIF data ends at 64 kB
+DEFAULT_PROMPT = "a beautiful landscape"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """What a capture is asked for; see `capture`. What is None is settled by the model or the machine."""
+
+    prompt: str | None = None
+    prompt_embeds: str | Path | None = None
+    model: str = "flux-schnell"
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    add_sampling_metadata: bool = True
+    sites: SiteNames | None = None
+    steps: Iterable[int] | None = None
+    should_decode_intermediates: bool = True
+    lens: LensWord = "euler"
+    device: str | None = None
+    multi_gpu: bool = False
+    offload: bool = False
+    dtype: DtypeWord = "auto"
+    checkpoint: str | Path | None = None
+    ae_checkpoint: str | Path | None = None
+    output_dir: str | Path = "output"
+
+
+class CaptureResult(NamedTuple):
+    """Where everything of a generation is."""
+
+    generation_id: str
+    folder: Path
+    picture: Path
+    capture: Path
+    """What was recorded: `read_capture` opens it, and `torch.load` gives a dictionary."""
+    metadata: Path
+    lens: LensResult | None
+    """None: nothing was decoded."""
+
+
+class Job(NamedTuple):
+    """A capture with every open question answered."""
+
+    spec: ModelSpec
+    prompt: str
+    text: TextEmbedding | None
+    """None: the prompt is still to be encoded."""
+    placement: Placement
+    compute: ComputeDtype
+    width: int
+    height: int
+    seed: int
+    guidance: float
+    img_tokens: int
+    txt_tokens: int
+    timesteps: list[float]
+    sites: list[Site]
+    kept_steps: list[int]
+
+
+def capture(
+    prompt: str | None = None,
+    *,
+    prompt_embeds: str | Path | None = None,
+    model: str = "flux-schnell",
+    width: int | None = None,
+    height: int | None = None,
+    seed: int | None = None,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+    add_sampling_metadata: bool = True,
+    sites: SiteNames | None = None,
+    steps: Iterable[int] | None = None,
+    should_decode_intermediates: bool = True,
+    lens: LensWord = "euler",
+    device: str | None = None,
+    multi_gpu: bool = False,
+    offload: bool = False,
+    dtype: DtypeWord = "auto",
+    checkpoint: str | Path | None = None,
+    ae_checkpoint: str | Path | None = None,
+    output_dir: str | Path = "output",
+    progress: Watch = unwatched,
+) -> CaptureResult:
+    """Sample one picture, record what `sites` put out at `steps`, and decode what each block would have drawn.
+
+    The prompt is a text, or the file of its embeddings that `encode_prompt` has saved (`prompt_embeds`): then no text
+    encoder is needed. Sizes are in px and multiples of 16; None for a size, `num_steps` or `guidance` is the model's
+    own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step. `lens` says
+    what is decoded (`should_decode_intermediates` False: nothing). `device`, `multi_gpu`, `offload` and `dtype` say
+    where and in which precision; `checkpoint` and `ae_checkpoint` where the weights are.
+
+    Everything goes into a new folder below `output_dir`. Raises FluxIRError for what a user can mend, as early as
+    it is known.
+    """
+    settings = CaptureSettings(
+        prompt=prompt,
+        prompt_embeds=prompt_embeds,
+        model=model,
+        width=width,
+        height=height,
+        seed=seed,
+        num_steps=num_steps,
+        guidance=guidance,
+        add_sampling_metadata=add_sampling_metadata,
+        sites=sites,
+        steps=steps,
+        should_decode_intermediates=should_decode_intermediates,
+        lens=lens,
+        device=device,
+        multi_gpu=multi_gpu,
+        offload=offload,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+        output_dir=output_dir,
+    )
+    return run_capture(settings, progress)
+
+
+def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> CaptureResult:
+    """The same, with its settings in one object."""
+    job = settle(settings)
+    folder = RunFolder(Path(settings.output_dir), new_generation_id())
+    with tidy(folder):
+        source = locate_model(
+            job.spec,
+            settings.checkpoint,
+            settings.ae_checkpoint,
+            text=job.text is None,
+            announce=lambda text: progress(Note(text)),
+        )
+        progress(Begun(folder.generation_id))
+        where = f"{', '.join(job.placement.devices)} ({job.placement.reason})"
+        progress(Note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}"))
+        if job.compute.warning is not None:
+            progress(Note(f"note: {job.compute.warning}"))
+        suite = Suite(job.spec, source, job.placement, job.compute.dtype)
+        done = generate(settings, job, folder, suite, progress)
+        if not settings.should_decode_intermediates:
+            return done
+        with suite.transformer() as model, suite.autoencoder() as autoencoder:
+            recorded, lenses = load_capture(done.capture), LENSES[settings.lens]
+            return done._replace(lens=decode_run(progress, folder, recorded, model, autoencoder, lenses))
+
+
+def settle(settings: CaptureSettings) -> Job:
+    """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
+    spec = get_spec(settings.model)
+    width, height = settings.width or spec.default_side_px, settings.height or spec.default_side_px
+    check_size(height, width)
+    num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
+    img_tokens = image_ids(1, height, width).shape[1]
+    placement = plan(
+        torch.cuda.device_count(), device=settings.device, multi_gpu=settings.multi_gpu, offload=settings.offload
+    )
+    prompt, text = settle_text(settings, spec)
+    check_text(settings, prompt)
+    return Job(
+        spec=spec,
+        prompt=prompt,
+        text=text,
+        placement=placement,
+        compute=choose_dtype(settings.dtype, placement.devices),
+        width=width,
+        height=height,
+        seed=secrets.randbelow(SEEDS) if settings.seed is None else settings.seed,
+        guidance=spec.default_guidance if settings.guidance is None else settings.guidance,
+        img_tokens=img_tokens,
+        txt_tokens=spec.text_tokens if text is None else text.txt.shape[1],
+        timesteps=get_schedule(num_steps, img_tokens, shift=spec.shifts_schedule),
+        sites=choose_sites(settings, spec),
+        kept_steps=check_steps(settings.steps, num_steps),
+    )
+
+
+def settle_text(settings: CaptureSettings, spec: ModelSpec) -> tuple[str, TextEmbedding | None]:
+    """The prompt, and its embedding if that is given as a file."""
+    if settings.prompt_embeds is None:
+        return DEFAULT_PROMPT if settings.prompt is None else settings.prompt, None
+    if settings.prompt is not None:
+        raise FluxIRError(
+            "--prompt_embeds is what a prompt is encoded to: got --prompt as well",
+            hint="leave one of them out; the file says which prompt it is of",
+        )
+    given = read_prompt_embeds(settings.prompt_embeds, spec)
+    return given.prompt or f"the embeddings in {Path(settings.prompt_embeds).name}", given.text
+
+
+def check_text(settings: CaptureSettings, prompt: str) -> None:
+    """Raises FluxIRError for text that no file could hold: broken UTF-8, or a prompt too long for the picture."""
+    for name, value in (settings_json(settings) | {"prompt": prompt}).items():
+        try:
+            size = len(value.encode()) if isinstance(value, str) else 0
+        except UnicodeEncodeError:  # bytes of another encoding reach Python as lone surrogates
+            raise FluxIRError(
+                f"--{name} must be UTF-8 text: got {value!r}", hint="check the encoding of the place it came from"
+            ) from None
+        if name == "prompt" and settings.add_sampling_metadata and size > MOST_EXIF_BYTES:
+            raise FluxIRError(
+                f"a prompt in the picture's EXIF data has at most {MOST_EXIF_BYTES} bytes: got {size}",
+                hint="shorten it, or leave it out with --add_sampling_metadata False",
+            )
+
+
+def settings_json(settings: CaptureSettings) -> dict[str, Any]:
+    """The settings by name, as plain JSON values."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    sites, steps = settings.sites, settings.steps
+    return values | {
+        "sites": None if sites is None else list(site_names(sites)),
+        "steps": None if steps is None else list(steps),
+    }
+
+
+def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
+    """The sites to record. Raises FluxIRError if they match nothing, or nothing of them can be decoded but shall be."""
+    flux = spec.flux
+    if settings.sites is None:
+        return block_outputs(flux.depth, flux.depth_single_blocks)
+    sites = sorted(sites_of(settings.sites, flux.depth, flux.depth_single_blocks))
+    if settings.should_decode_intermediates and not image_outputs(sites):
+        raise FluxIRError(
+            f"only image outputs of whole blocks can be decoded, and --sites keeps none: it keeps {sites[0]} and such",
+            hint="add some, such as double.*.img or single.*, or pass --should_decode_intermediates False",
+        )
+    return sites
+
+
+@contextmanager
+def tidy(folder: RunFolder) -> Iterator[None]:
+    """Makes the run's folder; whatever folder was made here and is still empty at the end is removed again.
+
+    Raises FluxIRError where no folder can be made.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made = [path for path in (folder.intermediates, *folder.intermediates.parents) if not path.exists()]
+            folder.intermediates.mkdir(parents=True)
+        except OSError as error:
+            raise disk_error(folder.path, error) from error
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it has something in it
+                path.rmdir()
+
+
+def generate(settings: CaptureSettings, job: Job, folder: RunFolder, suite: Suite, progress: Watch) -> CaptureResult:
+    """Sample with the recorder on, then save the picture."""
+    timestamp = time.strftime("%Y%m%d_%H%M%S")
+    files = CaptureResult(
+        generation_id=folder.generation_id,
+        folder=folder.path,
+        picture=folder.image(),
+        capture=folder.capture_file(timestamp, job.spec.name),
+        metadata=folder.metadata_file(timestamp, job.spec.name),
+        lens=None,
+    )
+    metadata = describe(job, folder, timestamp)
+    with CaptureWriter(files.capture, planned_file(job, metadata)) as sink:  # takes its disk space first of all
+        latent = paint(job, suite, sink, progress)
+    write_json(files.metadata, metadata | {"options": settings_json(settings), **surroundings(job, suite)})
+    with phase(progress, "picture"):
+        save_picture(job, suite, latent, files.picture, keep_prompt=settings.add_sampling_metadata)
+    return files
+
+
+def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
+    """What the capture file will hold."""
+    return CapturePlan(
+        flux=job.spec.flux,
+        sites=job.sites,
+        timesteps=job.timesteps,
+        txt_tokens=job.txt_tokens,
+        img_tokens=job.img_tokens,
+        guidance=job.guidance,
+        metadata=metadata,
+        steps=job.kept_steps,
+        dtype=job.compute.dtype,
+    )
+
+
+def paint(job: Job, suite: Suite, sink: Sink, progress: Watch) -> PackedLatent:
+    """Load the model and walk from noise to the finished latent, with everything recorded into `sink`."""
+    for _ in follow(progress, "load", suite.load(), total=len(suite.parts)):
+        pass
+    text = job.text or embed(suite, job.prompt, progress)
+    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
+    inputs = prepare(noise, text, job.height, job.width)
+    latent = inputs.img
+    with suite.transformer() as model, Recorder(model, job.sites, sink, steps=job.kept_steps):
+        steps = sample(model, inputs, job.timesteps, job.guidance)
+        for step in follow(progress, "sample", steps, total=len(job.timesteps) - 1):
+            latent = step.after  # only the last is kept: memory does not grow with the steps
+    return latent
+
+
+def embed(suite: Suite, prompt: str, progress: Watch) -> TextEmbedding:
+    """The prompt's embedding; what the encoders cannot make sense of is said in a note."""
+    with phase(progress, "text"), suite.text_encoders() as text:
+        for note in dict.fromkeys(text.t5.notes(prompt) + text.clip.notes(prompt)):
+            progress(Note(f"note: {suite.spec.name}: {note}"))
+        return encode(text.t5, text.clip, [prompt])
+
+
+def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
+    """The metadata that stands in the capture file and in the JSON beside it."""
+    return {
+        "generation_id": folder.generation_id,
+        "model": job.spec.name,
+        "prompt": job.prompt,
+        "width": job.width,
+        "height": job.height,
+        "num_steps": len(job.timesteps) - 1,
+        "timesteps": job.timesteps,
+        "seed": job.seed,
+        "guidance": job.guidance,
+        "timestamp": timestamp,
+    }
+
+
+def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
+    """What else the numbers depend on: versions, devices, precision, files."""
+    weights = {"transformer": suite.source.transformer, "autoencoder": suite.source.autoencoder}
+    return {
+        "captured_steps": job.kept_steps,
+        "sites": [str(site) for site in job.sites],
+        "dtype": job.compute.name,
+        "dtype_reason": job.compute.reason,
+        "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},
+        "offload": job.placement.offload,
+        "files": {
+            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
+        },
+        "versions": {
+            # Not from the installed package: a clone that is run in place has none.
+            "flux_ir": import_module("flux_ir").__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "
+        "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions in dtype",
+    }
+
+
+def save_picture(job: Job, suite: Suite, latent: PackedLatent, path: Path, *, keep_prompt: bool) -> None:
+    """Decode the finished latent and save it with what made it."""
+    with suite.autoencoder() as autoencoder:
+        pixels = decode(autoencoder, latent, job.height, job.width, suite.dtype)
+    with complete_file(path) as beside:
+        beside.write_bytes(jpeg_bytes(pixels, model=job.spec.name, prompt=job.prompt if keep_prompt else None))

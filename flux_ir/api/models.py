@@ -1,0 +1,187 @@
+"""A model in hand: load it, encode prompts, walk from noise to a picture step by step, decode.
+
+    model = load_model("flux-tiny")
+    text = encode_prompt(model, "a red circle")
+    *_, last = sample(model, text, seed=7)
+    pixels = decode(model, last.after)
+
+`capture` does all of this in one call; here every part can be looked at and changed on the way (`Recorder`,
+`Intervention`).
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from flux_ir.api.progress import Note, Watch, follow, unwatched
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import complete_file
+from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
+from flux_ir.models.placement import plan
+from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import ModelPart, Suite
+from flux_ir.models.text import TextEmbedding, encode
+from flux_ir.sampling import generate
+from flux_ir.sampling.denoise import Step
+from flux_ir.sampling.generate import check_size, noise_for, prepare
+from flux_ir.sampling.latents import image_ids
+from flux_ir.sampling.schedule import get_schedule
+from flux_ir.shapes import PackedLatent, Pixels
+
+# Names of the two tensors in a file of embeddings: ours are diffusers', and those of the reference code are read too.
+TXT_KEYS = ("prompt_embeds", "txt")
+POOLED_KEYS = ("pooled_prompt_embeds", "vec", "y")
+
+
+def load_model(
+    name: str,
+    *,
+    parts: Collection[ModelPart] = get_args(ModelPart),
+    device: str | None = None,
+    multi_gpu: bool = False,
+    offload: bool = False,
+    dtype: DtypeWord = "auto",
+    checkpoint: str | Path | None = None,
+    ae_checkpoint: str | Path | None = None,
+    progress: Watch = unwatched,
+) -> Suite:
+    """A whole model: text encoders, transformer and autoencoder.
+
+    `parts` are loaded now, the others when they are first needed. `device` None is the first GPU, or the CPU; `dtype`
+    auto is bfloat16 where the device has it, else float32. `Recorder`, `Intervention` and `spliced` take the model as
+    it is; `model.flux` is its transformer.
+
+    Raises FluxIRError for an unknown name, and for weights that are missing or do not fit.
+    """
+    spec = get_spec(name)
+    placement = plan(torch.cuda.device_count(), device=device, multi_gpu=multi_gpu, offload=offload)
+    compute = choose_dtype(dtype, placement.devices)
+    source = locate_model(spec, checkpoint, ae_checkpoint, announce=lambda text: progress(Note(text)))
+    progress(Note(f"{spec.name} on {', '.join(placement.devices)} ({placement.reason}), {compute}"))
+    if compute.warning is not None:
+        progress(Note(f"note: {compute.warning}"))
+    suite = Suite(spec, source, placement, compute.dtype)
+    for part in follow(progress, "load", dict.fromkeys(parts), total=len(set(parts))):
+        suite.load_part(part)
+    return suite
+
+
+@torch.no_grad()
+def encode_prompt(model: Suite, prompt: str | Sequence[str], *, save_to: str | Path | None = None) -> TextEmbedding:
+    """What the transformer is told of a prompt, or of several: `txt` from T5, [prompts, tokens, d], and `y` from CLIP.
+
+    `save_to` names a .safetensors file to write as well: of one prompt, it is what `capture` takes as `prompt_embeds`.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    with model.text_encoders() as text:
+        embedding = encode(text.t5, text.clip, prompts)
+    if save_to is not None:
+        save_prompt_embeds(embedding, save_to, prompt=prompts[0] if len(prompts) == 1 else None)
+    return embedding
+
+
+def sample(
+    model: Suite,
+    text: TextEmbedding | str | Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    width: int | None = None,
+    height: int | None = None,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+) -> Iterator[Step]:
+    """The Euler steps from noise to picture, one model call each: `step.before`, `step.velocity`, `step.after`.
+
+    The last step's `after` is the finished latent, which `decode` makes a picture of. Several prompts are sampled
+    together, each from its own noise: `seed` is one number, from which they count up, or one for each. Sizes are in px;
+    None is the model's own size, number of steps or guidance.
+    """
+    spec = model.spec
+    width, height = width or spec.default_side_px, height or spec.default_side_px
+    check_size(height, width)
+    embedding = text if isinstance(text, TextEmbedding) else encode_prompt(model, text)
+    prompts = embedding.txt.shape[0]
+    seeds = list(range(seed, seed + prompts)) if isinstance(seed, int) else list(seed)
+    noise = noise_for(seeds, height, width, model.placement.transformer, model.dtype)
+    inputs = prepare(noise, embedding, height, width)
+    num_steps = spec.default_steps if num_steps is None else num_steps
+    timesteps = get_schedule(num_steps, inputs.img.shape[1], shift=spec.shifts_schedule)
+    with model.transformer() as flux:
+        yield from generate.sample(flux, inputs, timesteps, spec.default_guidance if guidance is None else guidance)
+
+
+def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, height: int | None = None) -> Pixels:
+    """Latents as pictures: uint8 [batch, height, width, 3] on the CPU. Sizes in px; None is the model's own.
+
+    Raises FluxIRError for a latent that is not of this size.
+    """
+    width, height = width or model.spec.default_side_px, height or model.spec.default_side_px
+    check_size(height, width)
+    tokens = image_ids(1, height, width).shape[1]
+    if latent.shape[1] != tokens:
+        raise FluxIRError(
+            f"a picture of {width} x {height} px has {tokens} image tokens: got a latent of {latent.shape[1]}",
+            hint="pass the width and height it was sampled with",
+        )
+    with model.autoencoder() as autoencoder:
+        return generate.decode(autoencoder, latent, height, width, model.dtype)
+
+
+class PromptEmbeds(NamedTuple):
+    """A prompt's embedding from a file, and the prompt itself if the file says it."""
+
+    text: TextEmbedding
+    prompt: str | None
+
+
+def save_prompt_embeds(embedding: TextEmbedding, path: str | Path, *, prompt: str | None = None) -> None:
+    """Write an embedding as .safetensors, under diffusers' names."""
+    tensors = {TXT_KEYS[0]: embedding.txt.cpu().contiguous(), POOLED_KEYS[0]: embedding.y.cpu().contiguous()}
+    with complete_file(Path(path)) as beside:
+        beside.write_bytes(save(tensors, {} if prompt is None else {"prompt": prompt}))
+
+
+def read_prompt_embeds(path: str | Path, spec: ModelSpec) -> PromptEmbeds:
+    """The embedding of one prompt: T5's as `prompt_embeds` or `txt`, CLIP's as `pooled_prompt_embeds`, `vec` or `y`.
+
+    Raises FluxIRError for a file that cannot be read, and for tensors this model does not take.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+            found = [name for keys in (TXT_KEYS, POOLED_KEYS) for name in keys if name in names]
+            if len(found) != 2 or found[0] not in TXT_KEYS or found[1] not in POOLED_KEYS:
+                raise FluxIRError(
+                    f"{path} must hold one of {', '.join(TXT_KEYS)} and one of {', '.join(POOLED_KEYS)}: got "
+                    f"{', '.join(names) or 'nothing'}",
+                    hint="flux_ir.encode_prompt(model, prompt, save_to=FILE) writes such a file",
+                )
+            txt, y = (file.get_tensor(name) for name in found)
+    except (OSError, SafetensorError) as error:
+        raise FluxIRError(
+            f"cannot read the prompt's embedding in {path}: {error}", hint="name a complete .safetensors file"
+        ) from error
+    flux = spec.flux
+    _check_embedding(path, found[0], txt, ("1", "tokens", str(flux.context_in_dim)), spec)
+    _check_embedding(path, found[1], y, ("1", str(flux.vec_in_dim)), spec)
+    return PromptEmbeds(TextEmbedding(txt, y), metadata.get("prompt"))
+
+
+def _check_embedding(path: str | Path, name: str, value: Tensor, shape: tuple[str, ...], spec: ModelSpec) -> None:
+    fits = len(shape) == value.ndim and all(
+        side == "tokens" or int(side) == size for side, size in zip(shape, value.shape, strict=True)
+    )
+    if not fits or value.numel() == 0 or not value.is_floating_point():
+        raise FluxIRError(
+            f"{name} in {path} must be floats [{', '.join(shape)}] for {spec.name}: "
+            f"got {value.dtype} {list(value.shape)}",
+            hint="encode one prompt with the text encoders of this model",
+        )
+    if not value.isfinite().all():
+        raise FluxIRError(f"{name} in {path} must be finite: it has NaN or infinite values", hint="encode it again")

@@ -1,0 +1,117 @@
+"""`flux_ir.capture` and its kin from Python: the same files as the command, and nothing printed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flux_ir
+from flux_ir.errors import FluxIRError
+from flux_ir.models.registry import get_spec
+from tests.commands.run_folder import LAST, SPEC, tensors_of
+
+TINY = get_spec("flux-tiny")
+
+
+@pytest.fixture(scope="module")
+def embeds(tmp_path_factory):
+    """The embedding of "a red circle", as a file."""
+    path = tmp_path_factory.mktemp("embeds") / "red.safetensors"
+    model = flux_ir.load_model("flux-tiny", parts=["text"])
+    flux_ir.encode_prompt(model, "a red circle", save_to=path)
+    return path
+
+
+def capture(tmp_path, *args, **options):
+    small = {"model": "flux-tiny", "num_steps": 1, "seed": 3, "sites": LAST, "output_dir": tmp_path}
+    return flux_ir.capture(*args, **(small | options))
+
+
+def test_the_result_says_where_everything_is_and_nothing_is_printed(tmp_path, capsys):
+    events = []
+    done = capture(tmp_path, "a red circle", lens="both", progress=events.append)
+    assert capsys.readouterr() == ("", "")
+    assert done.folder == tmp_path / done.generation_id
+    assert done.picture.is_file()
+    assert done.metadata.is_file()
+    assert done.lens.numbers.is_file()
+    assert list(done.lens.sheets) == list(done.lens.pictures) == ["euler", "x0"]
+    recorded = flux_ir.read_capture(done.capture)
+    assert [str(site) for site in recorded.sites] == [LAST]
+    assert recorded.read(LAST, 0).shape[1] == TINY.text_tokens + 64
+    stages = [event.stage for event in events if isinstance(event, flux_ir.Progress) and event.done == event.total]
+    assert stages == ["load", "text", "sample", "picture", "decode", "contact sheet"]
+    assert flux_ir.Begun(done.generation_id) in events
+
+
+def test_an_embedding_from_a_file_gives_the_same_capture_without_a_text_encoder(tmp_path, embeds, monkeypatch):
+    by_prompt = capture(tmp_path, "a red circle", should_decode_intermediates=False)
+    monkeypatch.setattr("flux_ir.models.suite.load_t5", lambda *args: pytest.fail("a text encoder was loaded"))
+    by_file = capture(tmp_path, prompt_embeds=embeds, should_decode_intermediates=False)
+    assert by_file.lens is None
+    assert all(
+        torch.equal(value, tensors_of(by_file.folder)[key]) for key, value in tensors_of(by_prompt.folder).items()
+    )
+    facts = json.loads(by_file.metadata.read_text())
+    assert facts["prompt"] == "a red circle"
+    assert facts["options"]["prompt_embeds"] == str(embeds)
+
+
+def test_other_names_and_other_lengths_of_an_embedding_are_taken(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    txt = torch.randn(1, 5, TINY.flux.context_in_dim, generator=draw)
+    save_file({"txt": txt, "vec": torch.randn(1, TINY.flux.vec_in_dim, generator=draw)}, tmp_path / "mine.safetensors")
+    done = capture(tmp_path / "runs", prompt_embeds=tmp_path / "mine.safetensors", should_decode_intermediates=False)
+    recorded = flux_ir.read_capture(done.folder)
+    assert recorded.metadata["prompt"] == "the embeddings in mine.safetensors"
+    assert recorded.context(0).txt_tokens == 5
+    assert recorded.read("single.7.txt", 0).shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"prompt_embeds": (1, 5, 64)}, "must hold one of prompt_embeds, txt and one of pooled_prompt_embeds, vec, y"),
+        (
+            {"prompt_embeds": (1, 5, 3), "vec": (1, SPEC.flux.vec_in_dim)},
+            r"must be floats \[1, tokens,",
+        ),
+        ({"txt": (2, 5, SPEC.flux.context_in_dim), "vec": (1, SPEC.flux.vec_in_dim)}, r"got torch.float32 \[2, 5, "),
+        ({"txt": (1, 5, SPEC.flux.context_in_dim), "y": (1, 7)}, r"y in .* must be floats \[1, "),
+    ],
+)
+def test_an_embedding_that_does_not_fit_is_one_line(tmp_path, tensors, says):
+    path = tmp_path / "wrong.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(FluxIRError, match=says):
+        capture(tmp_path / "runs", prompt_embeds=path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_broken_embeddings_and_two_prompts_are_refused(tmp_path, embeds):
+    (tmp_path / "cut.safetensors").write_bytes(embeds.read_bytes()[:-5])
+    with pytest.raises(FluxIRError, match="cannot read the prompt's embedding"):
+        capture(tmp_path, prompt_embeds=tmp_path / "cut.safetensors")
+    with pytest.raises(FluxIRError, match="cannot read the prompt's embedding"):
+        capture(tmp_path, prompt_embeds=tmp_path / "missing.safetensors")
+    with pytest.raises(FluxIRError, match="got --prompt as well"):
+        capture(tmp_path, "a red circle", prompt_embeds=embeds)
+    txt, y = torch.full((1, 5, TINY.flux.context_in_dim), torch.nan), torch.zeros(1, TINY.flux.vec_in_dim)
+    save_file({"txt": txt, "y": y}, tmp_path / "nan.safetensors")
+    with pytest.raises(FluxIRError, match="must be finite"):
+        capture(tmp_path, prompt_embeds=tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"steps": [1]}, {"width": 100}, {"sites": "single.99"}, {"model": "flux-tin"}])
+def test_what_cannot_be_captured_leaves_nothing(tmp_path, options):
+    with pytest.raises(FluxIRError):
+        capture(tmp_path / "runs", "a red circle", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_read_again_with_the_other_lens(tmp_path):
+    done = capture(tmp_path, "a red circle")
+    again = flux_ir.read_lens(done.generation_id, lens="x0", output_dir=tmp_path)
+    assert again.sheets["x0"].is_file()
+    assert again.numbers == done.lens.numbers
