@@ -24,6 +24,12 @@ class EvaluateSAEOptions(Compute, Checkpoints):
         REQUIRED, help="folders of autoencoders, or folders of such folders, as a sweep leaves them", group=WHAT
     )
     captures: Path = option(REQUIRED, help="the activations: a collection, captures, or an array", group=WHAT)
+    site: str | None = option(
+        None,
+        help="the site to measure on, for an autoencoder that does not say one of these captures",
+        group=WHAT,
+        default_text="the one it was trained on",
+    )
     baselines: tuple[Literal["pca", "random", "itda", "neurons"], ...] | None = option(
         ("pca",),
         help="what to compare with, at the same k: PCA, random directions, data points, the model's own neurons",

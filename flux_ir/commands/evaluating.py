@@ -1,7 +1,8 @@
 """The heavy half of the command `evaluate-sae`: every autoencoder by itself, then all of them in one picture."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from flux_ir.commands.report import Report, peak_memory
 from flux_ir.commands.splicing import Splicer, recorded_dtype
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import plan
-from flux_ir.sae.base import load_sae
+from flux_ir.models.registry import model_names
 from flux_ir.sae.baselines import Baseline
 from flux_ir.sae.config import HAS_K
-from flux_ir.sae.files import CONFIG_FILE
 from flux_ir.sae.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
-from flux_ir.sae.held_out import Subject, subject_of
-from flux_ir.sae.metrics import Evaluation, evaluate
+from flux_ir.sae.held_out import EvaluationTokens, Subject, subject_of
+from flux_ir.sae.interop.formats import load_any, sae_folders
+from flux_ir.sae.metrics import Evaluation, Group, evaluate, outlier_limits
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sites import Site
 
 
 class Judge:
@@ -35,12 +37,13 @@ class Judge:
         report.note(f"on {placement.transformer} ({placement.reason})")
         self.device = torch.device(placement.transformer)
         self._fits: dict[str, BaselineFits] = {}
+        self._limits: dict[str, Mapping[Group, float]] = {}
         self._baselines: dict[tuple[Any, ...], tuple[int, Evaluation]] = {}
         self._splicer: Splicer | None = None
 
     def judge(self, folder: Path) -> Judged:
         """All numbers of the autoencoder in a folder."""
-        sae = load_sae(folder, device=self.device)
+        sae = self._load(folder)
         subject = subject_of(sae, self.source, held_out=self.options.held_out)
         self._check(folder, sae, subject)
         evaluation = self._evaluate(sae, sae.config.d_sae, subject)
@@ -52,6 +55,28 @@ class Judge:
                 self._baselines[shared] = self._baseline(name, subject, fits, k, sae.config.d_sae)
             baselines[name] = self._baselines[shared]
         return Judged(folder, sae.config, subject, k, evaluation, baselines, None)
+
+    def _load(self, folder: Path) -> SparseAutoencoder:
+        """The autoencoder of a folder, whichever program saved it, of the site that was asked for.
+
+        Raises FluxIRError if neither the autoencoder nor `--site` names a site of the captures.
+        """
+        sae, asked = load_any(folder).to(self.device), self.options.site
+        if not self.source.sites:
+            if asked is not None:
+                raise FluxIRError(f"a plain array has no sites: got --site {asked}", hint="leave --site out")
+            return sae
+        if asked is not None:
+            # Other programs have other names for the models, so theirs cannot be compared with ours.
+            model = sae.config.model if sae.config.model in model_names() else None
+            sae.config = replace(sae.config, site=str(Site.parse(asked)), model=model)
+        elif sae.config.site is None or not _is_site(sae.config.site):
+            named = f"the site {sae.config.site!r}, which FLUX does not have" if sae.config.site else "no site"
+            raise FluxIRError(
+                f"{folder} names {named}, and these captures have sites",
+                hint=f"say which it is of, such as --site {self.source.sites[-1]}",
+            )
+        return sae
 
     def _check(self, folder: Path, sae: SparseAutoencoder, subject: Subject) -> None:
         """Raise what can be known before anything is computed; say what the numbers will not show."""
@@ -66,7 +91,7 @@ class Judge:
 
     def splice(self, judged: Judged) -> Judged:
         """The same with what the model makes of its reconstructions."""
-        sae, subject = load_sae(judged.folder, device=self.device), judged.subject
+        sae, subject = self._load(judged.folder), judged.subject
         splicer = self._splicer_for(subject)
         return judged._replace(splice=splicer.measure(sae, subject, self._fits_for(subject), judged.k))
 
@@ -79,8 +104,18 @@ class Judge:
         return self._fits[_key(subject)]
 
     def _evaluate(self, reconstructor: SparseAutoencoder | Baseline, d_sae: int, subject: Subject) -> Evaluation:
-        tokens = subject.tokens(subject.side, self.options.batch_tokens, self.options.max_tokens)
-        return evaluate(reconstructor, tokens, d_sae=d_sae, device=self.device)
+        limits = self._limits_for(subject)
+        return evaluate(reconstructor, self._tokens(subject), d_sae=d_sae, device=self.device, limits=limits)
+
+    def _limits_for(self, subject: Subject) -> Mapping[Group, float]:
+        """How long an outlier is, of each step and stream of the tokens that are measured on."""
+        if _key(subject) not in self._limits:
+            steps = subject.filters.steps_of(subject.source.steps)
+            self._limits[_key(subject)] = outlier_limits(self._tokens(subject), steps)
+        return self._limits[_key(subject)]
+
+    def _tokens(self, subject: Subject) -> Iterator[EvaluationTokens]:
+        return subject.tokens(subject.side, self.options.batch_tokens, self.options.max_tokens)
 
     def _baseline(self, name: str, subject: Subject, fits: BaselineFits, k: int, d_sae: int) -> tuple[int, Evaluation]:
         if name == "neurons":
@@ -137,11 +172,19 @@ def find_saes(paths: Sequence[Path]) -> list[Path]:
     """The folders of autoencoders among these and below them. Raises FluxIRError for a path that leads to none."""
     found: dict[Path, None] = {}
     for path in paths:
-        below = [path] if (path / CONFIG_FILE).is_file() else sorted(p.parent for p in path.rglob(CONFIG_FILE))
+        below = sae_folders(path)
         if not below:
             raise FluxIRError(
-                f"there is no autoencoder in {path}: no folder there has a {CONFIG_FILE}",
+                f"there is no autoencoder in {path}: no folder there has its weights",
                 hint="name the folder that training left",
             )
         found |= dict.fromkeys(below)
     return list(found)
+
+
+def _is_site(name: str) -> bool:
+    try:
+        Site.parse(name)
+    except FluxIRError:
+        return False
+    return True

@@ -5,10 +5,8 @@ from pathlib import Path
 from flux_ir.commands.export_sae import ExportSAEOptions
 from flux_ir.commands.report import Report, bytes_at, in_units
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.files import save_sae
 from flux_ir.sae.hub import from_pretrained, push_to_hub
-from flux_ir.sae.interop.formats import save_as
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.interop.formats import export
 
 
 def export_sae(options: ExportSAEOptions) -> None:
@@ -22,12 +20,5 @@ def export_sae(options: ExportSAEOptions) -> None:
             raise FluxIRError(f"--push_to takes a local folder: got {options.sae}", hint="export it to a folder first")
         report.results.print(f"{described}: {push_to_hub(folder, options.push_to, private=options.private)}")
     elif options.output_dir is not None:
-        folder = write(sae, options, options.output_dir)
+        folder = export(sae, options.format, options.output_dir)
         report.results.print(f"{described}: {folder} ({in_units(bytes_at(folder))}, as {options.format} reads it)")
-
-
-def write(sae: SparseAutoencoder, options: ExportSAEOptions, folder: Path) -> Path:
-    """The folder as the chosen program reads it."""
-    if options.format == "sae_lens":
-        return save_sae(sae, folder, unit_decoder=False)  # other programs' decoders are kept as they are
-    return save_as(sae, options.format, folder)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
+from flux_ir.commands.report import counted
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
 from flux_ir.sae.config import HAS_K, SAEConfig
@@ -120,9 +121,11 @@ def result_table(judged: Sequence[Judged]) -> list[str]:
         config = one.config
         k = str(config.k) if config.architecture in HAS_K else ""
         rows.append((one.folder.name, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
+        rows += _without_outliers(one.evaluation)
         for name, (rank, found) in one.baselines.items():
             rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))
-    lines = _aligned(rows)
+            rows += _without_outliers(found)
+    lines = _aligned(rows) + [line for one in judged for line in outlier_notes(one.folder.name, one.evaluation)]
     spliced: list[tuple[str, ...]] = [("spliced in", "velocity MSE", "of zero", "of mean", "picture [dB]")]
     for one in judged:
         for name, row in (one.splice or {"replacements": {}})["replacements"].items():
@@ -130,6 +133,25 @@ def result_table(judged: Sequence[Judged]) -> list[str]:
             decibels = "" if row["image_psnr_db"] is None else f"{row['image_psnr_db']:.1f}"
             spliced.append((f"{one.folder.name}: {name}", f"{row['velocity_mse']:.3g}", *recovered, decibels))
     return lines + (["", *_aligned(spliced)] if len(spliced) > 1 else [])
+
+
+def _without_outliers(found: Evaluation) -> list[tuple[str, ...]]:
+    """A row with the numbers of the ordinary tokens alone, if there are others."""
+    if found.outliers is None or not found.outliers.tokens:
+        return []
+    return [(f"  without {counted(found.outliers.tokens, 'outlier')}", "", "", "", *_numbers(found.outliers.overall))]
+
+
+def outlier_notes(name: str, found: Evaluation) -> list[str]:
+    """A line that says so, if a few tokens decide what the FVU is."""
+    outliers = found.outliers
+    if outliers is None or not found.decided_by_outliers:
+        return []
+    return [
+        f"note: {name}: {outliers.tokens} of {found.overall.tokens} tokens are more than {outliers.factor:g} times as "
+        f"long as the median and decide the FVU: it is {_share(found.overall.fvu)} with them and "
+        f"{_share(outliers.overall.fvu)} without"
+    ]
 
 
 def describe(config: SAEConfig) -> str:

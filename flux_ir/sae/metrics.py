@@ -6,7 +6,8 @@ with its own mean. Next: `baselines` to compare with, `splice` for what the netw
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.filters import lengths
 
 Rows = Float[Tensor, "tokens d"]
 Features = Float[Tensor, "tokens d_sae"]
@@ -25,7 +27,14 @@ Group = tuple[int, Stream]
 LOWEST_LOG10 = -7.0
 BINS_PER_DECADE = 8
 DENSE_VALUES = 1 << 25  # feature values held at once while evaluating: 128 MB in float32
-_TINY = 1e-12
+
+OUTLIER_FACTOR = 10.0
+"""A token is an outlier if it is more than so many times as long as the median of its step and stream.
+
+Transformers keep a few such tokens as registers, or attention sinks. SAEDashboard leaves tokens out by such a rule, and
+`train-sae --outliers` takes such a factor for training.
+"""
+_MEDIAN_TOKENS = 4_096  # of each step: the median is then good to a few per cent, and the factor is 10
 
 
 @runtime_checkable
@@ -82,6 +91,24 @@ class Density(NamedTuple):
     dead: int
 
 
+class Outliers(NamedTuple):
+    """The outliers of an evaluation set, and all numbers of the ordinary tokens alone."""
+
+    factor: float
+    """Outliers are longer than so many times the median of their step and stream."""
+    tokens: int
+    """How many outliers there are."""
+    share_of_error: float
+    """Their share of the FVU's numerator over the whole set."""
+    share_of_deviation: float
+    """How much of the FVU's denominator goes with them."""
+    overall: Numbers
+    """The numbers without them, with a mean of their own; likewise the others."""
+    per_step: dict[int, Numbers]
+    per_stream: dict[Stream, Numbers]
+    per_group: dict[Group, Numbers]
+
+
 class Evaluation(NamedTuple):
     """All numbers of one reconstructor on one evaluation set."""
 
@@ -93,6 +120,20 @@ class Evaluation(NamedTuple):
     density: Density
     frequency: Tensor
     """Share of tokens on which each feature fires, float64 [d_sae] on the CPU."""
+    mean_active: Tensor
+    """Mean activation of each feature over the tokens it fires on, float32 [d_sae] on the CPU; 0 for dead ones."""
+    max_active: Tensor
+    """The largest activation of each feature, likewise."""
+    outliers: Outliers | None
+    """None: nobody said how long an outlier is."""
+
+    @property
+    def decided_by_outliers(self) -> bool:
+        """Whether the FVU differs by more than a tenth from that of the ordinary tokens."""
+        if self.outliers is None or not self.outliers.tokens:
+            return False
+        fvus = sorted((self.overall.fvu, self.outliers.overall.fvu))
+        return not fvus[0] * 1.1 >= fvus[1]  # also where one of them is not defined
 
 
 class Deviation:
@@ -140,7 +181,8 @@ class _Sums:
         self.deviation.add(x)
         x, x_hat = x.double(), x_hat.double()
         norm, norm_hat = x.norm(dim=-1), x_hat.norm(dim=-1)
-        cosine = (x * x_hat).sum(-1) / (norm * norm_hat).clamp_min(_TINY)
+        both = norm * norm_hat
+        cosine = (x * x_hat).sum(-1) / torch.where(both > 0, both, 1.0)  # 0 where one of them is the zero vector
         error = (x - x_hat).square().sum()
         self.totals += torch.stack([error, cosine.sum(), norm.sum(), norm_hat.sum()])
         self.fired += fired
@@ -170,8 +212,10 @@ class _Sums:
 class Evaluator:
     """Adds up batches of tokens with their reconstructions, and gives all numbers at the end."""
 
-    def __init__(self) -> None:
-        self._sums: dict[Group, _Sums] = {}
+    def __init__(self, limits: Mapping[Group, float] | None = None) -> None:
+        """`limits`: the length above which a token of each step and stream is an outlier; None: nobody asks."""
+        self.limits = limits
+        self._sums: dict[tuple[Group, bool], _Sums] = {}  # True: of outliers
         self._like: tuple[int, int, torch.device] | None = None
 
     @torch.no_grad()
@@ -188,11 +232,17 @@ class Evaluator:
         Raises FluxIRError if the features are of another number than before.
         """
         self._check(x, features)
-        where = _groups(steps, is_text)
-        for group, rows in where.items():
+        self._follow_activations(features)
+        for group, rows in _groups(steps, is_text).items():
             chosen = (x, x_hat, features) if rows is None else (x[rows], x_hat[rows], features[rows])
-            sums = self._sums.setdefault(group, _Sums(x.shape[1], features.shape[1], x.device))
-            sums.add(chosen[0], chosen[1], (chosen[2] != 0).sum(0))
+            long = lengths(chosen[0]) > (self.limits or {}).get(group, math.inf)
+            if not long.any():
+                self._add(group, outliers=False, chosen=chosen)
+                continue
+            for outliers in (False, True):
+                kept = long if outliers else ~long
+                if kept.any():
+                    self._add(group, outliers=outliers, chosen=tuple(part[kept] for part in chosen))
 
     def result(self) -> Evaluation:
         """The numbers of everything added so far. Raises FluxIRError if that is nothing."""
@@ -201,33 +251,78 @@ class Evaluator:
                 "an evaluation needs at least one token: got none",
                 hint="check which images are held out, and the filters of the tokens",
             )
-        groups = sorted(self._sums)  # always in this order, so that the same tokens give the same bits
-        overall = self._merged(groups)
+        overall = self._merged()
         frequency = (overall.fired.double() / max(1, overall.deviation.count)).cpu()
-        steps, streams = sorted({step for step, _ in groups}), sorted({stream for _, stream in groups})
+        per_step, per_stream, per_group = self._broken_down()
         return Evaluation(
             overall=overall.numbers(),
-            per_step={step: self._merged([group for group in groups if group[0] == step]).numbers() for step in steps},
-            per_stream={
-                name: self._merged([group for group in groups if group[1] == name]).numbers() for name in streams
-            },
-            per_group={group: self._sums[group].numbers() for group in groups},
+            per_step=per_step,
+            per_stream=per_stream,
+            per_group=per_group,
             density=density_of(frequency),
             frequency=frequency,
+            mean_active=(self._activations / overall.fired.clamp_min(1)).float().cpu(),
+            max_active=self._largest.cpu(),
+            outliers=None if self.limits is None else self._outliers(overall),
         )
 
-    def _merged(self, groups: Iterable[Group]) -> _Sums:
+    def _outliers(self, overall: _Sums) -> Outliers:
+        ordinary = self._merged(with_outliers=False)
+        per_step, per_stream, per_group = self._broken_down(with_outliers=False)
+        error, error_left = overall.totals[0].item(), ordinary.totals[0].item()
+        deviation, deviation_left = overall.deviation.squares.item(), ordinary.deviation.squares.item()
+        return Outliers(
+            factor=OUTLIER_FACTOR,
+            tokens=overall.deviation.count - ordinary.deviation.count,
+            share_of_error=_ratio(error - error_left, error),
+            share_of_deviation=_ratio(deviation - deviation_left, deviation),
+            overall=ordinary.numbers(),
+            per_step=per_step,
+            per_stream=per_stream,
+            per_group=per_group,
+        )
+
+    def _broken_down(
+        self, *, with_outliers: bool = True
+    ) -> tuple[dict[int, Numbers], dict[Stream, Numbers], dict[Group, Numbers]]:
+        """The numbers of each step, of each stream, and of each pair of them."""
+        groups = sorted({group for group, outlier in self._sums if with_outliers or not outlier})
+        merged = {group: self._merged([group], with_outliers=with_outliers) for group in groups}
+        steps, streams = sorted({step for step, _ in groups}), sorted({stream for _, stream in groups})
+        of_step = {s: [group for group in groups if group[0] == s] for s in steps}
+        of_stream = {s: [group for group in groups if group[1] == s] for s in streams}
+        return (
+            {s: self._merged(of, with_outliers=with_outliers).numbers() for s, of in of_step.items()},
+            {s: self._merged(of, with_outliers=with_outliers).numbers() for s, of in of_stream.items()},
+            {group: sums.numbers() for group, sums in merged.items()},
+        )
+
+    def _merged(self, groups: Collection[Group] | None = None, *, with_outliers: bool = True) -> _Sums:
+        """What these groups, or all of them, have added up to."""
         if self._like is None:
             raise RuntimeError("nothing was added")
         merged = _Sums(*self._like)
-        for group in groups:
-            merged.merge(self._sums[group])
+        for group, outlier in sorted(self._sums):  # always in this order, so that the same tokens give the same bits
+            if (groups is None or group in groups) and (with_outliers or not outlier):
+                merged.merge(self._sums[group, outlier])
         return merged
+
+    def _add(self, group: Group, *, outliers: bool, chosen: tuple[Tensor, ...]) -> None:
+        x, x_hat, features = chosen
+        sums = self._sums.setdefault((group, outliers), _Sums(x.shape[1], features.shape[1], x.device))
+        sums.add(x, x_hat, (features != 0).sum(0))
+
+    def _follow_activations(self, features: Tensor) -> None:
+        self._activations += features.sum(0)
+        if len(features):
+            torch.maximum(self._largest, features.amax(0).float(), out=self._largest)
 
     def _check(self, x: Tensor, features: Tensor) -> None:
         like = (x.shape[1], features.shape[1], x.device)
         if self._like is None:
             self._like = like
+            self._activations = torch.zeros(like[1], dtype=torch.float64, device=like[2])
+            self._largest = torch.zeros(like[1], device=like[2])
         elif self._like != like:
             raise FluxIRError(
                 f"all batches of one evaluation must be alike: got (d, d_sae, device) {like} after {self._like}",
@@ -243,13 +338,15 @@ def evaluate(
     d_sae: int,
     device: torch.device | str = "cpu",
     target: Callable[[Tensor], Tensor] | None = None,
+    limits: Mapping[Group, float] | None = None,
 ) -> Evaluation:
     """All numbers of a reconstructor on these tokens, in float32 on its `device`.
 
-    `target` makes of a token what is to be given back (None: the token itself). Features are held for a few tokens at a
+    `target` makes of a token what is to be given back (None: the token itself). `limits` are what `outlier_limits`
+    gives: with them the numbers are also given for the ordinary tokens alone. Features are held for a few tokens at a
     time, as many as `d_sae` allows.
     """
-    evaluator, at_once = Evaluator(), max(1, DENSE_VALUES // d_sae)
+    evaluator, at_once = Evaluator(limits), max(1, DENSE_VALUES // d_sae)
     for batch in batches:
         for start in range(0, len(batch.values), at_once):
             rows = slice(start, start + at_once)
@@ -258,6 +355,24 @@ def evaluate(
             wanted = x.float() if target is None else target(x.float())
             evaluator.add(wanted, reconstructor.decode(features).float(), features, steps, is_text)
     return evaluator.result()
+
+
+def outlier_limits(batches: Iterable[EvaluationBatch], steps: Collection[int]) -> dict[Group, float]:
+    """The length above which a token is an outlier, for each step and stream: `OUTLIER_FACTOR` times the median.
+
+    Reads the batches, which come in a random order, until each of `steps` has some thousand tokens, or to their end.
+    """
+    found: dict[Group, list[Tensor]] = defaultdict(list)
+    counts = dict.fromkeys(steps, 0)
+    for batch in batches:
+        norms = lengths(batch.values)
+        for group, rows in _groups(batch.steps, batch.is_text).items():
+            here = norms if rows is None else norms[rows]
+            found[group].append(here.cpu())
+            counts[group[0]] = counts.get(group[0], 0) + len(here)
+        if counts and min(counts.values()) >= _MEDIAN_TOKENS:
+            break
+    return {group: OUTLIER_FACTOR * torch.cat(norms).double().median().item() for group, norms in found.items()}
 
 
 def density_of(frequency: Float[Tensor, " d_sae"]) -> Density:
@@ -275,13 +390,30 @@ def density_of(frequency: Float[Tensor, " d_sae"]) -> Density:
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as plain JSON values, rounded to eight digits; None for what is undefined."""
     return {
-        "overall": numbers_to_json(evaluation.overall),
-        "per_step": {str(step): numbers_to_json(numbers) for step, numbers in evaluation.per_step.items()},
-        "per_stream": {stream: numbers_to_json(numbers) for stream, numbers in evaluation.per_stream.items()},
-        "per_step_and_stream": {
-            f"{step}.{stream}": numbers_to_json(numbers) for (step, stream), numbers in evaluation.per_group.items()
-        },
+        **_broken_down_to_json(evaluation),
         "density": evaluation.density._asdict(),
+        "outliers": None if evaluation.outliers is None else _outliers_to_json(evaluation.outliers),
+    }
+
+
+def _outliers_to_json(outliers: Outliers) -> dict[str, Any]:
+    return {
+        "longer_than_medians": outliers.factor,
+        "tokens": outliers.tokens,
+        "share_of_squared_error": rounded(outliers.share_of_error),
+        "share_of_squared_deviation": rounded(outliers.share_of_deviation),
+        "without": _broken_down_to_json(outliers),
+    }
+
+
+def _broken_down_to_json(found: Evaluation | Outliers) -> dict[str, Any]:
+    return {
+        "overall": numbers_to_json(found.overall),
+        "per_step": {str(step): numbers_to_json(numbers) for step, numbers in found.per_step.items()},
+        "per_stream": {stream: numbers_to_json(numbers) for stream, numbers in found.per_stream.items()},
+        "per_step_and_stream": {
+            f"{step}.{stream}": numbers_to_json(numbers) for (step, stream), numbers in found.per_group.items()
+        },
     }
 
 

@@ -1,5 +1,7 @@
 """Whose folder is this? Reads any autoencoder's folder, and writes one for another program."""
 
+import filecmp
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,15 +27,26 @@ _READERS: dict[Format, Callable[[Path], SparseAutoencoder]] = {
     "dictionary_learning": dictionary_learning.load_dictionary_learning,
     "flow_matching": flow_matching.load_flow_matching,
 }
-_WRITERS: dict[ForeignFormat, Callable[[SparseAutoencoder, Path], Path]] = {
+ExportFormat = Literal["sae_lens", ForeignFormat]
+_WRITERS: dict[ExportFormat, Callable[[SparseAutoencoder, Path], Path]] = {
+    # other programs' decoders are kept as they are
+    "sae_lens": lambda sae, folder: files.save_sae(sae, folder, unit_decoder=False),
     "sparsify": sparsify.save_sparsify,
     "dictionary_learning": dictionary_learning.save_dictionary_learning,
 }
 
 
 def format_of(folder: Path) -> Format:
-    """The format of an autoencoder's folder, told by its weights. Raises FluxIRError if there are none it knows."""
-    found = [name for name, file in _WEIGHTS.items() if (folder / file).is_file()]
+    """The format of an autoencoder's folder, told by its weights.
+
+    Raises FluxIRError if there are none it knows, or those of two autoencoders.
+    """
+    found = _formats_in(folder)
+    if len(found) > 1:
+        raise FluxIRError(
+            f"{folder} must hold one autoencoder: it has {' and '.join(_WEIGHTS[name] for name in found)}",
+            hint="put each of them into a folder of its own, with its config",
+        )
     if not found:
         inside = [path.name for path in sorted(folder.iterdir())[:4]] if folder.is_dir() else "no such folder"
         raise FluxIRError(
@@ -51,6 +64,53 @@ def load_any(folder: Path | str) -> SparseAutoencoder:
     return _READERS[format_of(Path(folder))](Path(folder))
 
 
+def sae_folders(path: Path) -> list[Path]:
+    """The folders of autoencoders at this path and below it, whichever programs saved them, in order of name."""
+    weights = set(_WEIGHTS.values())
+    return sorted({file.parent for file in path.rglob("*") if file.name in weights and file.is_file()})
+
+
+def export(sae: SparseAutoencoder, name: ExportFormat, folder: Path) -> Path:
+    """Write the autoencoder as a program reads it, into a folder where no other autoencoder is.
+
+    A folder that holds exactly what would be written is left as it is. Raises FluxIRError for one that holds any other
+    autoencoder, and for architectures the program does not have.
+    """
+    if not _taken(folder):
+        return _WRITERS[name](sae, folder)
+    with tempfile.TemporaryDirectory(prefix=".flux_ir_export_") as beside:
+        # sparsify takes the name of the folder for the site
+        written = _WRITERS[name](sae, Path(beside) / folder.name)
+        if not _holds(folder, written):
+            raise FluxIRError(
+                f"{folder} holds an autoencoder already, and not what would be written there: "
+                f"{', '.join(_taken(folder))}",
+                hint="name a folder of its own with --output_dir, or delete that one",
+            )
+    return folder
+
+
 def save_as(sae: SparseAutoencoder, name: ForeignFormat, folder: Path) -> Path:
-    """Write the autoencoder as another program reads it. Raises FluxIRError for architectures it does not have."""
+    """Write the autoencoder as another program reads it, over what is there.
+
+    Raises FluxIRError for architectures it does not have.
+    """
     return _WRITERS[name](sae, folder)
+
+
+def _formats_in(folder: Path) -> list[Format]:
+    return [name for name, file in _WEIGHTS.items() if (folder / file).is_file()]
+
+
+def _taken(folder: Path) -> list[str]:
+    """The files of autoencoders in a folder: weights and configs."""
+    names = {*_WEIGHTS.values(), files.CONFIG_FILE, dictionary_learning.CONFIG_FILE}
+    return sorted(name for name in names if (folder / name).is_file())
+
+
+def _holds(folder: Path, written: Path) -> bool:
+    """Whether a folder has the written files, byte for byte, and no other autoencoder's."""
+    return set(_taken(folder)) == set(_taken(written)) and all(
+        (folder / file.name).is_file() and filecmp.cmp(file, folder / file.name, shallow=False)
+        for file in written.iterdir()
+    )
