@@ -7,6 +7,7 @@ nothing reads (`*.partial`). This holds for processes that die, not for power cu
 import difflib
 import errno
 import json
+import os
 import re
 import secrets
 import shutil
@@ -160,8 +161,8 @@ def complete_file(path: Path) -> Iterator[Path]:
         beside.replace(path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
-            raise disk_error(path, error) from error
+        if (full := _full_disk_behind(error)) is not None:
+            raise disk_error(path, full) from error
         raise
 
 
@@ -173,6 +174,18 @@ def disk_error(path: Path, error: OSError, *, needed_bytes: int | None = None) -
     if error.errno not in _DISK_IS_FULL:
         return FluxIRError(message, hint="name a folder that can be written with --output_dir")
     return FluxIRError(message, hint="free some space, keep less with --sites or --steps, or use another --output_dir")
+
+
+def _full_disk_behind(error: BaseException | None) -> OSError | None:
+    """The full disk that made a write fail, if one did: safetensors says it in words, torch on top of what it was."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+            return error
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if said and int(said[1]) in _DISK_IS_FULL:
+            return OSError(int(said[1]), os.strerror(int(said[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _free_bytes(path: Path) -> int:

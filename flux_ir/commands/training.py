@@ -14,7 +14,8 @@ from rich.text import Text
 
 from flux_ir.commands.cli.parse import INTERRUPTED
 from flux_ir.commands.logging_to import check_logger
-from flux_ir.commands.report import Report, peak_memory
+from flux_ir.commands.report import Report, counted, in_units, peak_memory
+from flux_ir.commands.room import free_memory
 from flux_ir.commands.train_sae import SPARSE, TrainSAEOptions
 from flux_ir.commands.training_data import TrainingData, open_data
 from flux_ir.commands.training_run import Planned, Result, Run
@@ -88,7 +89,32 @@ def plan_run(
         compute_dtype=getattr(torch, dtype),
         shard_optimiser=options.shard_optimiser,
     )
+    _check_memory(members, settings, device, ranks)
     return Planned(folder_of(options, data), members, sites, settings, device, run_id(members))
+
+
+def _check_memory(
+    members: Mapping[str, SAEConfig], settings: TrainSettings, device: torch.device, ranks: Ranks
+) -> None:
+    """Raises FluxIRError if weights, gradients and moments alone are more than there is, before any of it is made."""
+    elements = {
+        name: (1 if config.tied else 2) * config.d_in * config.d_sae + config.d_in + config.d_sae
+        for name, config in members.items()
+    }
+    moments = 2 / (ranks.world_size if settings.shard_optimiser else 1)
+    each = 4 * (2 + moments + (settings.ema_decay is not None)) + (settings.compute_dtype != torch.float32) * 2
+    # Weights are drawn on the CPU, from random numbers that are as large.
+    needed = {"cpu": 8 * max(elements.values())} | {str(device): int(each * sum(elements.values()))}
+    for where, size in needed.items():
+        free = free_memory(where)
+        if free is not None and size > free:
+            largest = max(members.values(), key=lambda config: config.d_sae)
+            raise FluxIRError(
+                f"it does not fit: {counted(len(members), 'autoencoder')} of up to {largest.d_sae} features for "
+                f"activations {largest.d_in} wide take {in_units(size)} of memory on {where} (weights, gradients and "
+                f"the optimiser's moments), and {in_units(free)} are free",
+                hint="lower --expansion, or train fewer at a time",
+            )
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> str:
@@ -151,7 +177,10 @@ def run_id(members: dict[str, SAEConfig]) -> str:
 def conclude(report: Report, results: list[Result], *, measured_on: str) -> None:
     """One line per autoencoder, then times, memory and folders."""
     head = ("autoencoder", "features", "FVU", "L0", "dead")
-    rows = [head, *(result.cells() for result in results)]
+    rows: list[tuple[str, ...]] = [head]
+    for result in results:
+        without = result.cells_without_outliers()
+        rows += [result.cells()] if without is None else [result.cells(), without]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     report.results.print(Text(f"measured on {measured_on}", style="bold"))
     for name, *cells in rows:

@@ -29,7 +29,7 @@ from flux_ir.sae.data import TokenBatches, choose_sites
 from flux_ir.sae.filters import Filters, SiteKey
 from flux_ir.sae.held_out import Subject
 from flux_ir.sae.measure_data import measure_normalisation, norm_limits, sample_tokens
-from flux_ir.sae.metrics import EvaluationBatch
+from flux_ir.sae.metrics import EvaluationBatch, Group, outlier_limits
 from flux_ir.sae.pool import Row, slot_bytes
 from flux_ir.sae.splits import Side, Split, split_prompts, split_source
 from flux_ir.sampling.generate import check_steps
@@ -125,18 +125,33 @@ class TrainingData:
 
     def evaluation_batches(self, site: SiteKey, most_tokens: int) -> Iterator[EvaluationBatch]:
         """Held-out tokens of a site; where nothing is held out, training tokens."""
-        side: Side = "held_out" if self.split.threshold > 0 else "training"
         filters = replace(self.filters, outlier_factor=None, limits={})  # outliers are part of the data
         if not callable(self.source):
-            yield from Subject(self.source, site, self.split, filters).tokens(side, EVALUATION_TOKENS, most_tokens)
+            yield from Subject(self.source, site, self.split, filters).tokens(
+                self._side, EVALUATION_TOKENS, most_tokens
+            )
             return
-        blocks = self.held_out if self.held_out is not None else self.source
+        yield from self._live_tokens(self.held_out or self.source, site, self._side, most_tokens)
+
+    def outlier_limits(self, site: SiteKey, most_tokens: int) -> dict[Group, float]:
+        """How long an outlier is, of each step and stream: of the tokens that are measured on; live, of the first."""
+        begun = self.beginning()
+        batches = self.evaluation_batches(site, most_tokens)
+        if callable(begun):
+            batches = self._live_tokens(begun, site, "training", most_tokens)
+        return outlier_limits(batches, self.steps)
+
+    @property
+    def _side(self) -> Side:
+        return "held_out" if self.split.threshold > 0 else "training"
+
+    def _live_tokens(self, blocks: Blocks, site: SiteKey, side: Side, most_tokens: int) -> Iterator[EvaluationBatch]:
         with TokenBatches(
             blocks,
             [site],
             batch_tokens=EVALUATION_TOKENS,
             pool_bytes=AHEAD_BYTES,
-            filters=filters,
+            filters=replace(self.filters, outlier_factor=None, limits={}),
             split=self.split,
             side=side,
             max_tokens=most_tokens,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flux_ir.commands.cli.option import to_json_dict
 from flux_ir.commands.logging_to import Logger, open_logger
-from flux_ir.commands.report import Report
+from flux_ir.commands.report import Report, counted
 from flux_ir.commands.stopping import StopRequest, stop_requests
 from flux_ir.commands.train_sae import TrainSAEOptions
 from flux_ir.commands.training_data import TrainingData
@@ -22,7 +23,7 @@ from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sae.architectures import make_sae
-from flux_ir.sae.checkpoints import Checkpoints, SavedRun
+from flux_ir.sae.checkpoints import DIVERGED, Checkpoints
 from flux_ir.sae.config import SAEConfig
 from flux_ir.sae.data import TokenBatches
 from flux_ir.sae.files import CONFIG_FILE, log_frequency_of, save_sae
@@ -63,12 +64,19 @@ class Result(NamedTuple):
     folder: Path
     d_sae: int
     overall: Mapping[str, Any]
+    outliers: Mapping[str, Any]
+    """How many of the tokens it was measured on are far longer than the others, and its numbers without them."""
 
     def cells(self) -> tuple[str, ...]:
         """A row of the closing table."""
-        fvu, l0, dead = (self.overall[key] for key in ("fvu", "l0", "dead_share"))
-        told = ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
-        return self.folder.name, str(self.d_sae), *told
+        return self.folder.name, str(self.d_sae), *_told(self.overall)
+
+    def cells_without_outliers(self) -> tuple[str, ...] | None:
+        """A second row, if there are outliers."""
+        tokens = self.outliers["tokens"]
+        if not tokens:
+            return None
+        return f"  without {counted(tokens, 'outlier')}", "", *_told(self.outliers["without"]["overall"])
 
 
 class Run:
@@ -81,10 +89,13 @@ class Run:
         self.checkpoints = Checkpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
         self.described = self._describe()
         self.curves: dict[str, list[Row]] = {name: [] for name in planned.members}
-        newest = self.checkpoints.newest()
-        self.saved = None if newest is None else SavedRun(newest)
+        self.saved, faults = self.checkpoints.last_good()
+        for fault in faults:
+            self._note(f"{fault.message}: going on from the one before")
         if self.saved is not None:
-            self._check(self.saved.state["described"], newest)
+            self._check(self.saved.state["described"], self.saved.path)
+        # Never that of another run, also not of the same command into the same folder: curves would be mixed.
+        self.log_id = f"{planned.id}-{secrets.token_hex(4)}" if self.saved is None else self.saved.state["log_id"]
         self.finished = self.saved is None and self._look_at_folders()
 
     def work(self) -> list[Result] | None:
@@ -181,8 +192,9 @@ class Run:
         for name, numbers in progress.read(self.ranks).items():
             if not math.isfinite(numbers["loss"]):
                 raise FluxIRError(
-                    f"the loss of {name} is {numbers['loss']} after {progress.optimiser_step} optimiser steps",
-                    hint="lower --lr, or keep --clip at 1; the last checkpoint is from before",
+                    f"the training diverged: the loss of {name} is {numbers['loss']} after {progress.optimiser_step} "
+                    "optimiser steps; checkpoints from before are kept",
+                    hint=DIVERGED,
                 )
             place = {"step": progress.optimiser_step, "tokens": progress.tokens}
             rate = {"learning_rate": schedules[name].rate(progress.optimiser_step - 1)}
@@ -193,14 +205,16 @@ class Run:
         return rows
 
     def _save(self, trainer: Trainer, batches: TokenBatches) -> None:
-        state = state_of(trainer, batches.state()) | {"described": self.described, "curves": self.curves}
+        state = state_of(trainer, batches.state())
+        state |= {"described": self.described, "curves": self.curves, "log_id": self.log_id}
         self.checkpoints.save(trainer.steps_done, state, trainer.tensors(), trainer.shard())
 
     def _write(self, member: Member) -> None:
         """The folder of one autoencoder; its cfg.json comes last, so a folder that has one is complete."""
         sae, folder = member.finish(), self.planned.folder / member.name
         tokens = self.data.evaluation_batches(member.site, MOST_HELD_OUT)
-        found = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device)
+        limits = self.data.outlier_limits(member.site, MOST_HELD_OUT)
+        found = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device, limits=limits)
         sae.log_frequency = log_frequency_of(found.frequency)
         seen = self.planned.settings.total_steps * self.planned.settings.batch_tokens
         sae.metadata = self.data.metadata() | {"tokens_seen": seen, "fvu": to_json(found)["overall"]["fvu"]}
@@ -225,7 +239,8 @@ class Run:
         found = []
         for name, config in self.planned.members.items():
             about = json.loads((self.planned.folder / name / TRAINING).read_text(encoding="utf-8"))
-            found.append(Result(self.planned.folder / name, config.d_sae, about["result"]["overall"]))
+            result = about["result"]
+            found.append(Result(self.planned.folder / name, config.d_sae, result["overall"], result["outliers"]))
         return found
 
     def _look_at_folders(self) -> bool:
@@ -267,7 +282,7 @@ class Run:
     def _logger(self, first_step: int) -> Logger:
         kind = self.options.log if self.ranks.is_first else "none"
         return open_logger(
-            kind, self.planned.folder, run_id=self.planned.id, first_step=first_step, settings=self.described
+            kind, self.planned.folder, run_id=self.log_id, first_step=first_step, settings=self.described
         )
 
     def _note(self, text: str) -> None:
@@ -308,6 +323,11 @@ def full_batches(batches: TokenBatches, batch_tokens: int) -> Iterator[Mapping[S
             )
         if full:
             yield batch.values
+
+
+def _told(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    fvu, l0, dead = (numbers[key] for key in ("fvu", "l0", "dead_share"))
+    return ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux_ir.distributed import Ranks, wait_for_all
+from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, disk_error, write_json
 from flux_ir.sae.optimiser import Rows
 
-KEPT = 2  # one more than needed: the newest may be of a run that had begun to go wrong
+KEPT = 2  # one more than needed: the newest may be damaged
+DIVERGED = "pass a lower --lr with another --name, and keep --clip at 1: the same command would come to the same end"
 _NAME = re.compile(r"step_(\d{9})")
 _TENSOR = "tensor:"  # stands in the JSON where a tensor was
 
@@ -46,12 +47,31 @@ class Checkpoints:
         """The checkpoint of the latest step, or None if the run has not saved any."""
         return max(self._complete(), default=None)
 
+    def last_good(self) -> tuple["SavedRun | None", list[FluxIRError]]:
+        """The latest checkpoint that can be gone on with, read, and what is wrong with those after it.
+
+        None: the run has not saved any. Raises FluxIRError if it has, and none of them can be read.
+        """
+        faults: list[FluxIRError] = []
+        for path in sorted(self._complete(), reverse=True):
+            try:
+                return SavedRun(path), faults
+            except FluxIRError as error:
+                faults.append(error)
+        if faults:
+            raise faults[0]
+        return None, []
+
     def save(self, step: int, state: Mapping[str, Any], shared: Mapping[str, Tensor], shard: Shard) -> Path:
         """Write the checkpoint of a step, which may hold tensors anywhere in `state`; all but the last two are deleted.
 
         Of `state` and `shared`, those of the first process are written. An empty shard is not.
+
+        Raises FluxIRError, on every process, and writes nothing where a number is not finite: two such checkpoints
+        would be all that is left of the run.
         """
         final = self.folder / f"step_{step:09d}"
+        self._check_finite(step, {**shared, **shard.tensors})
         with self._beside(final) as partial:
             if self.ranks.is_first:
                 plain, tensors = take_tensors(state)
@@ -72,6 +92,18 @@ class Checkpoints:
             with suppress(OSError):  # there are others beside it
                 self.folder.parent.rmdir()
 
+    def _check_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        wrong = not_finite(tensors)
+        if not all_sum(torch.tensor([len(wrong)]), self.ranks).item():
+            return
+        kept = max(self._complete(), default=None)
+        before = f"{kept} is from before, and kept" if kept else "nothing was saved before"
+        raise FluxIRError(
+            f"the training diverged: after {step} optimiser steps {wrong[0] if wrong else 'a moment'} is not finite, "
+            f"so no checkpoint was written; {before}",
+            hint=DIVERGED,
+        )
+
     def _complete(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
@@ -87,7 +119,12 @@ class Checkpoints:
             except OSError as error:
                 raise disk_error(partial, error) from error
         wait_for_all(self.ranks)
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            if self.ranks.world_size == 1:  # the others may still be writing to it
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         wait_for_all(self.ranks)
         if self.ranks.is_first:
             if final.exists():  # a run that went on from here and was stopped before its next step
@@ -104,8 +141,12 @@ class SavedRun:
         try:
             plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
             self.shared = load_file(path / "shared.safetensors")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise FluxIRError(f"{path} is no checkpoint of this program: {error}", hint="delete it") from error
+        if wrong := not_finite(self.shared):
+            raise FluxIRError(
+                f"{path} cannot be gone on with: {wrong[0]} is not finite", hint=f"delete it, and {DIVERGED}"
+            )
         self.state: dict[str, Any] = put_tensors(plain, self.shared)
         self._shards = sorted(path.glob("rank_*.safetensors"))
 
@@ -130,6 +171,11 @@ class SavedRun:
                 hint="the processes must write to one shared folder",
             )
         return torch.cat(found)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
 def take_tensors(value: Any, path: str = "state") -> tuple[Any, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
+_SHORTEST, _LONGEST = 1e-4, 1e15  # mean lengths of tokens as the losses see them: their squares stand in float32
 _ITERATIONS = 200
 _TOLERANCE = 1e-6
 
@@ -42,9 +43,13 @@ def normalisation_of(x: Float[Tensor, "n d_in"]) -> Normalisation:
 def initialise_(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"] | None) -> None:
     """Draw the weights in place; `sample` are normalised tokens for b_dec, which is 0 without them.
 
+    Raises FluxIRError for tokens so short or long that the losses would not be what they say.
+
     The other parameters keep the values their architecture gives them: biases 0, thresholds as `JumpReLU` says.
     """
     config = sae.config
+    if sample is not None:
+        _check_size(sample)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.d_sae, config.d_in)
     draw = {"random": random_rows, "orthogonal": orthogonal_rows}
@@ -56,6 +61,16 @@ def initialise_(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"] | None) 
     if sample is not None:
         sae.b_dec.copy_(geometric_median(sample) if config.bias_init == "geometric_median" else sample.mean(dim=0))
         sae.start_from(sample)
+
+
+def _check_size(sample: Float[Tensor, "n d_in"]) -> None:
+    length = sample.double().norm(dim=1).mean().item()
+    if not _SHORTEST <= length <= _LONGEST:
+        raise FluxIRError(
+            f"tokens must be finite and {_SHORTEST:g} to {_LONGEST:g} long, as training sees them: "
+            f"these are {length:.3g} long",
+            hint="normalise them (leave --normalise on), or multiply them by a constant and store them again",
+        )
 
 
 def random_rows(rows: int, width: int, generator: torch.Generator) -> Float[Tensor, "{rows} {width}"]:

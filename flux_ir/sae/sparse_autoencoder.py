@@ -121,6 +121,13 @@ class SparseAutoencoder(nn.Module, ABC):
                 f"tokens are normalised by a finite mean and a scale above 0: got scale {float(scale)}",
                 hint="look for NaN in the activations, or for ones that are all equal",
             )
+        smallest = torch.finfo(self.norm_scale.dtype).tiny
+        if not smallest < float(scale) < 1 / smallest:
+            raise FluxIRError(
+                f"activations must be of a size that float32 holds in full: to normalise these, they would be "
+                f"multiplied by {float(scale):.3g}",
+                hint="multiply them by a constant that brings them near 1, and store them again",
+            )
         self.norm_mean.copy_(mean)
         self.norm_scale.fill_(float(scale))
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from flux_ir.commands.evaluate_sae import main as evaluate_sae
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.sae.base import SAEConfig, load_sae, make_sae, save_sae
 from flux_ir.sae.held_out import subject_of
+from flux_ir.sae.interop.formats import save_as
 from flux_ir.sae.splits import split_source
 from flux_ir.sites import Site
 
@@ -173,3 +175,58 @@ def test_an_array_can_be_judged_but_not_spliced_into(sweep, tmp_path, capsys):
     assert "does not say what was held out" in capsys.readouterr().err
     assert "from their prompt and seed: got" in refused(capsys, *words, "--splice")
     assert "a plain array has no neurons" in refused(capsys, *words, "--baselines", "neurons")
+
+
+def test_an_autoencoder_without_a_site_is_measured_on_the_site_that_is_named(sweep, captures, tmp_path, capsys):
+    ours = load_sae(sweep / "few")
+    config = SAEConfig.from_dict(ours.config.to_dict() | {"site": None, "model": "FLUX from somewhere", "steps": None})
+    ours.config, ours.metadata = config, {}
+    for folder in (save_sae(ours, tmp_path / "ours"), save_as(ours, "dictionary_learning", tmp_path / "theirs")):
+        words = ["--sae", str(folder), "--captures", str(captures), "--baselines", "None", "--held_out", "0.3"]
+        error = refused(capsys, *words)
+        assert f"{folder} names no site, and these captures have sites" in error
+        assert "hint: say which it is of, such as --site single.6" in error
+        assert "'blocks.3'" in refused(capsys, *words, "--site", "blocks.3")
+        assert evaluate_sae([*words, "--site", "single.6.img"]) == 0
+        assert numbers_of(folder)["data"]["site"] == "single.6.img"
+    assert numbers_of(tmp_path / "ours")["overall"] == numbers_of(tmp_path / "theirs")["overall"]
+    assert evaluate_sae(["--sae", str(sweep / "few"), "--captures", str(captures), "--baselines", "None"]) == 0
+    assert numbers_of(tmp_path / "ours")["overall"]["fvu"] == numbers_of(sweep / "few")["overall"]["fvu"]
+
+
+def test_a_site_that_flux_does_not_have_is_named(sweep, captures, tmp_path, capsys):
+    sae = load_sae(sweep / "few")
+    folder = save_as(sae, "sparsify", tmp_path / "layers.5")
+    error = refused(capsys, "--sae", folder, "--captures", captures)
+    assert f"{folder} names the site 'layers.5', which FLUX does not have, and these captures have sites" in error
+    assert evaluate_sae(["--sae", str(folder), "--captures", str(captures), "--site", "single.6.img"]) == 0
+
+
+def test_a_plain_array_has_no_site_to_name(sweep, tmp_path, capsys):
+    np.save(tmp_path / "array.npy", np.ones((20, 192), np.float32))
+    error = refused(capsys, "--sae", sweep / "few", "--captures", tmp_path / "array.npy", "--site", "single.6")
+    assert "a plain array has no sites: got --site single.6" in error
+
+
+def test_a_few_outliers_that_decide_the_fvu_are_told_apart(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(4096, 8)).astype(np.float32) + 2
+    rows[draw.choice(4096, 40, replace=False)] *= 300
+    np.save(tmp_path / "sinks.npy", rows)
+    sae = make_sae(SAEConfig("topk", 8, 32, k=2), sample=torch.tensor(rows))
+    save_sae(sae, tmp_path / "sae")
+    assert (
+        evaluate_sae(["--sae", str(tmp_path / "sae"), "--captures", str(tmp_path / "sinks.npy"), "--held_out", "0"])
+        == 0
+    )
+    found, printed = numbers_of(tmp_path / "sae"), capsys.readouterr().out
+    long = np.linalg.norm(rows, axis=1) > 10 * np.median(np.linalg.norm(rows, axis=1))
+    x = torch.tensor(rows[~long])
+    with torch.no_grad():
+        expected = ((x - sae(x)).double() ** 2).sum() / ((x.double() - x.double().mean(0)) ** 2).sum()
+    assert found["outliers"]["tokens"] == long.sum() == 40
+    assert found["outliers"]["without"]["overall"]["fvu"] == pytest.approx(expected.item(), rel=1e-5)
+    assert printed.count("without 40 outliers") == 2  # of the autoencoder and of PCA
+    assert (
+        "note: sae: 40 of 4096 tokens are more than 10 times as long as the median and decide the FVU: it is" in printed
+    )

@@ -8,6 +8,7 @@ from flux_ir.sae.architectures import make_sae
 from flux_ir.sae.config import SAEConfig
 from flux_ir.sae.files import load_sae, save_sae
 from flux_ir.sae.interop.formats import format_of, load_any
+from tests.full_disk import file_size_limit
 
 
 @pytest.fixture
@@ -46,3 +47,44 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, message, folder, capsys)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["sae_lens", "sparsify", "dictionary_learning"])
+def test_an_export_never_replaces_another_autoencoder(name, folder, tmp_path, capsys):
+    theirs = tmp_path / "theirs" / "single.6.img"
+    words = ["--sae", str(folder), "--format", name, "--output_dir"]
+    assert main([*words, str(theirs)]) == 0
+    assert main([*words, str(theirs)]) == 0  # the same again
+    other = load_sae(folder)
+    with torch.no_grad():
+        other.b_enc += 1
+    save_sae(other, tmp_path / "other")
+    for target in (theirs, folder):
+        before = contents(target)
+        capsys.readouterr()
+        assert main(["--sae", str(tmp_path / "other"), "--format", name, "--output_dir", str(target)]) == 2
+        assert f"error: {target} holds an autoencoder already, and not what would be written" in capsys.readouterr().err
+        assert contents(target) == before
+
+
+def test_an_export_onto_its_own_folder_changes_nothing(folder, capsys):
+    before = contents(folder)
+    assert main(["--sae", str(folder), "--output_dir", str(folder)]) == 0
+    for name in ("sparsify", "dictionary_learning"):
+        assert main(["--sae", str(folder), "--format", name, "--output_dir", str(folder)]) == 2
+        assert "holds an autoencoder already" in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["sae_lens", "sparsify", "dictionary_learning"])
+def test_a_disk_that_runs_full_is_one_line_and_leaves_nothing_half(name, folder, tmp_path, capsys):
+    with file_size_limit(600):
+        assert main(["--sae", str(folder), "--format", name, "--output_dir", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "error: cannot write" in error
+    assert "File too large" in error
+    assert list((tmp_path / "x").iterdir()) == []

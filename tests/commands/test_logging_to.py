@@ -1,9 +1,17 @@
 """Curves to other programs; each is tested where its package is installed, without a network."""
 
 import pytest
+import torch
 
 from flux_ir.commands.logging_to import NoLogger, check_logger, open_logger
+from flux_ir.commands.report import Report
+from flux_ir.commands.train_sae import TrainSAEOptions
+from flux_ir.commands.training import plan_run
+from flux_ir.commands.training_data import open_data
+from flux_ir.commands.training_run import Run
+from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.checkpoints import Shard
 
 ROWS = {"a": {"step": 3, "tokens": 30, "fvu": 0.5, "loss": None}, "b": {"step": 3, "tokens": 30, "fvu": 0.25}}
 
@@ -45,3 +53,17 @@ def test_wandb_writes_a_run_without_a_network(tmp_path, monkeypatch):
     logger.log(ROWS)
     logger.close()
     assert list(tmp_path.glob("wandb/offline-run-*-run/*.wandb"))
+
+
+def test_two_runs_never_share_an_id_and_one_that_goes_on_keeps_its_own(array, tmp_path):
+    options = TrainSAEOptions(captures=array, k=(4,), batch_tokens=64, device="cpu", output_dir=tmp_path)
+
+    def run():
+        data = open_data(options, Ranks())
+        planned = plan_run(options, data, data.sites, torch.device("cpu"), Ranks())
+        return Run(planned, options, data, Ranks(), Report())
+
+    first, second = run(), run()
+    assert first.log_id != second.log_id
+    first.checkpoints.save(1, {"described": first.described, "log_id": first.log_id}, {}, Shard({}, {}))
+    assert run().log_id == first.log_id

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from flux_ir.activations.tokens import open_source
 from flux_ir.commands.train_sae import main as train_sae
@@ -102,3 +103,43 @@ def test_a_loss_that_is_no_number_any_more_stops_the_run(train, tmp_path):
 def test_a_missing_logger_is_said_before_anything_is_read(train, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert refused(train("--log", "wandb")) == "--log wandb needs the package wandb"
+
+
+def test_a_run_that_diverges_keeps_its_good_checkpoints_and_says_what_to_do(train, tmp_path):
+    words = ("--k", "4", "--epochs", "50", "--lr", "1e36", "--clip", "None", "--checkpoint_tokens", "64")
+    for _ in range(2):
+        code, out, err, saes = train(*words)
+        assert (code, out) == (2, "")
+        assert "error: the training diverged: after " in err
+        assert "hint: pass a lower --lr with another --name" in err
+        for weights in saes.glob("*/.training/*/*/*.safetensors"):
+            assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
+
+
+def test_autoencoders_that_do_not_fit_into_memory_are_refused_before_any_is_made(tmp_path, array, capsys):
+    words = ["--captures", str(array), "--expansion", "2,100000000", "--k", "4", "--batch_tokens", "64"]
+    assert train_sae([*words, "--device", "cpu", "--output_dir", str(tmp_path / "saes")]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: it does not fit: 2 autoencoders of up to 1200000000 features for activations 12 wide take 480 GB of "
+        "memory on cpu (weights, gradients and the optimiser's moments), and "
+    )
+    assert not (tmp_path / "saes").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "error"),
+    [
+        (
+            1e-40,
+            (),
+            "activations must be of a size that float32 holds in full: to normalise these, they would be multi",
+        ),
+        (1e-40, ("--nonormalise",), "tokens must be finite and 0.0001 to 1e+15 long, as training sees them: these are"),
+        (1e-7, ("--nonormalise",), "tokens must be finite and 0.0001 to 1e+15 long, as training sees them: these are"),
+        (1e30, ("--nonormalise",), "tokens must be finite and 0.0001 to 1e+15 long, as training sees them: these are"),
+    ],
+)
+def test_activations_whose_squares_float32_cannot_hold_are_refused(train, tmp_path, size, words, error):
+    rows = size * np.random.default_rng(0).normal(size=(2000, D))
+    np.save(tmp_path / "rows.npy", rows.astype(np.float32))
+    assert error in refused(train(*words, captures=tmp_path / "rows.npy"))

@@ -3,11 +3,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.checkpoints import Checkpoints, SavedRun, Shard, put_tensors, take_tensors
 from flux_ir.sae.optimiser import Rows
+from tests.full_disk import file_size_limit
 
 ONE = Ranks()
 NOTHING = Shard({}, {})
@@ -96,3 +98,53 @@ def test_tensors_are_taken_out_of_a_nest_and_put_back():
     assert torch.equal(again["a"][1]["b"], torch.zeros(1))
     assert again["c"] == "tensors"
     assert again["d"] == [1, None, 2.5]
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_written_and_pushes_none_out(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ONE)
+    for step in (1, 2):
+        checkpoints.save(step, {}, {"a/weights/W_dec": torch.ones(2)}, NOTHING)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    broken = torch.tensor([1.0, float("nan")])
+    with pytest.raises(FluxIRError, match=r"after 3 .* a/weights/W_dec is not finite, so no checkpoint") as caught:
+        checkpoints.save(3, {}, {"a/weights/W_dec": broken}, NOTHING)
+    assert "step_000000002 is from before, and kept" in caught.value.message
+    assert "pass a lower --lr with another --name" in caught.value.hint
+    with pytest.raises(FluxIRError, match=r"encoder.second is not finite"):
+        checkpoints.save(3, {}, {}, Shard({"encoder.second": torch.tensor([float("inf")])}, {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["nan", "cut", "pointer", "no state"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path, ONE)
+    for step in (1, 2):
+        newest = checkpoints.save(step, {"step": step}, {"w": torch.ones(20)}, NOTHING)
+    weights = newest / "shared.safetensors"
+    if damage == "nan":
+        save_file({"w": torch.full((20,), float("nan"))}, weights)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif damage == "pointer":
+        weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    else:
+        (newest / "state.json").unlink()
+    saved, faults = checkpoints.last_good()
+    assert saved.state == {"step": 1}
+    (fault,) = faults
+    assert str(newest) in fault.message
+    (tmp_path / "step_000000001" / "state.json").unlink()
+    with pytest.raises(FluxIRError, match="step_000000002"):  # the newest, if none is good
+        checkpoints.last_good()
+
+
+def test_a_disk_that_runs_full_leaves_the_earlier_checkpoint_and_nothing_half(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints.save(1, {}, {"w": torch.ones(1)}, NOTHING)
+    with (
+        file_size_limit(100_000),
+        pytest.raises(FluxIRError, match=r"cannot write .*shared.safetensors: File too large") as caught,
+    ):
+        checkpoints.save(2, {}, {"w": torch.ones(100_000)}, NOTHING)
+    assert "free some space" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]

@@ -8,7 +8,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.config import ARCHITECTURES
-from flux_ir.sae.metrics import Deviation, Evaluator, density_of, evaluate, to_json
+from flux_ir.sae.metrics import OUTLIER_FACTOR, Deviation, Evaluator, density_of, evaluate, outlier_limits, to_json
 
 
 class Tokens(NamedTuple):
@@ -191,3 +191,75 @@ def test_dictionaries_of_two_sizes_are_refused(evaluated):
     evaluator.add(evaluated.x, evaluated.x_hat, evaluated.features)
     with pytest.raises(FluxIRError, match="must be alike"):
         evaluator.add(evaluated.x, evaluated.x_hat, evaluated.features[:, :5])
+
+
+def with_sinks(evaluated, share=0.02, longer=300):
+    """The tokens with a few of them far longer than the others, and whether each is one of these."""
+    sink = torch.rand(len(evaluated.x), generator=torch.Generator().manual_seed(3)) < share
+    factor = torch.where(sink, longer, 1)[:, None]
+    return evaluated._replace(x=evaluated.x * factor, x_hat=evaluated.x_hat * factor), sink
+
+
+@pytest.mark.parametrize("sizes", [[500], [64], [3, 50]])
+def test_outliers_are_counted_and_every_number_is_given_without_them_too(evaluated, sizes):
+    tokens, sink = with_sinks(evaluated)
+    batches = [Batch(tokens.x, tokens.steps, tokens.is_text)]
+    evaluator, start = Evaluator(outlier_limits(batches, [0, 1, 2])), 0
+    while start < len(tokens.x):
+        size = sizes[start % len(sizes)]
+        evaluator.add(*(column[start : start + size] for column in tokens))
+        start += size
+    found = evaluator.result()
+    assert same(found.overall, by_hand(tokens, slice(None)))
+    assert found.outliers.tokens == sink.sum()
+    assert same(found.outliers.overall, by_hand(tokens, ~sink))
+    assert same(found.outliers.per_step[1], by_hand(tokens, ~sink & (tokens.steps == 1)))
+    assert same(found.outliers.per_stream["txt"], by_hand(tokens, ~sink & tokens.is_text))
+    error = ((tokens.x - tokens.x_hat).double() ** 2).sum(1)
+    assert found.outliers.share_of_error == pytest.approx((error[sink].sum() / error.sum()).item())
+    assert found.decided_by_outliers
+    written = to_json(found)["outliers"]
+    assert (written["longer_than_medians"], written["tokens"]) == (OUTLIER_FACTOR, int(sink.sum()))
+    assert written["without"]["overall"]["fvu"] == pytest.approx(found.outliers.overall.fvu, rel=1e-7)
+
+
+def test_each_step_and_stream_has_a_median_of_its_own(evaluated):
+    text = evaluated.is_text[:, None]
+    tokens = evaluated._replace(x=torch.where(text, 50 * evaluated.x, evaluated.x))  # long, and ordinary for text
+    limits = outlier_limits([Batch(tokens.x, tokens.steps, tokens.is_text)], [0, 1, 2])
+    found = Evaluator(limits)
+    found.add(*tokens)
+    assert found.result().outliers.tokens == 0
+    assert not found.result().decided_by_outliers
+    chosen = tokens.x[(tokens.steps == 2) & tokens.is_text].norm(dim=1).double()
+    assert limits[2, "txt"] == pytest.approx(OUTLIER_FACTOR * chosen.median().item())
+
+
+def test_limits_are_measured_on_as_many_batches_as_it_takes():
+    draw = torch.Generator().manual_seed(0)
+    read = 0
+
+    def batches():
+        nonlocal read
+        for step in (0, 0, 1, 1, 1):
+            read += 1
+            yield Batch(torch.randn(3000, 4, generator=draw), torch.full((3000,), step), torch.zeros(3000).bool())
+
+    assert outlier_limits(batches(), [0, 1]).keys() == {(0, "img"), (1, "img")}
+    assert read == 4
+
+
+def test_mean_and_largest_activation_are_those_of_the_tokens_a_feature_fires_on(evaluated):
+    found = added(evaluated, [30])
+    z = evaluated.features.double()
+    expected = z.sum(0) / (z > 0).sum(0).clamp_min(1)
+    torch.testing.assert_close(found.mean_active, expected.float())
+    assert torch.equal(found.max_active, evaluated.features.amax(0))
+    assert found.mean_active[4] == found.max_active[4] == 0
+
+
+def test_a_cosine_of_tiny_tokens_is_a_cosine(evaluated):
+    tiny = evaluated._replace(x=evaluated.x * 1e-12, x_hat=evaluated.x_hat * 1e-12)
+    assert added(tiny, [64]).overall.cosine == pytest.approx(added(evaluated, [64]).overall.cosine, rel=1e-6)
+    zeros = evaluated._replace(x_hat=torch.zeros_like(evaluated.x_hat))
+    assert added(zeros, [64]).overall.cosine == 0

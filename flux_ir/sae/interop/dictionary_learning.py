@@ -41,8 +41,11 @@ def save_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> Path:
         raise refuse(sae, "dictionary_learning", tuple(_FORMATS))
     folded = sae.folded()
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in chosen.to_theirs(folded).items()}
-    with complete_file(folder / WEIGHTS_FILE) as beside:
-        torch.save(tensors, beside)
+    with (
+        complete_file(folder / WEIGHTS_FILE) as beside,
+        beside.open("wb") as file,
+    ):  # a full disk is told through a file
+        torch.save(tensors, file)
     trainer = {
         "dict_class": chosen.dict_class,
         "activation_dim": sae.config.d_in,
