@@ -5,7 +5,7 @@ Sites that have the same tokens (all image sites, say) are one run: their autoen
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
