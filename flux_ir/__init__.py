@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ir.api.lens import LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
+    from flux_ir.api.visualize import Visualization, create_visualization, explore
     from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
     from flux_ir.recording.recorder import MemorySink, Recorder
@@ -28,8 +29,10 @@ _MODULES = {
     "CaptureResult": "flux_ir.api.capture",
     "collect": "flux_ir.api.collect",
     "convert_collection": "flux_ir.api.collect",
+    "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
     "encode_prompt": "flux_ir.api.models",
+    "explore": "flux_ir.api.visualize",
     "export": "flux_ir.api.export",
     "FluxIRError": "flux_ir.errors",
     "Intervention": "flux_ir.recording.intervention",
@@ -45,6 +48,7 @@ _MODULES = {
     "sample": "flux_ir.api.models",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.splice",
+    "Visualization": "flux_ir.api.visualize",
 }
 
 __all__ = [
@@ -58,11 +62,14 @@ __all__ = [
     "Progress",
     "Recorder",
     "Site",
+    "Visualization",
     "capture",
     "collect",
     "convert_collection",
+    "create_visualization",
     "decode",
     "encode_prompt",
+    "explore",
     "export",
     "load_model",
     "open_source",

@@ -1,14 +1,11 @@
 """`flux-ir explore`: one HTML page to look at runs with."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import Runs
-
-PAGE = "explorer.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +26,17 @@ class ExploreOptions(Runs):
 
 def run(options: ExploreOptions) -> None:
     """Write the page and print its path. Raises FluxIRError for what a user can mend."""
-    from flux_ir.explorer.data import find_runs
-    from flux_ir.explorer.page import write_explorer
+    from flux_ir.api.visualize import explore
+    from flux_ir.commands.report import Report
 
-    ids = options.generation_id or tuple(find_runs(options.output_dir))
-    note = f"thumbnails of {len(ids)} {'run' if len(ids) == 1 else 'runs'}: {', '.join(ids[:4])}"
-    print(note + (", ..." if len(ids) > 4 else ""), file=sys.stderr)
-    page = write_explorer(options.output_dir, ids, options.output_dir / PAGE, single_file=options.single_file)
-    print(page)
+    with Report() as report:
+        page = explore(
+            options.generation_id,
+            output_dir=options.output_dir,
+            single_file=options.single_file,
+            progress=report.watch,
+        )
+    report.results.print(str(page))
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

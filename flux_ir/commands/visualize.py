@@ -1,7 +1,7 @@
 """`flux-ir visualize` (and `create_visualization.py`): films and sheets of what each block would have drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from flux_ir.commands.cli.option import REQUIRED, flags, option
@@ -11,6 +11,7 @@ from flux_ir.errors import FluxIRError
 
 WHAT, HOW, WHERE = "what is shown", "how it is shown", "where"
 MOST_GIF_FPS = 50
+MOST_NAMED = 20  # pictures left out are named one by one up to here
 
 _MEANS_NOTHING_FOR = {
     "gif": (),
@@ -91,9 +92,23 @@ class VisualizeOptions(Runs):
 
 def run(options: VisualizeOptions) -> None:
     """Show what the options say. Raises FluxIRError for what a user can mend."""
-    from flux_ir.commands.showing import show
+    from flux_ir.api.visualize import VisualizationSettings, draw
+    from flux_ir.commands.report import Report, host_memory
 
-    show(options)
+    settings = VisualizationSettings(
+        **{field.name: getattr(options, field.name) for field in fields(VisualizationSettings)}
+    )
+    with Report() as report:
+        drawn = draw(settings, report.watch)
+    for path, reason in list(drawn.left_out.items())[:MOST_NAMED]:
+        report.note(f"left out: {path}: {reason}")
+    if (more := len(drawn.left_out) - MOST_NAMED) > 0:
+        report.note(f"left out: {more} more")
+    if drawn.frames:
+        width, height = drawn.size_px
+        report.results.print(f"{drawn.frames} frames of {width} x {height} px, {drawn.seconds:.2f} s")
+    memory = {} if options.output_format == "html" else host_memory()
+    report.table(f"generation {drawn.generation_id}", drawn.files, memory)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

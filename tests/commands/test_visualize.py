@@ -13,8 +13,8 @@ import imageio_ffmpeg
 import pytest
 from PIL import Image
 
+from flux_ir.api.visualize import VisualizationSettings, create_visualization, file_name
 from flux_ir.commands.main import main as flux_ir
-from flux_ir.commands.showing import file_name
 from flux_ir.commands.visualize import VisualizeOptions, main
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder
@@ -274,7 +274,7 @@ def test_the_names_are_those_of_the_original_program():
     folders = [RunFolder(Path("output"), ID), RunFolder(Path("output"), OTHER)]
 
     def name(*, compare=False, **options):
-        return file_name(VisualizeOptions(generation_id=ID, **options), folders if compare else folders[:1])
+        return file_name(VisualizationSettings(generation_id=ID, **options), folders if compare else folders[:1])
 
     assert name() == f"visualization_{ID}.gif"
     assert name(block_type="single", output_format="mp4") == f"visualization_{ID}_single.mp4"
@@ -288,6 +288,15 @@ def test_options_are_checked_from_python_too():
     with pytest.raises(FluxIRError, match="--fps"):
         VisualizeOptions(generation_id=ID, fps=0.0)
     assert VisualizeOptions(generation_id=ID, output_format="mp4", fps=60).fps == 60
+
+
+def test_a_film_from_python_says_what_it_is_and_prints_nothing(output, capsys):
+    drawn = create_visualization(ID, steps=[0, 2], block_type="double", fps=4, output_dir=output)
+    assert capsys.readouterr() == ("", "")
+    assert (drawn.frames, drawn.seconds, drawn.left_out) == (4, 1.0, {})
+    assert drawn.files == {"film": output / ID / f"visualization_{ID}_double_steps_0,2.gif"}
+    with pytest.raises(FluxIRError, match="at most 50 pictures per second"):
+        create_visualization(ID, fps=51, output_dir=output)
 
 
 def test_the_verb_does_the_same_as_the_script(output):
