@@ -98,14 +98,15 @@ def test_the_generation_id_comes_first_and_the_table_last(captured_run):
 
 def test_progress_and_notes_go_to_stderr_alone(captured_run):
     lines = captured_run.stderr.splitlines()
-    assert re.fullmatch(r"flux-tiny on (cpu|cuda:0) \(.*\), " + re.escape(f"{COMPUTE}, seed 1"), lines[0])
-    for phase, count in (("load", 4), ("sample", 3), ("decode", 3 * len(BLOCKS))):
+    assert lines[0] == "transformer, autoencoder, T5, CLIP: the package's own"
+    assert re.fullmatch(r"flux-tiny on (cpu|cuda:0) \(.*\), " + re.escape(f"{COMPUTE}, seed 1"), lines[1])
+    for phase, count in (("load", 3), ("sample", 3), ("decode", 3 * len(BLOCKS))):
         assert [line for line in lines if re.match(rf"{phase} .* {count}/{count} ", line)]
     (note,) = [line for line in lines if line.startswith("note: ")]
     unknown = "'\"', ',', 'it', \"'\", 's', '[', ']', '[/', '\N{CAT}'."
     assert f"words never seen in training: {unknown}" in note
     assert "It knows these words: a, " in note
-    assert len(lines) == 5  # nothing of other libraries
+    assert len(lines) == 6  # nothing of other libraries
 
 
 def test_the_metadata_say_how_to_repeat_the_run(captured_run):
@@ -125,7 +126,7 @@ def test_the_metadata_say_how_to_repeat_the_run(captured_run):
     assert {key: metadata[key] for key in first} == first
     assert re.fullmatch(r"\d{8}_\d{6}", metadata["timestamp"])
     assert metadata["timestamp"] in capture.path.name
-    assert metadata["options"].keys() == {flag.name for flag in flags(CaptureOptions)}
+    assert metadata["options"].keys() == {flag.name for flag in flags(CaptureOptions)} - {"plan"}
     assert metadata["options"]["prompt"] == captured_run.prompt
     assert metadata["options"]["num_steps"] == 3
     assert metadata["captured_steps"] == [0, 1, 2]
