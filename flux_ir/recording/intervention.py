@@ -9,7 +9,6 @@ what is computed with, which is the value the last intervention gave.
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +18,17 @@ from torch import Tensor, nn
 from flux_ir.errors import FluxIRError
 from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
-from flux_ir.recording.recorder import Listener, block_input, module_of, rows_of, stream_of
+from flux_ir.recording.recorder import (
+    NOT_CALLED,
+    Listener,
+    block_input,
+    check_not_compiled,
+    forward_arguments,
+    module_of,
+    no_forward,
+    rows_of,
+    stream_of,
+)
 from flux_ir.shapes import Tokens
 from flux_ir.sites import Site, sites_of
 
@@ -40,7 +49,8 @@ class Intervention:
 
     An edit that gives back what it got changes no bit. No hook is left behind, whatever raises.
 
-    Raises FluxIRError for sites that the model does not have, and within a forward for an edit that gives anything but
+    Raises FluxIRError for sites that the model does not have, for a compiled model, for a site that a step did not
+    come to, when the next step begins, and within a forward for an edit that gives anything but
     a tensor of the same shape, dtype and device.
     """
 
@@ -57,14 +67,16 @@ class Intervention:
         # A block's update and its output are changed by one module's hooks: the update is a part of the output.
         self.edits = sorted(pairs, key=lambda pair: pair[0].part != "update")
         self.model, self.steps = flux, None if steps is None else frozenset(steps)
-        self._signature = signature(flux.forward)
         self._hooks: ExitStack | None = None
         self._step, self._txt_tokens, self._changing = -1, 0, False
+        self._to_come: set[Site] = set()
 
     def __enter__(self) -> "Intervention":
         if self._hooks is not None:
             raise RuntimeError("this intervention is already entered")
+        check_not_compiled(self.model, [site for site, _ in self.edits])
         self._step, self._changing = -1, False
+        self._to_come.clear()
         with ExitStack() as hooks:  # undone at once if one of them cannot be set
             hooks.callback(self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True).remove)
             for site, edit in self.edits:
@@ -81,16 +93,23 @@ class Intervention:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.close()
+        if kind is None and self._step < 0:
+            raise no_forward("intervention")
 
     def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._to_come:
+            missing = ", ".join(map(str, sorted(self._to_come)))
+            raise FluxIRError(f"step {self._step} was not changed at {missing}", hint=NOT_CALLED)
         self._step += 1
         self._changing = self.steps is None or self._step in self.steps
-        self._txt_tokens = self._signature.bind(*args, **kwargs).arguments["txt"].shape[1]
+        self._to_come = {site for site, _ in self.edits} if self._changing else set()
+        self._txt_tokens = forward_arguments(model, args, kwargs)["txt"].shape[1]
 
     def _editor(self, site: Site, edit: Edit) -> Callable[..., Any]:
         def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not self._changing:
                 return output
+            self._to_come.discard(site)
             current = stream_of(site, output)
             rows = rows_of(site, current.shape[1], self._txt_tokens)
             if site.part == "update":

@@ -4,7 +4,7 @@ Every site is the output of some module, or what a block made of its input; `mod
 the sink that writes the capture file, and `intervention`, which writes at sites.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from inspect import signature
 from types import TracebackType
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from flux_ir.errors import FluxIRError
 from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step
@@ -78,7 +79,10 @@ class Recorder:
     With `stop_early` the forward of the last of `steps` ends by `RecordingComplete` as soon as its last site is
     recorded: nothing deeper is computed. The steps before it run whole, for the sampler goes on from their velocity.
 
-    Raises FluxIRError for sites the model does not have.
+    Every site must come once in every step that is recorded: one that did not is an error when the next step begins,
+    or when the `with` ends.
+
+    Raises FluxIRError for sites the model does not have, and for a compiled model, whose hooks may never be called.
     """
 
     def __init__(
@@ -97,14 +101,16 @@ class Recorder:
         self.model, self.sites, self.sink = flux, tuple(chosen), sink
         self.steps = None if steps is None else frozenset(steps)
         self._last_step = max(steps) if stop_early and steps else None
-        self._signature = signature(flux.forward)
         self._hooks: ExitStack | None = None
-        self._step, self._txt_tokens, self._recording, self._to_come = -1, 0, False, 0
+        self._step, self._txt_tokens, self._recording = -1, 0, False
+        self._to_come: set[Site] = set()
 
     def __enter__(self) -> "Recorder":
         if self._hooks is not None:
             raise RuntimeError("this recorder is already listening")
+        check_not_compiled(self.model, self.sites)
         self._step, self._recording = -1, False
+        self._to_come.clear()
         with ExitStack() as hooks:  # undone at once if one of them cannot be set
             before = self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True)
             hooks.callback(before.remove)
@@ -121,19 +127,33 @@ class Recorder:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.close()
+        if kind is None:
+            if self._step < 0:
+                raise no_forward("recorder")
+            self._check_complete()
+
+    def _check_complete(self) -> None:
+        if self._to_come:
+            missing = ", ".join(map(str, sorted(self._to_come)))
+            raise FluxIRError(
+                f"step {self._step} was recorded in part: {len(self._to_come)} of {len(self.sites)} sites never came: "
+                f"{missing}",
+                hint=NOT_CALLED,
+            )
 
     def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._check_complete()
         self._step += 1
         self._recording = self.steps is None or self._step in self.steps
         if self._recording:
-            given = self._signature.bind(*args, **kwargs).arguments
+            given = forward_arguments(model, args, kwargs)
             self._txt_tokens = given["txt"].shape[1]
             self.sink.begin_step(self._step, StepContext(given["img"], given["y"], self._txt_tokens))
-            self._to_come = len(self.sites)
+            self._to_come = set(self.sites)
             self._stop_if_complete()
 
     def _stop_if_complete(self) -> None:
-        if self._step == self._last_step and self._to_come == 0:
+        if self._step == self._last_step and not self._to_come:
             raise RecordingComplete
 
     def take(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -145,7 +165,7 @@ class Recorder:
             value = value - block_input(site, args, kwargs)
         rows = rows_of(site, value.shape[1], self._txt_tokens)
         self.sink.write(self._step, site, value if site.whole == site else value[:, rows])
-        self._to_come -= 1
+        self._to_come.discard(site)
         self._stop_if_complete()
 
 
@@ -157,6 +177,38 @@ class Listener:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.recorder.take(self.site, args, kwargs, output)
+
+
+# Why a hook that was set is not called.
+NOT_CALLED = (
+    "a compiled model calls no hooks that came later, and block.forward(...) calls none: "
+    "run the model as it was loaded, by model(...)"
+)
+
+
+def check_not_compiled(model: Flux, sites: Iterable[Site]) -> None:
+    """Raises FluxIRError if the model is compiled, or a module around one of the sites is."""
+    for site in (None, *sites):
+        names = module_of(site).split(".") if site else []
+        for depth in range(len(names) + 1):
+            name = ".".join(names[:depth])
+            module = model.get_submodule(name)
+            # `torch.compile(module)` wraps the module, `module.compile()` marks it.
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                raise FluxIRError(
+                    f"a recorder or an intervention needs a model that is not compiled: {name or 'the model'} is",
+                    hint="pass the model as it was before torch.compile, and run that one",
+                )
+
+
+def no_forward(who: str) -> FluxIRError:
+    """What to say of a recorder or an intervention whose model was never called."""
+    return FluxIRError(f"the {who} saw no forward of its model while it was entered", hint=NOT_CALLED)
+
+
+def forward_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward was called with, by name. From the class: others wrap the `forward` of an instance."""
+    return signature(type(model).forward).bind(model, *args, **kwargs).arguments
 
 
 def module_of(site: Site) -> str:

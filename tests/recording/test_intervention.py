@@ -138,11 +138,13 @@ def test_no_hook_stays_when_an_edit_fails(tiny_flux, tiny_inputs, error):
     assert hooks_on(model) == 0
 
 
-def test_no_hook_stays_when_entering_fails_midway_and_it_is_entered_once_at_a_time(tiny_flux):
+def test_no_hook_stays_when_entering_fails_midway_and_it_is_entered_once_at_a_time(tiny_flux, tiny_inputs):
     model = tiny_flux()
     intervention = Intervention(model, {"single.*": double})
-    with intervention, pytest.raises(RuntimeError, match="already entered"), intervention:
-        pytest.fail("the body must not run")
+    with intervention:
+        with pytest.raises(RuntimeError, match="already entered"), intervention:
+            pytest.fail("the body must not run")
+        model(*tiny_inputs())
     del model.single_blocks[2]
     with pytest.raises(AttributeError), intervention:
         pytest.fail("the body must not run")
@@ -186,3 +188,18 @@ def test_gradients_pass_through_an_edit(tiny_flux, tiny_inputs):
     with Intervention(model, {"single.0.img": lambda value, step: value + direction}):
         model(*tiny_inputs()).square().sum().backward()
     assert direction.grad.abs().sum() > 0
+
+
+def test_an_intervention_that_never_came_to_its_site_says_so(tiny_flux, tiny_inputs):
+    model, other = tiny_flux(), tiny_flux()
+    with (
+        pytest.raises(FluxIRError, match="the intervention saw no forward of its model"),
+        Intervention(model, {"single.*": double}),
+    ):
+        other(*tiny_inputs())
+    model.single_blocks[1].compile(backend="eager")
+    with (
+        pytest.raises(FluxIRError, match=r"needs a model that is not compiled: single_blocks\.1 is"),
+        Intervention(model, {"single.1": double}),
+    ):
+        pytest.fail("the body must not run")

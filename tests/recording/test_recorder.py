@@ -128,13 +128,14 @@ def test_no_hook_remains_when_entering_fails_midway(tiny_flux):
     assert hooks_on(model) == 0
 
 
-def test_a_recorder_listens_once_at_a_time(tiny_flux):
+def test_a_recorder_listens_once_at_a_time(tiny_flux, tiny_inputs):
     model = tiny_flux()
     with Recorder(model, block_outputs(2, 3), MemorySink()) as recorder:
         hooks = hooks_on(model)
         with pytest.raises(RuntimeError), recorder:
             pytest.fail("the body must not run")
         assert hooks_on(model) == hooks
+        model(*tiny_inputs())
     assert hooks_on(model) == 0
 
 
@@ -165,3 +166,79 @@ def test_recording_keeps_no_graph(tiny_flux, tiny_inputs):
     assert not any(value.requires_grad for value in sink.values.values())
     F.mse_loss(velocity, torch.zeros_like(velocity)).backward()
     assert model.img_in.weight.grad is not None
+
+
+# ---- What was promised is counted
+
+
+def test_a_site_whose_module_is_not_called_is_missed_at_the_next_step_and_at_the_end(tiny_flux, tiny_inputs):
+    def run(model, steps):
+        for _ in range(steps):
+            model(*tiny_inputs())
+
+    model = tiny_flux()
+    sites = [Site.parse(name) for name in ("single.0", "single.1", "single.2")]
+    block = model.single_blocks[1]
+    model.single_blocks[1] = _Uncalled(block)
+    for steps in (1, 2):
+        recorder = Recorder(model, sites, MemorySink())
+        with (
+            pytest.raises(FluxIRError, match=r"step 0 .* in part: 1 of 3 sites never came: single\.1") as caught,
+            recorder,
+        ):
+            run(model, steps)
+        assert "compiled" in (caught.value.hint or "")
+    assert hooks_on(model) == 0
+
+
+class _Uncalled(torch.nn.Module):
+    """Stands for a block that something else computes: its hooks are never called."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def __call__(self, *args):
+        return self.block(*args)
+
+
+def test_a_recorder_whose_model_was_never_run_says_so(tiny_flux, tiny_inputs):
+    model, other = tiny_flux(), tiny_flux()
+    with (
+        pytest.raises(FluxIRError, match="the recorder saw no forward of its model"),
+        Recorder(model, "single.*", MemorySink()),
+    ):
+        other(*tiny_inputs())
+
+
+def test_compiled_models_and_blocks_are_refused(tiny_flux, tiny_inputs):
+    model, compiled = tiny_flux(), tiny_flux()
+    compiled.compile(backend="eager")
+    with (
+        pytest.raises(FluxIRError, match="needs a model that is not compiled: the model is"),
+        Recorder(compiled, "single.1", MemorySink()),
+    ):
+        pytest.fail("the body must not run")
+    model.single_blocks[1].compile(backend="eager")
+    with (
+        pytest.raises(FluxIRError, match=r"not compiled: single_blocks\.1 is"),
+        Recorder(model, "single.1.neurons", MemorySink()),
+    ):
+        pytest.fail("the body must not run")
+    sink = MemorySink()
+    with Recorder(model, "single.0", sink):  # another block may be
+        model(*tiny_inputs())
+    assert len(sink.values) == 1
+
+
+def test_a_wrapped_forward_is_recorded_all_the_same(tiny_flux, tiny_inputs):
+    """As accelerate wraps the forwards of instances."""
+    model, plain, wrapped = tiny_flux(), MemorySink(), MemorySink()
+    with Recorder(model, "*.img", plain):
+        model(*tiny_inputs())
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with Recorder(model, "*.img", wrapped):
+        model(*tiny_inputs())
+    assert plain.values.keys() == wrapped.values.keys()
+    assert all(torch.equal(value, wrapped.values[key]) for key, value in plain.values.items())

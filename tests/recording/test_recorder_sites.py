@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec, model_names
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.recorder import MemorySink, Recorder
@@ -132,6 +133,7 @@ def test_every_site_has_its_module_in_every_model_of_the_registry(name):
         model = Flux(params)
     sites = every_site(model)
     assert len(sites) == 10 * params.depth + 12 * params.depth_single_blocks
-    with Recorder(model, sites, MemorySink()):
+    recorder = Recorder(model, sites, MemorySink())
+    with pytest.raises(FluxIRError, match="saw no forward"), recorder:
         assert hooks_on(model) > len(sites)
     assert hooks_on(model) == 0
