@@ -11,7 +11,7 @@ import torch
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, write_json
-from flux_ir.lens.decode import LensDecoder, lens_report, read_picture
+from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
@@ -27,8 +27,6 @@ from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
 
 LensWord = Literal["euler", "x0", "both"]
 LENSES: dict[LensWord, tuple[Lens, ...]] = {"euler": ("euler",), "x0": ("x0",), "both": ("euler", "x0")}
-
-ROUNDING = 0.01  # of a bf16 state on another device than it was sampled on, with much to spare
 
 
 class LensResult(NamedTuple):
@@ -98,7 +96,17 @@ def read_lens(
     with phase(progress, "load"):
         model = load_flux(spec, transformer, placement.transformer, compute.dtype)
         decoder = load_autoencoder(spec, autoencoder, placement.ae_decoder)
-    return decode_run(progress, folder, capture, model, decoder, LENSES[lens], earlier=earlier, batch=decode_batch)
+    return decode_run(
+        progress,
+        folder,
+        capture,
+        model,
+        decoder,
+        LENSES[lens],
+        earlier=earlier,
+        batch=decode_batch,
+        other_weights=checkpoint is not None,
+    )
 
 
 def decode_run(
@@ -111,12 +119,23 @@ def decode_run(
     *,
     earlier: dict[str, Any] | None = None,
     batch: int | None = None,
+    other_weights: bool = False,
 ) -> LensResult:
     """Every picture of these lenses, `lens.json`, and one contact sheet per lens.
 
     `earlier` is what `lens.json` held before: the numbers of the lenses that are not read now are kept.
+    `other_weights`: the weights may be others than the capture was made with, as the user wishes.
     """
-    decoder = LensDecoder(capture, model, autoencoder, folder, lenses, final_picture=final_picture(folder), batch=batch)
+    decoder = LensDecoder(
+        capture,
+        model,
+        autoencoder,
+        folder,
+        lenses,
+        final_picture=final_picture(folder),
+        batch=batch,
+        other_weights=other_weights,
+    )
     pictures = list(follow(progress, "decode", decoder.pictures(), total=len(decoder)))
     if decoder.drift > ROUNDING:
         progress(

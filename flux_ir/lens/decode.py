@@ -3,8 +3,10 @@
 Beside the pictures stand the numbers of `measures`, collected into one `lens.json` per run.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, complete_file
-from flux_ir.lens.measures import cosine, finite, psnr_db, relative_distance
+from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distance
 from flux_ir.lens.readout import Lens, Reading, read_step, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.transformer import Flux
@@ -24,6 +27,8 @@ from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.shapes import PackedLatent, Pixels
 from flux_ir.sites import Site
 
+# Drift beyond these is no rounding (of a bf16 state on another device, with much to spare), and no likeness either.
+ROUNDING, NOT_THE_SAME = 0.01, 0.25
 WRITER_THREADS = 2  # JPEG encoding of one batch keeps pace with decoding the next
 WAITING_PICTURES = 64  # no more than this many pictures wait to be written
 # Handed to the decoder at once, where no batch size is asked for: per thread on a CPU, in all on a GPU.
@@ -90,26 +95,48 @@ class LensDecoder:
         *,
         final_picture: Pixels | None = None,
         batch: int | None = None,
+        other_weights: bool = False,
     ) -> None:
+        """`other_weights`: the model may be another than the capture was made with, as the user wishes."""
         self.capture, self.model, self.autoencoder, self.folder = capture, model, autoencoder, folder
         self.lenses = tuple(lenses)
         self.height, self.width = capture.metadata["height"], capture.metadata["width"]
-        self.final_picture = final_picture
+        self.final_picture, self.other_weights = final_picture, other_weights
         device = autoencoder.decoder.conv_in.weight.device
         self.batch = batch or batch_size(self.height, self.width, device)
         self.last_site = Site.parse(f"single.{model.params.depth_single_blocks - 1}")
         self.numbers: list[StepNumbers] = []
-        self.drift = 0.0
-        """How far, at worst and relative to it, the sampler's next state is from the one read at the last block. Other
-        weights than the capture was made with show here; the right ones leave nothing, or rounding on another device.
+
+    @cached_property
+    def drift(self) -> float:
+        """How far, at worst and relative to it, the sampler's next state is from the one read at the last block.
+
+        Other weights than the capture was made with show here; the right ones leave nothing, or rounding on another
+        device. 0 where neighbouring steps or the last block were not captured; infinite for values that are not finite.
         """
+        read = [site for site in readable_sites(self.capture) if site.whole == self.last_site]
+        pairs = [step for step in self.capture.steps if read and step + 1 in self.capture.steps]
+        drifts = []
+        for step in pairs:
+            (last,) = read_step(self.model, self.capture, step, read)
+            drifts.append(relative_distance(last.euler.cpu(), self.capture.context(step + 1).img))
+        return max((drift if math.isfinite(drift) else math.inf for drift in drifts), default=0.0)
 
     def __len__(self) -> int:
         """How many pictures there will be."""
         return len(self.capture.steps) * len(readable_sites(self.capture)) * len(self.lenses)
 
     def pictures(self) -> Iterator[Decoded]:
-        """Every picture once it is on disk, in the order of steps and depth."""
+        """Every picture once it is on disk, in the order of steps and depth.
+
+        Raises FluxIRError, before anything is written, for a capture that these weights cannot have made.
+        """
+        if self.drift > NOT_THE_SAME and not self.other_weights:
+            raise FluxIRError(
+                f"{self.capture.path} is damaged, or was made with other weights: read at the last block, the next "
+                f"state is {self.drift:.1%} off the sampler's",
+                hint="capture again; with --checkpoint it is read by the weights you name, whatever they give",
+            )
         with ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="jpeg") as pool:
             waiting: list[Future[Decoded]] = []
             try:
@@ -139,16 +166,9 @@ class LensDecoder:
         for step in self.capture.steps:
             readings = list(read_step(self.model, self.capture, step))
             self.numbers += compare_step(readings, self.last_site)
-            self.drift = max(self.drift, self._drift_at(step, readings))
             for reading in readings:
                 for lens in self.lenses:
                     yield Place(lens, step, reading.site), reading.latent(lens)
-
-    def _drift_at(self, step: int, readings: Sequence[Reading]) -> float:
-        last = next((r.euler for r in readings if r.site.whole == self.last_site), None)
-        if last is None or step + 1 not in self.capture.steps:
-            return 0.0
-        return relative_distance(last.cpu(), self.capture.context(step + 1).img)
 
     def _decode(self, latents: PackedLatent) -> Pixels:
         return decode(self.autoencoder, latents, self.height, self.width, self.model.dtype)
@@ -170,17 +190,20 @@ def lens_report(
 
     `earlier` is the content of a previous reading of the same capture; what this one did not compute is kept from it.
     """
-    sites: dict[str, dict[int, dict[str, float | int | None]]] = {}
+    sites: dict[str, dict[int, dict[str, float | int | str | None]]] = {}
     for old_site, rows in (earlier or {}).get("sites", {}).items():
         sites[old_site] = {row["step"]: dict(row) for row in rows}
     for number in decoder.numbers:
         row = sites.setdefault(str(number.site), {}).setdefault(number.step, {"step": number.step})
-        row |= {"cosine": finite(number.cosine), "relative_distance": finite(number.relative_distance)}
+        row |= {"cosine": json_number(number.cosine), "relative_distance": json_number(number.relative_distance)}
     for picture in pictures:
         row = sites[str(picture.place.site)][picture.place.step]
-        row[f"psnr_{picture.place.lens}_db"] = finite(picture.psnr_db)
+        row[f"psnr_{picture.place.lens}_db"] = json_number(picture.psnr_db)
     return {
         "generation_id": decoder.folder.generation_id,
-        "reference": {"velocity": f"{decoder.last_site} of the same step", "picture": decoder.folder.image().name},
+        "reference": {
+            "velocity": f"{decoder.last_site} of the same step",
+            "picture": None if decoder.final_picture is None else decoder.folder.image().name,
+        },
         "sites": {site: [rows[step] for step in sorted(rows)] for site, rows in sites.items()},
     }

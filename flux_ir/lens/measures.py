@@ -29,8 +29,11 @@ def psnr_db(of: Pixels, to: Pixels) -> float | None:
     return None if mean_squared_error == 0 else 10 * math.log10(255**2 / mean_squared_error)
 
 
-def finite(value: float | None) -> float | None:
-    """`value` rounded to six digits for a JSON file, which has no word for infinity or NaN."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.6g}")
+def json_number(value: float | None) -> float | str | None:
+    """`value` rounded to six digits for a JSON file, which has no number for infinity or NaN: these are told as text.
+
+    None, which stands for what was not measured or for the ratio of equal pictures, stays apart from them.
+    """
+    if value is None or math.isfinite(value):
+        return None if value is None else float(f"{value:.6g}")
+    return str(value)

@@ -74,19 +74,24 @@ def readable_sites(capture: Capture) -> list[Site]:
 
 
 @torch.no_grad()
-def read_step(model: Flux, capture: Capture, step: int) -> Iterator[Reading]:
-    """Every readable block of one captured step, in depth order, computed in the dtype of the model.
+def read_step(model: Flux, capture: Capture, step: int, sites: Sequence[Site] | None = None) -> Iterator[Reading]:
+    """Every readable block of one captured step, or these `sites`, in depth order, computed in the dtype of the model.
 
-    One block's tensors are in memory at a time.
+    One block's tensors are in memory at a time. Raises FluxIRError for a block whose reading is not finite.
     """
     device, dtype = model.img_in.weight.device, model.dtype
     context = capture.context(step)
     img, y = context.img.to(device, dtype), context.y.to(device, dtype)
     guidance = None if model.guidance_in is None else per_sample(context.guidance, img)
     vec = model.conditioning(per_sample(context.t_curr, img), y, guidance)
-    for site in readable_sites(capture):
+    for site in readable_sites(capture) if sites is None else sites:
         txt_tokens = context.txt_tokens if site.kind == "single" and site.stream is None else 0
         velocity = velocity_at(model, capture.read(site, step).to(device, dtype), vec, txt_tokens=txt_tokens)
+        if not velocity.isfinite().all():
+            raise FluxIRError(
+                f"{site} at step {step} of {capture.path} cannot be read: what it stands for is not finite",
+                hint="the capture or the weights hold infinity or NaN: capture again with sound weights",
+            )
         yield Reading(
             step,
             site,

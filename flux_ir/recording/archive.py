@@ -12,6 +12,7 @@ import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flux_ir.errors import FluxIRError
 from flux_ir.recording.plan import Shape
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
@@ -140,6 +142,16 @@ def unpickled(data: bytes) -> dict[str, Any]:
     return contents
 
 
+_AGAIN = "capture again, or take an undamaged copy of the file"
+
+
+def _extent(stored: StoredTensor) -> int:
+    """How many elements of its record a tensor reaches over."""
+    if 0 in stored.shape:
+        return 0
+    return stored.storage_offset + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True)) + 1
+
+
 class Archive:
     """A file of `torch.save`: `contents` is its dictionary with a `StoredTensor` for every tensor, `tensor` reads one.
 
@@ -156,16 +168,40 @@ class Archive:
             if "data.pkl" not in self.infos:
                 raise zipfile.BadZipFile("it is a zip, but not one of torch.save")
             data = archive.read(self.infos["data.pkl"])
+            order = archive.read(self.infos["byteorder"]).decode() if "byteorder" in self.infos else "little"
+        if order != sys.byteorder:
+            raise zipfile.BadZipFile(f"its numbers are {order}-endian, and this machine is {sys.byteorder}-endian")
         self.contents = unpickled(data)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """The tensor, mapped from the file. Writing to it changes this process' memory and never the file."""
+        """The tensor, mapped from the file. Writing to it changes this process' memory and never the file.
+
+        A record that was compressed, as when the file was zipped again, is unpacked into memory instead.
+        """
+        if stored.record not in self.infos:
+            raise FluxIRError(f"{self.path} lacks the record {stored.record} of one of its tensors", hint=_AGAIN)
         info = self.infos[stored.record]
-        header = self._map[info.header_offset : info.header_offset + LOCAL_HEADER.size]
-        offset = info.header_offset + header_bytes(header)
+        needed = stored.dtype.itemsize * _extent(stored)
+        if needed > info.file_size:
+            raise FluxIRError(
+                f"{self.path} is damaged: {stored.record} has {info.file_size} bytes and its tensor {needed}",
+                hint=_AGAIN,
+            )
         count = info.file_size // stored.dtype.itemsize
-        storage = torch.frombuffer(self._map, dtype=stored.dtype, count=count, offset=offset)
+        if info.compress_type == zipfile.ZIP_STORED:
+            header = self._map[info.header_offset : info.header_offset + LOCAL_HEADER.size]
+            offset = info.header_offset + header_bytes(header)
+            storage = torch.frombuffer(self._map, dtype=stored.dtype, count=count, offset=offset)
+        else:
+            storage = torch.frombuffer(bytearray(self._unpacked(info)), dtype=stored.dtype, count=count)
         return storage.as_strided(stored.shape, stored.stride, stored.storage_offset)
+
+    def _unpacked(self, info: zipfile.ZipInfo) -> bytes:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(info)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise FluxIRError(f"{self.path} cannot be unpacked: {error}", hint=_AGAIN) from error
 
     def records(self) -> dict[str, Record]:
         """Every record, by the name that `StoredTensor.record` has."""

@@ -1,11 +1,14 @@
 """The Euler loop, as an iterator of steps. It saves nothing, draws nothing and knows of no one watching."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from flux_ir.errors import FluxIRError
 from flux_ir.models.transformer import Flux
 from flux_ir.shapes import PackedLatent, PerSample, Pooled, PositionIds, TxtTokens, Velocity
 
@@ -50,9 +53,95 @@ def denoise(
     """Walk `img` from `timesteps[0]` to the last of them, one model call and one yielded `Step` per pair of times.
 
     `guidance` is the distilled guidance strength; models without a guidance input never see it.
+
+    Raises FluxIRError for a state that is not finite, naming the first step and block that made it so. On a GPU that
+    may be one step late, so that nothing waits for it; the last step is not yielded before its state is known.
     """
-    for number, (t_curr, t_prev) in enumerate(pairwise(timesteps)):
+    times = list(pairwise(timesteps))
+    unsure: list[_Check] = []
+    for number, (t_curr, t_prev) in enumerate(times):
         velocity = model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, per_sample(guidance, img))
         after = euler_step(img, velocity, t_curr, t_prev)
-        yield Step(number, t_curr, t_prev, img, velocity, after)
+        step = Step(number, t_curr, t_prev, img, velocity, after)
+        unsure.append(_Check(step))
+        while unsure and (len(unsure) > 1 or not unsure[0].is_late or number == len(times) - 1):
+            if not (check := unsure.pop(0)).is_finite():
+                raise _not_finite(model, check.step, img_ids, txt, txt_ids, y, guidance)
+        yield step
         img = after
+
+
+class _Check:
+    """Whether the state after a step is finite, on its way from the device."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._answer = step.after.isfinite().all()
+        self._arrived: torch.cuda.Event | None = None
+        if self._answer.device.type == "cuda":
+            # Into pinned memory, with an event of its own: asking would else wait for all that was queued since.
+            answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._answer = answer.copy_(self._answer, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(step.after.device))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether asking at once would wait for the device."""
+        return self._arrived is not None
+
+    def is_finite(self) -> bool:
+        """The answer; waits until this step is computed, and for nothing that comes after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._answer)
+
+
+class _Found(Exception):  # noqa: N818 (a signal, not an error)
+    """Ends the search at the first values that are not finite; its argument says whose they are."""
+
+
+def _not_finite(
+    model: Flux,
+    step: Step,
+    img_ids: PositionIds,
+    txt: TxtTokens,
+    txt_ids: PositionIds,
+    y: Pooled,
+    guidance: float,
+) -> FluxIRError:
+    """What to say of a step whose state is not finite: it is computed once more, every block watched.
+
+    In a network of its own that shares the weights, so that nobody who listens to `model` hears the step twice.
+    """
+    own: Flux = getattr(model, "_orig_mod", model)  # a compiled model's own
+    with torch.device("meta"):
+        twin = Flux(own.params)
+    twin.load_state_dict(own.state_dict(), assign=True)
+    for name, module in twin.named_modules():
+        if re.fullmatch(r"(img_in|txt_in|time_in|guidance_in|vector_in|final_layer|(double|single)_blocks\.\d+)", name):
+            module.register_forward_hook(_watch(name.replace("_blocks", "")))
+    img = step.before
+    inputs = {"the state before it": img, "the text's embedding from T5": txt, "the text's embedding from CLIP": y}
+    try:
+        for name, value in inputs.items():
+            if not value.isfinite().all():
+                raise _Found(name)
+        twin(img, img_ids, txt, txt_ids, per_sample(step.t_curr, img), y, per_sample(guidance, img))
+        whose = "nothing of the network by itself: something that changes it while it runs did this"
+    except _Found as found:
+        whose = str(found)
+    return FluxIRError(
+        f"the sampler's state is not finite after step {step.number}: the first values that are not come from {whose}",
+        hint="check the weights for infinity and NaN (a conversion to float16 makes such), or try --dtype float32",
+    )
+
+
+def _watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        pair = output if isinstance(output, tuple) else (output,)
+        for stream, value in zip(("img", "txt"), pair, strict=False):
+            if not value.isfinite().all():
+                raise _Found(f"{name}.{stream}" if len(pair) > 1 else name)
+
+    return look

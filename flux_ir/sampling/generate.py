@@ -101,6 +101,14 @@ def _decode_together(autoencoder: AutoEncoder, dtype: torch.dtype, latents: Late
 
 
 def to_pixels(pictures: torch.Tensor) -> Pixels:
-    """Pictures [batch, 3, h, w] in [-1, 1] as uint8 [batch, h, w, 3] on the CPU, clamped."""
+    """Pictures [batch, 3, h, w] in [-1, 1] as uint8 [batch, h, w, 3] on the CPU, clamped.
+
+    Raises FluxIRError for values that are not finite: as bytes they would be black.
+    """
+    if not pictures.isfinite().all():
+        raise FluxIRError(
+            "the autoencoder put out values that are not finite: there is no picture",
+            hint="check its weights for infinity and NaN, or try --dtype float32",
+        )
     scaled = 127.5 * pictures.float().clamp(-1, 1) + 127.5
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder
-from flux_ir.lens.decode import LensDecoder, batch_size, lens_report, read_picture
+from flux_ir.lens.decode import NOT_THE_SAME, LensDecoder, batch_size, lens_report, read_picture
 from flux_ir.lens.measures import cosine, psnr_db, relative_distance
 from flux_ir.lens.readout import read_step
 from flux_ir.models.text import TextEmbedding
@@ -198,9 +198,32 @@ def test_the_weights_of_the_capture_leave_no_drift_and_others_do(captured, decod
     assert own.drift <= 1e-3
     if sites is None:
         assert own.drift == 0.0
-    stranger = LensDecoder(capture, tiny_flux(dtype=torch.bfloat16, seed=1), own.autoencoder, folder, ["euler"])
+    other = tiny_flux(dtype=torch.bfloat16, seed=1)
+    stranger = LensDecoder(capture, other, own.autoencoder, folder, ["x0"], other_weights=True)
     list(stranger.pictures())
     assert stranger.drift > 0.05
+
+
+def test_what_these_weights_cannot_have_made_is_refused_before_anything_is_written(
+    captured, decoder, tiny_flux, folder, monkeypatch
+):
+    capture = captured()
+    other = tiny_flux(dtype=torch.bfloat16, seed=1)
+    stranger = LensDecoder(capture, other, decoder(capture).autoencoder, folder, ["euler"])
+    stranger.drift = NOT_THE_SAME + 0.01
+    with pytest.raises(FluxIRError, match=r"is damaged, or was made with other weights: .* 26\.0% off the sampler's"):
+        list(stranger.pictures())
+    assert not folder.decoded("euler").exists()
+
+
+def test_a_capture_that_is_not_finite_is_refused_by_step_and_site(captured, decoder, folder):
+    capture = captured()
+    reads = decoder(capture)
+    weight = reads.model.final_layer.linear.weight
+    weight[0, 0] = float("inf")
+    with pytest.raises(FluxIRError, match=r"single.2 at step 0 of .* cannot be read: what it stands for is not finite"):
+        list(reads.pictures())
+    assert not folder.decoded("euler").exists()
 
 
 def test_drift_is_unknown_without_the_last_block_or_the_next_step(captured, decoder, tiny_flux, folder):
