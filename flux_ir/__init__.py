@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux_ir.activations.tokens import open_source
     from flux_ir.api.capture import CaptureResult, capture
-    from flux_ir.api.collect import collect, convert_collection
+    from flux_ir.api.collect import collect, collect_clip, convert_collection
     from flux_ir.api.export import export
     from flux_ir.api.lens import LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
@@ -28,6 +28,7 @@ _MODULES = {
     "capture": "flux_ir.api.capture",
     "CaptureResult": "flux_ir.api.capture",
     "collect": "flux_ir.api.collect",
+    "collect_clip": "flux_ir.api.collect",
     "convert_collection": "flux_ir.api.collect",
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
@@ -65,6 +66,7 @@ __all__ = [
     "Visualization",
     "capture",
     "collect",
+    "collect_clip",
     "convert_collection",
     "create_visualization",
     "decode",

@@ -1,74 +1,58 @@
-"""CLIP's activations of a folder of pictures, as arrays that training reads: [images, tokens, d] in shards.
+"""CLIP's activations of pictures and of their captions: a collection, in shards as those of FLUX.
 
-A shard is a fixed slice of the sorted names and is written whole, so the same command goes on where it was stopped and
-memory does not grow with the number of pictures.
+A shard is a fixed run of the source's pictures, with the keys `clip.image` [images, tokens, d] and, where there are
+captions, `clip.text` [images, 1, d]. It is filled in memory and written whole, so the same command goes on where it was
+stopped, and memory does not grow with the number of pictures.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_ir.activations.tokens import CLIP_CAPTIONS, CLIP_IMAGES, CLIP_SETTINGS_FILE
+from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter, read_shard
+from flux_ir.collecting.collection import (
+    COLLECTION,
+    INDEX,
+    VERSION,
+    as_lines,
+    check_same,
+    publish_json,
+    publish_statistics,
+    stored_description,
+    versions_of,
+)
+from flux_ir.collecting.image_sources import ImageSource, Picture
+from flux_ir.collecting.shard_notes import (
+    ShardNotes,
+    Statistics,
+    facts_of_path,
+    file_is_intact,
+    merge_statistics,
+    notes_content,
+    notes_name,
+    read_notes,
+    shard_name,
+)
+from flux_ir.collecting.storage import Storage, one_job_at
+from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, write_json
-from flux_ir.models.clip import ClipVision, Preprocessing, TokenChoice, broken_image, choose_tokens, read_pixels
-from flux_ir.models.headers import read_header
+from flux_ir.layout import disk_error
+from flux_ir.models.clip import ClipVision, Preprocessing, TokenChoice, choose_tokens, read_pixels
 from flux_ir.models.text import TextEncoder
+from flux_ir.recording.statistics import SiteStatistics
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SHARD_BYTES = 128 * 2**20  # a shard is in memory while it is filled
-INDEX_FILE = "index.jsonl"
-TENSOR = "activations"
+IMAGE_KEY, TEXT_KEY = "clip.image", "clip.text"
+SHARD_BYTES = 64 * 10**6  # a shard is in memory while it is filled
+SHARD_IMAGES = 4096
+"""Most pictures of a shard: what an interruption costs. A class token is small, so they are more than FLUX's."""
+OLD_SETTINGS = "clip.json"
 READERS = 4  # threads that decode pictures while the network computes
-
-
-@dataclass(frozen=True)
-class ClipCollection:
-    """What is collected, and where it goes. `names` are paths below `images`, sorted, with slashes."""
-
-    images: Path
-    names: Sequence[str]
-    captions: Sequence[str] | None
-    clip: str
-    """The checkpoint, as the user named it."""
-    tokens: TokenChoice
-    dtype: torch.dtype
-    batch_size: int
-    output_dir: Path
-    shard_bytes: int = SHARD_BYTES
-
-    def shards(self, bytes_per_image: int) -> list[Sequence[int]]:
-        """The numbers of the pictures of every shard: whole batches, at most `shard_bytes` where one batch is less."""
-        batches = max(1, self.shard_bytes // (bytes_per_image * self.batch_size))
-        size = batches * self.batch_size
-        return [range(first, min(first + size, len(self.names))) for first in range(0, len(self.names), size)]
-
-    def file(self, kind: str, shard: int) -> Path:
-        """Where a shard goes."""
-        return self.output_dir / kind / f"{shard:06d}.safetensors"
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that the bytes of the arrays depend on, as JSON values."""
-        return {
-            "clip": self.clip,
-            "tokens": self.tokens,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "batch_size": self.batch_size,
-            "images": len(self.names),
-            "images_sha256": _digest(self.names),
-            "captions_sha256": None if self.captions is None else _digest(self.captions),
-            "shard_bytes": self.shard_bytes,
-        }
 
 
 class Networks(NamedTuple):
@@ -79,7 +63,7 @@ class Networks(NamedTuple):
     text: TextEncoder | None
 
 
-class Collected(NamedTuple):
+class ClipProgress(NamedTuple):
     """How far it is: pictures done so far, those of them that earlier runs had done, and captions that were cut."""
 
     images: int
@@ -87,100 +71,195 @@ class Collected(NamedTuple):
     cut_captions: int
 
 
-def image_names(folder: Path) -> list[str]:
-    """Every picture below the folder, as sorted paths with slashes. Raises FluxIRError if there is none."""
-    if not folder.is_dir():
-        raise FluxIRError(f"--images must be a folder: got {folder}", hint="check the path")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
-    if not names:
-        raise FluxIRError(
-            f"{folder} must hold pictures: there is no file that ends in {', '.join(IMAGE_SUFFIXES)}",
-            hint="name the folder of pictures with --images",
-        )
-    return names
+@dataclass(frozen=True)
+class ClipSettings:
+    """What is collected of every picture."""
+
+    clip: str
+    """The checkpoint, as the user named it."""
+    weights: str
+    """What stands for the content of its files."""
+    tokens: TokenChoice
+    dtype: torch.dtype
+    """That the network computes in."""
+    store_dtype: torch.dtype
+    batch_size: int
 
 
-def check_images(folder: Path, names: Sequence[str]) -> None:
-    """Opens the header of every picture. Raises FluxIRError that names the broken ones: none is left out silently."""
-    broken: list[tuple[str, Exception]] = []
-    for name in names:
-        try:
-            with Image.open(folder / name):
-                pass
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            broken.append((name, error))
-    if len(broken) == 1:
-        raise broken_image(folder / broken[0][0], broken[0][1])
-    if broken:
-        told = ", ".join(name for name, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
-        raise FluxIRError(
-            f"{len(broken)} of {len(names)} files in {folder} are no pictures that can be read: {told}",
-            hint="mend them or take them out of the folder",
-        )
+class ClipCollection:
+    """The folder of a collection of CLIP's activations, and what belongs into it."""
 
-
-def collect_images(collection: ClipCollection, networks: Networks) -> Iterator[Collected]:
-    """Write every shard that is not there yet, then the index. Yields after every batch, and for shards found done.
-
-    Raises FluxIRError for a picture that cannot be read (shards that are finished stay), and for a folder that holds a
-    collection with other settings.
-    """
-    _same_settings(collection)
-    choice, vision = collection.tokens, networks.vision
-    tokens = vision.tokens(choice)
-    images, earlier, cut = 0, 0, 0
-    shards = collection.shards(tokens * vision.d * collection.dtype.itemsize)
-    for number, members in enumerate(shards):
-        if _is_done(collection, networks, number, len(members)):
-            images, earlier = images + len(members), earlier + len(members)
-            yield Collected(images, earlier, cut)
-            continue
-        arrays = {CLIP_IMAGES: torch.empty(len(members), tokens, vision.d, dtype=collection.dtype)}
+    def __init__(self, storage: Storage, settings: ClipSettings, source: ImageSource, networks: Networks) -> None:
+        self.storage, self.settings, self.source, self.networks = storage, settings, source, networks
+        vision = networks.vision
+        self._shapes = {IMAGE_KEY: (vision.tokens(settings.tokens), vision.d)}
         if networks.text is not None:
-            arrays[CLIP_CAPTIONS] = torch.empty(len(members), 1, _text_width(networks.text), dtype=collection.dtype)
-        row = 0
-        for batch, pixels in _batches(collection, networks.preprocessing, members):
-            rows = slice(row, row + len(batch))
-            cut += _fill(collection, networks, arrays, rows, batch, pixels)
-            row, images = rows.stop, images + len(batch)
-            if row < len(members):
-                yield Collected(images, earlier, cut)
-        _write(collection, number, arrays)
-        yield Collected(images, earlier, cut)
-    _write_index(collection, shards)
+            self._shapes[TEXT_KEY] = (1, int(networks.text.model.config.hidden_size))
+        size = sum(tokens * d for tokens, d in self._shapes.values()) * settings.store_dtype.itemsize
+        self.shard_images = max(1, min(SHARD_IMAGES, SHARD_BYTES // size))
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-len(self.source) // self.shard_images)
+
+    def images_of(self, shard: int) -> range:
+        """The numbers of a shard's pictures."""
+        return range(shard * self.shard_images, min((shard + 1) * self.shard_images, len(self.source)))
+
+    def described(self) -> dict[str, Any]:
+        """Everything that the bits depend on, as JSON says it."""
+        settings = self.settings
+        return {
+            "clip": settings.clip,
+            "weights": settings.weights,
+            "tokens": settings.tokens,
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "store_dtype": str(settings.store_dtype).removeprefix("torch."),
+            "batch_size": settings.batch_size,
+            **self.source.described(),
+        }
+
+    def collect(self) -> Iterator[ClipProgress]:
+        """Writes every shard that is not there yet, then index and statistics. Yields after batches and found shards.
+
+        Raises FluxIRError for a picture that cannot be read (shards that are finished stay), for values that are not
+        finite, and for a folder that holds a collection with other settings.
+        """
+        with one_job_at(self.storage, Ranks()):
+            self._describe()
+            self.storage.clear_scratch(everyones=True)
+            images = earlier = cut = 0
+            pictures: Iterator[Picture] = iter(())
+            position = -1
+            for number in range(self.shards):
+                members = self.images_of(number)
+                if self._is_intact(number):
+                    images, earlier = images + len(members), earlier + len(members)
+                    yield ClipProgress(images, earlier, cut)
+                    continue
+                self.storage.remove(INDEX)
+                if position != members.start:  # the source is read once, in order, unless shards are there
+                    pictures = self.source.pictures(members.start)
+                position = members.stop
+                for done, cut_now in self._make(number, list(members), pictures):
+                    images, cut = images + done, cut + cut_now
+                    yield ClipProgress(images, earlier, cut)
+            self._merge()
+            self.storage.clear_scratch(everyones=True)
+
+    def _describe(self) -> None:
+        described = self.described()
+        stored = stored_description(self.storage)
+        if stored is not None:
+            check_same(self.storage, stored, described)
+            return
+        if self.storage.exists(OLD_SETTINGS):
+            raise FluxIRError(
+                f"{self.storage.where} holds arrays of CLIP as they were before shards ({OLD_SETTINGS}), which can be "
+                "trained on but not gone on with",
+                hint="collect into another --output_dir",
+            )
+        value = {
+            "version": VERSION,
+            "kind": "clip",
+            "settings": described,
+            "generations": len(self.source),
+            "images_per_shard": self.shard_images,
+            "shards": self.shards,
+            "versions": versions_of(next(self.networks.vision.parameters()).device),
+        }
+        publish_json(self.storage, value, COLLECTION)
+
+    def _is_intact(self, number: int) -> bool:
+        notes = read_notes(self.storage, number)
+        return notes is not None and file_is_intact(self.storage, shard_name(number), notes.file, checksums=True)
+
+    def _make(self, number: int, members: Sequence[int], pictures: Iterator[Picture]) -> Iterator[tuple[int, int]]:
+        """Computes and publishes a shard; yields, batch by batch, how many pictures it had and captions were cut."""
+        arrays = {
+            key: torch.empty(len(members), tokens, d, dtype=self.settings.store_dtype)
+            for key, (tokens, d) in self._shapes.items()
+        }
+        statistics: Statistics = {key: SiteStatistics(d) for key, (_, d) in self._shapes.items()}
+        ids: list[str] = []
+        captions: list[str] = []
+        done: tuple[int, int] | None = None
+        for batch, pixels in _batches(islice(pictures, len(members)), self.settings.batch_size, self.networks):
+            if done is not None:
+                yield done
+            rows = slice(len(ids), len(ids) + len(batch))
+            cut = self._fill(arrays, rows, batch, pixels)
+            for key, array in arrays.items():
+                _check_finite(key, array[rows], batch)
+                statistics[key].add(array[rows])
+            ids += [picture.id for picture in batch]
+            captions += [picture.caption or "" for picture in batch]
+            done = len(batch), cut
+        self._publish(number, arrays, ids, captions, statistics)
+        if done is not None:
+            yield done
+
+    @torch.no_grad()
+    def _fill(self, arrays: dict[str, Tensor], rows: slice, batch: Sequence[Picture], pixels: Tensor) -> int:
+        """Computes one batch into its rows. Returns how many captions were cut."""
+        networks, settings = self.networks, self.settings
+        values = choose_tokens(networks.vision(pixels), settings.tokens)
+        arrays[IMAGE_KEY][rows] = values.to("cpu", settings.store_dtype)
+        if networks.text is None:
+            return 0
+        captions = [picture.caption or "" for picture in batch]
+        arrays[TEXT_KEY][rows] = networks.text(captions)[:, None].to("cpu", settings.store_dtype)
+        lengths = networks.text.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > networks.text.max_tokens for ids in lengths)
+
+    def _publish(
+        self, number: int, arrays: dict[str, Tensor], ids: list[str], captions: list[str], statistics: Statistics
+    ) -> None:
+        tensors = {key: ShardTensor(array.dtype, tuple(array.shape)) for key, array in arrays.items()}
+        layout = ShardLayout(tensors, {"ids": ids, "prompts": captions}, {"model": self.settings.clip})
+        path = self.storage.scratch(".safetensors")
+        try:
+            with ShardWriter(path, layout) as writer:
+                for key, array in arrays.items():
+                    writer.write(key, 0, array)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise disk_error(path, error) from error
+        notes = ShardNotes(facts_of_path(path), [], {}, statistics)
+        self.storage.publish(notes_content(notes), notes_name(number))
+        self.storage.publish(path, shard_name(number))
+
+    def _merge(self) -> None:
+        statistics: Statistics = {}
+        index = self.storage.scratch(".jsonl")
+        with index.open("wb") as lines:
+            for number in range(self.shards):
+                notes = read_notes(self.storage, number)
+                assert notes is not None  # it was just looked at, or written
+                merge_statistics(statistics, notes.statistics)
+                said = read_shard(self.storage.local(shard_name(number))).metadata
+                lines.write(as_lines(_rows(number, said["ids"], said["prompts"] if self.networks.text else None)))
+        publish_statistics(self.storage, statistics)
+        self.storage.publish(index, INDEX)
 
 
-@torch.no_grad()
-def _fill(
-    collection: ClipCollection,
-    networks: Networks,
-    arrays: dict[str, Tensor],
-    rows: slice,
-    batch: Sequence[int],
-    pixels: Tensor,
-) -> int:
-    """Compute one batch into its rows. Returns how many captions were cut."""
-    arrays[CLIP_IMAGES][rows] = choose_tokens(networks.vision(pixels), collection.tokens).to("cpu", collection.dtype)
-    if networks.text is None or collection.captions is None:
-        return 0
-    captions = [collection.captions[image] for image in batch]
-    arrays[CLIP_CAPTIONS][rows] = networks.text(captions)[:, None].to("cpu", collection.dtype)
-    lengths = networks.text.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
-    return sum(len(ids) > networks.text.max_tokens for ids in lengths)
+def _rows(number: int, ids: Sequence[str], captions: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    for row, image in enumerate(ids):
+        caption = {} if captions is None else {"prompt": captions[row]}
+        yield {"id": image, **caption, "shard": shard_name(number), "row": row}
 
 
 def _batches(
-    collection: ClipCollection, preprocessing: Preprocessing, members: Sequence[int]
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """The pictures of a shard, batch by batch: the next one is decoded by threads while this one is computed."""
-    read = partial(read_pixels, preprocessing=preprocessing)
+    pictures: Iterator[Picture], batch_size: int, networks: Networks
+) -> Iterator[tuple[list[Picture], Tensor]]:
+    """The pictures, batch by batch: the next one is decoded by threads while this one is computed."""
+    read = partial(_read, networks.preprocessing)
     with ThreadPoolExecutor(READERS, "pictures") as pool:
-        waiting: tuple[Sequence[int], list[Future[Tensor]]] | None = None
+        waiting: tuple[list[Picture], list[Future[Tensor]]] | None = None
         try:
-            for first in range(0, len(members), collection.batch_size):
-                batch = members[first : first + collection.batch_size]
-                submitted = [pool.submit(read, collection.images / collection.names[image]) for image in batch]
+            while batch := list(islice(pictures, batch_size)):
+                submitted = [pool.submit(read, picture) for picture in batch]
                 if waiting is not None:
                     yield waiting[0], torch.stack([future.result() for future in waiting[1]])
                 waiting = batch, submitted
@@ -190,63 +269,14 @@ def _batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _write(collection: ClipCollection, shard: int, arrays: dict[str, Tensor]) -> None:
-    for kind in sorted(arrays):  # captions first: a shard of pictures that exists has its captions
-        with complete_file(collection.file(kind, shard)) as beside:
-            # One entry at most: safetensors writes several in an order that changes from file to file.
-            save_file({TENSOR: arrays[kind]}, beside, metadata={"clip": collection.clip})
+def _read(preprocessing: Preprocessing, picture: Picture) -> Tensor:
+    return read_pixels(picture.content, preprocessing, where=picture.where)
 
 
-def _is_done(collection: ClipCollection, networks: Networks, shard: int, images: int) -> bool:
-    """Whether the shard's files are there and whole. A broken one is moved aside, and all of the shard made again."""
-    kinds = [CLIP_IMAGES, *([CLIP_CAPTIONS] if networks.text is not None else [])]
-    done = True
-    for path in [collection.file(kind, shard) for kind in kinds]:
-        if not path.exists():
-            done = False
-            continue
-        try:
-            whole = read_header(path)[TENSOR].shape[0] == images
-        except (FluxIRError, KeyError):
-            whole = False
-        if not whole:
-            path.replace(path.with_name(f"{path.name}.broken"))
-            done = False
-    return done
-
-
-def _same_settings(collection: ClipCollection) -> None:
-    path, settings = collection.output_dir / CLIP_SETTINGS_FILE, collection.settings()
-    if not path.exists():
-        write_json(path, settings)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    differing = [name for name in settings if found.get(name) != settings[name]]
-    if differing:
-        shown = "; ".join(f"{name} is {found.get(name)} there and {settings[name]} here" for name in differing)
+def _check_finite(key: str, values: Tensor, batch: Sequence[Picture]) -> None:
+    if not values.isfinite().all():
+        bad = next(picture for picture, own in zip(batch, values, strict=True) if not own.isfinite().all())
         raise FluxIRError(
-            f"{collection.output_dir} holds a collection with other settings: {shown}",
-            hint="use the same settings and the same pictures, or another --output_dir",
+            f"values that are kept must be finite: {key} holds NaN or infinity, first for {bad.where}",
+            hint="look for weights that are not finite, or keep more digits: --store_dtype float32",
         )
-
-
-def _write_index(collection: ClipCollection, shards: Sequence[Sequence[int]]) -> None:
-    with complete_file(collection.output_dir / INDEX_FILE) as beside, beside.open("w", encoding="utf-8") as file:
-        for shard, members in enumerate(shards):
-            for row, image in enumerate(members):
-                line = {
-                    "image": collection.names[image],
-                    "shard": collection.file(CLIP_IMAGES, shard).relative_to(collection.output_dir).as_posix(),
-                    "row": row,
-                }
-                if collection.captions is not None:
-                    line["caption"] = collection.captions[image]
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _text_width(text: TextEncoder) -> int:
-    return int(text.model.config.hidden_size)
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

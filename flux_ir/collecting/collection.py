@@ -15,7 +15,6 @@ the settings: how many processes or threads made them, and how often they were i
 Next: `collector`, which does the work.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,14 +30,16 @@ from flux_ir.activations.shards import SHARD_IMAGES, ShardLayout, images_per_sha
 from flux_ir.collecting.prompts import WorkItem, WorkList, prompts_digest
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.shard_notes import (
-    FileFacts,
     ShardNotes,
     Statistics,
     facts_of_path,
+    file_is_intact,
+    files_digest,
     merge_statistics,
     notes_content,
     notes_name,
     read_notes,
+    shard_name,
 )
 from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
@@ -122,7 +123,7 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         """Of the shard's file in the collection."""
-        return f"shards/{self.number:06d}.safetensors"
+        return shard_name(self.number)
 
     def layout(self, recipe: Recipe, used_txt: Sequence[int]) -> ShardLayout:
         """What its file holds; `used_txt` has an entry per generation."""
@@ -194,17 +195,10 @@ class Collection:
             each = zip(shard.items, notes.extras.get(extra, []), strict=False)
             files |= {shard.extra_name(extra, item): facts for item, facts in each}
         complete = len(files) == 1 + len(self.settings.extras) * len(shard.items)
-        broken = [name for name, facts in files.items() if not self._file_is_intact(name, facts, checksums=checksums)]
+        broken = [
+            name for name, facts in files.items() if not file_is_intact(self.storage, name, facts, checksums=checksums)
+        ]
         return complete and not broken
-
-    def _file_is_intact(self, name: str, facts: FileFacts, *, checksums: bool) -> bool:
-        size = self.storage.size(name)
-        if size is None:
-            return False
-        if size == facts.bytes and (not checksums or self.storage.sha256(name) == facts.sha256):
-            return True
-        move_aside(self.storage, name)
-        return False
 
     def rows(self, shard: Shard, notes: ShardNotes) -> Iterator[Row]:
         """The rows of a shard's generations in the index."""
@@ -341,29 +335,13 @@ def publish_json(storage: Storage, value: Any, name: str) -> None:
     storage.publish(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode(), name)
 
 
-_ENDS = 2**20  # bytes
-
-
-def weights_digest(source: ModelSource) -> str:
-    """16 hex digits that stand for the content of the model's files, wherever they lie.
-
-    From the name, the size, the first and the last MiB of each: reading 24 GB whole would take longer than many a job.
-    """
-    parts = [source.transformer, *([source.autoencoder] if source.autoencoder else [])]
+def weights_digest(source: ModelSource, *, autoencoder: bool) -> str:
+    """16 hex digits that stand for the content of the model's files; those of the autoencoder only if it is used."""
+    parts = [source.transformer, *([source.autoencoder] if source.autoencoder and autoencoder else [])]
     files = {entry.file for part in parts for entry in part.entries.values()}
     for encoder in source.text or ():
         files |= set(encoder.files())
-    ends = sorted((file.name, *_ends(file)) for file in files)
-    return hashlib.sha256(repr(ends).encode()).hexdigest()[:16]
-
-
-def _ends(file: Path) -> tuple[int, str]:
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        digest = hashlib.sha256(opened.read(_ENDS))
-        opened.seek(max(0, size - _ENDS))
-        digest.update(opened.read(_ENDS))
-    return size, digest.hexdigest()
+    return files_digest(files)
 
 
 def versions_of(device: torch.device) -> dict[str, str]:

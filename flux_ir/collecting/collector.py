@@ -100,7 +100,8 @@ class Collector:
         self.device = torch.device(suite.placement.transformer)
         self.two_stages = self.device.type != "cpu"
         self.workers = GPU_WRITERS if self.two_stages else torch.get_num_threads()
-        self._described = settings.described(device=self.device.type, weights=weights_digest(suite.source))
+        weights = weights_digest(suite.source, autoencoder=settings.save_images)
+        self._described = settings.described(device=self.device.type, weights=weights)
         stored = first_rank_value(stored_description(storage) if ranks.is_first else None, ranks)
         if stored is not None:
             check_same(storage, stored, self._described)
@@ -339,7 +340,7 @@ class OpenShard:
         for step in self.recipe.steps:
             for site in self.recipe.sites:
                 key = site_key(site, step)
-                sums = statistics.setdefault((site, step), SiteStatistics(tensors[key].shape[-1]))
+                sums = statistics.setdefault(key, SiteStatistics(tensors[key].shape[-1]))
                 sums.add(tensors[key], tensors.get(scale_key(key)))
 
     def _opened(self) -> ShardWriter:

@@ -6,6 +6,7 @@ that a broken file is known for one. It is small, it is written before the shard
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flux_ir.collecting.storage import Storage
+from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.recording.statistics import SiteStatistics
-from flux_ir.sites import Site
 
-Statistics = dict[tuple[Site, int], SiteStatistics]
+Statistics = dict[str, SiteStatistics]
+"""By the keys of what they are of in a shard: `{site}/step_{s}`, or `clip.image`."""
+
+_ENDS = 2**20  # bytes
 
 
 class FileFacts(NamedTuple):
@@ -49,10 +52,44 @@ def facts_of_path(path: Path) -> FileFacts:
         return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def file_is_intact(storage: Storage, name: str, facts: FileFacts, *, checksums: bool) -> bool:
+    """Whether a file is as it was written: its size, and its checksum where asked. A broken one is moved aside."""
+    size = storage.size(name)
+    if size is None:
+        return False
+    if size == facts.bytes and (not checksums or storage.sha256(name) == facts.sha256):
+        return True
+    move_aside(storage, name)
+    return False
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """16 hex digits that stand for the content of large files, wherever they lie.
+
+    From the name, the size, the first and the last MiB of each: reading 24 GB whole would take longer than many a job.
+    """
+    ends = sorted((file.name, *_ends(file)) for file in files)
+    return hashlib.sha256(repr(ends).encode()).hexdigest()[:16]
+
+
+def _ends(file: Path) -> tuple[int, str]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(_ENDS))
+        opened.seek(max(0, size - _ENDS))
+        digest.update(opened.read(_ENDS))
+    return size, digest.hexdigest()
+
+
 def merge_statistics(into: Statistics, more: Statistics) -> None:
     """Count what `more` has counted, too. The order of merging is part of the result."""
     for of, sums in more.items():
         into.setdefault(of, SiteStatistics(sums.d)).merge(sums)
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard in its collection."""
+    return f"shards/{number:06d}.safetensors"
 
 
 def notes_name(number: int) -> str:
@@ -64,8 +101,8 @@ def notes_content(notes: ShardNotes) -> bytes:
     """The file: a function of the notes alone."""
     facts = json.dumps({"file": notes.file, "used_txt": notes.used_txt, "extras": notes.extras})
     tensors: dict[str, Tensor] = {}
-    for (site, step), sums in sorted(notes.statistics.items()):
-        tensors |= sums.sums(f"{site}/step_{step}")
+    for key, sums in notes.statistics.items():
+        tensors |= sums.sums(key)
     tensors["sha256"] = _digest(facts, tensors)
     return safetensors.torch.save(tensors, metadata={"shard": facts})  # one entry: the library keeps no order
 
@@ -84,9 +121,9 @@ def read_notes(storage: Storage, number: int) -> ShardNotes | None:
         return None
     told = json.loads(facts)
     prefixes = sorted({name.rpartition("/")[0] for name in tensors})
-    statistics = {_site_and_step(prefix): SiteStatistics.from_tensors(tensors, prefix) for prefix in prefixes}
+    statistics = {prefix: SiteStatistics.from_tensors(tensors, prefix) for prefix in prefixes}
     extras = {extra: [FileFacts(*file) for file in files] for extra, files in told["extras"].items()}
-    return ShardNotes(FileFacts(*told["file"]), told["used_txt"], extras, dict(sorted(statistics.items())))
+    return ShardNotes(FileFacts(*told["file"]), told["used_txt"], extras, statistics)
 
 
 def _digest(facts: str, tensors: dict[str, Tensor]) -> Tensor:
@@ -95,8 +132,3 @@ def _digest(facts: str, tensors: dict[str, Tensor]) -> Tensor:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-
-
-def _site_and_step(prefix: str) -> tuple[Site, int]:
-    site, _, step = prefix.partition("/step_")
-    return Site.parse(site), int(step)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from flux_ir.activations.shards import site_key
 from flux_ir.collecting.collection import Collection
 from flux_ir.collecting.collector import latent_content
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embedding_content
@@ -52,7 +53,9 @@ def shard_sizes(collection: Collection, used_txt: Callable[[str], int]) -> Shard
     """Bytes of all shards; `used_txt` counts the text tokens of a prompt, which stand in a shard's header."""
     recipe = collection.settings.recipe
     plan = recipe.plan()
-    empty = {(site, step): SiteStatistics(plan.shape(site)[-1]) for site in plan.sites for step in plan.kept_steps}
+    empty = {
+        site_key(site, step): SiteStatistics(plan.shape(site)[-1]) for site in plan.sites for step in plan.kept_steps
+    }
     statistics = len(notes_content(ShardNotes(FileFacts(0, ""), [], {}, empty)))
     shards = notes = 0
     for number in range(collection.shards):

@@ -6,6 +6,7 @@ The checkpoint is a folder as transformers saves it, or one of the hub's that is
 
 import re
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -133,16 +134,16 @@ def read_preprocessing(folder: Path) -> Preprocessing:
         raise unreadable(folder, f"{path.name} has no usable {error}", what=WHAT) from error
 
 
-def read_pixels(path: Path, preprocessing: Preprocessing) -> Tensor:
+def read_pixels(content: Path | bytes, preprocessing: Preprocessing, *, where: str = "the picture") -> Tensor:
     """A picture file as CLIP takes it: float32 [3, height, width], upright, reduced, cut to its middle, normalised.
 
-    Raises FluxIRError for a file that is no picture, or one that is cut short.
+    `where` says in messages what the bytes are of. Raises FluxIRError for content that is no picture, or is cut short.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as file:
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
-        raise broken_image(path, error) from error
+        raise broken_image(content if isinstance(content, Path) else where, error) from error
     short = min(picture.size)
     width, height = (int(preprocessing.shortest_side_px * side / short) for side in picture.size)
     picture = picture.resize((width, height), preprocessing.resample)
@@ -154,11 +155,11 @@ def read_pixels(path: Path, preprocessing: Preprocessing) -> Tensor:
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def broken_image(path: Path, error: BaseException) -> FluxIRError:
+def broken_image(where: Path | str, error: BaseException) -> FluxIRError:
     """One line on a file that Pillow cannot read."""
     return FluxIRError(
-        f"{path} must be a picture that can be read: {error}",
-        hint="mend the file or take it out of the folder, then run the same command again",
+        f"{where} must be a picture that can be read: {error}",
+        hint="mend it or take it out, then run the same command again",
     )
 
 

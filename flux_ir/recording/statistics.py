@@ -17,7 +17,6 @@ from torch import Tensor
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
 from flux_ir.recording.precision import dequantised
-from flux_ir.sites import Site
 
 OUTLIER_RATIO = 6.0
 """An outlier dimension has a root mean square of more than so many times the median dimension's (compare Dettmers et
@@ -118,28 +117,23 @@ class SiteStatistics:
         return max(self.count, 1)  # of no tokens, everything is zero
 
 
-def write_statistics(path: Path, statistics: Mapping[tuple[Site, int], SiteStatistics]) -> None:
-    """Write `stats.safetensors`: the statistics of every site and step, under `{site}/step_{s}/{name}`."""
+def write_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> None:
+    """Write `stats.safetensors`: statistics by what they are of, `{site}/step_{s}`, as `{site}/step_{s}/{name}`."""
     tensors: dict[str, Tensor] = {}
-    for (site, step), of_site in sorted(statistics.items()):
-        tensors |= of_site.to_tensors(f"{site}/step_{step}")
+    for prefix, sums in sorted(statistics.items()):
+        tensors |= sums.to_tensors(prefix)
     with complete_file(path) as beside:
         beside.write_bytes(save(tensors))
 
 
-def read_statistics(path: Path) -> dict[tuple[Site, int], SiteStatistics]:
+def read_statistics(path: Path) -> dict[str, SiteStatistics]:
     """What `write_statistics` wrote. Raises FluxIRError for a file that is missing or something else."""
     try:
         tensors = load_file(path)
         prefixes = sorted({name.rpartition("/")[0] for name in tensors})
-        return {_site_and_step(prefix): SiteStatistics.from_tensors(tensors, prefix) for prefix in prefixes}
+        return {prefix: SiteStatistics.from_tensors(tensors, prefix) for prefix in prefixes}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FluxIRError(
             f"{path} holds no statistics of a collection: {error}",
             hint="it is the stats.safetensors that the collection wrote",
         ) from error
-
-
-def _site_and_step(prefix: str) -> tuple[Site, int]:
-    site, _, step = prefix.partition("/step_")
-    return Site.parse(site), int(step)

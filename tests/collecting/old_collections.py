@@ -30,7 +30,7 @@ def write_old_collection(folder, settings, suite):
             recorded = record_batch(model, recipe, batch, [embedded[item.prompt] for item in batch])
             rows += [write_capture(folder, settings, generation) for generation in recorded.generations()]
     put(folder / "index.jsonl", as_lines(rows))
-    described = settings.described(device="cpu", weights=weights_digest(suite.source))
+    described = settings.described(device="cpu", weights=weights_digest(suite.source, autoencoder=False))
     described["network_dtype"], described["dtype"] = described["dtype"], described.pop("store_dtype")
     told = {"version": 1, "settings": described, "generations": len(items), "group": 64}
     told |= {"model": asdict(recipe.spec.flux), "versions": versions_of(model.img_in.weight.device)}

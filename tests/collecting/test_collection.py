@@ -149,7 +149,7 @@ def test_the_header_of_a_shard_says_what_its_rows_are_and_its_bytes_are_known_be
 def test_what_stands_beside_a_shard_is_read_as_it_was_written_or_not_at_all(storage):
     sums = SiteStatistics(5)
     sums.add(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
-    notes = ShardNotes(facts_of(b"abc"), [3, 4], {"image": [facts_of(b"d")] * 2}, {(SITES[0], 2): sums})
+    notes = ShardNotes(facts_of(b"abc"), [3, 4], {"image": [facts_of(b"d")] * 2}, {"double.0.img/step_2": sums})
     content = notes_content(notes)
     storage.publish(content, notes_name(7))
     read = read_notes(storage, 7)

@@ -51,29 +51,39 @@ def words(clip, pictures, tmp_path):
 def test_pictures_and_captions_become_arrays_with_an_index(words, clip, tmp_path, capsys):
     rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    more = ["--captions", str(tmp_path / "captions.jsonl"), "--tokens", "all", "--dtype", "float32"]
+    more = [
+        "--captions",
+        str(tmp_path / "captions.jsonl"),
+        "--tokens",
+        "all",
+        "--dtype",
+        "float32",
+        "--store_dtype",
+        "float32",
+    ]
     assert flux_ir(["collect-clip", *words, *more, "--batch_size", "2"]) == 0
     told = capsys.readouterr()
     assert "3 pictures" in told.out
-    assert str(tmp_path / "out" / "index.jsonl") in told.out
+    assert str(tmp_path / "out") in told.out
     assert "cut to CLIP's length: 1 caption" in told.err
-    images = load_file(tmp_path / "out" / "images" / "000000.safetensors")["activations"]
-    assert images.shape == (3, 1 + PATCHES, WIDTH)
-    pooled = load_file(tmp_path / "out" / "captions" / "000000.safetensors")["activations"]
+    tensors = load_file(tmp_path / "out" / "shards" / "000000.safetensors")
+    assert tensors["clip.image"].shape == (3, 1 + PATCHES, WIDTH)
+    pooled = tensors["clip.text"][:, 0]
     ids = torch.tensor([[3, 8, 5, 1, 0, 0, 0]])  # a red circle </s>, then padding
     expected = CLIPTextModel.from_pretrained(clip)(input_ids=ids).pooler_output
-    torch.testing.assert_close(pooled[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pooled[:1], expected, atol=1e-6, rtol=0)
     index = [json.loads(line) for line in (tmp_path / "out" / "index.jsonl").read_text().splitlines()]
-    shard = {"shard": "images/000000.safetensors"}
-    assert index == [row | shard | {"row": number} for number, row in enumerate(rows)]
+    told = [(row["id"], row["prompt"], row["shard"], row["row"]) for row in index]
+    assert told == [
+        (f"{number}.png", text, "shards/000000.safetensors", number) for number, text in enumerate(CAPTIONS)
+    ]
 
 
 def test_without_captions_the_text_half_is_not_needed(words, tmp_path):
     assert main(words) == 0
-    images = load_file(tmp_path / "out" / "images" / "000000.safetensors")["activations"]
+    (images,) = load_file(tmp_path / "out" / "shards" / "000000.safetensors").values()
     assert images.shape == (3, 1, WIDTH)
     assert images.dtype == torch.bfloat16
-    assert not (tmp_path / "out" / "captions").exists()
 
 
 def test_the_second_run_finds_everything_done(words, capsys):

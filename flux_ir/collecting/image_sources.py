@@ -1,0 +1,279 @@
+"""Pictures of others, with their captions: a folder of files, or shards of (image, caption) as parquet or webdataset.
+
+Nothing is read into memory as a whole: a folder is a list of names, and shards are streamed by the library `datasets`.
+Every picture has a number, so that reading may begin at any of them. What is wrong is named by its file and its key.
+"""
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from PIL import Image
+
+from flux_ir.collecting.captions import CAPTION_KEYS, read_captions
+from flux_ir.collecting.shard_notes import files_digest
+from flux_ir.errors import FluxIRError
+from flux_ir.models.clip import broken_image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SHARD_SUFFIXES = (".parquet", ".tar")
+IMAGE_COLUMNS = ("image", "img", *(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
+CAPTION_COLUMNS = (*CAPTION_KEYS, "txt", *(f"json.{key}" for key in CAPTION_KEYS))
+
+# The name of an example in a tar is what stands before the first point of a file's name, as webdataset has it.
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+
+
+class Picture(NamedTuple):
+    """One picture that is not decoded yet."""
+
+    id: str
+    """Its path below the folder, or its shard and its key there."""
+    content: Path | bytes
+    caption: str | None
+    where: str
+    """For messages."""
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Numbered pictures."""
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every picture has a caption."""
+
+    def __len__(self) -> int: ...
+
+    def described(self) -> dict[str, Any]:
+        """What stands for the content of all of it, as JSON values."""
+
+    def pictures(self, start: int) -> Iterator[Picture]:
+        """The pictures from number `start` on. Raises FluxIRError for one that has no content or no caption."""
+
+
+def open_images(images: Path, captions: Path | None) -> ImageSource:
+    """What `--images` names: a folder of pictures, or one of shards (or one shard alone).
+
+    Raises FluxIRError for a path that holds neither or both, and for captions that do not go with the pictures.
+    """
+    if images.is_file() and images.suffix.lower() in SHARD_SUFFIXES:
+        files, names = [images], []
+    elif images.is_dir():
+        below = sorted(path for path in images.rglob("*") if path.is_file())
+        files = [path for path in below if path.suffix.lower() in SHARD_SUFFIXES]
+        names = [path.relative_to(images).as_posix() for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
+    else:
+        raise FluxIRError(
+            f"--images must be a folder of pictures, or of .parquet or .tar shards: got {images}", hint="check the path"
+        )
+    if files and names:
+        raise FluxIRError(
+            f"{images} must hold pictures or shards of pictures: it holds both, such as {names[0]} and {files[0].name}",
+            hint="name a folder that holds one of them",
+        )
+    if not files and not names:
+        raise FluxIRError(
+            f"{images} must hold pictures: there is no file that ends in {', '.join(IMAGE_SUFFIXES + SHARD_SUFFIXES)}",
+            hint="name the folder of pictures with --images",
+        )
+    if not files:
+        return FolderImages(images, names, None if captions is None else read_captions(captions, names))
+    if captions is not None:
+        raise FluxIRError(
+            f"the captions of shards are in the shards: got --captions {captions} for {files[0].name}",
+            hint="leave out --captions",
+        )
+    return ShardedImages(files)
+
+
+class FolderImages:
+    """A folder of picture files, in the order of their names."""
+
+    def __init__(self, folder: Path, names: Sequence[str], captions: Sequence[str] | None) -> None:
+        self.folder, self.names, self.captions = folder, names, captions
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captions is not None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def described(self) -> dict[str, Any]:
+        """Names and sizes stand for the pictures."""
+        files = [f"{name} {(self.folder / name).stat().st_size}" for name in self.names]
+        captions = None if self.captions is None else _digest(self.captions)
+        return {"images": len(self), "images_sha256": _digest(files), "captions_sha256": captions}
+
+    def pictures(self, start: int) -> Iterator[Picture]:
+        for number in range(start, len(self)):
+            path = self.folder / self.names[number]
+            yield Picture(self.names[number], path, self.captions[number] if self.captions else None, str(path))
+
+
+def check_images(source: FolderImages) -> None:
+    """Opens the header of every picture. Raises FluxIRError that names the broken ones: none is left out silently."""
+    broken: list[tuple[str, Exception]] = []
+    for name in source.names:
+        try:
+            with Image.open(source.folder / name):
+                pass
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            broken.append((name, error))
+    if len(broken) == 1:
+        raise broken_image(source.folder / broken[0][0], broken[0][1])
+    if broken:
+        told = ", ".join(name for name, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
+        raise FluxIRError(
+            f"{len(broken)} of {len(source)} files in {source.folder} are no pictures that can be read: {told}",
+            hint="mend them or take them out of the folder",
+        )
+
+
+class ShardedImages:
+    """Shards of (image, caption): parquet files or tars of webdataset, in the order of their names.
+
+    Columns are found by their names in the first shard: `image` or a picture's suffix, `caption`, `text` or `txt`, or
+    one of these inside a column `json`; a struct of an image has `bytes`. Without a column of captions, pictures alone
+    are read. Raises FluxIRError where the library `datasets` is missing, for files that cannot be read, and where there
+    is no column of images.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        _check_library()
+        self.files = files
+        self._counts = [_count(file) for file in files]
+        columns = _columns(_stream(files[0]))
+        self.image = _column(files[0], columns, IMAGE_COLUMNS)
+        named = [column for column in CAPTION_COLUMNS if column in columns]
+        self.caption = named[0] if named else None
+
+    @property
+    def has_captions(self) -> bool:
+        return self.caption is not None
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "images": len(self),
+            "images_sha256": files_digest(self.files),
+            "columns": [self.image, self.caption],
+        }
+
+    def pictures(self, start: int) -> Iterator[Picture]:
+        for file, count in zip(self.files, self._counts, strict=True):
+            if start < count:
+                yield from self._pictures_of(file, start, count)
+            start = max(0, start - count)
+
+    def _pictures_of(self, file: Path, start: int, count: int) -> Iterator[Picture]:
+        wanted = [self.image, *([self.caption] if self.caption else [])]
+        stream = _stream(file)
+        for column in wanted:
+            _column(file, _columns(stream), (column,))
+        number = start
+        for row in _readable(file, stream.skip(start)):
+            key = str(row.get("__key__", f"{number:06d}"))
+            caption = _value(row, self.caption) if self.caption else None
+            content = row[self.image]
+            if isinstance(content, dict):  # how `datasets` keeps an image
+                content = content.get("bytes")
+            where = f"{file}, {'key' if '__key__' in row else 'row'} {key}"
+            if not isinstance(content, bytes):
+                raise _lacking(where, self.image, "the bytes of a picture", content)
+            if self.caption and not isinstance(caption, str):
+                raise _lacking(where, self.caption, "text", caption)
+            yield Picture(f"{file.stem}/{key}", content, caption, where)
+            number += 1
+        if number != count:
+            raise FluxIRError(f"{file} must have {count} examples: {number} were read", hint="write it again")
+
+
+def _columns(stream: Any) -> list[str]:
+    """The names of a shard's columns, and of what is in its column json, with a point between."""
+    inner = stream.features.get("json")
+    below = [f"json.{key}" for key in inner] if isinstance(inner, dict) else []
+    return [*stream.features, *below]
+
+
+def _value(row: dict[str, Any], column: str) -> Any:
+    outer, _, key = column.partition(".")
+    value = row[outer]
+    return value.get(key) if key and isinstance(value, dict) else value
+
+
+def _check_library() -> None:
+    try:
+        import datasets  # noqa: F401 (asked for before anything is read)
+    except ImportError as error:
+        raise FluxIRError(
+            "shards of pictures are read by the library datasets, which is not installed",
+            hint="pip install datasets, or pip install 'flux-ir[datasets]'",
+        ) from error
+
+
+def _stream(file: Path) -> Any:
+    """The examples of one shard, not decoded. Raises FluxIRError for a file that is no such shard."""
+    import datasets
+
+    kind = {".parquet": "parquet", ".tar": "webdataset"}[file.suffix.lower()]
+    try:
+        stream = datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
+        return stream.decode(enable=False)
+    except (OSError, ValueError, KeyError, IndexError, tarfile.TarError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _readable(file: Path, rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows, with what goes wrong while they are read said in one line."""
+    try:
+        yield from rows
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _count(file: Path) -> int:
+    """How many examples a shard has, by its own directory."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            return int(parquet.read_metadata(file).num_rows)
+        with tarfile.open(file) as tar:
+            keys = [found[1] for member in tar if member.isfile() and (found := _KEY.fullmatch(member.name))]
+            return sum(key != before for key, before in zip(keys, [None, *keys], strict=False))
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _column(file: Path, columns: Sequence[str], known: Sequence[str]) -> str:
+    for name in known:
+        if name in columns:
+            return name
+    shown = ", ".join(name for name in columns if not name.startswith("__"))
+    raise FluxIRError(
+        f"{file} must have a column {known[0]!r}: it has {shown}", hint=f"known names are {', '.join(known)}"
+    )
+
+
+def _lacking(where: str, column: str, kind: str, value: object) -> FluxIRError:
+    got = "nothing" if value is None else type(value).__name__
+    return FluxIRError(
+        f"{where}, must have {kind} in its column {column!r}: got {got}",
+        hint="mend or remove this example, then run the same command again",
+    )
+
+
+def _unreadable(file: Path, error: Exception) -> FluxIRError:
+    told = (str(error) or type(error).__name__).splitlines()[0]
+    return FluxIRError(f"{file} must be a shard of pictures that can be read: {told}", hint="fetch it again")
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
