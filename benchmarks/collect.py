@@ -21,8 +21,9 @@ from flux_ir.collecting.collector import collect
 from flux_ir.collecting.prompts import WorkList
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
-from flux_ir.commands.report import bytes_at, in_units, peak_host_bytes
+from flux_ir.commands.report import bytes_at, peak_host_bytes
 from flux_ir.distributed import Ranks
+from flux_ir.errors import in_units
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model

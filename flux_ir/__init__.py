@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ir.api.lens import LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
+    from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.visualize import Visualization, create_visualization, explore
     from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
@@ -49,6 +50,9 @@ _MODULES = {
     "sample": "flux_ir.api.models",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.splice",
+    "train_sae": "flux_ir.api.train_sae",
+    "Trained": "flux_ir.api.train_sae",
+    "TrainingRow": "flux_ir.api.train_sae",
     "Visualization": "flux_ir.api.visualize",
 }
 
@@ -63,6 +67,8 @@ __all__ = [
     "Progress",
     "Recorder",
     "Site",
+    "Trained",
+    "TrainingRow",
     "Visualization",
     "capture",
     "collect",
@@ -79,6 +85,7 @@ __all__ = [
     "read_lens",
     "sample",
     "spliced",
+    "train_sae",
 ]
 
 

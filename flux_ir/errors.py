@@ -1,4 +1,4 @@
-"""The one exception a user can mend: what must hold, what came instead, and what to do about it."""
+"""The one exception a user can mend: what must hold, what came instead, and what to do about it; words for messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -27,3 +27,18 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     starts = (name for name in names if word and name.startswith(word.lower()))
     holds = (name for name in names if len(word) > 2 and word.lower() in name)
     return next(starts, None) or next(holds, None)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def in_units(size: int) -> str:
+    """A number of bytes for people: 512 B, 3.4 MB, 80.7 GB (powers of ten, three digits)."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"

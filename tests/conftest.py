@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 # int is accepted where float is asked for, as type checkers accept it.
 install_import_hook("flux_ir", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -165,6 +166,16 @@ def tiny_inputs(tiny_flux_params: FluxParams) -> Callable[..., FluxInputs]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def array(tmp_path_factory):
+    """4,000 tokens that are sums of few of 30 directions, as a plain array."""
+    draw = np.random.default_rng(0)
+    strengths = draw.random((4000, 30)) * (draw.random((4000, 30)) < 0.1)
+    path = tmp_path_factory.mktemp("arrays") / "tokens.npy"
+    np.save(path, (strengths @ draw.normal(size=(30, 12)) + 4).astype(np.float32))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,8 @@ def run(options: CollectOptions) -> int:
 
 def conclude(done: "Collected", options: CollectOptions, report: "Report") -> None:
     """Say that the collection is complete, and print what it holds and what it took."""
-    from flux_ir.commands.report import in_units, peak_memory
+    from flux_ir.commands.report import peak_memory
+    from flux_ir.errors import in_units
 
     seconds = report.seconds.get("collect", 0.0)
     rows = [("generations", f"{done.generations}", f"{done.made} of them now"), ("tokens", f"{done.tokens}", "")]

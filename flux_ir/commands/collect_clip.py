@@ -61,7 +61,8 @@ class CollectClipOptions(Compute):
 def run(options: CollectClipOptions) -> None:
     """Collect as the options say. Raises FluxIRError for what a user can mend, before a weight is read if possible."""
     from flux_ir.api.collect import collect_clip
-    from flux_ir.commands.report import Report, counted, peak_memory
+    from flux_ir.commands.report import Report, peak_memory
+    from flux_ir.errors import counted
 
     with Report() as report:
         done = collect_clip(

@@ -22,7 +22,8 @@ class ConvertCollectionOptions(Options):
 def run(options: ConvertCollectionOptions) -> None:
     """Convert as the options say. Raises FluxIRError for what a user can mend."""
     from flux_ir.api.collect import convert_collection
-    from flux_ir.commands.report import Report, counted
+    from flux_ir.commands.report import Report
+    from flux_ir.errors import counted
 
     with Report() as report:
         done = convert_collection(options.captures, options.output_dir, progress=report.watch)

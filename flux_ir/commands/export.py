@@ -36,7 +36,8 @@ class ExportOptions(Steps):
 def run(options: ExportOptions) -> None:
     """Export as the options say. Raises FluxIRError for what a user can mend, before anything is written."""
     from flux_ir.api.export import export
-    from flux_ir.commands.report import Report, counted
+    from flux_ir.commands.report import Report
+    from flux_ir.errors import counted
 
     with Report() as report:
         done = export(

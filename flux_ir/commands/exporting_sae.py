@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from flux_ir.commands.export_sae import ExportSAEOptions
-from flux_ir.commands.report import Report, bytes_at, in_units
-from flux_ir.errors import FluxIRError
+from flux_ir.commands.report import Report, bytes_at
+from flux_ir.errors import FluxIRError, in_units
 from flux_ir.sae.hub import from_pretrained, push_to_hub
 from flux_ir.sae.interop.formats import export
 

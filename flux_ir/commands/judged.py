@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
-from flux_ir.commands.report import counted
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import FluxIRError, counted
 from flux_ir.layout import write_json
 from flux_ir.sae.config import HAS_K, SAEConfig
 from flux_ir.sae.held_out import Subject

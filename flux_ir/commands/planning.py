@@ -14,14 +14,14 @@ from rich.text import Text
 
 from flux_ir.api.capture import CaptureSettings, describe, planned_file, settle
 from flux_ir.api.collect import CollectionJob, collection_job
+from flux_ir.api.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
 from flux_ir.collecting.collection import Collection
 from flux_ir.collecting.sizes import embeddings_bytes, latents_bytes, shard_sizes, site_sizes
 from flux_ir.collecting.storage import LocalStorage
-from flux_ir.commands.report import Report, bytes_at, counted, in_units
-from flux_ir.commands.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
+from flux_ir.commands.report import Report, bytes_at
 from flux_ir.commands.trials import TRIAL_STEPS, Pace, measure_capture, measure_collection
 from flux_ir.distributed import Ranks, joined
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.layout import RunFolder
 from flux_ir.lens.readout import image_outputs
 from flux_ir.models.pretrained import load_tokenizer

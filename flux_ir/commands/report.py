@@ -22,6 +22,7 @@ from rich.text import Text
 
 from flux_ir.api.progress import Begun, Note
 from flux_ir.api.progress import Progress as StageProgress
+from flux_ir.errors import in_units
 
 T = TypeVar("T")
 
@@ -115,25 +116,10 @@ class Report:
             self.results.print(Text(f"{name:<{widths[0]}}  {amount:>{widths[1]}}  {note}".rstrip()))
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 site`, `2 sites`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def bytes_at(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     files = [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def in_units(size: int) -> str:
-    """A number of bytes for people: 512 B, 3.4 MB, 80.7 GB (powers of ten, three digits)."""
-    value, unit = float(size), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def peak_memory() -> dict[str, int]:

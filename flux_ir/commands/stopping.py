@@ -13,15 +13,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
+        self.waits = False
+        """Whether a good moment will come: as long as it will not, Ctrl-C stops at once."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """As long as the `with` lasts, the first Ctrl-C only sets the flag; the second stops at once."""
+    """As long as the `with` lasts, the first Ctrl-C while `waits` only sets the flag; any other stops at once."""
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.made:
+        if request.made or not request.waits:
             raise KeyboardInterrupt
         request.made = True
 

@@ -1,17 +1,21 @@
 """`flux-ir train-sae` (and `train_sae.py`): train sparse autoencoders on activations, stored or made on the way."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flux_ir.commands.cli.option import option
-from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.parse import INTERRUPTED, launch
 from flux_ir.commands.cli.shared import Device
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import counted
+
+if TYPE_CHECKING:
+    from flux_ir.api.train_sae import Trained
+    from flux_ir.commands.report import Report
 
 DATA, WHAT, HOW, LIVE, WHERE = "the data", "the autoencoder", "the training", "live data", "where and when"
-SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,60 +159,55 @@ class TrainSAEOptions(Device):
     )
     log: Literal["none", "tensorboard", "wandb"] = option("none", help="where curves go as well", group=WHERE)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_data()
-        self._check_architecture()
-        for name in ("lr", "clip", "pool_gb"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise FluxIRError(f"--{name} must be above 0: got {value}")
-
-    def _check_data(self) -> None:
-        """One source of data, and one length of the run."""
-        live = self.model is not None or self.prompts is not None
-        if self.captures is not None and live:
-            raise FluxIRError(
-                "--captures reads what is stored, --model with --prompts makes it on the way: got both",
-                hint="leave one of them out",
-            )
-        if self.captures is None and (self.model is None or self.prompts is None):
-            raise FluxIRError(
-                "there must be data to train on: --captures, or --model with --prompts",
-                hint="make captures with flux-ir collect, or pass --model flux-tiny --prompts prompts.txt",
-            )
-        if self.captures is not None and self.repeats is not None:
-            raise FluxIRError("--repeats is for live data: got --captures", hint="leave it out, or raise --epochs")
-        if live and self.epochs is not None:
-            raise FluxIRError("live data come once: got --epochs", hint="pass --repeats or --max_tokens instead")
-        if self.max_tokens is not None and self.epochs is not None:
-            raise FluxIRError("--max_tokens and --epochs both say when to stop: got both", hint="leave one out")
-        if live and self.site is None:
-            raise FluxIRError("live data need a --site to record", hint="pass one such as --site single.6.img")
-
-    def _check_architecture(self) -> None:
-        """No option that the architecture has no use for: a sweep over it would train the same thing again."""
-        if self.k is not None and self.arch not in SPARSE:
-            hint = "pass --target_l0 instead" if self.arch == "jumprelu" else "pass --l1_coefficient instead"
-            raise FluxIRError(f"{self.arch} is not given its k: got --k", hint=hint)
-        if self.k_start is not None and self.arch not in SPARSE:
-            raise FluxIRError(f"{self.arch} is not given its k: got --k_start", hint="leave it out")
-        if self.k_start is not None and self.k is not None and self.k_start < max(self.k):
-            raise FluxIRError(
-                f"k comes down from --k_start, so it is at least --k {max(self.k)}: got {self.k_start}",
-                hint="give a larger --k_start, or leave it out",
-            )
-        if self.l1_coefficient is not None and self.arch not in ("l1", "gated"):
-            raise FluxIRError(f"{self.arch} has no L1 penalty: got --l1_coefficient", hint="it is for l1 and gated")
-        if self.target_l0 is not None and self.arch != "jumprelu":
-            raise FluxIRError(f"{self.arch} does not steer its L0: got --target_l0", hint="it is for jumprelu")
-
 
 def run(options: TrainSAEOptions) -> int:
     """Train as the options say; returns the exit code. Raises FluxIRError for what a user can mend."""
-    from flux_ir.commands.training import train_saes
+    from flux_ir.api.training_settings import TrainSAESettings
 
-    return train_saes(options)
+    settings = TrainSAESettings.of({field.name: getattr(options, field.name) for field in fields(options)})
+
+    from flux_ir.api.train_sae import run_training  # only now torch
+    from flux_ir.commands.report import Report
+    from flux_ir.commands.stopping import stop_requests
+    from flux_ir.commands.training_table import TrainingTable
+
+    speaks = os.environ.get("RANK", "0") == "0"  # for all processes of the job
+    results: list[Trained] = []
+    with Report() as report, stop_requests() as stop, TrainingTable(report, quiet=not speaks) as table:
+        for row in run_training(settings, stop=lambda: stop.made, progress=report.watch):
+            table.update(row)
+            stop.waits = row.tokens < row.total_tokens and not row.finished
+            results += row.finished
+            if row.stopped:
+                return INTERRUPTED
+    if speaks:
+        conclude(report, results)
+    return 0
+
+
+def conclude(report: "Report", results: "list[Trained]") -> None:
+    """One line per autoencoder, then times, memory and folders."""
+    from flux_ir.commands.report import peak_memory
+
+    head = ("autoencoder", "features", "FVU", "L0", "dead")
+    rows: list[tuple[str, ...]] = [head]
+    for result in results:
+        rows.append((result.folder.name, str(result.d_sae), *_told(result.overall)))
+        if outliers := result.outliers["tokens"]:
+            rows.append(
+                (f"  without {counted(outliers, 'outlier')}", "", *_told(result.outliers["without"]["overall"]))
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    report.results.print(f"measured on {results[0].measured_on}", style="bold", markup=False)
+    for name, *cells in rows:
+        told = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        report.results.print(f"{name:<{widths[0]}}  {told}", markup=False)
+    report.table("training", {result.folder.name: result.folder for result in results}, peak_memory())
+
+
+def _told(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    fvu, l0, dead = (numbers[key] for key in ("fvu", "l0", "dead_share"))
+    return ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from flux_ir.api.training_run import TrainingRow
 from flux_ir.commands.report import Report
 
 LINE_SECONDS = 15.0
@@ -19,34 +20,45 @@ COLUMNS = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead_share": "dead"}
 class TrainingTable:
     """Draws the latest numbers of every autoencoder. Only what was read anyway: it never waits for the device."""
 
-    def __init__(self, report: Report, total_tokens: int, tokens: int, *, quiet: bool) -> None:
-        """`tokens` are those of before a resume; `quiet` is for processes that do not speak."""
-        self.report, self.total_tokens, self.quiet = report, total_tokens, quiet
-        self.tokens = self.first_tokens = tokens
+    def __init__(self, report: Report, *, quiet: bool) -> None:
+        """`quiet` is for processes that do not speak."""
+        self.report, self.quiet = report, quiet
+        self.run, self.total_tokens, self.tokens, self.first_tokens = "", 0, 0, 0
         self.rows: Mapping[str, Mapping[str, Any]] = {}
         self.began = self.said = time.monotonic()
-        live = report.notes.is_terminal and not quiet
-        self.live = Live(console=report.notes, refresh_per_second=2, get_renderable=self.render) if live else None
+        self.is_live = report.notes.is_terminal and not quiet
+        self.live: Live | None = None
 
     def __enter__(self) -> "TrainingTable":
-        if self.live is not None:
-            self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.live is not None:
-            self.live.stop()
+        self._stop()
 
-    def update(self, tokens: int, rows: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """So many tokens are done; `rows` are new numbers, by autoencoder."""
-        self.tokens = tokens
-        self.rows = self.rows if rows is None else rows
+    def update(self, row: TrainingRow) -> None:
+        """Takes in what a training tells. The first row of a run says where it begins."""
         now = time.monotonic()
-        if self.live is None and not self.quiet and self.rows and now - self.said >= LINE_SECONDS:
+        if row.run != self.run:
+            self._stop()
+            self.run, self.total_tokens, self.first_tokens = row.run, row.total_tokens, row.tokens
+            self.rows, self.began, self.said = {}, now, now
+            if self.is_live and not row.finished:
+                self.live = Live(console=self.report.notes, refresh_per_second=2, get_renderable=self.render)
+                self.live.start()
+        self.tokens = row.tokens
+        self.rows = row.numbers or self.rows
+        if row.finished or row.stopped:
+            self._stop()
+        elif self.live is None and not self.quiet and self.rows and now - self.said >= LINE_SECONDS:
             self.said = now
             self.report.note(f"{self.progress()}; {self.numbers()}")
+
+    def _stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
     @property
     def speed(self) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from flux_ir.api.capture import Job, embed
 from flux_ir.api.progress import unwatched
+from flux_ir.api.room import Room
 from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import Collector
@@ -21,7 +22,6 @@ from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.recipe import recorded_bytes
 from flux_ir.collecting.storage import LocalStorage, open_storage
 from flux_ir.commands.report import bytes_at, peak_memory
-from flux_ir.commands.room import Room
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
 from flux_ir.recording.plan import CapturePlan, capture_bytes

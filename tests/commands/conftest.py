@@ -1,12 +1,11 @@
 """Short runs of flux-tiny and short trainings on a small array, each into a fresh folder."""
 
-import numpy as np
 import pytest
 
 from flux_ir.commands.capture import main
 from flux_ir.commands.train_sae import main as train_sae
 from tests.commands.run_folder import SPEC
-from tests.commands.small_training import QUICK, D
+from tests.commands.small_training import QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +31,6 @@ def run(output, capsys):
         return made
 
     return capture
-
-
-@pytest.fixture(scope="session")
-def array(tmp_path_factory):
-    """4,000 tokens that are sums of few of 30 directions, as a plain array."""
-    draw = np.random.default_rng(0)
-    strengths = draw.random((4000, 30)) * (draw.random((4000, 30)) < 0.1)
-    path = tmp_path_factory.mktemp("arrays") / "tokens.npy"
-    np.save(path, (strengths @ draw.normal(size=(30, D)) + 4).astype(np.float32))
-    return path
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from flux_ir.activations import shards
+from flux_ir.api import room
+from flux_ir.api.room import check_disk, check_memory, room_at
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.sizes import site_sizes
-from flux_ir.commands import room
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect
-from flux_ir.commands.room import check_disk, check_memory, room_at
 from flux_ir.commands.trials import Pace
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import Placement

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from flux_ir.commands.report import Report, bytes_at, in_units, peak_host_bytes, peak_memory
+from flux_ir.commands.report import Report, bytes_at, peak_host_bytes, peak_memory
+from flux_ir.errors import in_units
 
 
 def test_notes_go_to_stderr_as_they_are(capsys):

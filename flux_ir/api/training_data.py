@@ -13,11 +13,11 @@ from torch import Tensor
 from flux_ir.activations.stream import block_bytes, stream_blocks
 from flux_ir.activations.token_blocks import TokenBlock, TokenSource
 from flux_ir.activations.tokens import open_source
+from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.prompts import prompts_digest, read_prompts
 from flux_ir.collecting.recipe import Recipe
-from flux_ir.commands.train_sae import TrainSAEOptions
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import plan
@@ -68,19 +68,19 @@ class TrainingData:
     """What the weights depend on, for comparisons."""
 
     def batches(
-        self, sites: list[SiteKey], options: TrainSAEOptions, ranks: Ranks, device: torch.device, *, tokens: int
+        self, sites: list[SiteKey], settings: TrainSAESettings, ranks: Ranks, device: torch.device, *, tokens: int
     ) -> TokenBatches:
         """Training batches for a run of so many tokens: without end, or until a live stream ends."""
-        pool_bytes = int(options.pool_gb * 1e9)
+        pool_bytes = int(settings.pool_gb * 1e9)
         if callable(self.source):  # which would have to fill the pool before the first batch
-            few = max(tokens // LIVE_POOL_SHARE, LIVE_POOL_BATCHES * options.batch_tokens)
+            few = max(tokens // LIVE_POOL_SHARE, LIVE_POOL_BATCHES * settings.batch_tokens)
             pool_bytes = min(pool_bytes, few * slot_bytes({s: Row(self.widths[s], torch.bfloat16) for s in sites}))
         return TokenBatches(
             self.source,
             sites,
-            batch_tokens=options.batch_tokens,
+            batch_tokens=settings.batch_tokens,
             pool_bytes=pool_bytes,
-            seed=options.seed[0],
+            seed=settings.seed[0],
             filters=self.filters,
             split=self.split,
             max_tokens=WITHOUT_END,
@@ -180,17 +180,17 @@ class _OneSite:
     is_text: Tensor
 
 
-def open_data(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
-    """The data the options name. Raises FluxIRError for all that can be wrong with them, before they are read."""
-    return _stored(options, options.captures) if options.captures is not None else _live(options, ranks)
+def open_data(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
+    """The data the settings name. Raises FluxIRError for all that can be wrong with them, before they are read."""
+    return _stored(settings, settings.captures) if settings.captures is not None else _live(settings, ranks)
 
 
-def _stored(options: TrainSAEOptions, path: Path) -> TrainingData:
+def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:
     source = open_source(path)
-    filters = _filters(options)
+    filters = _filters(settings)
     steps = filters.steps_of(source.steps)
-    sites = _of_stream(choose_sites(source, _patterns(options, source)), options)
-    split = split_source(source, options.held_out)
+    sites = _of_stream(choose_sites(source, _patterns(settings, source)), settings)
+    split = split_source(source, settings.held_out)
     filters = norm_limits(source, sites, filters, split=split)
     name = path.resolve().name if path.is_dir() else path.stem
     described = {
@@ -215,13 +215,13 @@ def _stored(options: TrainSAEOptions, path: Path) -> TrainingData:
     )
 
 
-def _patterns(options: TrainSAEOptions, source: TokenSource) -> tuple[str, ...]:
-    if options.site is not None:
+def _patterns(settings: TrainSAESettings, source: TokenSource) -> tuple[str, ...]:
+    if settings.site is not None:
         if not source.sites:
             raise FluxIRError(
-                f"a plain array has no sites: got --site {','.join(options.site)}", hint="leave --site out"
+                f"a plain array has no sites: got --site {','.join(settings.site)}", hint="leave --site out"
             )
-        return options.site
+        return settings.site
     if len(source.sites) > 1:
         raise FluxIRError(
             f"the captures have {len(source.sites)} sites, {source.sites[0]} to {source.sites[-1]}: say which",
@@ -230,30 +230,33 @@ def _patterns(options: TrainSAEOptions, source: TokenSource) -> tuple[str, ...]:
     return tuple(map(str, source.sites))
 
 
-def _of_stream(sites: list[SiteKey], options: TrainSAEOptions) -> list[SiteKey]:
+def _of_stream(sites: list[SiteKey], settings: TrainSAESettings) -> list[SiteKey]:
     """The sites that have tokens of the stream asked for."""
-    if options.stream is not None and None in sites:
-        raise FluxIRError(f"a plain array has no streams: got --stream {options.stream}", hint="leave --stream out")
-    kept = [site for site in sites if options.stream is None or site is None or site.stream in (None, options.stream)]
+    if settings.stream is not None and None in sites:
+        raise FluxIRError(f"a plain array has no streams: got --stream {settings.stream}", hint="leave --stream out")
+    kept = [site for site in sites if settings.stream is None or site is None or site.stream in (None, settings.stream)]
     if not kept:
         raise FluxIRError(
-            f"none of the sites has {options.stream} tokens: {', '.join(map(str, sites))}", hint="leave --stream out"
+            f"none of the sites has {settings.stream} tokens: {', '.join(map(str, sites))}", hint="leave --stream out"
         )
     return kept
 
 
-def _filters(options: TrainSAEOptions) -> Filters:
-    return Filters(stream=options.stream, steps=options.steps, padding=options.padding, outlier_factor=options.outliers)
+def _filters(settings: TrainSAESettings) -> Filters:
+    return Filters(
+        stream=settings.stream, steps=settings.steps, padding=settings.padding, outlier_factor=settings.outliers
+    )
 
 
-def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
-    assert options.model is not None
-    assert options.prompts is not None
-    assert options.site is not None
-    spec = get_spec(options.model)
-    prompts = read_prompts(options.prompts)
-    sites = match_sites(options.site, all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
-    sites = [site for site in _of_stream(list(sites), options) if site is not None]
+def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
+    assert settings.model is not None
+    assert settings.prompts is not None
+    assert settings.site is not None
+    spec = get_spec(settings.model)
+    given = settings.prompts
+    prompts = read_prompts(given) if isinstance(given, Path) else list(given)
+    sites = match_sites(settings.site, all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
+    sites = [site for site in _of_stream(list(sites), settings) if site is not None]
     recipe = Recipe(
         spec=spec,
         width=spec.default_side_px,
@@ -261,24 +264,24 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
         num_steps=spec.default_steps,
         guidance=2.5,
         sites=tuple(sites),
-        steps=tuple(check_steps(options.steps, spec.default_steps)),
+        steps=tuple(check_steps(settings.steps, spec.default_steps)),
         stored_dtype=torch.bfloat16,
         network_dtype=torch.bfloat16,
     )
-    split = split_prompts(prompts, options.held_out)
+    split = split_prompts(prompts, settings.held_out)
     training = [prompt for prompt in prompts if split.has("training", "", prompt)]
     held_out = [prompt for prompt in prompts if split.has("held_out", "", prompt)]
     if not training:
         raise FluxIRError(f"all {len(prompts)} prompts are held out", hint="give more prompts, or --held_out 0")
     shape = recipe.plan()
     # Nothing is made before it is wanted, so with --max_tokens there may be far too many repeats.
-    repeats = options.repeats or -(-(options.max_tokens or 1) // len(training))
-    placement = plan(torch.cuda.device_count(), device=str(ranks.device(options.device)))
+    repeats = settings.repeats or -(-(settings.max_tokens or 1) // len(training))
+    placement = plan(torch.cuda.device_count(), device=str(ranks.device(settings.device)))
     suite = Suite(spec, locate_model(spec, None, None, autoencoder=False), placement, recipe.network_dtype)
-    filters = _filters(options)
-    most_tokens = min(MEASURED_TOKENS, options.max_tokens or MEASURED_TOKENS) * len(sites)
-    settings = CollectSettings(recipe=recipe, prompts=training, repeats=repeats)
-    first = _Beginning(_stream(settings, suite), most_tokens=most_tokens)
+    filters = _filters(settings)
+    most_tokens = min(MEASURED_TOKENS, settings.max_tokens or MEASURED_TOKENS) * len(sites)
+    job = CollectSettings(recipe=recipe, prompts=training, repeats=repeats)
+    first = _Beginning(_stream(job, suite), most_tokens=most_tokens)
     if filters.outlier_factor is not None:
         filters = norm_limits(first(), list(sites), filters, split=split)
     return TrainingData(
@@ -288,7 +291,7 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
         steps=list(recipe.steps),
         source=first.followed_by_the_rest,
         beginning=first,
-        held_out=partial(_stream(replace(settings, prompts=held_out, repeats=1), suite), 0) if held_out else None,
+        held_out=partial(_stream(replace(job, prompts=held_out, repeats=1), suite), 0) if held_out else None,
         split=split,
         filters=filters,
         generations=len(training) * repeats,
@@ -297,7 +300,7 @@ def _live(options: TrainSAEOptions, ranks: Ranks) -> TrainingData:
             "model": spec.name,
             "prompts": len(prompts),
             "prompts_sha256": prompts_digest(prompts),
-            "repeats": options.repeats,
+            "repeats": settings.repeats,
         },
     )
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from flux_ir.commands.report import in_units
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.contents import Part, blank_network
 from flux_ir.models.headers import read_entries
 from flux_ir.models.placement import Placement

@@ -4,7 +4,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.commands.cli.option import to_json_dict
-from flux_ir.commands.logging_to import Logger, open_logger
-from flux_ir.commands.report import Report, counted
-from flux_ir.commands.stopping import StopRequest, stop_requests
-from flux_ir.commands.train_sae import TrainSAEOptions
-from flux_ir.commands.training_data import TrainingData
-from flux_ir.commands.training_table import TrainingTable
+from flux_ir.api.curve_loggers import Logger, open_logger
+from flux_ir.api.progress import Note, Watch, phase
+from flux_ir.api.training_data import TrainingData
+from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
@@ -58,34 +55,47 @@ class Planned(NamedTuple):
     id: str
 
 
-class Result(NamedTuple):
+class Trained(NamedTuple):
     """A finished autoencoder and its numbers, as training.json has them."""
 
     folder: Path
     d_sae: int
+    measured_on: str
+    """Which tokens its numbers are of: held-out tokens, or training tokens where nothing was held out."""
     overall: Mapping[str, Any]
     outliers: Mapping[str, Any]
     """How many of the tokens it was measured on are far longer than the others, and its numbers without them."""
 
-    def cells(self) -> tuple[str, ...]:
-        """A row of the closing table."""
-        return self.folder.name, str(self.d_sae), *_told(self.overall)
 
-    def cells_without_outliers(self) -> tuple[str, ...] | None:
-        """A second row, if there are outliers."""
-        tokens = self.outliers["tokens"]
-        if not tokens:
-            return None
-        return f"  without {counted(tokens, 'outlier')}", "", *_told(self.outliers["without"]["overall"])
+class TrainingRow(NamedTuple):
+    """How far a run is. Autoencoders on one kind of tokens are one run, side by side on the same batches."""
+
+    run: str
+    tokens: int
+    """Seen so far, also before a stop."""
+    total_tokens: int
+    numbers: Mapping[str, Row] = {}
+    """The latest row of every autoencoder's curve, by its name: loss, fvu, l0, dead_share and more."""
+    finished: tuple[Trained, ...] = ()
+    """In the last row of a run: what it has trained."""
+    stopped: bool = False
+    """In the last row of a run that was asked to stop: a checkpoint is saved, and the same call goes on."""
 
 
 class Run:
     """Its folder is looked at when it is made, so a run that may not be is refused before any begins."""
 
     def __init__(
-        self, planned: Planned, options: TrainSAEOptions, data: TrainingData, ranks: Ranks, report: Report
+        self,
+        planned: Planned,
+        settings: TrainSAESettings,
+        data: TrainingData,
+        ranks: Ranks,
+        progress: Watch,
+        stop: Callable[[], bool],
     ) -> None:
-        self.planned, self.options, self.data, self.ranks, self.report = planned, options, data, ranks, report
+        self.planned, self.asked, self.data, self.ranks = planned, settings, data, ranks
+        self.progress, self.stop = progress, stop
         self.checkpoints = Checkpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
         self.described = self._describe()
         self.curves: dict[str, list[Row]] = {name: [] for name in planned.members}
@@ -98,11 +108,12 @@ class Run:
         self.log_id = f"{planned.id}-{secrets.token_hex(4)}" if self.saved is None else self.saved.state["log_id"]
         self.finished = self.saved is None and self._look_at_folders()
 
-    def work(self) -> list[Result] | None:
-        """Train to the end and write everything. None: somebody stopped it, and it can go on from a checkpoint."""
+    def work(self) -> Iterator[TrainingRow]:
+        """Train to the end and write everything, or to where somebody asks to stop."""
         if self.finished:
             self._note("already trained: nothing to do")
-            return self._results()
+            yield self._row(self.total_tokens, finished=self._results())
+            return
         if self.saved is None:
             self._check_held_out()
         trainer = self._trainer()
@@ -113,32 +124,48 @@ class Run:
                 self.curves = self.saved.state["curves"]
                 self._note(f"going on after {trainer.tokens_seen:,} tokens")
                 self.saved = None
-            with self.report.phase("train"), stop_requests() as stop:
-                if not self._train(trainer, batches, stop):
-                    self._note(
-                        f"stopped after {trainer.tokens_seen:,} tokens, which are saved; the same command goes on"
-                    )
-                    return None
-        with self.report.phase("measure and write"):
+            yield self._row(trainer.tokens_seen)
+            with phase(self.progress, "train"):
+                yield from self._train(trainer, batches)
+            if not trainer.finished:
+                self._note(f"stopped after {trainer.tokens_seen:,} tokens, which are saved; the same command goes on")
+                yield self._row(trainer.tokens_seen, stopped=True)
+                return
+        with phase(self.progress, "measure and write"):
             if self.ranks.is_first:
                 for member in trainer.members:
                     self._write(member)
             wait_for_all(self.ranks)
             self.checkpoints.remove()
-        return self._results()
+        yield self._row(trainer.tokens_seen, finished=self._results())
+
+    @property
+    def total_tokens(self) -> int:
+        """That the run trains on."""
+        return self.planned.settings.total_steps * self.planned.settings.batch_tokens
+
+    def _row(
+        self,
+        tokens: int,
+        numbers: Mapping[str, Row] | None = None,
+        *,
+        finished: tuple[Trained, ...] = (),
+        stopped: bool = False,
+    ) -> TrainingRow:
+        return TrainingRow(self.planned.id, tokens, self.total_tokens, numbers or {}, finished, stopped)
 
     def _check_held_out(self) -> None:
         """Raises FluxIRError for stored tokens that could not be measured on at the end: before the long part."""
         if not callable(self.data.source):
-            with self.report.phase("check held-out data"):
+            with phase(self.progress, "check held-out data"):
                 for site in self.planned.sites:
                     for _ in self.data.evaluation_batches(site, MOST_HELD_OUT):
                         pass
 
     def _batches(self) -> TokenBatches:
-        settings = self.planned.settings
-        tokens = settings.total_steps * settings.batch_tokens
-        return self.data.batches(self.planned.sites, self.options, self.ranks, self.planned.device, tokens=tokens)
+        return self.data.batches(
+            self.planned.sites, self.asked, self.ranks, self.planned.device, tokens=self.total_tokens
+        )
 
     def _trainer(self) -> Trainer:
         """The autoencoders at their start. Where they will be loaded, nothing is measured."""
@@ -146,8 +173,8 @@ class Run:
         for site in self.planned.sites:
             measured = None
             if self.saved is None:
-                with self.report.phase("measure the data"):
-                    measured = self.data.measure(site, normalise=self.options.normalise)
+                with phase(self.progress, "measure the data"):
+                    measured = self.data.measure(site, normalise=self.asked.normalise)
             for name, config in self.planned.members.items():
                 if config.site == (None if site is None else str(site)):
                     mean, scale, sample = measured or (None, None, None)
@@ -155,26 +182,28 @@ class Run:
                     members.append(Member(name, site, sae, self.planned.settings, self.ranks))
         return Trainer(members, self.planned.settings, self.ranks)
 
-    def _train(self, trainer: Trainer, batches: TokenBatches, stop: StopRequest) -> bool:
-        """Step to the end, with curves and checkpoints. Returns whether it came there."""
+    def _train(self, trainer: Trainer, batches: TokenBatches) -> Iterator[TrainingRow]:
+        """Step to the end, or to where somebody asks to stop, with curves and checkpoints."""
         settings, logger = self.planned.settings, self._logger(trainer.steps_done)
         every = max(1, min(MOST_STEPS, settings.total_steps // LEAST_ROWS))
-        clock = Clock(self.options, trainer.tokens_seen)
-        total = settings.total_steps * settings.batch_tokens
-        quiet = not self.ranks.is_first
-        with TrainingTable(self.report, total, trainer.tokens_seen, quiet=quiet) as table:
-            for progress in train(trainer, full_batches(batches, settings.batch_tokens)):
-                told = progress.optimiser_step % every == 0 or trainer.finished
-                rows = self._record(trainer, progress, logger) if told else None
-                table.update(progress.tokens, rows)
-                due, stopping = self._agree(clock.due(progress.tokens), stop.made, progress.optimiser_step)
-                if due or stopping or trainer.finished:
-                    self._save(trainer, batches)
-                    clock.saved(progress.tokens)
-                if stopping and not trainer.finished:
-                    break
+        clock = Clock(self.asked, trainer.tokens_seen)
+        for progress in train(trainer, full_batches(batches, settings.batch_tokens)):
+            told = progress.optimiser_step % every == 0 or trainer.finished
+            rows = self._record(trainer, progress, logger) if told else None
+            due, stopping = self._agree(clock.due(progress.tokens), self.stop(), progress.optimiser_step)
+            if due or stopping or trainer.finished:
+                self._save(trainer, batches)
+                clock.saved(progress.tokens)
+            if rows is not None:
+                try:
+                    yield self._row(progress.tokens, rows)
+                except GeneratorExit:  # whoever asked for rows wants no more; many processes would have to agree
+                    if self.ranks.world_size == 1 and clock.tokens != progress.tokens:
+                        self._save(trainer, batches)
+                    raise
+            if stopping and not trainer.finished:
+                break
         logger.close()
-        return trainer.finished
 
     def _agree(self, due: bool, stopping: bool, step: int) -> tuple[bool, bool]:  # noqa: FBT001
         """What all processes do: what any of them wants. With many, asked only every few steps."""
@@ -224,24 +253,29 @@ class Run:
             beside.write_text("".join(f"{json.dumps(row)}\n" for row in self.curves[member.name]))
         about = {
             "described": self.described,
-            "options": to_json_dict(self.options),
+            "options": self.asked.to_json(),
             "config": sae.config.to_dict(),
-            "measured_on": "held-out tokens" if self.data.split.threshold else "training tokens",
+            "measured_on": self._measured_on,
             "result": to_json(found),
             "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
         }
         write_json(folder / TRAINING, about)
         save_sae(sae, folder)
 
-    def _results(self) -> list[Result]:
+    @property
+    def _measured_on(self) -> str:
+        return "held-out tokens" if self.data.split.threshold else "training tokens"
+
+    def _results(self) -> tuple[Trained, ...]:
         if not self.ranks.is_first:
-            return []
+            return ()
         found = []
         for name, config in self.planned.members.items():
             about = json.loads((self.planned.folder / name / TRAINING).read_text(encoding="utf-8"))
             result = about["result"]
-            found.append(Result(self.planned.folder / name, config.d_sae, result["overall"], result["outliers"]))
-        return found
+            folder = self.planned.folder / name
+            found.append(Trained(folder, config.d_sae, self._measured_on, result["overall"], result["outliers"]))
+        return tuple(found)
 
     def _look_at_folders(self) -> bool:
         """Whether all autoencoders are there already. Raises FluxIRError for one that was trained otherwise."""
@@ -270,9 +304,9 @@ class Run:
     def _describe(self) -> Row:
         """Everything the weights depend on, as JSON says it."""
         settings = self.planned.settings
-        asked = {name: value for name, value in to_json_dict(self.options).items() if name not in FREE}
+        asked = {name: value for name, value in self.asked.to_json().items() if name not in FREE}
         return asked | {
-            "tokens": settings.total_steps * settings.batch_tokens,
+            "tokens": self.total_tokens,
             "dtype": str(settings.compute_dtype).removeprefix("torch."),
             "sites": [str(site) for site in self.planned.sites],
             "steps": self.data.steps,
@@ -280,21 +314,21 @@ class Run:
         }
 
     def _logger(self, first_step: int) -> Logger:
-        kind = self.options.log if self.ranks.is_first else "none"
+        kind = self.asked.log if self.ranks.is_first else "none"
         return open_logger(
             kind, self.planned.folder, run_id=self.log_id, first_step=first_step, settings=self.described
         )
 
     def _note(self, text: str) -> None:
         if self.ranks.is_first:
-            self.report.note(f"{self.planned.id}: {text}")
+            self.progress(Note(f"{self.planned.id}: {text}"))
 
 
 class Clock:
     """When the next checkpoint is due: by time, and by tokens if asked."""
 
-    def __init__(self, options: TrainSAEOptions, tokens: int) -> None:
-        self.seconds, self.every_tokens = options.checkpoint_minutes * 60, options.checkpoint_tokens
+    def __init__(self, settings: TrainSAESettings, tokens: int) -> None:
+        self.seconds, self.every_tokens = settings.checkpoint_minutes * 60, settings.checkpoint_tokens
         self.saved(tokens)
 
     def due(self, tokens: int) -> bool:
@@ -323,11 +357,6 @@ def full_batches(batches: TokenBatches, batch_tokens: int) -> Iterator[Mapping[S
             )
         if full:
             yield batch.values
-
-
-def _told(numbers: Mapping[str, Any]) -> tuple[str, ...]:
-    fvu, l0, dead = (numbers[key] for key in ("fvu", "l0", "dead_share"))
-    return ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:

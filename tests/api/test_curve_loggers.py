@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from flux_ir.commands.logging_to import NoLogger, check_logger, open_logger
-from flux_ir.commands.report import Report
-from flux_ir.commands.train_sae import TrainSAEOptions
-from flux_ir.commands.training import plan_run
-from flux_ir.commands.training_data import open_data
-from flux_ir.commands.training_run import Run
+from flux_ir.api.curve_loggers import NoLogger, check_logger, open_logger
+from flux_ir.api.progress import unwatched
+from flux_ir.api.train_sae import plan_run
+from flux_ir.api.training_data import open_data
+from flux_ir.api.training_run import Run
+from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.checkpoints import Shard
@@ -56,12 +56,12 @@ def test_wandb_writes_a_run_without_a_network(tmp_path, monkeypatch):
 
 
 def test_two_runs_never_share_an_id_and_one_that_goes_on_keeps_its_own(array, tmp_path):
-    options = TrainSAEOptions(captures=array, k=(4,), batch_tokens=64, device="cpu", output_dir=tmp_path)
+    settings = TrainSAESettings(captures=array, k=(4,), batch_tokens=64, device="cpu", output_dir=tmp_path)
 
     def run():
-        data = open_data(options, Ranks())
-        planned = plan_run(options, data, data.sites, torch.device("cpu"), Ranks())
-        return Run(planned, options, data, Ranks(), Report())
+        data = open_data(settings, Ranks())
+        planned = plan_run(settings, data, data.sites, torch.device("cpu"), Ranks())
+        return Run(planned, settings, data, Ranks(), unwatched, lambda: False)
 
     first, second = run(), run()
     assert first.log_id != second.log_id

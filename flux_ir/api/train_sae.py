@@ -1,0 +1,250 @@
+"""Training of autoencoders: questions first, then a run for each kind of tokens.
+
+Sites that have the same tokens (all image sites, say) are one run: their autoencoders train side by side on one batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from flux_ir.api.curve_loggers import check_logger
+from flux_ir.api.progress import Note, Watch, unwatched
+from flux_ir.api.room import free_memory
+from flux_ir.api.training_data import TrainingData, open_data
+from flux_ir.api.training_run import Planned, Run, Trained, TrainingRow
+from flux_ir.api.training_settings import SPARSE, TrainSAESettings
+from flux_ir.distributed import Ranks, joined
+from flux_ir.errors import FluxIRError, counted, in_units
+from flux_ir.models.compute_dtype import bfloat16_on
+from flux_ir.models.placement import plan
+from flux_ir.sae.config import SAEConfig
+from flux_ir.sae.data import sites_in_lockstep
+from flux_ir.sae.filters import SiteKey
+from flux_ir.sae.trainer import TrainSettings
+from flux_ir.sites import SiteNames
+
+__all__ = ["Trained", "TrainingRow", "run_training", "train_sae"]
+
+MOST_DEAD_AFTER = 10_000_000
+DEAD_SHARE = 20  # a feature is dead after at most this part of the run
+
+
+def train_sae(
+    captures: str | Path | None = None,
+    *,
+    site: SiteNames | None = None,
+    steps: Sequence[int] | int | None = None,
+    stream: Literal["img", "txt"] | None = None,
+    padding: bool = False,
+    outliers: float | None = None,
+    held_out: float = 0.1,
+    max_tokens: int | None = None,
+    epochs: int | None = None,
+    pool_gb: float = 1.0,
+    arch: Literal["topk", "batch_topk", "l1", "jumprelu", "gated", "matryoshka"] = "topk",
+    k: Sequence[int] | int | None = None,
+    expansion: Sequence[int] | int = 8,
+    seed: Sequence[int] | int = 0,
+    l1_coefficient: Sequence[float] | float | None = None,
+    target_l0: Sequence[float] | float | None = None,
+    tied: bool = False,
+    decoder_init: Literal["random", "orthogonal"] = "random",
+    encoder_init: Literal["transposed", "random", "orthogonal"] = "transposed",
+    bias_init: Literal["mean", "geometric_median"] = "mean",
+    normalise: bool = True,
+    k_aux: int | None = None,
+    dead_after: int | None = None,
+    resample: int | None = None,
+    batch_tokens: int = 2048,
+    lr: float | None = None,
+    k_start: int | None = None,
+    ema: float | None = None,
+    clip: float | None = 1.0,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    shard_optimiser: bool = False,
+    model: str | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    repeats: int | None = None,
+    name: str | None = None,
+    output_dir: str | Path = "saes",
+    checkpoint_minutes: float = 10.0,
+    checkpoint_tokens: int | None = None,
+    log: Literal["none", "tensorboard", "wandb"] = "none",
+    device: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Watch = unwatched,
+) -> Iterator[TrainingRow]:
+    """Train sparse autoencoders; yields a row whenever curves get one, the last of each run with what it has trained.
+
+    Data: `captures`, activations on disk as `open_source` takes them, or `model` with `prompts` (a list or a file) and
+    `repeats`, which makes activations on the way and stores none. Of these `site` (names or patterns), `steps`,
+    `stream`, `padding` and `outliers` choose tokens; the share `held_out` of the prompts is measured on at the end;
+    `max_tokens` or `epochs` say how long it goes.
+
+    Autoencoder: `arch` with `k`, `l1_coefficient` or `target_l0`, `expansion` features per dimension, `seed`; several
+    of each train every combination side by side on the same batches. `decoder_init`, `encoder_init`, `bias_init`,
+    `tied`, `normalise`, `k_aux`, `dead_after`, `resample`, `batch_tokens`, `lr`, `k_start`, `ema`, `clip`, `dtype` and
+    `shard_optimiser` are as `flux-ir train-sae --help` says.
+
+    One folder each below `output_dir`/`name`. It saves a checkpoint every `checkpoint_minutes`, and when `stop`, which
+    is asked between two steps, says so, or when no more rows are asked for: the same call goes on from there, and ends
+    with the same bytes. Nothing is trained before the first row is asked for.
+
+    Raises FluxIRError for what a user can mend, the cheapest first.
+    """
+    return run_training(TrainSAESettings.of(locals()), stop=stop, progress=progress)
+
+
+def run_training(
+    settings: TrainSAESettings, *, stop: Callable[[], bool] = lambda: False, progress: Watch = unwatched
+) -> Iterator[TrainingRow]:
+    """The same, with its settings in one object."""
+    check_logger(settings.log)
+    with joined() as ranks:
+        watch = progress if ranks.is_first else unwatched
+        device, why = _device(settings, ranks)
+        data = open_data(settings, ranks)
+        groups = sites_in_lockstep(data.sites, data.filters)
+        # Everything that can be wrong with any run is found before the first begins.
+        planned = [plan_run(settings, data, sites, device, ranks) for sites in groups]
+        runs = [Run(one, settings, data, ranks, watch, stop) for one in planned]
+        products = _products(device, planned[0].settings.compute_dtype)
+        watch(Note(f"{data.note()}; on {device} ({why}), {products}"))
+        for run in runs:
+            for row in run.work():
+                yield row
+                if row.stopped:
+                    return
+
+
+def plan_run(
+    asked: TrainSAESettings, data: TrainingData, sites: list[SiteKey], device: torch.device, ranks: Ranks
+) -> Planned:
+    """What one run trains, and how. Raises FluxIRError for sizes that do not fit."""
+    members = {name: config for site in sites for name, config in configs(asked, data, site).items()}
+    total_tokens = asked.max_tokens or (asked.epochs or 1) * data.epoch_tokens(sites[0])
+    total_steps = total_tokens // asked.batch_tokens
+    if total_steps < 1 or data.epoch_tokens(sites[0]) < asked.batch_tokens:
+        raise FluxIRError(
+            f"there must be a batch of {asked.batch_tokens} tokens in the data: "
+            f"an epoch has {data.epoch_tokens(sites[0])}, the run {total_tokens}",
+            hint="pass a smaller --batch_tokens, or more data",
+        )
+    if asked.batch_tokens % ranks.world_size:
+        raise FluxIRError(
+            f"a batch is cut into equal shares: got {asked.batch_tokens} tokens, {ranks.world_size} processes",
+            hint=f"make --batch_tokens a multiple of {ranks.world_size}",
+        )
+    tokens = total_steps * asked.batch_tokens
+    dtype = asked.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
+    settings = TrainSettings(
+        total_steps=total_steps,
+        batch_tokens=asked.batch_tokens,
+        dead_after_tokens=asked.dead_after or max(1, min(MOST_DEAD_AFTER, tokens // DEAD_SHARE)),
+        learning_rate=asked.lr,
+        k_start=asked.k_start,
+        clip=asked.clip,
+        ema_decay=asked.ema,
+        resample_steps=asked.resample,
+        compute_dtype=getattr(torch, dtype),
+        shard_optimiser=asked.shard_optimiser,
+    )
+    _check_memory(members, settings, device, ranks)
+    return Planned(folder_of(asked, data), members, sites, settings, device, run_id(members))
+
+
+def _check_memory(
+    members: Mapping[str, SAEConfig], settings: TrainSettings, device: torch.device, ranks: Ranks
+) -> None:
+    """Raises FluxIRError if weights, gradients and moments alone are more than there is, before any of it is made."""
+    elements = {
+        name: (1 if config.tied else 2) * config.d_in * config.d_sae + config.d_in + config.d_sae
+        for name, config in members.items()
+    }
+    moments = 2 / (ranks.world_size if settings.shard_optimiser else 1)
+    each = 4 * (2 + moments + (settings.ema_decay is not None)) + (settings.compute_dtype != torch.float32) * 2
+    # Weights are drawn on the CPU, from random numbers that are as large.
+    needed = {"cpu": 8 * max(elements.values())} | {str(device): int(each * sum(elements.values()))}
+    for where, size in needed.items():
+        free = free_memory(where)
+        if free is not None and size > free:
+            largest = max(members.values(), key=lambda config: config.d_sae)
+            raise FluxIRError(
+                f"it does not fit: {counted(len(members), 'autoencoder')} of up to {largest.d_sae} features for "
+                f"activations {largest.d_in} wide take {in_units(size)} of memory on {where} (weights, gradients and "
+                f"the optimiser's moments), and {in_units(free)} are free",
+                hint="lower --expansion, or train fewer at a time",
+            )
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> str:
+    """What precision products have, and where they could have a quicker one."""
+    quicker = dtype == torch.float32 and device.type == "cpu" and bfloat16_on(device).real
+    advice = " (this CPU trains several times as fast with --dtype bfloat16)" if quicker else ""
+    return f"products in {str(dtype).removeprefix('torch.')}{advice}"
+
+
+def configs(asked: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[str, SAEConfig]:
+    """The autoencoders of a site, by the name of their folder: every combination of the lists."""
+    sparsities: Sequence[float | None] = asked.k or (32,)
+    if asked.arch not in SPARSE:
+        sparsities = (asked.target_l0 if asked.arch == "jumprelu" else asked.l1_coefficient) or (None,)
+    made = {}
+    for sparsity, expansion, seed in product(dict.fromkeys(sparsities), asked.expansion, asked.seed):
+        config = SAEConfig(
+            architecture=asked.arch,
+            d_in=data.widths[site],
+            d_sae=expansion * data.widths[site],
+            k=int(sparsity or 1) if asked.arch in SPARSE else 1,
+            k_aux=asked.k_aux,
+            l1_coefficient=sparsity if asked.arch in ("l1", "gated") else None,
+            target_l0=sparsity if asked.arch == "jumprelu" else None,
+            tied=asked.tied,
+            decoder_init=asked.decoder_init,
+            encoder_init=asked.encoder_init,
+            bias_init=asked.bias_init,
+            seed=seed,
+            site=None if site is None else str(site),
+            model=data.model,
+            steps=None if site is None else tuple(data.steps),
+        )
+        made[member_name(config, expansion, sparsity)] = config
+    return made
+
+
+def member_name(config: SAEConfig, expansion: int, sparsity: float | None) -> str:
+    """The folder of one autoencoder: `single.6.img_topk_k16_x8_s0`."""
+    letter = {"l1": "l", "gated": "l", "jumprelu": "t"}.get(config.architecture, "k")
+    asked = [] if sparsity is None else [f"{letter}{sparsity:g}"]
+    return "_".join([config.site or "array", config.architecture, *asked, f"x{expansion}", f"s{config.seed}"])
+
+
+def folder_of(asked: TrainSAESettings, data: TrainingData) -> Path:
+    """The folder that the folders of all autoencoders lie in. Raises FluxIRError for a name that leads elsewhere."""
+    name = asked.name or data.name
+    if name in (".", "..") or Path(name).name != name:
+        raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="put the rest into --output_dir")
+    return asked.output_dir / name
+
+
+def run_id(members: dict[str, SAEConfig]) -> str:
+    """A name for the run that trains these, the same every time."""
+    digest = hashlib.sha256(json.dumps(sorted(members)).encode()).hexdigest()[:8]
+    first = next(iter(members))
+    return f"{first}-{digest}" if len(members) == 1 else f"{first}+{len(members) - 1}-{digest}"
+
+
+def _device(asked: TrainSAESettings, ranks: Ranks) -> tuple[torch.device, str]:
+    """The device of this process, and why: of several processes, each takes the GPU of its number."""
+    if ranks.world_size == 1:
+        placement = plan(torch.cuda.device_count(), device=asked.device)
+        return torch.device(placement.transformer), placement.reason
+    device = ranks.device(asked.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device, f"one of {ranks.world_size} processes"
