@@ -53,6 +53,8 @@ def download_folders(repo_id: str, folders: tuple[str, ...], announce: Announce 
     if announce is not None:
         announce(f"downloading {wanted} from {repo_id}")
     with _plain_errors(repo_id, wanted):
+        # Asked first: where the hub is out of reach, snapshot_download gives what the cache has, whole or not.
+        get_hf_file_metadata(hf_hub_url(repo_id, f"{folders[0]}/config.json"))
         return Path(snapshot_download(repo_id, allow_patterns=[f"{folder}/*" for folder in folders]))
 
 
@@ -61,7 +63,11 @@ def download_repository(repo_id: str, patterns: tuple[str, ...], announce: Annou
     if announce is not None:
         announce(f"downloading {', '.join(patterns)} from {repo_id}")
     with _plain_errors(repo_id, " and ".join(patterns), "or name a local folder"):
-        return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+        if not any(file for pattern in patterns for file in folder.glob(pattern)):
+            HfApi().model_info(repo_id)  # if the hub is out of reach, this says so
+            raise FluxIRError(f"{repo_id} has no {' and no '.join(patterns)}", hint="check the repository's name")
+        return folder
 
 
 def upload_folder(folder: Path, repo_id: str, names: tuple[str, ...], *, private: bool) -> str:

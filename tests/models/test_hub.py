@@ -22,6 +22,8 @@ from flux_ir.models import hub
 try:
     if sys.argv[1] == "cached":
         print(hub.cached("black-forest-labs/FLUX.1-dev", "ae.safetensors"))
+    elif sys.argv[1] == "repository":
+        print(hub.download_repository("black-forest-labs/FLUX.1-dev", ("*.model", "*.json"), None))
     elif sys.argv[1] == "folders":
         print(hub.download_folders("black-forest-labs/FLUX.1-dev", ("text_encoder", "tokenizer"), None))
     else:
@@ -140,3 +142,18 @@ def test_file_is_fetched_with_the_token_into_the_named_cache(tmp_path):
         assert path.startswith(str(tmp_path / "hf"))
     assert ask(tmp_path, endpoint, "cached") == path  # and the hub is gone by now
     assert Path(path).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("what", ["folders", "repository"])
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_a_cache_that_holds_other_files_of_the_repository_is_not_taken_for_an_answer(tmp_path, what, offline):
+    repository = tmp_path / "hf" / "hub" / f"models--{REPO.replace('/', '--')}"
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    (repository / "snapshots" / COMMIT / "ae.safetensors").write_bytes(b"weights")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    with serving(Answer(503)) as endpoint:
+        pass  # nobody listens there any more
+    said = ask(tmp_path, endpoint, what, HF_HUB_OFFLINE=offline)
+    reason = "HF_HUB_OFFLINE forbids fetching it" if offline == "1" else "the hub cannot be reached"
+    assert f"of {REPO} is not in the hub's cache and {reason}" in said
