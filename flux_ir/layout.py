@@ -161,7 +161,8 @@ def complete_file(path: Path) -> Iterator[Path]:
         beside.replace(path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        if (full := _full_disk_behind(error)) is not None:
+        said = isinstance(error, FluxIRError)  # by whoever knows how much is needed
+        if not said and (full := _full_disk_behind(error)) is not None:
             raise disk_error(path, full) from error
         raise
 
