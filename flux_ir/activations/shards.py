@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -187,11 +188,11 @@ class ShardWriter:
         header = layout.header()
         self._starts = {name: len(header) + start for name, (start, _) in layout._spans().items()}
         self._tensors = layout.tensors
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
         try:
             size = len(header) + sum(tensor.nbytes for tensor in layout.tensors.values())
             _take_space(self._file, size)
-            os.pwrite(self._file, header, 0)
+            _write_at(self._file, memoryview(header), 0)
         except BaseException:
             self.close()
             path.unlink()
@@ -205,7 +206,7 @@ class ShardWriter:
         content = memoryview(value.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data)
         offset = self._starts[key] + first_image * tensor.bytes_per_image
         while len(content):  # a write may take a part
-            written = os.pwrite(self._file, content, offset)
+            written = _write_at(self._file, content, offset)
             content, offset = content[written:], offset + written
 
     def close(self) -> None:
@@ -221,6 +222,19 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would else write line ends of its own
+_SEEKING = Lock()
+
+
+def _write_at(file: int, content: memoryview, offset: int) -> int:
+    """Writes at a place in the file; a write may take a part, and says how much."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, content, offset)
+    with _SEEKING:  # Windows: threads share the file's position
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.write(file, content)
 
 
 def _take_space(file: int, size: int) -> None:

@@ -191,9 +191,11 @@ def one_job_at(storage: Storage, ranks: Ranks) -> Iterator[None]:
     """Keeps other jobs out of a local folder for as long as the `with` lasts; the ranks of one job are one job.
 
     The folder itself is locked, so nothing is left in it, and the system unlocks it when the process dies. URLs, and
-    network drives that know no such locks, are not guarded. Raises FluxIRError if another job is at work there.
+    network drives and Windows, which know no such locks, are not guarded. Raises FluxIRError if another job is at
+    work there.
     """
-    folder = _open_folder(storage) if ranks.is_first and isinstance(storage, LocalStorage) else None
+    local = storage if ranks.is_first and isinstance(storage, LocalStorage) and _can_lock() else None
+    folder = None if local is None else _open_folder(local)
     try:
         is_ours = first_rank_value(folder is None or _lock_folder(folder), ranks)
         if not is_ours:
@@ -207,6 +209,15 @@ def one_job_at(storage: Storage, ranks: Ranks) -> Iterator[None]:
             os.close(folder)
 
 
+def _can_lock() -> bool:
+    """Whether the system locks folders. Windows does not: nothing guards them there."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def _open_folder(storage: LocalStorage) -> int:
     try:
         storage.root.mkdir(parents=True, exist_ok=True)
@@ -217,7 +228,7 @@ def _open_folder(storage: LocalStorage) -> int:
 
 def _lock_folder(folder: int) -> bool:
     """Whether the folder is ours now, or cannot be locked at all."""
-    import fcntl  # not on Windows, where reading a collection works
+    import fcntl  # not on Windows
 
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -71,3 +71,14 @@ def test_a_shard_that_is_cut_or_no_shard_is_refused(tmp_path):
         (tmp_path / "a").write_bytes(bad)
         with pytest.raises(FluxIRError, match=r"must (be a shard|have)"):
             read_shard(tmp_path / "a")
+
+
+def test_a_system_without_pwrite_writes_the_same_bytes(tmp_path, monkeypatch):
+    """As Windows."""
+    values = torch.randn(3, 4, 6).bfloat16()
+    for name in ("with", "without"):
+        with ShardWriter(tmp_path / name, layout_of()) as writer:
+            for image in (2, 0, 1):
+                writer.write("single.1.img/step_2", image, values[image : image + 1])
+        monkeypatch.delattr("os.pwrite", raising=False)
+    assert (tmp_path / "with").read_bytes() == (tmp_path / "without").read_bytes()

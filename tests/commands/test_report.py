@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from flux_ir.commands.report import Report, bytes_at, peak_host_bytes, peak_memory
+from flux_ir.commands.report import Report, bytes_at, host_memory, peak_host_bytes, peak_memory
 from flux_ir.errors import in_units
 
 
@@ -116,3 +117,11 @@ def test_peak_memory_is_the_most_this_process_ever_held():
     assert 5e6 < before < 1e9
     assert after - before == pytest.approx(200e6, rel=0.2)
     assert peak_memory()["host"] == peak_host_bytes()
+
+
+def test_no_module_for_peak_memory_is_no_error(monkeypatch):
+    """As on Windows, which has neither `resource` nor /proc: the host's memory is just not told."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert peak_host_bytes() is None
+    assert host_memory() == {}

@@ -19,6 +19,7 @@ Scalar = str | int | float | bool | Path
 
 REQUIRED: Any = MISSING  # the default of an option that has none
 
+OUTPUT_DIR = "output_dir"  # the flag that makes folders, wherever it stands
 _ONE = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", str: "text"}
 _MANY = {int: "whole numbers", float: "numbers", bool: "True or False", Path: "paths", str: "names"}
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -140,6 +141,12 @@ class Flag:
             raise FluxIRError(
                 f"--{self.name} must be {_either(names)}: got {value!r}",
                 hint=f"did you mean {near}?" if near else None,
+            )
+        if self.name == OUTPUT_DIR and "," in str(value):
+            # Flags that take folders, such as --captures, take several with commas between them.
+            raise FluxIRError(
+                f"--{OUTPUT_DIR} must be a folder that other flags can name, so without commas: got {str(value)!r}",
+                hint="name another folder",
             )
         if isinstance(value, int | float) and not isinstance(value, bool):
             self._check_bounds(value)

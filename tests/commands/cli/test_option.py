@@ -210,3 +210,14 @@ def test_options_import_nothing_heavy():
     heavy = "{'torch', 'numpy', 'fire', 'rich', 'jaxtyping'}"
     check = f"import sys, flux_ir.commands.cli.option; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_an_output_folder_must_have_a_name_that_other_flags_can_take():
+    @dataclass(frozen=True)
+    class Writing(Options):
+        output_dir: Path | None = option(None, help="where it goes")
+        folder: Path | None = option(None, help="another")
+
+    assert Writing(folder=Path("a,b"), output_dir=Path("ab")).output_dir == Path("ab")
+    with pytest.raises(FluxIRError, match=r"--output_dir must be a folder .* so without commas: got"):
+        Writing(output_dir=Path("a,b"))
