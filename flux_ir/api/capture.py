@@ -368,7 +368,9 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
 
 def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
     """What else the numbers depend on: versions, devices, precision, files."""
-    weights = {"transformer": suite.source.transformer, "autoencoder": suite.source.autoencoder}
+    source = suite.source
+    text = {} if source.text is None else source.text._asdict()
+    weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
     return {
         "captured_steps": job.kept_steps,
         "sites": [str(site) for site in job.sites],

@@ -78,11 +78,14 @@ def read_lens(
     earlier = earlier_report(folder)
     made_with = read_json(folder.find_metadata()).get("files", {})
     spec = get_spec(capture.metadata["model"])
-    transformer = locate_transformer(spec, checkpoint or recorded_path(made_with, "transformer"), announce=announce)
+    transformer = locate_transformer(
+        spec, checkpoint, recorded=recorded_path(made_with, "transformer"), announce=announce
+    )
     autoencoder = locate_autoencoder(
         spec,
-        ae_checkpoint or recorded_path(made_with, "autoencoder"),
+        ae_checkpoint,
         checkpoint=checkpoint,
+        recorded=recorded_path(made_with, "autoencoder"),
         announce=announce,
     )
     placement = plan(torch.cuda.device_count(), device=device)

@@ -15,6 +15,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.headers import TensorEntry, plain_weights, read_entries
 from flux_ir.models.keymap import Parts, diffusers_parts
+from flux_ir.models.paths import RECORDED
 from flux_ir.models.registry import MODELS, ModelSpec, read_object
 from flux_ir.models.transformer import Flux
 
@@ -279,6 +280,8 @@ def _remedy(spec: ModelSpec, origin: str) -> str:
         return f"pass the weights of {spec.name} with {origin}"
     if origin.isupper():
         return f"set {origin} to the weights of {spec.name}, or unset it"
+    if origin == RECORDED:
+        return "name the weights with --checkpoint and --ae_checkpoint"
     return "delete the file and let it be fetched again"
 
 

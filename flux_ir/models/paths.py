@@ -11,6 +11,8 @@ from flux_ir.models.headers import is_index, shards
 from flux_ir.models.registry import ModelSpec
 
 PACKAGE, CACHE, HUB = "the package", "the hub's cache", "the hub"
+RECORDED = "the capture's metadata"
+"""Where a path stands that was written down when a capture was made."""
 COMPONENT_FOLDERS = ("transformer", "vae")
 """Where the diffusers layout keeps the weights of our two networks."""
 _MODEL_FOLDERS = (*COMPONENT_FOLDERS, "diffusion_models", "unet", "checkpoints", "text_encoders", "clip")
@@ -37,10 +39,10 @@ def named_path(argument: str | Path | None, flag: str, variables: tuple[str, ...
     text, origin = named[0]
     path = Path(text).expanduser()
     if not text or not path.exists():
-        raise FluxIRError(
-            f"{origin} must name a file or a folder that exists: got {text!r}",
-            hint=f"correct {origin}, or leave it out to use the next source",
-        )
+        hint = f"correct {origin}, or leave it out to use the next source"
+        if origin == RECORDED:
+            hint = "put it back where it was, or name weights with --checkpoint and --ae_checkpoint"
+        raise FluxIRError(f"{origin} must name a file or a folder that exists: got {text!r}", hint=hint)
     return NamedPath(path, origin)
 
 

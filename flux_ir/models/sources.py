@@ -19,6 +19,7 @@ from flux_ir.models.paths import (
     COMPONENT_FOLDERS,
     HUB,
     PACKAGE,
+    RECORDED,
     NamedPath,
     first_file,
     model_folder,
@@ -95,10 +96,17 @@ def _announce(announce: Announce | None, parts: Mapping[str, WeightSource | Enco
 
 
 def locate_transformer(
-    spec: ModelSpec, checkpoint: str | Path | None = None, *, announce: Announce | None = None
+    spec: ModelSpec,
+    checkpoint: str | Path | None = None,
+    *,
+    recorded: Path | None = None,
+    announce: Announce | None = None,
 ) -> WeightSource:
-    """The transformer's weights. `checkpoint` is a file, or a folder in the diffusers or the published layout."""
-    source = _transformer_on_disk(spec, checkpoint) or _download(spec, "transformer", announce)
+    """The transformer's weights. `checkpoint` is a file, or a folder in the diffusers or the published layout.
+
+    `recorded` is a path that was written down when a capture was made: it is taken where no `checkpoint` is given.
+    """
+    source = _transformer_on_disk(spec, checkpoint, recorded) or _download(spec, "transformer", announce)
     _announce(announce, {"transformer": source})
     return source
 
@@ -108,25 +116,31 @@ def locate_autoencoder(
     ae_checkpoint: str | Path | None = None,
     *,
     checkpoint: str | Path | None = None,
+    recorded: Path | None = None,
     announce: Announce | None = None,
 ) -> WeightSource:
-    """The autoencoder's weights. Without `ae_checkpoint`, those that lie in the file or the folder of `checkpoint`."""
-    source = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) or _download(spec, "autoencoder", announce)
+    """The autoencoder's weights. Without `ae_checkpoint`, those that lie in the file or the folder of `checkpoint`.
+
+    `recorded` as in `locate_transformer`.
+    """
+    source = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint, recorded) or _download(spec, "autoencoder", announce)
     _announce(announce, {"autoencoder": source})
     return source
 
 
-def _transformer_on_disk(spec: ModelSpec, checkpoint: str | Path | None) -> WeightSource | None:
-    named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
+def _transformer_on_disk(
+    spec: ModelSpec, checkpoint: str | Path | None, recorded: Path | None = None
+) -> WeightSource | None:
+    named = _argument(checkpoint, "--checkpoint", recorded, spec.transformer_env)
     if named is not None:
         return inspect(spec, "transformer", _weight_file(spec, "transformer", named), named.origin)
     return _shipped(spec, "transformer") or _cached(spec, "transformer")
 
 
 def _autoencoder_on_disk(
-    spec: ModelSpec, ae_checkpoint: str | Path | None, checkpoint: str | Path | None
+    spec: ModelSpec, ae_checkpoint: str | Path | None, checkpoint: str | Path | None, recorded: Path | None = None
 ) -> WeightSource | None:
-    own = named_path(ae_checkpoint, "--ae_checkpoint", spec.autoencoder_env)
+    own = _argument(ae_checkpoint, "--ae_checkpoint", recorded, spec.autoencoder_env)
     if own is not None:
         return inspect(spec, "autoencoder", _weight_file(spec, "autoencoder", own), own.origin)
     named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
@@ -136,6 +150,14 @@ def _autoencoder_on_disk(
         if own_file := inside or _in_folder(spec, "autoencoder", model_folder(named.path)):
             return inspect(spec, "autoencoder", own_file, named.origin)
     return _shipped(spec, "autoencoder") or _cached(spec, "autoencoder")
+
+
+def _argument(
+    argument: str | Path | None, flag: str, recorded: Path | None, variables: tuple[str, ...]
+) -> NamedPath | None:
+    if argument is None and recorded is not None:
+        return named_path(recorded, RECORDED, ())
+    return named_path(argument, flag, variables)
 
 
 def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
