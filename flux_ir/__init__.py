@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from flux_ir.activations.tokens import open_source
     from flux_ir.api.capture import CaptureResult, capture
     from flux_ir.api.collect import collect, collect_clip, convert_collection
+    from flux_ir.api.evaluate_sae import evaluate_sae
+    from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.export import export
+    from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
     from flux_ir.api.lens import LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
@@ -34,12 +37,17 @@ _MODULES = {
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
     "encode_prompt": "flux_ir.api.models",
+    "evaluate_sae": "flux_ir.api.evaluate_sae",
+    "EvaluatedSAE": "flux_ir.api.evaluation_files",
     "explore": "flux_ir.api.visualize",
     "export": "flux_ir.api.export",
+    "export_sae": "flux_ir.api.export_sae",
+    "ExportedSAE": "flux_ir.api.export_sae",
     "FluxIRError": "flux_ir.errors",
     "Intervention": "flux_ir.recording.intervention",
     "LensResult": "flux_ir.api.lens",
     "load_model": "flux_ir.api.models",
+    "load_sae": "flux_ir.api.export_sae",
     "MemorySink": "flux_ir.recording.recorder",
     "Note": "flux_ir.api.progress",
     "open_source": "flux_ir.activations.tokens",
@@ -59,6 +67,8 @@ _MODULES = {
 __all__ = [
     "Begun",
     "CaptureResult",
+    "EvaluatedSAE",
+    "ExportedSAE",
     "FluxIRError",
     "Intervention",
     "LensResult",
@@ -77,9 +87,12 @@ __all__ = [
     "create_visualization",
     "decode",
     "encode_prompt",
+    "evaluate_sae",
     "explore",
     "export",
+    "export_sae",
     "load_model",
+    "load_sae",
     "open_source",
     "read_capture",
     "read_lens",

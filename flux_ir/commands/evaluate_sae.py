@@ -1,13 +1,18 @@
 """`flux-ir evaluate-sae`: how well autoencoders give back tokens they were not trained on, and what that does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Compute
+from flux_ir.errors import counted
+
+if TYPE_CHECKING:
+    from flux_ir.api.evaluation_files import EvaluatedSAE
+    from flux_ir.sae.metrics import Evaluation, Numbers
 
 WHAT, SPLICE = "what is measured", "splice"
 
@@ -69,9 +74,82 @@ class EvaluateSAEOptions(Compute, Checkpoints):
 
 def run(options: EvaluateSAEOptions) -> None:
     """Evaluate as the options say. Raises FluxIRError for what a user can mend."""
-    from flux_ir.commands.evaluating import evaluate_saes
+    from flux_ir.api.evaluate_sae import run_evaluation
+    from flux_ir.api.evaluation_files import EvaluateSAESettings, draw_fronts
+    from flux_ir.commands.report import Report, peak_memory
 
-    evaluate_saes(options)
+    settings = EvaluateSAESettings(
+        **{field.name: getattr(options, field.name) for field in fields(EvaluateSAESettings)}
+    )
+    with Report() as report:
+        judged = run_evaluation(settings, report.watch)
+    written = {f"numbers, {one.folder.name}": one.folder / "metrics.json" for one in judged}
+    if len(judged) > 1:
+        written |= draw_fronts(judged)
+    for line in result_table(judged):
+        report.results.print(line, markup=False)
+    report.table(f"{len(judged)} evaluated", written, peak_memory())
+
+
+def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
+    """One line per autoencoder and per baseline, and one per splice, under headings."""
+    from flux_ir.api.evaluation_files import NAMES, place_of
+    from flux_ir.sae.config import HAS_K
+
+    head = ("", "site", "features", "k", "L0", "FVU", "cosine", "dead")
+    rows: list[tuple[str, ...]] = [head]
+    for one in judged:
+        config = one.config
+        k = str(config.k) if config.architecture in HAS_K else ""
+        rows.append((one.folder.name, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
+        rows += _without_outliers(one.evaluation)
+        for name, (rank, found) in one.baselines.items():
+            rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))
+            rows += _without_outliers(found)
+    lines = _aligned(rows) + [line for one in judged for line in outlier_notes(one.folder.name, one.evaluation)]
+    spliced: list[tuple[str, ...]] = [("spliced in", "velocity MSE", "of zero", "of mean", "picture [dB]")]
+    for one in judged:
+        for name, row in (one.splice or {"replacements": {}})["replacements"].items():
+            recovered = [_share(row[f"recovered_from_{anchor}"]) for anchor in ("zero", "mean")]
+            decibels = "" if row["image_psnr_db"] is None else f"{row['image_psnr_db']:.1f}"
+            spliced.append((f"{one.folder.name}: {name}", f"{row['velocity_mse']:.3g}", *recovered, decibels))
+    return lines + (["", *_aligned(spliced)] if len(spliced) > 1 else [])
+
+
+def _without_outliers(found: "Evaluation") -> list[tuple[str, ...]]:
+    """A row with the numbers of the ordinary tokens alone, if there are others."""
+    if found.outliers is None or not found.outliers.tokens:
+        return []
+    return [(f"  without {counted(found.outliers.tokens, 'outlier')}", "", "", "", *_numbers(found.outliers.overall))]
+
+
+def outlier_notes(name: str, found: "Evaluation") -> list[str]:
+    """A line that says so, if a few tokens decide what the FVU is."""
+    outliers = found.outliers
+    if outliers is None or not found.decided_by_outliers:
+        return []
+    return [
+        f"note: {name}: {outliers.tokens} of {found.overall.tokens} tokens are more than {outliers.factor:g} times as "
+        f"long as the median and decide the FVU: it is {_share(found.overall.fvu)} with them and "
+        f"{_share(outliers.overall.fvu)} without"
+    ]
+
+
+def _numbers(numbers: "Numbers") -> tuple[str, str, str, str]:
+    return f"{numbers.l0:.1f}", _share(numbers.fvu), f"{numbers.cosine:.4f}", _share(numbers.dead_share)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}%"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns with two spaces between: the first to the left, the others to the right."""
+    columns = []
+    for place, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

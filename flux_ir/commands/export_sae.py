@@ -7,7 +7,7 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import REQUIRED, Options, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import in_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +32,26 @@ class ExportSAEOptions(Options):
     )
     private: bool = option(False, help="make the repository private, if it is made")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.output_dir is None) == (self.push_to is None):
-            raise FluxIRError(
-                "an autoencoder is exported to one place: give --output_dir or --push_to",
-                hint="export to a folder first, then push that folder",
-            )
-        if self.push_to is not None and self.format != "sae_lens":
-            raise FluxIRError(
-                f"--push_to puts our own files on the hub, which sae-lens reads: got --format {self.format}",
-                hint="leave --format out",
-            )
-
 
 def run(options: ExportSAEOptions) -> None:
     """Export as the options say. Raises FluxIRError for what a user can mend."""
-    from flux_ir.commands.exporting_sae import export_sae
+    from flux_ir.api.export_sae import export_sae
+    from flux_ir.commands.report import Report, bytes_at
 
-    export_sae(options)
+    with Report() as report:
+        done = export_sae(
+            options.sae,
+            output_dir=options.output_dir,
+            format=options.format,
+            push_to=options.push_to,
+            private=options.private,
+            progress=report.watch,
+        )
+    config = done.config
+    told = f"{config.architecture}, {config.d_in} wide, {config.d_sae} features: {done.where}"
+    if options.output_dir is not None:
+        told += f" ({in_units(bytes_at(options.output_dir))}, as {options.format} reads it)"
+    report.results.print(told, markup=False)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -1,22 +1,24 @@
-"""Judged autoencoders: their numbers as JSON, as pictures and as a table."""
+"""Evaluated autoencoders: their numbers as JSON and as pictures, in their folders."""
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
-from flux_ir.errors import FluxIRError, counted
+from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.sae.config import HAS_K, SAEConfig
 from flux_ir.sae.held_out import Subject
 from flux_ir.sae.metrics import Evaluation, Numbers, to_json
 from flux_ir.sae.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
 
+BaselineName = Literal["pca", "random", "itda", "neurons"]
 CURVES = "curves.jsonl"
 PANELS = (
     Panel("fvu", "FVU of the batch", log=True, percent=True),
@@ -29,7 +31,31 @@ PANELS = (
 NAMES = {"pca": "PCA", "random": "random directions", "itda": "data points (ITDA)", "neurons": "neurons"}
 
 
-class Judged(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSAESettings:
+    """The arguments of `evaluate_sae`, which says what they mean."""
+
+    sae: tuple[Path, ...]
+    captures: str | Path
+    site: str | None = None
+    baselines: tuple[BaselineName, ...] | None = ("pca",)
+    max_tokens: int | None = None
+    fit_tokens: int = 200_000
+    held_out: float = 0.1
+    splice: bool = False
+    prompts: int = 16
+    splice_steps: tuple[int, ...] | None = None
+    pictures: bool = True
+    splice_batch: int = 4
+    model: str | None = None
+    batch_tokens: int = 4096
+    device: str | None = None
+    dtype: DtypeWord = "auto"
+    checkpoint: str | Path | None = None
+    ae_checkpoint: str | Path | None = None
+
+
+class EvaluatedSAE(NamedTuple):
     """One autoencoder with its numbers, and those of its baselines by their names."""
 
     folder: Path
@@ -43,7 +69,7 @@ class Judged(NamedTuple):
     splice: dict[str, Any] | None
 
 
-def write_results(judged: Judged, options: EvaluateSAEOptions) -> None:
+def write_results(judged: EvaluatedSAE, settings: EvaluateSAESettings) -> None:
     """metrics.json and the pictures of one autoencoder, the same bytes for the same numbers."""
     folder, evaluation = judged.folder, judged.evaluation
     what = f"{describe(judged.config)}: {place_of(judged)}"
@@ -65,16 +91,20 @@ def write_results(judged: Judged, options: EvaluateSAEOptions) -> None:
     rows = read_curves(folder / CURVES)
     if len(rows) > 1:
         training_curves(folder / "curves.png", rows, PANELS, "Training", subtitle=what)
-    write_json(folder / "metrics.json", as_json(judged, options))  # last: where it is, the pictures are
+    write_json(folder / "metrics.json", as_json(judged, settings))  # last: where it is, the pictures are
 
 
-def as_json(judged: Judged, options: EvaluateSAEOptions) -> dict[str, Any]:
+def as_json(judged: EvaluatedSAE, settings: EvaluateSAESettings) -> dict[str, Any]:
     """Everything that was measured, and on what."""
     config = judged.config
     return {
         "sae": {name: getattr(config, name) for name in ("architecture", "d_in", "d_sae", "k", "seed")},
         "data": judged.subject.described()
-        | {"captures": options.captures.name, "max_tokens": options.max_tokens, "fit_tokens": options.fit_tokens},
+        | {
+            "captures": Path(settings.captures).name,
+            "max_tokens": settings.max_tokens,
+            "fit_tokens": settings.fit_tokens,
+        },
         **to_json(judged.evaluation),
         "baselines": {name: {"k": k, **to_json(found)} for name, (k, found) in judged.baselines.items()},
         "splice": judged.splice,
@@ -92,7 +122,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
         raise FluxIRError(f"{path} must hold one JSON object a line: {error}", hint="delete it") from error
 
 
-def draw_fronts(judged: Sequence[Judged]) -> dict[str, Path]:
+def draw_fronts(judged: Sequence[EvaluatedSAE]) -> dict[str, Path]:
     """One picture of L0 against FVU for each site, in the folder that holds all of the autoencoders."""
     common = Path(os.path.commonpath([one.folder.resolve().parent for one in judged]))
     sites = list(dict.fromkeys(place_of(one) for one in judged))
@@ -112,47 +142,6 @@ def draw_fronts(judged: Sequence[Judged]) -> dict[str, Path]:
     return written
 
 
-def result_table(judged: Sequence[Judged]) -> list[str]:
-    """One line per autoencoder and per baseline, and one per splice, under headings."""
-    head = ("", "site", "features", "k", "L0", "FVU", "cosine", "dead")
-    rows: list[tuple[str, ...]] = [head]
-    for one in judged:
-        config = one.config
-        k = str(config.k) if config.architecture in HAS_K else ""
-        rows.append((one.folder.name, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
-        rows += _without_outliers(one.evaluation)
-        for name, (rank, found) in one.baselines.items():
-            rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))
-            rows += _without_outliers(found)
-    lines = _aligned(rows) + [line for one in judged for line in outlier_notes(one.folder.name, one.evaluation)]
-    spliced: list[tuple[str, ...]] = [("spliced in", "velocity MSE", "of zero", "of mean", "picture [dB]")]
-    for one in judged:
-        for name, row in (one.splice or {"replacements": {}})["replacements"].items():
-            recovered = [_share(row[f"recovered_from_{anchor}"]) for anchor in ("zero", "mean")]
-            decibels = "" if row["image_psnr_db"] is None else f"{row['image_psnr_db']:.1f}"
-            spliced.append((f"{one.folder.name}: {name}", f"{row['velocity_mse']:.3g}", *recovered, decibels))
-    return lines + (["", *_aligned(spliced)] if len(spliced) > 1 else [])
-
-
-def _without_outliers(found: Evaluation) -> list[tuple[str, ...]]:
-    """A row with the numbers of the ordinary tokens alone, if there are others."""
-    if found.outliers is None or not found.outliers.tokens:
-        return []
-    return [(f"  without {counted(found.outliers.tokens, 'outlier')}", "", "", "", *_numbers(found.outliers.overall))]
-
-
-def outlier_notes(name: str, found: Evaluation) -> list[str]:
-    """A line that says so, if a few tokens decide what the FVU is."""
-    outliers = found.outliers
-    if outliers is None or not found.decided_by_outliers:
-        return []
-    return [
-        f"note: {name}: {outliers.tokens} of {found.overall.tokens} tokens are more than {outliers.factor:g} times as "
-        f"long as the median and decide the FVU: it is {_share(found.overall.fvu)} with them and "
-        f"{_share(outliers.overall.fvu)} without"
-    ]
-
-
 def describe(config: SAEConfig) -> str:
     """An autoencoder in a few words."""
     k = f", k {config.k}" if config.architecture in HAS_K else ""
@@ -164,7 +153,7 @@ def family_of(config: SAEConfig) -> str:
     return f"{config.architecture}, {config.d_sae:,} features"
 
 
-def place_of(judged: Judged) -> str:
+def place_of(judged: EvaluatedSAE) -> str:
     """Where the activations come from, in words."""
     model = judged.config.model or judged.subject.source.model
     return str(judged.subject.site or "an array") + (f" of {model}" if model else "")
@@ -172,20 +161,3 @@ def place_of(judged: Judged) -> str:
 
 def _l0_fvu(numbers: Numbers) -> tuple[float, float]:
     return numbers.l0, numbers.fvu
-
-
-def _numbers(numbers: Numbers) -> tuple[str, str, str, str]:
-    return f"{numbers.l0:.1f}", _share(numbers.fvu), f"{numbers.cosine:.4f}", _share(numbers.dead_share)
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f}%"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns with two spaces between: the first to the left, the others to the right."""
-    columns = []
-    for place, column in enumerate(zip(*rows, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
-    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]

@@ -1,4 +1,4 @@
-"""The heavy half of the command `evaluate-sae`: every autoencoder by itself, then all of them in one picture."""
+"""How well autoencoders give back tokens they were not trained on, beside baselines; what that does to the model."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.text import Text
 
 from flux_ir.activations.tokens import open_source
-from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
-from flux_ir.commands.judged import Judged, draw_fronts, result_table, write_results
-from flux_ir.commands.report import Report, peak_memory
-from flux_ir.commands.splicing import Splicer, recorded_dtype
+from flux_ir.api.evaluation_files import BaselineName, EvaluatedSAE, EvaluateSAESettings, write_results
+from flux_ir.api.progress import Note, Watch, follow, unwatched
+from flux_ir.api.splicing import Splicer, recorded_dtype
 from flux_ir.errors import FluxIRError
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import model_names
 from flux_ir.sae.baselines import Baseline
@@ -27,41 +26,114 @@ from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site
 
 
+def evaluate_sae(
+    sae: str | Path | Sequence[str | Path],
+    captures: str | Path,
+    *,
+    site: str | Site | None = None,
+    baselines: Sequence[BaselineName] | None = ("pca",),
+    max_tokens: int | None = None,
+    fit_tokens: int = 200_000,
+    held_out: float = 0.1,
+    splice: bool = False,
+    prompts: int = 16,
+    splice_steps: Sequence[int] | None = None,
+    pictures: bool = True,
+    splice_batch: int = 4,
+    model: str | None = None,
+    batch_tokens: int = 4096,
+    device: str | None = None,
+    dtype: DtypeWord = "auto",
+    checkpoint: str | Path | None = None,
+    ae_checkpoint: str | Path | None = None,
+    progress: Watch = unwatched,
+) -> list[EvaluatedSAE]:
+    """Measure autoencoders on tokens they were not trained on; their folders get metrics.json and pictures as well.
+
+    `sae` are folders of autoencoders, of whichever program, or folders of such folders; `captures` is what
+    `open_source` takes. `site` is for an autoencoder that does not say its own; `held_out` for one that does not say
+    what it was trained on. The numbers, `evaluation.overall.fvu` and so on, are those of at most `max_tokens`; the
+    `baselines` have the same k and are made from at most `fit_tokens`.
+
+    With `splice` the reconstructions are also put back into the model, at `splice_steps` of `prompts` held-out
+    generations, `splice_batch` at a time, and with `pictures` to the end; `model`, `dtype`, `checkpoint` and
+    `ae_checkpoint` say which model, None the one that was captured.
+
+    Raises FluxIRError for what a user can mend.
+    """
+    folders = [sae] if isinstance(sae, str | Path) else list(sae)
+    settings = EvaluateSAESettings(
+        sae=tuple(map(Path, folders)),
+        captures=captures,
+        site=None if site is None else str(site),
+        baselines=None if baselines is None else tuple(baselines),
+        max_tokens=max_tokens,
+        fit_tokens=fit_tokens,
+        held_out=held_out,
+        splice=splice,
+        prompts=prompts,
+        splice_steps=None if splice_steps is None else tuple(splice_steps),
+        pictures=pictures,
+        splice_batch=splice_batch,
+        model=model,
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+    )
+    return run_evaluation(settings, progress)
+
+
+def run_evaluation(settings: EvaluateSAESettings, progress: Watch = unwatched) -> list[EvaluatedSAE]:
+    """The same, with its settings in one object."""
+    folders = find_saes(settings.sae)
+    judge, judged = Judge(settings, progress), list[EvaluatedSAE]()
+    for folder in follow(progress, "evaluate", folders, total=len(folders)):
+        judged.append(judge.judge(folder))
+        write_results(judged[-1], settings)
+    if settings.splice:  # a bar of its own for each, so not within the loop above
+        for place, one in enumerate(judged):
+            judged[place] = judge.splice(one)
+            write_results(judged[place], settings)
+    return judged
+
+
 class Judge:
     """Judges autoencoders on one source; what several of them share is made once."""
 
-    def __init__(self, options: EvaluateSAEOptions, report: Report) -> None:
-        self.options, self.report = options, report
-        self.source = open_source(options.captures)
-        placement = plan(torch.cuda.device_count(), device=options.device)
-        report.note(f"on {placement.transformer} ({placement.reason})")
+    def __init__(self, settings: EvaluateSAESettings, progress: Watch) -> None:
+        self.settings, self.progress = settings, progress
+        self.source = open_source(settings.captures)
+        placement = plan(torch.cuda.device_count(), device=settings.device)
+        progress(Note(f"on {placement.transformer} ({placement.reason})"))
         self.device = torch.device(placement.transformer)
         self._fits: dict[str, BaselineFits] = {}
         self._limits: dict[str, Mapping[Group, float]] = {}
         self._baselines: dict[tuple[Any, ...], tuple[int, Evaluation]] = {}
         self._splicer: Splicer | None = None
 
-    def judge(self, folder: Path) -> Judged:
+    def judge(self, folder: Path) -> EvaluatedSAE:
         """All numbers of the autoencoder in a folder."""
         sae = self._load(folder)
-        subject = subject_of(sae, self.source, held_out=self.options.held_out)
+        subject = subject_of(sae, self.source, held_out=self.settings.held_out)
         self._check(folder, sae, subject)
         evaluation = self._evaluate(sae, sae.config.d_sae, subject)
         k = sae.config.k if sae.config.architecture in HAS_K else max(1, round(evaluation.overall.l0))
         key, fits, baselines = _key(subject), self._fits_for(subject), dict[str, tuple[int, Evaluation]]()
-        for name in dict.fromkeys(self.options.baselines or ()):
+        for name in dict.fromkeys(self.settings.baselines or ()):
             shared = (name, key, k) if name in ("pca", "neurons") else (name, key, k, sae.config.d_sae)
             if shared not in self._baselines:
                 self._baselines[shared] = self._baseline(name, subject, fits, k, sae.config.d_sae)
             baselines[name] = self._baselines[shared]
-        return Judged(folder, sae.config, subject, k, evaluation, baselines, None)
+        return EvaluatedSAE(folder, sae.config, subject, k, evaluation, baselines, None)
 
     def _load(self, folder: Path) -> SparseAutoencoder:
         """The autoencoder of a folder, whichever program saved it, of the site that was asked for.
 
         Raises FluxIRError if neither the autoencoder nor `--site` names a site of the captures.
         """
-        sae, asked = load_any(folder).to(self.device), self.options.site
+        sae, asked = load_any(folder).to(self.device), self.settings.site
         if not self.source.sites:
             if asked is not None:
                 raise FluxIRError(f"a plain array has no sites: got --site {asked}", hint="leave --site out")
@@ -80,26 +152,26 @@ class Judge:
 
     def _check(self, folder: Path, sae: SparseAutoencoder, subject: Subject) -> None:
         """Raise what can be known before anything is computed; say what the numbers will not show."""
-        if self.options.splice:
+        if self.settings.splice:
             self._splicer_for(subject).check(subject)
-        if "neurons" in (self.options.baselines or ()):
+        if "neurons" in (self.settings.baselines or ()):
             neurons_of(subject)
         if "split" not in sae.metadata and "held_out" not in sae.metadata:
-            self.report.note(f"note: {folder} does not say what was held out: some tokens may have been trained on")
+            self.progress(Note(f"note: {folder} does not say what was held out: some tokens may have been trained on"))
         if subject.side == "training":
-            self.report.note(f"note: nothing was held out from {folder}: it is measured on what it was trained on")
+            self.progress(Note(f"note: nothing was held out from {folder}: it is measured on what it was trained on"))
 
-    def splice(self, judged: Judged) -> Judged:
+    def splice(self, judged: EvaluatedSAE) -> EvaluatedSAE:
         """The same with what the model makes of its reconstructions."""
         sae, subject = self._load(judged.folder), judged.subject
         splicer = self._splicer_for(subject)
         return judged._replace(splice=splicer.measure(sae, subject, self._fits_for(subject), judged.k))
 
     def _fits_for(self, subject: Subject) -> BaselineFits:
-        options = self.options
+        settings = self.settings
         if _key(subject) not in self._fits:
             self._fits[_key(subject)] = BaselineFits(
-                subject, fit_tokens=options.fit_tokens, batch_tokens=options.batch_tokens, device=self.device
+                subject, fit_tokens=settings.fit_tokens, batch_tokens=settings.batch_tokens, device=self.device
             )
         return self._fits[_key(subject)]
 
@@ -115,7 +187,7 @@ class Judge:
         return self._limits[_key(subject)]
 
     def _tokens(self, subject: Subject) -> Iterator[EvaluationTokens]:
-        return subject.tokens(subject.side, self.options.batch_tokens, self.options.max_tokens)
+        return subject.tokens(subject.side, self.settings.batch_tokens, self.settings.max_tokens)
 
     def _baseline(self, name: str, subject: Subject, fits: BaselineFits, k: int, d_sae: int) -> tuple[int, Evaluation]:
         if name == "neurons":
@@ -124,8 +196,8 @@ class Judge:
                     model,
                     subject,
                     k,
-                    fit_tokens=self.options.fit_tokens,
-                    batch_tokens=self.options.batch_tokens,
+                    fit_tokens=self.settings.fit_tokens,
+                    batch_tokens=self.settings.batch_tokens,
                     device=self.device,
                 )
             return neurons.config.k, found
@@ -139,28 +211,8 @@ class Judge:
 
     def _splicer_for(self, subject: Subject) -> Splicer:
         if self._splicer is None:
-            self._splicer = Splicer(self.options, self.source.model, recorded_dtype(subject), self.report)
+            self._splicer = Splicer(self.settings, self.source.model, recorded_dtype(subject), self.progress)
         return self._splicer
-
-
-def evaluate_saes(options: EvaluateSAEOptions) -> None:
-    """Judge every autoencoder, write what came of it into its folder, and print one table."""
-    report = Report()
-    folders = find_saes(options.sae)
-    judge, judged = Judge(options, report), list[Judged]()
-    for folder in report.follow("evaluate", folders, total=len(folders)):
-        judged.append(judge.judge(folder))
-        write_results(judged[-1], options)
-    if options.splice:  # a bar of its own for each, so not within the loop above
-        for place, one in enumerate(judged):
-            judged[place] = judge.splice(one)
-            write_results(judged[place], options)
-    written = {f"numbers, {folder.name}": folder / "metrics.json" for folder in folders}
-    if len(judged) > 1:
-        written |= draw_fronts(judged)
-    for line in result_table(judged):
-        report.results.print(Text(line))
-    report.table(f"{len(judged)} evaluated", written, peak_memory())
 
 
 def _key(subject: Subject) -> str:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flux_ir.api.evaluation_files import EvaluateSAESettings
+from flux_ir.api.progress import Note, Watch, follow, phase
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
-from flux_ir.commands.evaluate_sae import EvaluateSAEOptions
-from flux_ir.commands.report import Report
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
@@ -57,30 +57,32 @@ class Run(NamedTuple):
 class Splicer:
     """The model, loaded when the first autoencoder asks for it, and the prompts that were embedded for it."""
 
-    def __init__(self, options: EvaluateSAEOptions, model: str | None, recorded: torch.dtype, report: Report) -> None:
-        name = options.model or model
+    def __init__(
+        self, settings: EvaluateSAESettings, model: str | None, recorded: torch.dtype, progress: Watch
+    ) -> None:
+        name = settings.model or model
         if name is None:
             raise FluxIRError("the captures do not say which model they are of", hint="name it with --model")
-        self.options, self.report = options, report
+        self.settings, self.progress = settings, progress
         self.spec = get_spec(name)
-        self.placement = plan(torch.cuda.device_count(), device=options.device)
-        self.compute = choose_dtype(options.dtype, self.placement.devices, recorded=recorded)
+        self.placement = plan(torch.cuda.device_count(), device=settings.device)
+        self.compute = choose_dtype(settings.dtype, self.placement.devices, recorded=recorded)
         self._embedded: dict[str, EmbeddedPrompt] = {}
 
     @cached_property
     def suite(self) -> Suite:
         """The model's parts."""
-        options = self.options
+        settings = self.settings
         source = locate_model(
             self.spec,
-            options.checkpoint,
-            options.ae_checkpoint,
-            autoencoder=options.splice and options.pictures,
-            announce=self.report.note,
+            settings.checkpoint,
+            settings.ae_checkpoint,
+            autoencoder=settings.splice and settings.pictures,
+            announce=lambda text: self.progress(Note(text)),
         )
-        self.report.note(f"{self.spec.name} computes in {self.compute}")
+        self.progress(Note(f"{self.spec.name} computes in {self.compute}"))
         if self.compute.warning is not None:
-            self.report.note(f"note: {self.compute.warning}")
+            self.progress(Note(f"note: {self.compute.warning}"))
         return Suite(self.spec, source, self.placement, self.compute.dtype)
 
     def check(self, subject: Subject) -> Site:
@@ -89,9 +91,9 @@ class Splicer:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
         check_sites([subject.site], self.spec.flux.depth, self.spec.flux.depth_single_blocks)
         last = len(_run_of(subject.source.generations[0].path).timesteps) - 2
-        if any(step > last for step in self.options.splice_steps or ()):
+        if any(step > last for step in self.settings.splice_steps or ()):
             raise FluxIRError(
-                f"a splice is at steps that were sampled, 0 to {last}: got {max(self.options.splice_steps or ())}",
+                f"a splice is at steps that were sampled, 0 to {last}: got {max(self.settings.splice_steps or ())}",
                 hint="leave out --splice_steps for those that were captured",
             )
         return subject.site
@@ -99,13 +101,13 @@ class Splicer:
     def measure(self, sae: SparseAutoencoder, subject: Subject, fits: BaselineFits, k: int) -> dict[str, Any]:
         """What the splices of one autoencoder and of its anchors come to, as `metrics.json` has it."""
         site = self.check(subject)
-        runs = held_out_runs(subject, self.options.prompts)
+        runs = held_out_runs(subject, self.settings.prompts)
         self._embed([run.prompt for run in runs])
-        steps = self.options.splice_steps or tuple(subject.filters.steps_of(subject.source.steps))
+        steps = self.settings.splice_steps or tuple(subject.filters.steps_of(subject.source.steps))
         with self.suite.transformer() as model:
             meter = SpliceMeter(model, site, replacements(sae, fits, k), steps=steps)
             batches = list(self._batches(runs))
-            for batch in self.report.follow(f"splice {site}", batches, total=len(batches)):
+            for batch in follow(self.progress, f"splice {site}", batches, total=len(batches)):
                 self._add(meter, batch)
         return as_json(meter.result(), runs=len(runs), steps=steps, dtype=self.compute.name)
 
@@ -116,7 +118,7 @@ class Splicer:
         parts = zip(*(self._embedded[run.prompt].text for run in runs), strict=True)
         inputs = prepare(noise, TextEmbedding(*map(torch.cat, parts)), first.height, first.width)
         latents = meter.add(inputs, list(first.timesteps), first.guidance)
-        if self.options.pictures:
+        if self.settings.pictures:
             with self.suite.autoencoder() as autoencoder:
                 meter.add_pictures(
                     {
@@ -128,13 +130,13 @@ class Splicer:
     def _batches(self, runs: list[Run]) -> Iterator[list[Run]]:
         for _, alike in groupby(runs, key=lambda run: run.shape):
             together = list(alike)
-            for start in range(0, len(together), self.options.splice_batch):
-                yield together[start : start + self.options.splice_batch]
+            for start in range(0, len(together), self.settings.splice_batch):
+                yield together[start : start + self.settings.splice_batch]
 
     def _embed(self, prompts: list[str]) -> None:
         missing = [prompt for prompt in prompts if prompt not in self._embedded]
         if missing:
-            with self.report.phase("text"), self.suite.text_encoders() as encoders:
+            with phase(self.progress, "text"), self.suite.text_encoders() as encoders:
                 self._embedded |= zip(missing, embed_prompts(encoders, missing), strict=True)
 
 
