@@ -2,14 +2,21 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
+from flux_ir.demo.drawing import draw
+from flux_ir.demo.scenes import scene_at
 from flux_ir.errors import FluxIRError
+from flux_ir.models.registry import get_spec
+from flux_ir.models.sources import locate_autoencoder
 from flux_ir.models.text import TextEmbedding
+from flux_ir.models.weights import load_autoencoder
 from flux_ir.sampling.denoise import clean_estimate, euler_step
-from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample, to_pixels
+from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample, to_pixels, unlike_latents
 from flux_ir.sampling.image import jpeg_bytes
+from flux_ir.sampling.latents import pack
 from flux_ir.sampling.schedule import get_schedule
 
 HEIGHT, WIDTH, TXT_TOKENS = 48, 80, 7
@@ -122,3 +129,21 @@ def test_a_saved_picture_says_what_made_it(tmp_path) -> None:
     path.write_bytes(jpeg_bytes(pixels))
     with Image.open(path) as picture:
         assert not picture.getexif()
+
+
+# ---- Autoencoders of another family
+
+
+def test_an_autoencoder_of_another_family_shows_in_the_latents_it_gives_back() -> None:
+    """flux-tiny's own, and one that draws the same pictures from latents 4.2 times as small, as SD3's are."""
+    spec = get_spec("flux-tiny")
+    own, other = (load_autoencoder(spec, locate_autoencoder(spec), "cpu") for _ in range(2))
+    times = 1.5305 / 0.3611
+    other.decoder.conv_in.weight *= times
+    moments = other.encoder.conv_out
+    for half in (moments.weight[: len(moments.weight) // 2], moments.bias[: len(moments.bias) // 2]):
+        half /= times
+    picture = torch.from_numpy(np.array(draw(scene_at(0, 0))))
+    latent = pack(own.encode(picture.permute(2, 0, 1)[None].float() / 127.5 - 1))
+    assert unlike_latents(own, latent, 128, 128) < 0.35
+    assert unlike_latents(other, latent, 128, 128) > 0.65
