@@ -84,6 +84,13 @@ function defaultMode() {
   setMode(lensesOf(state.run).includes("x0") ? "x0" : lensesOf(state.run)[0]);
 }
 
+/** The view that says most: x0 half way down and half way through. Without x0 the last step, where euler is clean too. */
+function defaultView() {
+  defaultMode();
+  const { blocks, steps } = state.run;
+  select(blocks.length >> 1, state.mode === "x0" ? steps.length >> 1 : steps.length - 1);
+}
+
 function select(block, step) {
   hovered = null;
   state.block = clamp(block, 0, state.run.blocks.length - 1);
@@ -852,7 +859,7 @@ function start() {
   showCell();
 }
 
-defaultMode();
+defaultView();
 buildGallery();
 listen();
 start();

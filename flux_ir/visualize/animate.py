@@ -102,11 +102,25 @@ def _ffmpeg_command(size_px: tuple[int, int], fps: float, path: Path) -> list[st
     width, height = size_px
     rate = str(Fraction(fps).limit_denominator(100_000))
     # sRGB pixels to BT.709, and tagged so: players guess by the size otherwise, and reds turn out orange.
-    colour = "-vf scale=out_color_matrix=bt709:out_range=tv -colorspace bt709 -color_primaries bt709 -color_trc bt709"
+    # As a filter: newer versions of ffmpeg take the tags of the frames and leave out what only the encoder was told.
+    colour = "scale=out_color_matrix=bt709:out_range=tv"
+    tags = "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
     return [
         *(_ffmpeg_program(), "-v", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", rate, "-i", "-"),
-        *("-an", "-c:v", "libx264", "-preset", "veryfast", "-crf", "18", "-pix_fmt", "yuv420p", *colour.split()),
+        *(
+            "-an",
+            "-c:v",
+            "libx264",
+            "-preset",
+            "veryfast",
+            "-crf",
+            "18",
+            "-pix_fmt",
+            "yuv420p",
+            "-vf",
+            f"{colour},{tags}",
+        ),
         *("-movflags", "+faststart", "-f", "mp4", str(path)),  # the name ends in .partial, so the format is said
     ]
 

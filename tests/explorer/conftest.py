@@ -15,6 +15,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
+BEGINNING = "#block=double.0&step=0"
 MakeRun = Callable[..., RunFolder]
 Open = Callable[..., Page]
 
@@ -118,14 +119,19 @@ def context_with(browser) -> Callable[..., BrowserContext]:
 
 @pytest.fixture
 def open_page(context_with, output_dir) -> Iterator[Open]:
-    """Writes the page of these runs and opens it offline: `open_page("1a2b3c4d", address="#step=2")`."""
+    """Writes the page of these runs and opens it offline: `open_page("1a2b3c4d", address="#step=2")`.
+
+    At the first block and step, unless the address says otherwise.
+    """
     pages, errors, requests = [], [], []
 
     def note(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             errors.append(message.text)
 
-    def open_it(*ids, address: str = "", single_file: bool = False, target: Path | None = None, **settings) -> Page:
+    def open_it(
+        *ids, address: str = BEGINNING, single_file: bool = False, target: Path | None = None, **settings
+    ) -> Page:
         if target is None:
             target = output_dir / "explorer.html"
             write_explorer(output_dir, ids or ["1a2b3c4d"], target, single_file=single_file)

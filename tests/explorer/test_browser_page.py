@@ -56,8 +56,21 @@ def test_the_documented_address_works_and_so_does_editing_it(make_run, open_page
 def test_an_address_of_things_that_are_not_there_opens_the_start(address, make_run, open_page):
     make_run()
     page = open_page(address=address)
-    assert here(page) == ("double.0", 0)
-    assert settled_address(page) == "#block=double.0&step=0&mode=x0&generation=1a2b3c4d"
+    assert here(page) == ("single.4", 1)
+    assert settled_address(page) == "#block=single.4&step=1&mode=x0&generation=1a2b3c4d"
+
+
+@pytest.mark.parametrize(
+    ("lenses", "view"),
+    [
+        (("euler", "x0"), "#block=single.4&step=2&mode=x0&generation=1a2b3c4d"),
+        (("euler",), "#block=single.4&step=4&mode=euler&generation=1a2b3c4d"),  # the only step without noise
+    ],
+)
+def test_the_page_opens_where_there_is_most_to_see(lenses, view, make_run, open_page):
+    make_run(steps=(0, 1, 2, 3, 4), lenses=lenses)
+    page = open_page(address="")
+    assert settled_address(page) == view
 
 
 def test_a_hostile_prompt_is_shown_as_text(make_run, open_page):

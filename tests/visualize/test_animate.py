@@ -1,5 +1,6 @@
 """GIF and MP4 are decoded again: how many frames, which, in what order, for how long, in which colours."""
 
+import re
 import subprocess
 import weakref
 from itertools import islice
@@ -45,6 +46,15 @@ def read_mp4(path):
     reader = imageio_ffmpeg.read_frames(str(path))
     about = next(reader)
     return [Image.frombytes("RGB", about["size"], frame) for frame in reader], about
+
+
+def colour_tags(path):
+    """What the stream itself says of its colours, by the names of H.264: 2 would be unspecified."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "trace", "-i", str(path)]
+    command += ["-c", "copy", "-bsf:v", "trace_headers", "-f", "null", "-"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    tags = re.findall(r"(colour_primaries|transfer_characteristics|matrix_coefficients) +\d+ = (\d+)", told)
+    return {name: int(value) for name, value in tags}
 
 
 def distance(picture, colour):
@@ -119,6 +129,11 @@ def test_an_mp4_is_what_browsers_and_quicktime_play(tmp_path):
     about = read_mp4(path)[1]
     assert about["codec"] == "h264"
     assert about["pix_fmt"].startswith("yuv420p(tv, bt709")
+    assert colour_tags(path) == {
+        "colour_primaries": 1,
+        "transfer_characteristics": 1,
+        "matrix_coefficients": 1,
+    }  # BT.709
     content = path.read_bytes()
     assert content[4:8] == b"ftyp"
     assert content.index(b"moov") < content.index(b"mdat"), "it cannot be played before it is loaded whole"
