@@ -89,7 +89,7 @@ def test_every_block_and_step_becomes_the_jpeg_of_its_own_latent(captured, decod
             decoded = by_place[step, reading.site]
             kind, block = reading.site.kind, reading.site.block
             assert decoded.path == folder.path / f"intermediates/decoded/step_{step}/{kind}_block_{block}.jpg"
-            pixels = decode(reader.autoencoder, reading.euler, HEIGHT, WIDTH)
+            pixels = decode(reader.autoencoder, reading.euler, HEIGHT, WIDTH, flux.dtype)
             assert decoded.path.read_bytes() == jpeg_bytes(pixels)
 
 
