@@ -185,7 +185,7 @@ def captured_run(tmp_path_factory: pytest.TempPathFactory) -> CapturedRun:
     The words `[red]` and `[/red]` would be colours, were they taken for the markup of the progress bars' library.
     """
     prompt = 'a "large" red circle,\nit\'s on [red]white[/red] \N{CAT}'
-    words = ("--model", "flux-tiny", "--seed", "1", "--num_steps", "3", "--prompt", prompt)
+    words = ("--model", "flux-tiny", "--seed", "1", "--num_steps", "3", "--lens", "euler", "--prompt", prompt)
     output_dir = tmp_path_factory.mktemp("output")
     command = [sys.executable, str(ROOT / "capture_sample.py"), *words, "--output_dir", str(output_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -108,19 +108,8 @@ def _ffmpeg_command(size_px: tuple[int, int], fps: float, path: Path) -> list[st
     return [
         *(_ffmpeg_program(), "-v", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", rate, "-i", "-"),
-        *(
-            "-an",
-            "-c:v",
-            "libx264",
-            "-preset",
-            "veryfast",
-            "-crf",
-            "18",
-            "-pix_fmt",
-            "yuv420p",
-            "-vf",
-            f"{colour},{tags}",
-        ),
+        *("-an", "-c:v", "libx264", "-preset", "veryfast", "-crf", "18", "-pix_fmt", "yuv420p"),
+        *("-vf", f"{colour},{tags}"),
         *("-movflags", "+faststart", "-f", "mp4", str(path)),  # the name ends in .partial, so the format is said
     ]
 

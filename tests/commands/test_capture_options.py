@@ -57,6 +57,7 @@ def test_nothing_is_decoded_on_request(run, capsys):
 def test_sizes_and_precision_are_as_asked_for(run):
     folder = run(*SMALL, "--width", "48", "--height", "80", "--dtype", "float32", "--guidance", "4")
     assert pixels_of(folder / "img_0.jpg").shape == (80, 48, 3)
+    assert {path.name for path in folder.glob("contact_sheet*")} == {"contact_sheet.jpg", "contact_sheet_x0.jpg"}
     capture = load_capture(folder)
     assert capture.dtype == torch.float32
     assert capture.shape(Site.parse(LAST)) == (1, SPEC.text_tokens + 15, SPEC.flux.hidden_size)

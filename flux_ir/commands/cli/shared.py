@@ -92,7 +92,7 @@ class Readings(Options):
     """How block outputs are read."""
 
     lens: Literal["euler", "x0", "both"] = option(
-        "euler",
+        "both",
         help="euler: the state the sampler would go to; x0: the clean image the block believes in",
         group=READ,
     )
