@@ -192,7 +192,7 @@ def collection_job(
     _check(recipe)
     settings = CollectSettings(
         recipe=recipe,
-        prompts=read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else list(prompts),
+        prompts=read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else _checked_prompts(prompts),
         repeats=repeats,
         seed=seed,
         batch_size=batch_size,
@@ -226,6 +226,15 @@ def _check(recipe: Recipe) -> None:
             hint="leave it out to keep all of them",
         )
     recipe.plan()  # it raises for steps that the schedule does not have
+
+
+def _checked_prompts(prompts: Sequence[str]) -> list[str]:
+    if not prompts:
+        raise FluxIRError("there must be a prompt: got an empty list", hint="pass a list of texts, or a file of them")
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise FluxIRError(f"prompts must not be empty: number {number} of the list is", hint="leave it out")
+    return [prompt.strip() for prompt in prompts]  # as they are read from a file
 
 
 def _place(device: str | None, ranks: Ranks, *, offload: bool) -> Placement:

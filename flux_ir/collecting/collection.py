@@ -74,6 +74,8 @@ class CollectSettings:
     def __post_init__(self) -> None:
         if self.batch_size is not None and not 1 <= self.batch_size <= SHARD_IMAGES:
             raise FluxIRError(f"--batch_size must be from 1 to {SHARD_IMAGES}: got {self.batch_size}", hint="try 8")
+        if self.repeats < 1:
+            raise FluxIRError(f"repeats must be at least 1: got {self.repeats}", hint="each is another noise")
 
     @property
     def extras(self) -> list[str]:
