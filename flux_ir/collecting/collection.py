@@ -28,7 +28,7 @@ import torch
 
 from flux_ir.activations.shards import SHARD_IMAGES, ShardLayout, images_per_shard
 from flux_ir.collecting.prompts import WorkItem, WorkList, prompts_digest
-from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.recipe import Recipe, batches_of
 from flux_ir.collecting.shard_notes import (
     ShardNotes,
     Statistics,
@@ -164,8 +164,7 @@ class Collection:
     def shard(self, number: int) -> Shard:
         """One shard's work: a function of the settings and the number alone."""
         items = self.work.items(number * self.shard_images, (number + 1) * self.shard_images)
-        size = self.batch_size
-        return Shard(number, items, [items[first : first + size] for first in range(0, len(items), size)])
+        return Shard(number, items, batches_of(items, self.batch_size))
 
     def has(self, shard: Shard) -> bool:
         """Whether the shard's file is there."""

@@ -7,7 +7,7 @@ order in which the collector sums them. A shard is complete or absent, so the sa
 import json
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -95,25 +95,25 @@ class Conversion:
             return
         with open_shards() as opened:
             opened.append(OpenShard(self.collection, shard, lambda: [row["used_txt"] for row in rows]))
-            starts = range(0, len(rows), self.collection.batch_size)
+            ends = list(accumulate(map(len, shard.batches)))
+            spans = [range(end - len(batch), end) for end, batch in zip(ends, shard.batches, strict=True)]
             convert = partial(self._convert_batch, opened[0], rows)
-            for written in in_order(convert, starts, torch.get_num_threads()):
+            for written in in_order(convert, spans, torch.get_num_threads()):
                 opened[0].count(written)
             opened[0].finish()
 
-    def _convert_batch(self, shard: OpenShard, rows: list[Row], start: int) -> WrittenBatch:
-        stop = min(start + self.collection.batch_size, len(rows))
+    def _convert_batch(self, shard: OpenShard, rows: list[Row], span: range) -> WrittenBatch:
         statistics: Statistics = {}
         extras: dict[str, list[FileFacts]] = {extra: [] for extra in self.settings.extras}
-        for number in range(start, stop):
+        for number in span:
             row, item = rows[number], shard.shard.items[number]
             shard.write(number, _tensors(self._checked(row), self.settings.recipe), statistics)
             for extra in extras:
                 content = self.old.read(self._checked(row[extra])["path"])
                 self.new.publish(content, shard.shard.extra_name(extra, item))
                 extras[extra].append(FileFacts(row[extra]["bytes"], row[extra]["sha256"]))
-        items: list[WorkItem] = list(shard.shard.items[start:stop])
-        return WrittenBatch(shard, items, extras, statistics, is_last=stop == len(rows))
+        items: list[WorkItem] = [shard.shard.items[number] for number in span]
+        return WrittenBatch(shard, items, extras, statistics, is_last=span.stop == len(rows))
 
     def _checked(self, file: Row) -> Row:
         """A row of a file that is as it was written, with where it lies. Raises FluxIRError for another."""

@@ -17,7 +17,7 @@ from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.collecting.prompts import WorkItem, WorkList
-from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, record_batch
+from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, batches_of, record_batch
 from flux_ir.collecting.workers import in_order, replicas
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
@@ -86,12 +86,14 @@ def _batches(
 ) -> Iterator[_Batch]:
     """The same slices of the same shards as a collection's."""
     for shard in shards:
-        items = work.items(shard * images, (shard + 1) * images)
-        first = max(0, start - shard * images) // size * size
-        embedded = _embedded(suite, [item.prompt for item in items[first:]])
-        for begin in range(first, len(items), size):
-            batch = items[begin : begin + size]
-            skipped = max(0, start - shard * images - begin)
+        later = []
+        begin = shard * images
+        for batch in batches_of(work.items(begin, begin + images), size):
+            if begin + len(batch) > start:
+                later.append((max(0, start - begin), list(batch)))
+            begin += len(batch)
+        embedded = _embedded(suite, [item.prompt for _, batch in later for item in batch])
+        for skipped, batch in later:
             yield _Batch(skipped, batch, [embedded[item.prompt] for item in batch])
 
 

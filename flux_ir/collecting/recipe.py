@@ -106,6 +106,13 @@ class Recipe:
         return sum(tensor.bytes_per_image for tensor in self.tensors(1).values())
 
 
+def batches_of(items: Sequence[WorkItem], batch_size: int) -> list[Sequence[WorkItem]]:
+    """A shard's generations in batches of at most so many, as even as can be: 9 in batches of 8 are 5 and 4."""
+    count = -(-len(items) // batch_size)
+    size = -(-len(items) // max(count, 1))
+    return [items[first : first + size] for first in range(0, len(items), size)] if items else []
+
+
 class RecordedGeneration(NamedTuple):
     """One generation of a batch, on the CPU."""
 
