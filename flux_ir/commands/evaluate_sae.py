@@ -34,6 +34,7 @@ class EvaluateSAEOptions(Compute, Checkpoints):
         help="the site to measure on, for an autoencoder that does not say one of these captures",
         group=WHAT,
         default_text="the one it was trained on",
+        elsewhere=("layer", "hook_point", "block"),
     )
     baselines: tuple[Literal["pca", "random", "itda", "neurons"], ...] | None = option(
         ("pca",),
@@ -62,6 +63,7 @@ class EvaluateSAEOptions(Compute, Checkpoints):
         group=SPLICE,
         minimum=0,
         default_text="those the autoencoder was trained on",
+        elsewhere=("timestep", "timesteps"),
     )
     pictures: bool = option(True, help="also run to the end and compare the pictures", group=SPLICE)
     splice_batch: int = option(4, help="generations that go through the model together", group=SPLICE, minimum=1)

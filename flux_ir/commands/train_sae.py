@@ -34,10 +34,16 @@ class TrainSAEOptions(Device):
         None,
         help="sites to train on, as patterns such as single.6.img or double.*.img",
         group=DATA,
+        elsewhere=("layer", "layers", "hook_point", "block"),
         default_text="the only one there is",
     )
     steps: tuple[int, ...] | None = option(
-        None, help="sampling steps to train on, counted from 0", group=DATA, minimum=0, default_text="all there are"
+        None,
+        help="sampling steps to train on, counted from 0",
+        group=DATA,
+        minimum=0,
+        default_text="all there are",
+        elsewhere=("timestep", "timesteps"),
     )
     stream: Literal["img", "txt"] | None = option(
         None, help="only image or only text tokens of whole single blocks", group=DATA, default_text="both"
@@ -67,6 +73,7 @@ class TrainSAEOptions(Device):
         group=WHAT,
         minimum=1,
         default_text="32",
+        elsewhere=("topk", "topk_k", "top_k"),
     )
     expansion: tuple[int, ...] = option((8,), help="features per dimension of the activations", group=WHAT, minimum=1)
     seed: tuple[int, ...] = option((0,), help="seed of the start and, the first, of the order", group=WHAT, minimum=0)

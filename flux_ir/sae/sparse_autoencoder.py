@@ -159,15 +159,28 @@ class SparseAutoencoder(nn.Module, ABC):
         found = self.encode_sparse(x)
         return sparse_decode(found.values, found.indices, self.W_dec, self._raw_b_dec()).reshape(x.shape)
 
-    def surgery(self, x: Activations, feature: int | Sequence[int], strength: float | Sequence[float]) -> Activations:
+    def surgery(
+        self,
+        x: Activations,
+        feature: int | Sequence[int] | None = None,
+        strength: float | Sequence[float] | None = None,
+        *,
+        k: object = None,
+    ) -> Activations:
         """Raw activations with `strength` added to the activation of one feature, or of several, on every token.
 
         That is decode(z + strength e_f) plus the error x - decode(z). The decoder is linear, so the error cancels out
         of it but for the once it must stay, and z with it: x + strength W_dec[f], exactly. Rows of W_dec have length 1,
         so `strength` is the length of what is added, in the unit of x. At strength 0 the result is x itself.
 
-        Several features take one strength, or one each. Raises FluxIRError for features there are not.
+        Several features take one strength, or one each. Raises FluxIRError for features there are not, and for `k`,
+        which is what another program calls the feature.
         """
+        if k is not None or feature is None or strength is None:
+            raise FluxIRError(
+                f"surgery takes a feature and a strength: got feature={feature}, strength={strength}, k={k}",
+                hint=f"write surgery(x, feature={0 if k is None else k}, strength=1.0): k is how many are active",
+            )
         numbers = [feature] if isinstance(feature, int) else list(feature)
         strengths = [strength] * len(numbers) if isinstance(strength, int | float) else list(strength)
         self._check_surgery(x, numbers, strengths)

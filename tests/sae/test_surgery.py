@@ -70,6 +70,13 @@ def test_what_cannot_be_changed_is_refused(feature, strength, says, random_sae, 
         random_sae("topk").surgery(tokens(), feature, strength)
 
 
+@pytest.mark.parametrize("arguments", [{"k": 3, "strength": 1.0}, {"feature": 3}, {"strength": 1.0}])
+def test_the_feature_is_called_so_and_k_is_told_what_it_is(arguments, random_sae, tokens):
+    with pytest.raises(FluxIRError, match="surgery takes a feature and a strength") as caught:
+        random_sae("topk").surgery(tokens(), **arguments)
+    assert f"feature={arguments.get('k', 0)}" in caught.value.hint
+
+
 def test_surgery_refuses_another_width_even_at_strength_zero(random_sae):
     with pytest.raises(FluxIRError, match="12 wide"):
         random_sae("topk").surgery(torch.zeros(3, 5), 0, 0.0)

@@ -40,6 +40,7 @@ class Facts:
     multiple_of: int | None = None
     free_text: bool = False
     default_text: str = ""
+    elsewhere: tuple[str, ...] = ()
 
 
 def option(
@@ -54,6 +55,7 @@ def option(
     multiple_of: int | None = None,
     free_text: bool = False,
     default_text: str = "",
+    elsewhere: tuple[str, ...] = (),
 ) -> T:
     """Declares one field of an `Options` dataclass, in place of its bare default.
 
@@ -61,9 +63,10 @@ def option(
 
     `default` may be `REQUIRED`. `group` is its heading on the help page; `default_text` stands there for a default that
     its value does not explain (`None`: "4 for flux-schnell, else 50"). `free_text` marks prompts and the like: the word
-    None is text there, while for every other `X | None` field it means None.
+    None is text there, while for every other `X | None` field it means None. `elsewhere` are the names that other
+    programs have for it: whoever types one is told ours.
     """
-    facts = Facts(help, unit, group, choices, minimum, maximum, multiple_of, free_text, default_text)
+    facts = Facts(help, unit, group, choices, minimum, maximum, multiple_of, free_text, default_text, elsewhere)
     return field(default=default, metadata={"facts": facts})
 
 

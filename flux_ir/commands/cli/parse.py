@@ -150,6 +150,11 @@ def _find(word: str, by_name: dict[str, Flag], *, prog: str) -> tuple[Flag, bool
             f"{word!r} follows no flag: every value is given by name",
             hint='quote a text of several words: --prompt "a red circle"' if "prompt" in by_name else None,
         )
+    if ours := next((flag for flag in by_name.values() if name in flag.facts.elsewhere), None):
+        raise FluxIRError(
+            f"{spelling}: no such flag; here it is --{ours.name}",
+            hint=f"--{ours.name} {placeholder(ours)}: {ours.facts.help}",
+        )
     near = nearest(name, by_name)
     meant = f"; did you mean --{near}?" if near else ""
     raise FluxIRError(f"{spelling}: no such flag{meant}", hint=f"{prog} --help lists all flags")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flux_ir.commands.cli.option import REQUIRED, Options, option
 from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.train_sae import main as train_sae
 from flux_ir.errors import FluxIRError
 
 
@@ -29,7 +30,7 @@ class Toy(Options):
     should_decode_intermediates: bool = option(True, help="decode")
     device: str | None = option(None, help="device")
     output_dir: Path = option(Path("output"), help="folder")
-    steps: tuple[int, ...] | None = option(None, help="steps kept")
+    steps: tuple[int, ...] | None = option(None, help="steps kept", elsewhere=("timestep",))
     lens: Literal["euler", "x0"] = option("euler", help="reading")
 
 
@@ -163,6 +164,20 @@ def test_any_text_arrives_as_typed(text):
 )
 def test_a_wrong_command_line_stops_at_once_with_one_line(words, error, capsys):
     assert refused(capsys, *words)[0] == error
+
+
+def test_a_name_that_other_programs_have_leads_to_ours(capsys):
+    error, hint = refused(capsys, "--timestep", "3")
+    assert error == "--timestep: no such flag; here it is --steps"
+    assert hint == "--steps N,N,..: steps kept"
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"), [("--layer", "site"), ("--timestep", "steps"), ("--topk", "k"), ("--topk_k=8", "k")]
+)
+def test_the_flags_of_earlier_programs_for_autoencoders_lead_to_ours(word, ours, capsys):
+    assert train_sae([word, "3"] if "=" not in word else [word]) == 2
+    assert f"no such flag; here it is --{ours}\nhint: --{ours} " in capsys.readouterr().err
 
 
 def test_hints_say_what_to_write(capsys):
