@@ -1,5 +1,7 @@
 """Autoencoders on disk, as sae-lens has them: cfg.json, sae_weights.safetensors and, where known, sparsity.safetensors.
 
+feature_activations.safetensors beside them is ours: how strongly each feature is active, the unit of steering.
+
 Always with the normalisation folded in, so that a loader needs to know nothing but the weights. BatchTopK and
 Matryoshka are JumpReLU there, as they are at inference. What only this program knows stands under `metadata.flux_ir` of
 cfg.json, so `load_sae` gives back the class that was saved; saving that again gives the same bytes. Never pickle.
@@ -8,24 +10,27 @@ cfg.json, so `load_sae` gives back the class that was saved; saving that again g
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, write_json
-from flux_ir.models.headers import TensorEntry, read_header
+from flux_ir.layout import complete_file
 from flux_ir.sae.architectures import bare_sae
 from flux_ir.sae.config import Architecture, SAEConfig
+from flux_ir.sae.interop.foreign import check_finite_weights, check_tensors, read_config, read_tensors
+from flux_ir.sae.interop.sae_lens import KEPT_METADATA, read_sae_lens
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SPARSITY_FILE = "sparsity.safetensors"
+ACTIVATIONS_FILE = "feature_activations.safetensors"
 
 _LENS_VERSION = "6.0.0"  # the first with this layout of cfg.json
 _LENS_NAMES: dict[Architecture, str] = {
@@ -42,15 +47,17 @@ _PLAIN: dict[str, Any] = {
     "reshape_activations": "none",
     "rescale_acts_by_decoder_norm": False,
 }
+_OWN_METADATA = ("sae_lens_version", "model_name", "hook_name", "site", "steps", "flux_ir")
 _PICKLES = {".pt", ".pth", ".pkl", ".bin", ".ckpt"}
 _UNIT_TOLERANCE = 1e-4
 
 
 def save_sae(sae: SparseAutoencoder, folder: Path | str, *, unit_decoder: bool = True) -> Path:
-    """Write the autoencoder, folded, to the folder, with its `metadata` and `log_frequency`. Returns the folder.
+    """Write the autoencoder, folded, to the folder, with its `metadata` and what it knows of each feature.
 
-    cfg.json comes last and goes first, so a folder that has one is complete. `unit_decoder` False admits rows of W_dec
-    of other lengths than 1 (other programs' autoencoders have them).
+    Returns the folder. All files are written before the first takes its place, so a disk that runs full leaves what was
+    there; cfg.json goes first and comes last, so a folder that has one is complete. `unit_decoder` False admits rows of
+    W_dec of other lengths than 1 (other programs' autoencoders have them).
 
     Raises FluxIRError for weights that are not finite, a decoder that is not normalised, metadata JSON cannot say.
     """
@@ -58,37 +65,74 @@ def save_sae(sae: SparseAutoencoder, folder: Path | str, *, unit_decoder: bool =
     folded = sae.folded()
     tensors = _to_lens(folded)
     _check_weights(tensors, unit_decoder=unit_decoder)
-    config = _lens_config(sae)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    _write_tensors(folder / WEIGHTS_FILE, tensors)
-    if sae.log_frequency is None:
-        (folder / SPARSITY_FILE).unlink(missing_ok=True)
-    else:
-        _write_tensors(folder / SPARSITY_FILE, {"sparsity": sae.log_frequency.detach().float().cpu().contiguous()})
-    write_json(folder / CONFIG_FILE, config)
+    config = json.dumps(_lens_config(sae), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    written = {WEIGHTS_FILE: tensors} | _feature_files(sae)
+    if not (folder / WEIGHTS_FILE).is_file():
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+    with ExitStack() as stack:  # files take their places in the opposite order
+        stack.enter_context(complete_file(folder / CONFIG_FILE)).write_text(config, encoding="utf-8")
+        for name in reversed(written):
+            save_file(written[name], stack.enter_context(complete_file(folder / name)))
+        for name in (CONFIG_FILE, *(name for name in (SPARSITY_FILE, ACTIVATIONS_FILE) if name not in written)):
+            (folder / name).unlink(missing_ok=True)
     return folder
 
 
 def load_sae(folder: Path | str, *, device: torch.device | str = "cpu") -> SparseAutoencoder:
     """The autoencoder of a folder: of the class that was saved, with what `save_sae` kept.
 
-    Folders that sae-lens itself wrote are read too: topk, standard (as l1), jumprelu and gated, without normalisation.
+    Folders that sae-lens itself wrote are read too, as `interop.sae_lens` says.
 
-    Raises FluxIRError for a missing, broken or pickled file, an architecture there is not, tensors that do not fit.
+    Raises FluxIRError for a missing, broken or pickled file, an architecture there is not, tensors that do not fit or
+    are not finite, and settings that weights cannot say.
     """
     folder = Path(folder)
     _refuse_pickles(folder)
-    stored = _read_config(folder / CONFIG_FILE)
+    config_file = folder / CONFIG_FILE
+    stored = _read_config(config_file)
+    tensors = read_tensors(folder / WEIGHTS_FILE)
     own = stored.get("metadata", {}).get("flux_ir", {})
-    config = SAEConfig.from_dict(own["config"]) if own else _config_of_lens(stored, folder)
-    sae = bare_sae(config)
-    _check_header(folder / WEIGHTS_FILE, _to_lens(sae))
-    _from_lens(sae, load_file(folder / WEIGHTS_FILE), folder)
-    sae.metadata = dict(own.get("training", {}))
-    if (folder / SPARSITY_FILE).is_file():
-        _check_header(folder / SPARSITY_FILE, {"sparsity": sae.b_enc})
-        sae.log_frequency = load_file(folder / SPARSITY_FILE)["sparsity"].float().to(device)
+    if own:
+        config = SAEConfig.from_dict(own["config"])
+        _check_own(config_file, stored, config)
+        sae = bare_sae(config)
+        check_tensors(folder / WEIGHTS_FILE, tensors, {name: tuple(t.shape) for name, t in _to_lens(sae).items()})
+        check_finite_weights(folder / WEIGHTS_FILE, tensors)
+        _from_lens(sae, tensors, folder)
+        sae.metadata = dict(own.get("training", {}))
+        others = {name: value for name, value in stored["metadata"].items() if name not in _OWN_METADATA}
+        if others.get("sae_lens_training_version", "") is None:  # it was trained here
+            del others["sae_lens_training_version"]
+        if others:
+            sae.metadata[KEPT_METADATA] = others
+    else:
+        sae = read_sae_lens(config_file, stored, tensors)
+    _read_feature_files(sae, folder, device)
     return sae.to(device)
+
+
+def _feature_files(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
+    """The files that say something of each feature, by name, as far as it is known."""
+    known = {
+        SPARSITY_FILE: {"sparsity": sae.log_frequency},
+        ACTIVATIONS_FILE: {"mean_active": sae.mean_active, "max_active": sae.max_active},
+    }
+    return {
+        file: {key: value.detach().float().cpu().contiguous() for key, value in tensors.items() if value is not None}
+        for file, tensors in known.items()
+        if None not in tensors.values()
+    }
+
+
+def _read_feature_files(sae: SparseAutoencoder, folder: Path, device: torch.device | str) -> None:
+    found: dict[str, Tensor] = {}
+    for file, names in ((SPARSITY_FILE, ("sparsity",)), (ACTIVATIONS_FILE, ("mean_active", "max_active"))):
+        if (folder / file).is_file():
+            tensors = read_tensors(folder / file)
+            check_tensors(folder / file, tensors, dict.fromkeys(names, (sae.config.d_sae,)))
+            found |= {name: tensor.float().to(device) for name, tensor in tensors.items()}
+    sae.log_frequency = found.get("sparsity")
+    sae.mean_active, sae.max_active = found.get("mean_active"), found.get("max_active")
 
 
 def log_frequency_of(frequency: Float[Tensor, "d_sae"]) -> Float[Tensor, "d_sae"]:
@@ -98,7 +142,9 @@ def log_frequency_of(frequency: Float[Tensor, "d_sae"]) -> Float[Tensor, "d_sae"
 
 def _lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
     config = sae.config
-    own = {"config": config.to_dict(), "training": sae.metadata}
+    training = dict(sae.metadata)
+    others = training.pop(KEPT_METADATA, {})
+    own = {"config": config.to_dict(), "training": training}
     lens: dict[str, Any] = {
         "architecture": _LENS_NAMES[config.architecture],
         "d_in": config.d_in,
@@ -109,7 +155,7 @@ def _lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
     }
     if config.architecture == "topk":
         lens["k"] = config.k
-    lens["metadata"] = {
+    metadata = {
         "sae_lens_version": _LENS_VERSION,
         "sae_lens_training_version": None,
         "model_name": config.model,
@@ -118,6 +164,7 @@ def _lens_config(sae: SparseAutoencoder) -> dict[str, Any]:
         "steps": None if config.steps is None else list(config.steps),
         "flux_ir": own,
     }
+    lens["metadata"] = metadata | {name: value for name, value in others.items() if metadata.get(name) is None}
     try:
         return dict(json.loads(json.dumps(lens, allow_nan=False)))
     except (TypeError, ValueError) as error:
@@ -165,38 +212,6 @@ def _from_lens(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Pa
         tensor.copy_(stored if tensor.ndim else stored[0])
 
 
-def _config_of_lens(stored: Mapping[str, Any], folder: Path) -> SAEConfig:
-    """The config of a file that sae-lens wrote."""
-    ours: dict[str, Architecture] = {"topk": "topk", "standard": "l1", "jumprelu": "jumprelu", "gated": "gated"}
-    where = folder / CONFIG_FILE
-    missing = [name for name in ("architecture", "d_in", "d_sae") if name not in stored]
-    if missing:
-        raise FluxIRError(
-            f"{where} must be the config of a sparse autoencoder: it lacks {', '.join(missing)}",
-            hint="name a folder that flux-ir or sae-lens saved",
-        )
-    if stored["architecture"] not in ours:
-        raise FluxIRError(
-            f"{where} is of the architecture {stored['architecture']!r}, which is not known here",
-            hint=f"known are {', '.join(ours)}",
-        )
-    different = {name: stored[name] for name, value in _PLAIN.items() if stored.get(name, value) != value}
-    if different:
-        raise FluxIRError(
-            f"{where} must describe weights that work on plain activations: it has {different}",
-            hint="fold its normalisation into the weights with sae-lens, then save it again",
-        )
-    metadata = stored.get("metadata", {})
-    return SAEConfig(
-        architecture=ours[stored["architecture"]],
-        d_in=stored["d_in"],
-        d_sae=stored["d_sae"],
-        k=stored.get("k", 1),
-        site=metadata.get("hook_name"),
-        model=metadata.get("model_name"),
-    )
-
-
 def _refuse_pickles(folder: Path) -> None:
     if folder.is_file() and folder.suffix in _PICKLES:
         raise FluxIRError(
@@ -222,34 +237,24 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path.parent} holds no {CONFIG_FILE}, so it is no autoencoder, or one that was never saved whole",
             hint="name the folder that training left",
         )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or not isinstance(stored.get("metadata", {}), dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise FluxIRError(f"{path} must be a JSON object: {error}", hint="save the autoencoder again") from error
+    stored = read_config(path, program="flux-ir or sae-lens")
+    if not isinstance(stored.get("metadata", {}), dict):
+        raise FluxIRError(f"{path} must be a JSON object: its metadata is none", hint="save the autoencoder again")
     return stored
 
 
-def _check_header(path: Path, expected: Mapping[str, Tensor]) -> None:
-    """Raises FluxIRError unless the file has tensors of these names and shapes; only its header is read."""
-    if not path.is_file():
-        raise FluxIRError(f"{path.parent} holds no {path.name}", hint="copy the whole folder")
-    entries = read_header(path)
-    faults = [f"it lacks {name}" for name in expected if name not in entries]
-    faults += [f"it has {name} too many" for name in entries if name not in expected]
-    faults += [_shape_fault(name, entries[name], expected[name]) for name in expected if name in entries]
-    faults = [fault for fault in faults if fault]
-    if faults:
+def _check_own(path: Path, stored: Mapping[str, Any], config: SAEConfig) -> None:
+    """Raises FluxIRError if what sae-lens reads of our config is not what we read of it: somebody changed one half."""
+    ours = _PLAIN | {"architecture": _LENS_NAMES[config.architecture]}
+    if config.architecture == "topk":
+        ours["k"] = config.k
+    changed = [name for name, value in ours.items() if stored.get(name, value) != value]
+    if changed:
         raise FluxIRError(
-            f"{path} must hold what {CONFIG_FILE} describes: {'; '.join(faults)}",
-            hint="the two files are of different autoencoders: copy both from one folder",
+            f"{path} says two things: {', '.join(f'{name} {stored[name]!r} and {ours[name]!r}' for name in changed)} "
+            "(under metadata.flux_ir.config)",
+            hint="change both, or take metadata.flux_ir out of it to have it read as a folder of sae-lens",
         )
-
-
-def _shape_fault(name: str, entry: TensorEntry, expected: Tensor) -> str:
-    shape = tuple(expected.shape)
-    return "" if entry.shape == shape else f"{name} has the shape {list(entry.shape)}, not {list(shape)}"
 
 
 def _check_weights(tensors: Mapping[str, Tensor], *, unit_decoder: bool) -> None:
@@ -265,8 +270,3 @@ def _check_weights(tensors: Mapping[str, Tensor], *, unit_decoder: bool) -> None
             f"rows of W_dec must have length 1 in the file: one is off by {worst:.2g}",
             hint="call normalise_decoder() before saving",
         )
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with complete_file(path) as beside:
-        save_file(tensors, beside)

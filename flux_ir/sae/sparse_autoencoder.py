@@ -68,6 +68,10 @@ class SparseAutoencoder(nn.Module, ABC):
         """What is known of its training, as JSON can say it; kept with the file."""
         self.log_frequency: Tensor | None = None
         """log10 of the share of tokens each feature fires on [d_sae], kept with the file; None: not measured."""
+        self.mean_active: Tensor | None = None
+        """Mean activation of each feature over the tokens it fires on [d_sae], 0 if it never does, likewise kept."""
+        self.max_active: Tensor | None = None
+        """The largest activation of each feature, likewise. In the unit of `encode`, which is that of `surgery`."""
 
     # Inside: normalised space
 

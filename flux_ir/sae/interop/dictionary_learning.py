@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -15,11 +16,23 @@ from torch import Tensor
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sae.config import Architecture, SAEConfig
-from flux_ir.sae.interop.foreign import check_tensors, field, filled, read_config, refuse
+from flux_ir.sae.interop.foreign import (
+    LFS_POINTER,
+    agreed_k,
+    check_finite_weights,
+    check_pointer,
+    check_tensors,
+    field,
+    filled,
+    read_config,
+    refuse,
+    whole_number,
+)
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "ae.pt"
 _Tensors = dict[str, Tensor]
+_Shapes = Callable[[int, int], dict[str, tuple[int, ...]]]
 
 
 class _Format(NamedTuple):
@@ -28,7 +41,7 @@ class _Format(NamedTuple):
     dict_class: str
     to_theirs: Callable[[SparseAutoencoder], _Tensors]
     to_ours: Callable[[Mapping[str, Tensor]], _Tensors]
-    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
+    shapes: _Shapes
 
 
 def save_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> Path:
@@ -60,40 +73,59 @@ def save_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> Path:
 
 def load_dictionary_learning(folder: Path) -> SparseAutoencoder:
     """Read a folder of theirs. Raises FluxIRError for classes that are not autoencoders of ours, and broken files."""
-    path = folder / CONFIG_FILE
+    path, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     trainer = field(read_config(path, program="dictionary_learning"), "trainer", path)
-    known = {chosen.dict_class: name for name, chosen in _FORMATS.items() if name != "matryoshka"}
     dict_class = field(trainer, "dict_class", path)
-    if dict_class not in known:
+    if dict_class not in _READERS:
         raise FluxIRError(
             f"{path} is of the class {dict_class!r}, which has no counterpart here",
-            hint=f"known are {', '.join(known)}",
+            hint=f"known are {', '.join(_READERS)}",
         )
-    architecture = known[dict_class]
-    d_in, d_sae = field(trainer, "activation_dim", path), field(trainer, "dict_size", path)
-    tensors = _read(folder / WEIGHTS_FILE)
-    check_tensors(folder / WEIGHTS_FILE, tensors, _FORMATS[architecture].shapes(d_in, d_sae))
+    architecture, to_ours, shapes = _READERS[dict_class]
+    tensors = _read(weights_file)
+    found = dict(
+        zip(("activation_dim", "dict_size"), tensors.get("decoder.weight", torch.empty(0)).shape, strict=False)
+    )
+    d_in, d_sae = (whole_number({**found, **trainer}, name, path) for name in ("activation_dim", "dict_size"))
+    optional = ("k", "threshold") if architecture == "topk" else ("k",)  # of their first versions
+    groups = tensors.pop("group_sizes", torch.empty(0)) if architecture == "matryoshka" else torch.empty(0)
+    check_tensors(weights_file, tensors, shapes(d_in, d_sae), optional=optional)
+    check_finite_weights(weights_file, tensors)
+    k = 1
+    if "k" in shapes(d_in, d_sae):
+        in_weights = int(tensors["k"]) if "k" in tensors else None
+        k = agreed_k(path, {"k": trainer.get("k"), WEIGHTS_FILE: in_weights})
     config = SAEConfig(
         architecture=architecture,
         d_in=d_in,
         d_sae=d_sae,
-        k=trainer.get("k") or 1,
+        k=k,
+        prefixes=tuple(groups.long().cumsum(0).tolist()),
         site=trainer.get("submodule_name"),
         model=trainer.get("lm_name"),
     )
-    return filled(config, _FORMATS[architecture].to_ours(tensors))
+    return filled(config, to_ours({name: tensor.double() for name, tensor in tensors.items()}))
 
 
 def _read(path: Path) -> _Tensors:
     try:
+        with path.open("rb") as file:
+            check_pointer(path, file.read(len(LFS_POINTER)))
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FluxIRError(f"cannot read {path}: {error.strerror}", hint="fetch the whole folder") from None
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if not is_zipfile(path) and not isinstance(error, UnpicklingError):
+            raise FluxIRError(f"{path} is cut short, or no file of torch.save", hint="fetch the file again") from error
         raise FluxIRError(
             f"{path} must hold tensors and nothing else: {str(error).splitlines()[0]}", hint="fetch the file again"
         ) from error
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise FluxIRError(
+            f"{path} must hold tensors and nothing else: it holds {type(tensors).__name__}",
+            hint="store the state_dict() of the autoencoder, as dictionary_learning does",
+        )
+    return dict(tensors)
 
 
 def _linear_to_theirs(sae: SparseAutoencoder) -> _Tensors:
@@ -110,6 +142,28 @@ def _linear_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
 
 def _linear_shapes(d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
     return {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "decoder.weight": (d_in, d_sae)}
+
+
+def _unit_rows_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
+    """Of an AutoEncoder, which they scale on loading so that rows of the decoder have length 1."""
+    ours = _linear_to_ours(theirs) | {"b_dec": theirs["bias"]}
+    lengths = ours["W_dec"].norm(dim=1)
+    ours["W_dec"] = ours["W_dec"] / torch.where(lengths > 0, lengths, 1.0)[:, None]
+    return ours | {"W_enc": ours["W_enc"] * lengths, "b_enc": ours["b_enc"] * lengths}
+
+
+def _new_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
+    """Of an AutoEncoderNew, which does not take b_dec off the input."""
+    ours = _linear_to_ours(theirs) | {"b_dec": theirs["decoder.bias"]}
+    return ours | {"b_enc": ours["b_enc"] + ours["b_dec"] @ ours["W_enc"]}
+
+
+def _matryoshka_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
+    return {name: theirs[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+
+
+def _matryoshka_shapes(d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+    return {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | _TOPK_ONLY
 
 
 def _topk_to_theirs(sae: SparseAutoencoder) -> _Tensors:
@@ -172,7 +226,7 @@ _FORMATS: dict[Architecture, _Format] = {
     "l1": _Format(
         "AutoEncoder",
         lambda sae: _linear_to_theirs(sae) | {"bias": sae.b_dec},
-        lambda theirs: _linear_to_ours(theirs) | {"b_dec": theirs["bias"]},
+        _unit_rows_to_ours,
         lambda d_in, d_sae: _linear_shapes(d_in, d_sae) | {"bias": (d_in,)},
     ),
     "gated": _Format(
@@ -202,3 +256,14 @@ _FORMATS: dict[Architecture, _Format] = {
     ),
 }
 _FORMATS["matryoshka"] = _FORMATS["batch_topk"]  # what it is at inference; their own class wants group sizes too
+_READERS: dict[str, tuple[Architecture, Callable[[Mapping[str, Tensor]], _Tensors], _Shapes]] = {
+    chosen.dict_class: (name, chosen.to_ours, chosen.shapes)
+    for name, chosen in _FORMATS.items()
+    if name != "matryoshka"
+}
+_READERS["AutoEncoderNew"] = (
+    "l1",
+    _new_to_ours,
+    lambda d_in, d_sae: _linear_shapes(d_in, d_sae) | {"decoder.bias": (d_in,)},
+)
+_READERS["MatryoshkaBatchTopKSAE"] = ("matryoshka", _matryoshka_to_ours, _matryoshka_shapes)

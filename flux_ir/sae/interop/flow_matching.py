@@ -6,10 +6,16 @@ more programs as they stand.
 
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.interop.foreign import check_tensors, field, filled, read_config
+from flux_ir.sae.interop.foreign import (
+    check_finite_weights,
+    check_settings,
+    check_tensors,
+    filled,
+    read_config,
+    read_tensors,
+    whole_number,
+)
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -19,8 +25,9 @@ def load_flow_matching(folder: Path) -> SparseAutoencoder:
     """Read such a folder. Its decoder rows may have other lengths than 1; they are kept. Raises FluxIRError."""
     path = folder / CONFIG_FILE
     stored = read_config(path, program="such a program")
-    d_in, d_sae, k = (field(stored, name, path) for name in ("features", "pages", "k"))
-    tensors = load_file(folder / WEIGHTS_FILE)
+    d_in, d_sae, k = (whole_number(stored, name, path) for name in ("features", "pages", "k"))
+    check_settings(path, stored, ("features", "pages", "k"), program="the program that made it")
+    tensors = read_tensors(folder / WEIGHTS_FILE)
     shapes = {
         "encoder.weight": (d_sae, d_in),
         "encoder.bias": (d_sae,),
@@ -28,6 +35,7 @@ def load_flow_matching(folder: Path) -> SparseAutoencoder:
         "bias": (d_in,),
     }
     check_tensors(folder / WEIGHTS_FILE, tensors, shapes)
+    check_finite_weights(folder / WEIGHTS_FILE, tensors)
     weights = {
         "W_enc": tensors["encoder.weight"].T,
         "b_enc": tensors["encoder.bias"],
