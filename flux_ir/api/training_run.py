@@ -245,6 +245,7 @@ class Run:
         limits = self.data.outlier_limits(member.site, MOST_HELD_OUT)
         found = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device, limits=limits)
         sae.log_frequency = log_frequency_of(found.frequency)
+        sae.mean_active, sae.max_active = found.mean_active, found.max_active
         seen = self.planned.settings.total_steps * self.planned.settings.batch_tokens
         sae.metadata = self.data.metadata() | {"tokens_seen": seen, "fvu": to_json(found)["overall"]["fvu"]}
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,8 @@ from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
 from flux_ir.sae.architectures import bare_sae
 from flux_ir.sae.config import Architecture, SAEConfig
-from flux_ir.sae.interop.foreign import check_finite_weights, check_tensors, read_config, read_tensors
-from flux_ir.sae.interop.sae_lens import KEPT_METADATA, read_sae_lens
+from flux_ir.sae.foreign import check_finite_weights, check_tensors, read_config, read_tensors
+from flux_ir.sae.sae_lens import KEPT_METADATA, read_sae_lens
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
 CONFIG_FILE = "cfg.json"
@@ -81,7 +81,7 @@ def save_sae(sae: SparseAutoencoder, folder: Path | str, *, unit_decoder: bool =
 def load_sae(folder: Path | str, *, device: torch.device | str = "cpu") -> SparseAutoencoder:
     """The autoencoder of a folder: of the class that was saved, with what `save_sae` kept.
 
-    Folders that sae-lens itself wrote are read too, as `interop.sae_lens` says.
+    Folders that sae-lens itself wrote are read too, as `sae_lens` says.
 
     Raises FluxIRError for a missing, broken or pickled file, an architecture there is not, tensors that do not fit or
     are not finite, and settings that weights cannot say.

@@ -9,14 +9,14 @@ from pathlib import Path
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
 from flux_ir.models.hub import Announce, download_repository, upload_folder
-from flux_ir.sae.files import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_sae
+from flux_ir.sae.files import ACTIVATIONS_FILE, CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_sae
 from flux_ir.sae.interop.formats import load_any
 from flux_ir.sae.model_card import METRICS_FILE, PICTURE_FILE, model_card
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 
 CARD_FILE = "README.md"
 _FETCHED = ("*.json", "*.safetensors", "ae.pt")  # whichever program saved it
-_PUT = (CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, METRICS_FILE, PICTURE_FILE, CARD_FILE)
+_PUT = (CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE, ACTIVATIONS_FILE, METRICS_FILE, PICTURE_FILE, CARD_FILE)
 
 
 def from_pretrained(name: str, *, subfolder: str = "", announce: Announce | None = None) -> SparseAutoencoder:

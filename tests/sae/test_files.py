@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.base import TrainingState, load_sae, make_sae, save_sae
 from flux_ir.sae.config import ARCHITECTURES, SAEConfig
-from flux_ir.sae.files import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, log_frequency_of
+from flux_ir.sae.files import ACTIVATIONS_FILE, CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, log_frequency_of
+from tests.full_disk import file_size_limit
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -267,3 +268,25 @@ def test_normalisation_that_was_not_folded_in_is_refused(random_sae, tmp_path):
     change_config(tmp_path, lambda config: config.update(normalize_activations="layer_norm", metadata={}))
     with pytest.raises(FluxIRError, match=r"it has \{'normalize_activations': 'layer_norm'\}"):
         load_sae(tmp_path)
+
+
+def test_how_strongly_features_are_active_is_kept_in_a_file_of_its_own(random_sae, tmp_path):
+    sae = random_sae("topk")
+    sae.mean_active, sae.max_active = torch.rand(40), torch.rand(40) + 1
+    stored = load_file(save_sae(sae, tmp_path) / ACTIVATIONS_FILE)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == {
+        "mean_active": (torch.float32, (40,)),
+        "max_active": (torch.float32, (40,)),
+    }
+    again = load_sae(tmp_path)
+    assert torch.equal(again.mean_active, sae.mean_active)
+    assert torch.equal(again.max_active, sae.max_active)
+
+
+def test_a_disk_that_runs_full_leaves_the_autoencoder_that_was_there(random_sae, tmp_path):
+    sae = random_sae("topk")
+    sae.log_frequency = torch.zeros(40)
+    before = contents(save_sae(sae, tmp_path))
+    with file_size_limit(3000), pytest.raises(FluxIRError, match=f"cannot write .*{WEIGHTS_FILE}: File too large"):
+        save_sae(random_sae("gated"), tmp_path)
+    assert contents(tmp_path) == before

@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sae.config import Architecture, SAEConfig
-from flux_ir.sae.interop.foreign import (
+from flux_ir.sae.foreign import (
     LFS_POINTER,
     agreed_k,
     check_finite_weights,

@@ -7,7 +7,7 @@ more programs as they stand.
 from pathlib import Path
 
 from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.interop.foreign import (
+from flux_ir.sae.foreign import (
     check_finite_weights,
     check_settings,
     check_tensors,

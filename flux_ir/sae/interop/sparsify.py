@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.interop.foreign import (
+from flux_ir.sae.foreign import (
     check_finite_weights,
     check_settings,
     check_tensors,

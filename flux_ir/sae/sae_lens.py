@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.config import Architecture, SAEConfig
-from flux_ir.sae.interop.foreign import (
+from flux_ir.sae.foreign import (
     agreed_k,
     check_finite_weights,
     check_settings,
