@@ -18,9 +18,10 @@ def test_a_folder_of_each_autoencoder_is_left_and_a_table_told(train):
     assert code == 0, err
     names = [f"array_topk_k{k}_x4_s{seed}" for k in (2, 4) for seed in (0, 1)]
     assert sorted(path.name for path in (saes / "tokens").iterdir()) == names
-    files = ["cfg.json", "curves.jsonl", "sae_weights.safetensors", "sparsity.safetensors", "training.json"]
+    files = {"cfg.json", "curves.jsonl", "sae_weights.safetensors", "training.json"}
+    files |= {"sparsity.safetensors", "feature_activations.safetensors"}
     for name in names:
-        assert sorted(path.name for path in (saes / "tokens" / name).iterdir()) == files
+        assert {path.name for path in (saes / "tokens" / name).iterdir()} == files
         assert name in out
     assert "held out by image" in err
 
@@ -51,9 +52,12 @@ def test_the_measured_fvu_is_that_of_the_file_on_the_held_out_rows(train, array)
     assert 0 < len(x) < 2000
     with torch.no_grad():
         fvu = (x - sae(x)).square().sum() / (x - x.mean(dim=0)).square().sum()
+        z = sae.encode(x)
     stored = json.loads((folder / "training.json").read_text())["result"]["overall"]
     assert stored["tokens"] == len(x)
     assert stored["fvu"] == pytest.approx(fvu.item(), rel=1e-4)
+    torch.testing.assert_close(sae.max_active, z.amax(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae.mean_active, z.sum(0) / (z > 0).sum(0).clamp_min(1), rtol=1e-4, atol=1e-5)
 
 
 def test_decoder_rows_have_length_one_in_the_file(train):
