@@ -304,7 +304,8 @@ def _note_on_prompts(job: Collector, watch: Watch) -> None:
 
 def _collected(collection: Collection, made: int) -> Collected:
     settings, generations = collection.settings, len(collection.work)
-    extras = sum(row[extra]["bytes"] for row in read_index(collection.storage) for extra in settings.extras)
+    rows = read_index(collection.storage) if settings.extras else ()
+    extras = sum(row[extra]["bytes"] for row in rows for extra in settings.extras)
     shards = sum(collection.storage.size(collection.shard(number).name) or 0 for number in range(collection.shards))
     tokens = generations * tokens_per_generation(settings.recipe)
     return Collected(collection.storage.where, generations, made, tokens, shards + extras)

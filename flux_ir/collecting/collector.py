@@ -8,7 +8,6 @@ is computed by one thread, on a copy of the network that shares its weights. A b
 file as soon as it is recorded, so memory holds batches and never shards.
 """
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -41,7 +40,7 @@ from flux_ir.collecting.embeddings import (
     read_used_txt,
 )
 from flux_ir.collecting.prompts import WorkItem
-from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, record_batch
+from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, check_finite, record_batch
 from flux_ir.collecting.shard_notes import (
     FileFacts,
     ShardNotes,
@@ -253,7 +252,7 @@ class Collector:
 
     def _write(self, drawn: "_Drawn") -> "WrittenBatch":
         job, recorded = drawn.job, drawn.recorded
-        _check_finite(self.recipe, recorded)
+        check_finite(self.recipe, recorded)
         statistics: Statistics = {}
         extras: dict[str, list[FileFacts]] = {extra: [] for extra in self.settings.extras}
         for number, generation in enumerate(recorded.generations()):
@@ -407,23 +406,6 @@ def latent_content(recipe: Recipe, latent: PackedLatent) -> bytes:
     """The file of a finished latent: it has the same size for every generation."""
     unpacked = unpack(latent, recipe.height, recipe.width)[0]
     return safetensors.torch.save({"latent": unpacked.contiguous()})
-
-
-def _check_finite(recipe: Recipe, recorded: RecordedBatch) -> None:
-    """Raises FluxIRError that names the first step and site whose values hold NaN or infinity."""
-    for step in recipe.steps:
-        tensors = {"the state before it": recorded.contexts[step].img}
-        tensors |= {str(site): recorded.values[step, site] for site in recipe.sites}
-        for name, value in tensors.items():
-            # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
-            if math.isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
-                continue
-            item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
-            raise FluxIRError(
-                f"values that are kept must be finite: at step {step}, {name} holds NaN or infinity, "
-                f"first for {item.prompt[:40]!r} with the seed {item.seed}",
-                hint="look for weights that are not finite, or compute in float32: --dtype float32",
-            )
 
 
 def _broken_embedding(storage: Storage, prompt: str) -> FluxIRError:

@@ -17,7 +17,7 @@ from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.collecting.prompts import WorkItem, WorkList
-from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, batches_of, record_batch
+from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, batches_of, check_finite, record_batch
 from flux_ir.collecting.workers import in_order, replicas
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
@@ -34,7 +34,8 @@ def live_blocks(
     included. Pictures are never decoded. `start` is the number of the first generation to yield, of all ranks; shards
     are dealt to `ranks` as they are when collecting. Many `repeats` make a stream as long as training may ever need.
 
-    A shard's prompts are encoded when it is its turn, so both text encoders stay loaded.
+    A shard's prompts are encoded when it is its turn, so both text encoders stay loaded. Raises FluxIRError for values
+    that are not finite.
     """
     recipe, of = settings.recipe, ranks or Ranks()
     work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
@@ -107,9 +108,11 @@ def _embedded(suite: Suite, prompts: list[str]) -> dict[str, EmbeddedPrompt]:
 def _record(networks: "SimpleQueue[Flux]", recipe: Recipe, batch: _Batch) -> tuple[int, RecordedBatch]:
     network = networks.get()
     try:
-        return batch.skipped, record_batch(network, recipe, batch.items, batch.embedded)
+        recorded = record_batch(network, recipe, batch.items, batch.embedded)
     finally:
         networks.put(network)
+    check_finite(recipe, recorded)
+    return batch.skipped, recorded
 
 
 def _own(value: Tensor) -> Tensor:

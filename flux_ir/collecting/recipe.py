@@ -5,7 +5,7 @@ Next: `collection`, the folder of shards, and `collector`, which fills it; `live
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from flux_ir.activations.shards import POSITIONS_KEY, ShardTensor, scale_key, site_key, state_key
 from flux_ir.collecting.embeddings import EmbeddedPrompt
 from flux_ir.collecting.prompts import WorkItem
+from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
@@ -167,6 +168,23 @@ def record_batch(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return RecordedBatch(items, [one.used_txt for one in embedded], on_host, contexts, finished)
+
+
+def check_finite(recipe: Recipe, recorded: RecordedBatch) -> None:
+    """Raises FluxIRError that names the first step and site whose values hold NaN or infinity."""
+    for step in recipe.steps:
+        tensors = {"the state before it": recorded.contexts[step].img}
+        tensors |= {str(site): recorded.values[step, site] for site in recipe.sites}
+        for name, value in tensors.items():
+            # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
+            if isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
+                continue
+            item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
+            raise FluxIRError(
+                f"values that are kept must be finite: at step {step}, {name} holds NaN or infinity, "
+                f"first for {item.prompt[:40]!r} with the seed {item.seed}",
+                hint="look for weights that are not finite, or compute in float32: --dtype float32",
+            )
 
 
 def _to_host(value: Tensor) -> Tensor:

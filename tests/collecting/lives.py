@@ -8,13 +8,13 @@ from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from tests.collecting.small_jobs import PROMPTS, SITES, new_suite, settings_of
 
-SETTINGS = settings_of(prompts=PROMPTS, repeats=2, batch_size=2, sites=SITES[:2], save_latents=True)
+SETTINGS = settings_of(prompts=PROMPTS, batch_size=2, sites=SITES[:2], save_latents=True)
 loaded = []
 
 
 def settle(set_attribute):
-    """Shards of four generations: nine of them."""
-    set_attribute(shards, "SHARD_IMAGES", 4)
+    """Shards of two generations: nine of them."""
+    set_attribute(shards, "SHARD_IMAGES", 2)
 
 
 def load():

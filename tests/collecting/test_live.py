@@ -11,6 +11,7 @@ from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
+from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
@@ -109,3 +110,15 @@ def test_every_iterator_of_a_stream_begins_anew_and_leaves_no_hook(suite):
 def test_a_waiting_block_keeps_no_batch_in_memory(suite):
     for block in live_blocks(settings_of(), suite):
         assert block.values.untyped_storage().nbytes() == block.values.nbytes
+
+
+def test_values_that_are_not_finite_are_never_handed_on(suite):
+    with suite.transformer() as model:
+        weight = model.double_blocks[0].img_mlp[2].weight
+        before = weight[5, 5].item()
+        weight.data[5, 5] = float("inf")
+        try:
+            with pytest.raises(FluxIRError, match=r"not finite after step 0: .* double\.0\.img"):
+                next(live_blocks(settings_of(), suite))
+        finally:
+            weight.data[5, 5] = before
