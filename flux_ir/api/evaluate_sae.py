@@ -198,6 +198,7 @@ class Judge:
                     k,
                     fit_tokens=self.settings.fit_tokens,
                     batch_tokens=self.settings.batch_tokens,
+                    max_tokens=self.settings.max_tokens,
                     device=self.device,
                 )
             return neurons.config.k, found

@@ -58,7 +58,14 @@ class BaselineFits:
 
 
 def evaluate_neurons(
-    model: Flux, subject: Subject, k: int, *, fit_tokens: int, batch_tokens: int, device: torch.device
+    model: Flux,
+    subject: Subject,
+    k: int,
+    *,
+    fit_tokens: int,
+    batch_tokens: int,
+    max_tokens: int | None,
+    device: torch.device,
 ) -> tuple[Neurons, Evaluation]:
     """The neurons behind the subject's site, k of them at a time, and how much of what they all write these give back.
 
@@ -73,7 +80,7 @@ def evaluate_neurons(
         total += batch.values.to(device).double().sum(0)
         count += len(batch.values)
     neurons = Neurons.of(model, site, min(k, len(total)), rest=(total / max(1, count)).float())
-    tokens = of_neurons.tokens(subject.side, batch_tokens)
+    tokens = of_neurons.tokens(subject.side, batch_tokens, max_tokens)
     found = evaluate(neurons, tokens, d_sae=neurons.config.d_sae, device=device, target=neurons.target)
     return neurons, found
 

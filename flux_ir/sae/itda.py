@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.baselines import Baseline, BaselineConfig, Codes, Vectors
@@ -18,7 +19,6 @@ from flux_ir.sae.pursuit import gradient_pursuit
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.0)
 TOKENS_AT_ONCE = 256  # judged with the same dictionary; among themselves they are compared one by one
 SAME = 1e-6  # relative squared error below which a token is a copy: float32 rounding
-_TINY = 1e-20
 
 
 class ITDA(Baseline):
@@ -75,7 +75,7 @@ class _Atoms:
 
     def __init__(self, centred: Tensor, most: int) -> None:
         self.centred = centred
-        self.unit = centred / centred.norm(dim=1, keepdim=True).clamp_min(_TINY)
+        self.unit = F.normalize(centred, dim=1, eps=torch.finfo(centred.dtype).tiny)
         self.most = most
         self.rows: list[int] = []
 
@@ -105,7 +105,7 @@ class _Atoms:
             return (size > 0).float()
         atoms = self.atoms()
         missing = x - gradient_pursuit(x, atoms, k) @ atoms
-        return missing.square().sum(1) / size.clamp_min(_TINY)
+        return missing.square().sum(1) / torch.where(size > 0, size, 1.0)
 
     def _unlike_each_other(self, rows: Tensor, threshold: float) -> Iterator[int]:
         """Of these rows, in order, those that no single one before them explains: 1 - cos^2 above the threshold."""

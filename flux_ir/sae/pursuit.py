@@ -5,7 +5,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 CODES_AT_ONCE = 1 << 24  # entries of a [rows, atoms] product held at a time: 64 MB in float32
-_TINY = 1e-20
 
 
 @torch.no_grad()
@@ -36,7 +35,8 @@ def _pursue(x: Tensor, atoms: Tensor, k: int) -> Tensor:
         chosen.scatter_(1, best, likeness.gather(1, best) > 0)
         gradient = likeness * chosen
         direction = gradient @ atoms
-        length = (missing * direction).sum(1, keepdim=True) / direction.square().sum(1, keepdim=True).clamp_min(_TINY)
+        squares = direction.square().sum(1, keepdim=True)
+        length = (missing * direction).sum(1, keepdim=True) / torch.where(squares > 0, squares, 1.0)
         codes = (codes + length * gradient).clamp_min(0)
         missing = x - codes @ atoms
     return codes

@@ -126,9 +126,10 @@ def test_a_splice_at_steps_that_were_not_sampled_is_refused_before_anything_is_c
 
 
 def test_neurons_are_judged_on_what_they_all_write(sweep, captures):
-    words = ["--sae", str(sweep / "few"), "--captures", str(captures), "--baselines", "neurons"]
+    words = ["--sae", str(sweep / "few"), "--captures", str(captures), "--baselines", "neurons", "--max_tokens", "100"]
     assert evaluate_sae(words) == 0
     found = numbers_of(sweep / "few")["baselines"]["neurons"]
+    assert found["overall"]["tokens"] == numbers_of(sweep / "few")["overall"]["tokens"] == 100
     assert found["overall"]["l0"] == 4
     assert 0 < found["overall"]["fvu"] < 1
 

@@ -98,6 +98,14 @@ def test_pursuit_does_not_depend_on_how_many_rows_are_worked_on_at_once(tokens, 
     torch.testing.assert_close(gradient_pursuit(tokens - 5, atoms, 4), whole)
 
 
+@pytest.mark.parametrize("size", [2.0**-46, 2.0**40])
+def test_codes_and_data_points_are_the_same_whatever_the_unit_of_the_activations(tokens, size):
+    x, mean = tokens[:60], tokens.mean(0)
+    plain, scaled = (ITDA.fit(unit * x, unit * mean, 20, 3) for unit in (1.0, size))
+    assert torch.equal(scaled.atom_tokens, plain.atom_tokens)
+    torch.testing.assert_close(scaled.encode(size * x) / size, plain.encode(x))
+
+
 def test_data_points_reconstruct_the_data_they_are(tokens):
     mean = tokens.mean(0)
     itda = ITDA.fit(tokens[:40], mean, d_sae=40, k=1)
