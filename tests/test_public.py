@@ -3,11 +3,15 @@
 import pkgutil
 import subprocess
 import sys
+from dataclasses import MISSING
 from importlib import import_module
+from inspect import signature
+from pathlib import Path
 
 import pytest
 
 import flux_ir
+from flux_ir.commands.cli.option import Options, flags
 
 ROOMS = [module.name for module in pkgutil.iter_modules(flux_ir.__path__) if module.name != "__main__"]
 
@@ -41,3 +45,32 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
     check = "import sys, flux_ir; print(len(dir(flux_ir)) > 5, 'torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "function"),
+    [
+        ("capture", "capture"),
+        ("collect", "collect"),
+        ("export", "export"),
+        ("train_sae", "train_sae"),
+        ("evaluate_sae", "evaluate_sae"),
+        ("export_sae", "export_sae"),
+        ("lens", "read_lens"),
+        ("visualize", "create_visualization"),
+    ],
+)
+def test_the_arguments_of_a_function_are_the_flags_of_its_verb_with_their_defaults(verb, function):
+    module = import_module(f"flux_ir.commands.{verb}")
+    (options,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Options) and value.__module__ == module.__name__
+    ]
+    known = {flag.name: flag.default for flag in flags(options) if flag.name != "plan"}
+    parameters = signature(getattr(flux_ir, function)).parameters
+    assert parameters.keys() - {"progress", "stop"} == known.keys()
+    for name, parameter in parameters.items():
+        if name in known and parameter.default is not parameter.empty and known[name] is not MISSING:
+            default = known[name][0] if name in ("expansion", "seed") and verb == "train_sae" else known[name]
+            assert parameter.default == (str(default) if isinstance(default, Path) else default), name

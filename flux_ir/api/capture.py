@@ -61,7 +61,7 @@ class CaptureSettings:
     sites: SiteNames | None = None
     steps: Iterable[int] | None = None
     should_decode_intermediates: bool = True
-    lens: LensWord = "euler"
+    lens: LensWord = "both"
     device: str | None = None
     multi_gpu: bool = False
     offload: bool = False
@@ -118,7 +118,7 @@ def capture(
     sites: SiteNames | None = None,
     steps: Iterable[int] | None = None,
     should_decode_intermediates: bool = True,
-    lens: LensWord = "euler",
+    lens: LensWord = "both",
     device: str | None = None,
     multi_gpu: bool = False,
     offload: bool = False,

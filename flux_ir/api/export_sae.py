@@ -23,10 +23,12 @@ def load_sae(name: str | Path, *, subfolder: str = "", progress: Watch = unwatch
     """The autoencoder of a folder, or of a repository on the hub, whichever program saved it.
 
     `subfolder` is a folder inside either. `encode`, `decode` and `surgery` take activations as the model computes
-    them. Raises FluxIRError for a name that is neither, for files that are broken, and for an architecture there is
-    not.
+    them; the weights ask for no gradient.
+
+    Raises FluxIRError for a name that is neither, for files that are broken, and for an architecture there is not.
     """
-    return from_pretrained(str(name), subfolder=subfolder, announce=lambda text: progress(Note(text)))
+    sae = from_pretrained(str(name), subfolder=subfolder, announce=lambda text: progress(Note(text)))
+    return sae.requires_grad_(False)
 
 
 def export_sae(

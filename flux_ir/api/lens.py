@@ -52,7 +52,7 @@ def read_capture(run: str | Path) -> Capture:
 def read_lens(
     generation_id: str,
     *,
-    lens: LensWord = "euler",
+    lens: LensWord = "both",
     output_dir: str | Path = "output",
     decode_batch: int | None = None,
     device: str | None = None,

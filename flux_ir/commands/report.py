@@ -3,8 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,24 +80,6 @@ class Report:
     def note(self, text: str) -> None:
         """One line for the person watching, on stderr. Never interpreted as markup: prompts may hold brackets."""
         self.notes.print(Text(text))
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to the phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def follow(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
-        """The items, with a progress bar that counts them and the time of the whole loop as a phase."""
-        bar = self._progress()
-        with self.phase(name), bar:
-            task = bar.add_task(name, total=total)
-            for item in items:
-                yield item
-                bar.advance(task)
 
     def table(self, title: str, written: dict[str, Path], memory: dict[str, int]) -> None:
         """Seconds per phase, peak memory [bytes] per device, and every path with the bytes that lie there."""
