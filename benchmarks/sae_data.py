@@ -1,19 +1,19 @@
-"""Loading tokens to train on: bytes per second of shuffled batches against a sequential read of the same files.
+"""Loading tokens to train on: shuffled batches against `cat` of the same shards, from a cold disk.
 
-- cold, past: the files are dropped from the page cache before each pass, and the loader reads past it, as it does with
-  a collection larger than half of the memory.
-- cold, into: the same, but what is read is left in the page cache, as with a smaller collection.
-- warm: the files are in the page cache, as for a small collection that is read again. Nothing is read from a disk, so
-  this compares how often bytes pass through memory. The sequential read overwrites one buffer, which stays in the cache
-  of the processor. A shuffled batch is read, checked for NaN, written to its slots of the pool and gathered from there.
+The files are dropped from the page cache before each pass.
 
-Two other ways stand beside them. Into memory: all of each file is read into memory of its own; whoever uses the bytes
-pays for that at least. Least shuffle: two threads do nothing but read, look for NaN and write each token to a random
-place, once. They know nothing of formats, filters, sites or an order that can be resumed, and their tokens are not yet
-in batches: a loader does all of this and more.
+- kept: what the loader reads stays in the page cache, as with a collection of up to half of the memory.
+- passed by: the loader reads past it, as with a larger collection.
 
-Bytes of batches are those of tokens; a sequential read counts all of the file, with the sampler's state and the
-directory. CPU seconds say what it costs where the machine is busy with other things.
+Two other ways stand beside them. Sequential: every file from its beginning to its end into one small
+buffer, as `cat` does, which leaves it in the page cache. Least shuffle: three threads do nothing but
+read blocks in random order, look for NaN and write each token to a random row of a buffer. They know
+nothing of formats, filters, sites, or an order that can be resumed: what a loader that shuffles in
+memory cannot leave out.
+
+Bytes of batches are those of tokens; a sequential read counts all of the file. CPU seconds say what
+it costs where the machine is busy with other things. Tokens per second stand against the fastest
+training step measured here (`sae_training.py`, d = 768).
 """
 
 import argparse
@@ -30,113 +30,120 @@ import numpy as np
 import torch
 from measure import Target, arguments, machine, parse, print_report, seconds_of
 
-from flux_ir.activations.tokens import open_source
-from flux_ir.activations.whole import write_capture
-from flux_ir.models.transformer import FluxParams
-from flux_ir.recording.plan import CapturePlan
-from flux_ir.recording.recorder import StepContext
-from flux_ir.sae.data import TokenBatches, choose_sites
-from flux_ir.sae.pool import Pool
+from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter, images_per_shard, site_key
+from flux_ir.activations.source import open_source
+from flux_ir.activations.spans import Memory, Span, SpanReader
+from flux_ir.sae.data.batches import TokenBatches
+from flux_ir.sae.data.buffer import slot_bytes
+from flux_ir.sae.data.feed import Row
+from flux_ir.sae.data.filters import choose_sites
 from flux_ir.sites import Site
 
-TARGET = Target("least", 0.7)
 READ_BYTES = 8 * 2**20
-
-
-class State(NamedTuple):
-    """What the page cache has before each pass, and whether the loader is to leave there what it reads."""
-
-    name: str
-    cached: bool
-    again: bool
-
-
-STATES = (State("cold, past", False, False), State("cold, into", False, True), State("warm", True, True))
+BLOCK_BYTES = 4 * 2**20
+TRAINING_TOKENS = 18_000
+"""Per second, of the fastest training step: d = 768, bf16."""
+TIMES_TRAINING = Target("least", 5.0)
 
 
 class Case(NamedTuple):
-    """A set of captures, and how they are loaded."""
+    """A collection, and how it is loaded."""
 
     name: str
     d: int
     img_tokens: int
-    generations: int
+    images: int
     steps: int
     sites: int
     batch_tokens: int
-    pool_share: float
-    """The pool, as a share of the data."""
+    target: Target
+    """The loader's bytes per second over those of the sequential read."""
+    cpu_before: tuple[float, float]
+    """CPU seconds per GB of the loader that read one zip per picture, kept and passed by, on the machine of
+    RESULTS.md.
+    """
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Of all sites and steps."""
+        return self.d * 2 * self.img_tokens * self.steps * self.sites
 
 
 def main() -> None:
     """Print the table."""
     parser = arguments((__doc__ or "").partition("\n")[0])
-    parser.add_argument("--dir", type=Path, help="where the captures are written (default: a temporary folder)")
-    parser.add_argument("--megabytes", type=int, default=1000, help="size of each set of captures (default 1000)")
+    parser.add_argument("--dir", type=Path, help="where the shards are written (default: a temporary folder)")
+    parser.add_argument("--megabytes", type=int, default=1000, help="size of each collection (default 1000)")
     options = parse(parser)
     rows = [row for case in cases(options.megabytes) for row in rows_of(case, options)]
-    columns = ["captures", "data", "files", "page cache", "sequential read", "loader", "ratio", "target"]
-    columns += ["into memory", "least shuffle", "its ratio", "CPU s/GB, read and loader"]
-    about = machine(options.device)
-    print_report("SAE data: bytes per second", columns, rows, about)
+    columns = ["collection", "data", "shards", "page cache", "sequential", "loader", "ratio", "target"]
+    columns += ["least shuffle", "its ratio", "tokens/s", "times training", "CPU s/GB: sequential, least, loader"]
+    columns += ["before, half of it"]
+    print_report("SAE data: shards against a sequential read", columns, rows, machine(options.device))
 
 
 def cases(megabytes: int) -> list[Case]:
-    """Large captures of one site and of four, and the many small ones of flux-tiny."""
+    """Large pictures with one site and with four, small pictures, and the width of the training benchmark."""
     total = megabytes * 10**6
+    least9, least7 = Target("least", 0.9), Target("least", 0.7)
+
+    def images(d: int, tokens: int, each: int) -> int:
+        return max(total // (each * tokens * d * 2), 1)
+
     return [
-        Case("d 3072, 1,024 tokens, 1 site", 3072, 1024, max(total // (4 * 1024 * 3072 * 2), 1), 4, 1, 4096, 0.25),
-        Case("d 3072, 1,024 tokens, 4 sites", 3072, 1024, max(total // (16 * 1024 * 3072 * 2), 1), 4, 4, 2048, 0.25),
-        Case("d 256, 256 tokens, 1 site", 256, 256, max(total // (2 * 256 * 256 * 2), 1), 2, 1, 8192, 0.25),
+        Case("d 3072, 1,024 tokens, 1 site", 3072, 1024, images(3072, 1024, 4), 4, 1, 4096, least9, (0.42, 0.24)),
+        Case("d 3072, 1,024 tokens, 4 sites", 3072, 1024, images(3072, 1024, 16), 4, 4, 2048, least7, (0.39, 0.26)),
+        Case("d 256, 256 tokens, 1 site", 256, 256, images(256, 256, 2), 2, 1, 8192, least9, (1.51, 1.30)),
+        Case("d 768, 1,024 tokens, 1 site", 768, 1024, images(768, 1024, 4), 4, 1, 4096, least9, (0.42, 0.24)),
     ]
 
 
 def rows_of(case: Case, options: argparse.Namespace) -> list[list[str]]:
-    """One set of captures, read in all ways in turns: cold, then warm."""
+    """One collection, read in all ways in turns."""
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        files = write_captures(case, Path(folder))
-        return [row(case, state, files, options) for state in STATES]
+        files = write_collection(case, Path(folder))
+        return [row(case, files, options, kept=kept) for kept in (True, False)]
 
 
-def row(case: Case, state: State, files: list[Path], options: argparse.Namespace) -> list[str]:
+def row(case: Case, files: list[Path], options: argparse.Namespace, *, kept: bool) -> list[str]:
     """The median rates of all ways, and the least CPU time."""
-    with batches_of(case, state, files[0].parent, options) as batches:
+    with batches_of(case, files[0].parents[1], options, kept=kept) as batches:
         ways: dict[str, Callable[[], int]] = {
             "sequential": lambda: read_sequentially(files),
-            "memory": lambda: read_into_memory(files),
-            "least": LeastShuffle(case, files).read,
+            "least": LeastShuffle(case, files, direct=not kept).read,
             "loader": lambda: one_epoch(batches),
         }
-        rates, cpu = measured(ways, warm_up if state.cached else drop_from_cache, files, options)
-    rate = {name: median(found) for name, found in rates.items()}
+        rates, cpu = measured(ways, files, options)
+    rate = {name: median(each) for name, each in rates.items()}
+    tokens_per_second = rate["loader"] / (case.d * 2 * case.sites)
+    before = case.cpu_before[0 if kept else 1]
     return [
         case.name,
         f"{sum(file.stat().st_size for file in files) / 1e9:.2f} GB",
         str(len(files)),
-        state.name,
+        "kept" if kept else "passed by",
         f"{rate['sequential'] / 1e9:.2f} GB/s",
         f"{rate['loader'] / 1e9:.2f} GB/s",
         f"{rate['loader'] / rate['sequential']:.2f}",
-        TARGET.verdict(rate["loader"] / rate["sequential"]),
-        f"{rate['memory'] / 1e9:.2f} GB/s",
+        case.target.verdict(rate["loader"] / rate["sequential"]),
         f"{rate['least'] / 1e9:.2f} GB/s",
         f"{rate['least'] / rate['sequential']:.2f}",
-        f"{cpu['sequential']:.2f} -> {cpu['loader']:.2f}",
+        f"{tokens_per_second:,.0f}",
+        f"{tokens_per_second / TRAINING_TOKENS:.0f}: {TIMES_TRAINING.verdict(tokens_per_second / TRAINING_TOKENS)}",
+        f"{cpu['sequential']:.3f}, {cpu['least']:.3f}, {cpu['loader']:.3f}",
+        f"{before:.2f}: {Target('most', before / 2).verdict(cpu['loader'])}",
     ]
 
 
 def measured(
-    ways: dict[str, Callable[[], int]],
-    prepare: Callable[[list[Path]], None],
-    files: list[Path],
-    options: argparse.Namespace,
+    ways: dict[str, Callable[[], int]], files: list[Path], options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Bytes per second of each repetition but the first, and the least CPU seconds per GB."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     cpu = dict.fromkeys(ways, float("inf"))
     for number in range(1 + options.repetitions):
         for name in list(ways)[:: 1 if number % 2 else -1]:
-            prepare(files)
+            drop_from_cache(files)
             read: list[int] = []
             begun = time.process_time()
             seconds = seconds_of(lambda way=ways[name], read=read: read.append(way()), options.device)
@@ -147,9 +154,7 @@ def measured(
 
 
 def read_sequentially(files: list[Path]) -> int:
-    """Every file from its beginning to its end into one small buffer: nothing is faster, and nothing can be done with
-    what was read.
-    """
+    """Every file from its beginning to its end into one small buffer: nothing can be done with what was read."""
     buffer, total = bytearray(READ_BYTES), 0
     for file in files:
         with file.open("rb", buffering=0) as opened:
@@ -158,60 +163,65 @@ def read_sequentially(files: list[Path]) -> int:
     return total
 
 
-def read_into_memory(files: list[Path]) -> int:
-    """Every file into memory of its own, which the next one may use again."""
-    return sum(np.fromfile(file, np.uint8).nbytes for file in files)
-
-
 class LeastShuffle:
     """What no loader that shuffles in memory can leave out, and nothing else."""
 
-    def __init__(self, case: Case, files: list[Path]) -> None:
-        self.files, self.word = files, np.dtype(f"V{2 * case.d}")
-        self.piece_bytes = 1024 * self.word.itemsize
-        tokens = int(sum(file.stat().st_size for file in files) * case.pool_share) // self.word.itemsize
+    THREADS = 3
+
+    def __init__(self, case: Case, files: list[Path], *, direct: bool) -> None:
+        self.reader, self.direct = SpanReader(), direct
+        self.word = np.dtype(f"V{2 * case.d}")
+        block = BLOCK_BYTES // self.word.itemsize * self.word.itemsize
+        spans = [
+            (file, Span(4096 + n * block, block)) for file in files for n in range(file.stat().st_size // block - 1)
+        ]
+        draw = np.random.default_rng(0)
+        self.spans = [spans[index] for index in draw.permutation(len(spans))]
+        tokens = len(self.spans) * block // self.word.itemsize // 4
         self.pool = np.ones(tokens * self.word.itemsize, np.uint8).view(self.word)
-        self.places = np.random.default_rng(0).permutation(tokens)
+        self.slots = draw.permutation(tokens)
 
     def read(self) -> int:
-        """Bytes read, checked and moved by two threads."""
-        with ThreadPoolExecutor(2) as threads:
-            return sum(threads.map(self._read, range(2)))
+        """Bytes read, checked and moved."""
+        with ThreadPoolExecutor(self.THREADS) as threads:
+            return sum(threads.map(self._read, range(self.THREADS)))
 
     def _read(self, thread: int) -> int:
-        buffer = np.empty(self.piece_bytes, np.uint8)
-        at, total = thread * len(self.places) // 2, 0
-        for file in self.files[thread::2]:
-            with file.open("rb", buffering=0) as opened:
-                while count := opened.readinto(buffer) // self.word.itemsize:
-                    tokens = buffer[: count * self.word.itemsize]
-                    tokens.view(np.int16).max(), tokens.view(np.uint16).max()  # as the loader finds NaN and infinity
-                    at = at if at + count <= len(self.places) else 0
-                    self.pool[self.places[at : at + count]] = tokens.view(self.word)
-                    at, total = at + count, total + tokens.nbytes
+        memory = Memory(page_cache=not self.direct)
+        first, total = thread * len(self.slots) // self.THREADS, 0
+        for file, span in self.spans[thread :: self.THREADS]:
+            tokens = self.reader.read(file, [span], memory)
+            tokens.view(np.int16).max(), tokens.view(np.uint16).max()  # as the loader finds NaN and infinity
+            count = span.nbytes // self.word.itemsize
+            first = first if first + count <= len(self.slots) else 0
+            self.pool[self.slots[first : first + count]] = tokens.view(self.word)
+            first, total = first + count, total + span.nbytes
         return total
 
 
-def batches_of(case: Case, state: State, folder: Path, options: argparse.Namespace) -> TokenBatches:
-    """One more epoch than is timed: the first finds the memory of the pool untouched, which costs more than reading."""
+def batches_of(case: Case, folder: Path, options: argparse.Namespace, *, kept: bool) -> TokenBatches:
+    """One more epoch than is timed: the first finds the memory of the buffers untouched, which costs more than reading.
+
+    The buffers hold a quarter of the data each.
+    """
     source = open_source(folder)
-    tokens = case.generations * case.steps * case.img_tokens
-    pool_tokens = max(int(tokens * case.pool_share), 4 * case.batch_tokens)
+    sites = choose_sites(source, ["double.*.img"])
+    tokens = case.images * case.steps * case.img_tokens
+    slot = slot_bytes({site: Row(case.d, torch.bfloat16) for site in sites})
     return TokenBatches(
         source,
-        choose_sites(source, ["double.*.img"]),
+        sites,
         batch_tokens=case.batch_tokens,
-        pool_bytes=pool_tokens * case.sites * (case.d * 2 + Pool.BYTES_BESIDE),
+        pool_bytes=max(tokens // 2, 4 * case.batch_tokens) * slot,
         epochs=1 + options.repetitions,
         device=options.device,
-        page_cache=state.again,
+        page_cache=kept,
     )
 
 
 def one_epoch(batches: TokenBatches) -> int:
-    """Shuffled batches that nobody trains on: opening files, reading, checking, shuffling, gathering."""
-    epoch_tokens = batches.feed.tokens_at_most or 0
-    end, total = batches.tokens + epoch_tokens, 0
+    """Shuffled batches that nobody trains on: opening files, reading, checking, shuffling."""
+    end, total = batches.tokens + (batches.feed.tokens_at_most or 0), 0
     while batches.tokens < end:
         total += sum(values.nbytes for values in next(batches).values.values())
     return total
@@ -225,46 +235,23 @@ def drop_from_cache(files: list[Path]) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def warm_up(files: list[Path]) -> None:
-    """These files are in the page cache."""
-    read_sequentially(files)
-
-
-def write_captures(case: Case, folder: Path) -> list[Path]:
-    """Captures of random values, of image tokens alone."""
-    params = FluxParams(
-        in_channels=64,
-        out_channels=64,
-        vec_in_dim=8,
-        context_in_dim=8,
-        hidden_size=case.d,
-        mlp_ratio=4.0,
-        num_heads=case.d // 128,
-        depth=case.sites,
-        depth_single_blocks=0,
-        axes_dim=(16, 56, 56),
-        theta=10_000,
-        qkv_bias=True,
-        guidance_embed=False,
-    )
+def write_collection(case: Case, folder: Path) -> list[Path]:
+    """A collection of random values, of image tokens alone."""
     sites = [Site("double", block, "img") for block in range(case.sites)]
-    values = torch.randn(1, case.img_tokens, case.d).bfloat16()
+    size, values = images_per_shard(case.bytes_per_image), torch.randn(1, case.img_tokens, case.d).bfloat16()
+    (folder / "shards").mkdir()
+    (folder / "collection.json").write_text("{}")
     files = []
-    for number in range(case.generations):
-        plan = CapturePlan(
-            params,
-            sites,
-            timesteps=[1 - step / case.steps for step in range(case.steps + 1)],
-            txt_tokens=4,
-            img_tokens=case.img_tokens,
-            guidance=0.0,
-            metadata={"generation_id": f"{number:08x}", "prompt": f"prompt {number}", "model": "random"},
-        )
-        context = StepContext(torch.zeros(plan.img_shape).bfloat16(), torch.zeros(plan.y_shape).bfloat16(), 4)
-        steps = plan.kept_steps
-        files.append(folder / f"{number:06d}.pt")
-        of_sites = {(step, site): values.roll(number + step, 1) for step in steps for site in sites}
-        write_capture(files[-1], plan, of_sites, dict.fromkeys(steps, context))
+    for first in range(0, case.images, size):
+        images = range(first, min(first + size, case.images))
+        tensor = ShardTensor(torch.bfloat16, (len(images), *values.shape[1:]))
+        tensors = {site_key(site, step): tensor for site in sites for step in range(case.steps)}
+        rows = {"ids": [f"{image:016x}" for image in images], "prompts": [f"prompt {image}" for image in images]}
+        files.append(folder / "shards" / f"{len(files):06d}.safetensors")
+        with ShardWriter(files[-1], ShardLayout(tensors, rows, {"model": "random", "txt_tokens": 4})) as writer:
+            for key in tensors:
+                for image in range(len(images)):
+                    writer.write(key, image, values.roll(first + image, 1))
     return files
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flux_ir.activations.tokens import open_source
+    from flux_ir.activations.source import open_source
     from flux_ir.api.capture import CaptureResult, capture
     from flux_ir.api.collect import collect, collect_clip, convert_collection
     from flux_ir.api.evaluate_sae import evaluate_sae
@@ -50,7 +50,7 @@ _MODULES = {
     "load_sae": "flux_ir.api.export_sae",
     "MemorySink": "flux_ir.recording.recorder",
     "Note": "flux_ir.api.progress",
-    "open_source": "flux_ir.activations.tokens",
+    "open_source": "flux_ir.activations.source",
     "Progress": "flux_ir.api.progress",
     "read_capture": "flux_ir.api.lens",
     "read_lens": "flux_ir.api.lens",

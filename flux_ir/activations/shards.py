@@ -151,11 +151,18 @@ class ShardFile(NamedTuple):
 
 def read_shard(path: Path) -> ShardFile:
     """Reads a shard's header. Raises FluxIRError for a file that is no shard, or is shorter than its header says."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(head, "little")
+        return parse_shard(path, head + (file.read(length) if length < size else b""), size)
+
+
+def parse_shard(path: Path, head: bytes, size: int) -> ShardFile:
+    """A shard by its first bytes, which must reach behind the header, and its size. Raises FluxIRError as above."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            entries = json.loads(file.read(length)) if length < size else {}
+        length = int.from_bytes(head[:8], "little")
+        entries = json.loads(head[8 : 8 + length])
         metadata = entries.pop("__metadata__")
         if metadata["format"] != "flux_ir shard":
             raise KeyError("format")
@@ -168,7 +175,7 @@ def read_shard(path: Path) -> ShardFile:
             f"{path} must be a shard of a collection: {error!r}",
             hint="run flux-ir collect again: it repairs the folder",
         ) from error
-    end = max(offsets[name] + tensor.nbytes for name, tensor in tensors.items())
+    end = max((offsets[name] + tensor.nbytes for name, tensor in tensors.items()), default=8 + length)
     if end != size:
         raise FluxIRError(
             f"{path} must have {end} bytes, as its header says: it has {size}",

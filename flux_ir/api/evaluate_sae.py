@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.source import open_source
 from flux_ir.api.evaluation_files import BaselineName, EvaluatedSAE, EvaluateSAESettings, write_results
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.splicing import Splicer, recorded_dtype
@@ -19,7 +19,7 @@ from flux_ir.models.registry import model_names
 from flux_ir.sae.baselines import Baseline
 from flux_ir.sae.config import HAS_K
 from flux_ir.sae.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
-from flux_ir.sae.held_out import EvaluationTokens, Subject, subject_of
+from flux_ir.sae.data.held_out import EvaluationTokens, Subject, subject_of
 from flux_ir.sae.interop.formats import load_any, sae_folders
 from flux_ir.sae.metrics import Evaluation, Group, evaluate, outlier_limits
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder

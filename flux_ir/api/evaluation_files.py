@@ -14,7 +14,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.sae.config import HAS_K, SAEConfig
-from flux_ir.sae.held_out import Subject
+from flux_ir.sae.data.held_out import Subject
 from flux_ir.sae.metrics import Evaluation, Numbers, to_json
 from flux_ir.sae.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
 

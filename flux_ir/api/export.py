@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from flux_ir.activations.exported_source import METADATA_KEY, SETTINGS, Facts, array_name
-from flux_ir.activations.tokens import TokenBlock, TokenSource, open_source
+from flux_ir.activations.exported import METADATA_KEY, SETTINGS, Facts, array_name
+from flux_ir.activations.source import TokenBlock, TokenSource, open_source
 from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json

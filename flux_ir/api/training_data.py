@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_ir.activations.stream import block_bytes, stream_blocks
-from flux_ir.activations.token_blocks import TokenBlock, TokenSource
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.blocks import TokenBlock, TokenSource, run_of
+from flux_ir.activations.prefetch import block_bytes, stream_blocks
+from flux_ir.activations.source import open_source
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.live import live_blocks
@@ -24,14 +24,14 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
-from flux_ir.sae.chunks import Blocks
-from flux_ir.sae.data import TokenBatches, choose_sites
-from flux_ir.sae.filters import Filters, SiteKey
-from flux_ir.sae.held_out import Subject
-from flux_ir.sae.measure_data import measure_normalisation, norm_limits, sample_tokens
+from flux_ir.sae.data.batches import TokenBatches
+from flux_ir.sae.data.buffer import slot_bytes
+from flux_ir.sae.data.feed import Blocks, Row
+from flux_ir.sae.data.filters import Filters, SiteKey, choose_sites
+from flux_ir.sae.data.held_out import Subject
+from flux_ir.sae.data.measure import measure_normalisation, norm_limits, sample_tokens
+from flux_ir.sae.data.splits import Side, Split, split_prompts, split_source
 from flux_ir.sae.metrics import EvaluationBatch, Group, outlier_limits
-from flux_ir.sae.pool import Row, slot_bytes
-from flux_ir.sae.splits import Side, Split, split_prompts, split_source
 from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
 
@@ -101,9 +101,11 @@ class TrainingData:
 
     def epoch_tokens(self, site: SiteKey) -> int:
         """Tokens of a site that one pass over the training side gives; where text is padded, about."""
-        blocks = list(self._first_blocks(site))
-        each = sum(map(self._kept, blocks)) / max(1, len(blocks))
-        return int(each * self.generations * len(self.steps))
+        half, source = self.filters.half(site), self.beginning()
+        if half is not None and half.stream == "img" and self.split.by != "tokens" and not callable(source):
+            return source.tokens(half) * self.generations * len(self.steps)  # none is left out
+        counts = [self._kept(block) for block in self._first_blocks(site)]
+        return int(sum(counts) / max(1, len(counts)) * self.generations * len(self.steps))
 
     def _first_blocks(self, site: SiteKey) -> Iterator[TokenBlock]:
         source = self.beginning()
@@ -116,10 +118,10 @@ class TrainingData:
 
     def _kept(self, block: TokenBlock) -> int:
         """How many tokens of a block are trained on."""
-        rows, used = self.filters.rows(block), self.filters.used(block)
-        side = self.split.tokens("training", block.generation, block.positions[rows])
-        kept = torch.ones(len(block.positions[rows]), dtype=torch.bool)
-        for mask in (used, side):
+        run = run_of(block, self.filters.rows(block))
+        kept, used = torch.ones(run.positions.shape[1], dtype=torch.bool), self.filters.used(run)
+        side = self.split.tokens("training", block.generation, run.positions[0])
+        for mask in (None if used is None else used[0], side):
             kept = kept if mask is None else kept & mask
         return int(kept.sum())
 
@@ -170,7 +172,8 @@ class TrainingData:
     def metadata(self) -> dict[str, Any]:
         """What an autoencoder's folder says of its data, so that it can be judged on what was held out."""
         filters = {"stream": self.filters.stream, "padding": self.filters.padding, "steps": self.steps}
-        return {"split": asdict(self.split), "filters": filters, "data": self.described}
+        named = {} if callable(self.source) else {"captures": self.name}
+        return {"split": asdict(self.split), "filters": filters, "data": named | self.described}
 
 
 @dataclass(frozen=True)
@@ -194,10 +197,9 @@ def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:
     filters = norm_limits(source, sites, filters, split=split)
     name = path.resolve().name if path.is_dir() else path.stem
     described = {
-        "captures": name,
+        "content": source.identity,
         "generations": len(source.generations),
         "tokens_each": {str(site): source.tokens(site) for site in sites},
-        "prompts_sha256": prompts_digest([f"{one.id} {one.prompt}" for one in source.generations]),
     }
     return TrainingData(
         name=name,

@@ -22,9 +22,9 @@ from flux_ir.layout import complete_file, write_json
 from flux_ir.sae.architectures import make_sae
 from flux_ir.sae.checkpoints import DIVERGED, Checkpoints
 from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.data import TokenBatches
+from flux_ir.sae.data.batches import TokenBatches
+from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.files import CONFIG_FILE, log_frequency_of, save_sae
-from flux_ir.sae.filters import SiteKey
 from flux_ir.sae.metrics import evaluate, to_json
 from flux_ir.sae.trainer import Member, Progress, Trainer, TrainSettings, state_of, train
 
@@ -292,12 +292,14 @@ class Run:
 
     def _check(self, before: Mapping[str, Any], where: Path | None) -> None:
         """Raises FluxIRError unless what was trained there is what shall be trained now."""
-        now = self.described
+        before, now = _flat(before), _flat(self.described)
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not names:
             return
         told = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
         hint = "pass the settings of the first time, or another --name"
+        if "data.content" in names:
+            hint = "the activations are others than the first time, whatever they are called: pass another --name"
         if names == ["tokens"]:
             hint = "the learning rate is drawn over the whole run, so it cannot be made longer: pass another --name"
         raise FluxIRError(f"{where} belongs to other settings: {told}", hint=hint)
@@ -363,3 +365,11 @@ def full_batches(batches: TokenBatches, batch_tokens: int) -> Iterator[Mapping[S
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:
     """Numbers for a file: eight digits, None for what is none."""
     return {name: float(f"{value:.8g}") if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _flat(described: Mapping[str, Any]) -> Row:
+    """A description whose parts stand beside each other, so that each can be compared and told."""
+    flat: Row = {}
+    for name, value in described.items():
+        flat |= {f"{name}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.activations.token_blocks import TokenBlock, leading_txt, token_positions
+from flux_ir.activations.blocks import TokenBlock, leading_txt, token_positions
 from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts

@@ -1,6 +1,6 @@
 """What of the network's tensors goes into a capture, and where: checked against the plan, picked, and rounded.
 
-Both ways to a capture file go through here: `store.CaptureWriter`, a tensor at a time, and `whole.write_capture`.
+`store.CaptureWriter` writes them into a capture file.
 """
 
 from collections.abc import Mapping

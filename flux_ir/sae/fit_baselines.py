@@ -9,7 +9,7 @@ from torch import Tensor
 from flux_ir.errors import FluxIRError
 from flux_ir.models.transformer import Flux
 from flux_ir.sae.baselines import PCA, Baseline, Covariance, Neurons, RandomDictionary
-from flux_ir.sae.held_out import Subject
+from flux_ir.sae.data.held_out import Subject
 from flux_ir.sae.itda import ITDA
 from flux_ir.sae.metrics import Evaluation, evaluate
 from flux_ir.sites import Site

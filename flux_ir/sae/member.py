@@ -11,8 +11,8 @@ from flux_ir.distributed import Ranks, all_sum, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.average import WeightAverage
 from flux_ir.sae.checkpoints import SavedRun
+from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.dead import DeadCounter
-from flux_ir.sae.filters import SiteKey
 from flux_ir.sae.losses import LossParts, TrainingState
 from flux_ir.sae.optimiser import RowAdam
 from flux_ir.sae.resample import resample_dead_

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.filters import lengths
+from flux_ir.sae.data.filters import lengths
 
 Rows = Float[Tensor, "tokens d"]
 Features = Float[Tensor, "tokens d_sae"]

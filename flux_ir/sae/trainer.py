@@ -14,7 +14,7 @@ from torch import Tensor
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.checkpoints import SavedRun, Shard
-from flux_ir.sae.filters import SiteKey
+from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.member import AcrossRanks, Member, Numbers, TrainSettings
 
 __all__ = ["Member", "Numbers", "Progress", "TrainSettings", "Trainer", "state_of", "train"]

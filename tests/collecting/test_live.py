@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flux_ir.activations.stream import running_ahead, stream_blocks
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.prefetch import running_ahead, stream_blocks
+from flux_ir.activations.source import open_source
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import collect
 from flux_ir.collecting.live import live_blocks

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.source import open_source
 from flux_ir.collecting.storage import LocalStorage, one_job_at
 from flux_ir.commands.cli.option import flags
 from flux_ir.commands.collect import CollectOptions, main

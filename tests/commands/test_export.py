@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from flux_ir.activations.whole import write_capture
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flux_ir.activations.tokens import open_source
-from flux_ir.activations.whole import write_capture
+from flux_ir.activations.source import open_source
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.recording.recorder import StepContext
 from flux_ir.recording.store import CapturePlan, load_capture

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.source import open_source
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.sae.base import load_sae
 from flux_ir.sae.config import ARCHITECTURES, HAS_K
@@ -45,7 +45,7 @@ def test_the_measured_fvu_is_that_of_the_file_on_the_held_out_rows(train, array)
     """FVU as defined: numerator and denominator summed over all held-out rows, in raw space."""
     _, _, _, saes = train("--k", "4")
     folder = saes / "tokens" / "array_topk_k4_x4_s0"
-    from flux_ir.sae.held_out import subject_of
+    from flux_ir.sae.data.held_out import subject_of
 
     sae, source = load_sae(folder), open_source(array)
     x = torch.cat([part.values.float() for part in subject_of(sae, source, held_out=0.5).tokens("held_out", 100)])

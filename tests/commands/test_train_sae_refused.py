@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.source import open_source
 from flux_ir.commands.train_sae import main as train_sae
-from flux_ir.sae.splits import split_source
+from flux_ir.sae.data.splits import split_source
 from tests.commands.small_training import D
 
 

@@ -1,12 +1,10 @@
 """Captures of a small network and of random values, alone and as a collection."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flux_ir.activations.whole import write_capture
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext
 from flux_ir.recording.store import CapturePlan, CaptureWriter
 from flux_ir.sites import all_sites, block_outputs, match_sites
@@ -46,7 +44,7 @@ def run(tiny_flux, tiny_inputs):
 
 @pytest.fixture
 def write(tiny_flux_params):
-    """Writes a capture of random values; returns them by (step, site), and the row of a collection."""
+    """Writes a capture of random values; returns them by (step, site)."""
 
     def make(path, number=0, *, sites=SITES, model="tiny", width=None, **changes):
         flux = tiny_flux_params if width is None else replace(tiny_flux_params, hidden_size=width, axes_dim=(4, 2, 2))
@@ -60,38 +58,18 @@ def write(tiny_flux_params):
             for step in plan.kept_steps
             for site in plan.sites
         }
-        contexts = {
-            step: StepContext(torch.zeros(plan.full_img_shape), torch.zeros(plan.y_shape), plan.txt_tokens)
-            for step in plan.kept_steps
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = write_capture(path, plan, values, contexts)
-        row = {"id": metadata["generation_id"], "prompt": metadata["prompt"], "model": model, "used_txt": 3}
-        row |= {"sites": [str(site) for site in plan.sites], "steps": list(plan.kept_steps), **record._asdict()}
-        return values, row
+        context = StepContext(torch.zeros(plan.full_img_shape), torch.zeros(plan.y_shape), plan.txt_tokens)
+        write_values(path, plan, values, dict.fromkeys(plan.kept_steps, context))
+        return values
 
     return make
 
 
-@pytest.fixture
-def collection(tmp_path, write):
-    """Writes a collection of 2 generations a group: its folder, and all values by generation."""
-
-    def make(groups=3, *, finished=None, root=True, **changes):
-        folder, rows, values = tmp_path / "captures", [], []
-        for group in range(groups):
-            name = f"groups/{group:06d}"
-            of_group = []
-            for number in (2 * group, 2 * group + 1):
-                recorded, row = write(folder / name / f"{number:016x}.pt", number, **changes)
-                of_group.append(row | {"path": f"{name}/{number:016x}.pt"})
-                values.append(recorded)
-            kept = "index.jsonl" if finished is None or group < finished else "journal.jsonl"
-            (folder / name / kept).write_text("".join(json.dumps(row) + "\n" for row in of_group))
-            rows += of_group
-        (folder / "collection.json").write_text("{}")
-        if root:
-            (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return folder, values
-
-    return make
+def write_values(path, plan, values, contexts):
+    """Writes the capture of a plan from values that are there already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with CaptureWriter(path, plan) as writer:
+        for step in plan.kept_steps:
+            writer.begin_step(step, contexts[step])
+            for site in plan.sites:
+                writer.write(step, site, values[step, site])

@@ -7,12 +7,21 @@ from hypothesis import strategies as st
 
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.chunks import StreamFeed
-from flux_ir.sae.data import sites_in_lockstep
-from flux_ir.sae.filters import Filters
-from flux_ir.sae.pool import Pool
-from flux_ir.sae.splits import Split, split_prompts, split_source
-from tests.sae.numbered_source import IMG, OTHER_IMG, TXT, WHOLE, NumberedSource, batches_of, rows_of, same, sorted_rows
+from flux_ir.sae.data.feed import StreamFeed, each
+from flux_ir.sae.data.filters import Filters, sites_in_lockstep
+from flux_ir.sae.data.splits import Split, split_prompts, split_source
+from tests.sae.numbered_source import (
+    IMG,
+    OTHER_IMG,
+    SLOT_BYTES,
+    TXT,
+    WHOLE,
+    NumberedSource,
+    batches_of,
+    rows_of,
+    same,
+    sorted_rows,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -27,7 +36,7 @@ from tests.sae.numbered_source import IMG, OTHER_IMG, TXT, WHOLE, NumberedSource
 def test_every_token_comes_exactly_once_an_epoch(count, batch, pool_batches, seed, epochs, live):
     source = NumberedSource(count)
     epochs = 1 if live else epochs
-    pool_bytes = pool_batches * batch * (40 + Pool.BYTES_BESIDE)
+    pool_bytes = pool_batches * batch * SLOT_BYTES
     batches = batches_of(
         source.stream if live else source, batch_tokens=batch, pool_bytes=pool_bytes, seed=seed, epochs=epochs,
         prefetch=False,
@@ -78,7 +87,7 @@ def test_epochs_come_in_different_orders():
 
 def test_batches_mix_generations_and_steps():
     source = NumberedSource(60)
-    got = rows_of(batches_of(source, batch_tokens=64, pool_bytes=640 * (40 + Pool.BYTES_BESIDE)))
+    got = rows_of(batches_of(source, batch_tokens=64, pool_bytes=640 * SLOT_BYTES))
     generations = [len(rows[:, 0].unique()) for rows in got[:-1]]
     assert min(generations) > 8  # in reading order a batch would have 2
     # tokens that were read last are not systematically drawn last
@@ -148,6 +157,6 @@ def test_sites_with_other_tokens_do_not_share_batches():
 def test_a_stream_may_give_sites_in_any_order_and_others_besides():
     source = NumberedSource(2, sites=[OTHER_IMG, IMG, TXT])
     feed = StreamFeed(source.stream, [IMG, OTHER_IMG], Filters(steps=[3]), Split("prompt", 0.0), "training")
-    chunks = list(feed.chunks(0))
-    assert [(chunk.ordinal, chunk.generation, chunk.step) for chunk in chunks] == [(0, 0, 3), (1, 1, 3)]
-    assert list(chunks[0].values) == [IMG, OTHER_IMG]
+    blocks = list(each(feed))
+    assert [(rows.ordinal, rows.generations[0], rows.step) for rows in blocks] == [(0, 0, 3), (1, 1, 3)]
+    assert list(blocks[0].values) == [IMG, OTHER_IMG]

@@ -1,25 +1,23 @@
 """Batches of files: captures of every dtype and plain arrays come back as stored, however they are read."""
 
-import time
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 import torch
 
-from flux_ir.activations.tokens import open_source
-from flux_ir.activations.whole import write_capture
+from flux_ir.activations.source import open_source
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.recording.recorder import StepContext
 from flux_ir.recording.store import CapturePlan
-from flux_ir.sae.chunks import SourceFeed
-from flux_ir.sae.data import TokenBatches, choose_sites
-from flux_ir.sae.filters import Filters
-from flux_ir.sae.measure_data import measure_normalisation
-from flux_ir.sae.pool import Pool
-from flux_ir.sae.splits import Split, split_source
+from flux_ir.sae.data.batches import TokenBatches
+from flux_ir.sae.data.buffer import slot_bytes
+from flux_ir.sae.data.feed import Row
+from flux_ir.sae.data.filters import choose_sites
+from flux_ir.sae.data.measure import measure_normalisation
+from flux_ir.sae.data.splits import split_source
 from flux_ir.sites import all_sites, match_sites
+from tests.activations.conftest import write_collection
+from tests.recording.conftest import write_values
 from tests.sae.numbered_source import PLENTY, rows_of, same, sorted_rows
 
 
@@ -50,10 +48,16 @@ def captures(tmp_path, tiny_flux_params):
             context = StepContext(torch.zeros(plan.img_shape), torch.zeros(plan.y_shape), 7)
             if i == count - 1 and metadata.get("broken"):
                 values[2, plan.sites[0]][0, 5, 1] = float("nan")
-            write_capture(tmp_path / folder / f"{i}.pt", plan, values, {0: context, 2: context})
+            write_values(tmp_path / folder / f"{i}.pt", plan, values, {0: context, 2: context})
         return tmp_path / folder
 
     return write
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Writes a collection of random values: its folder, and all values by image."""
+    return lambda count=3, **changes: (tmp_path / "shards", write_collection(tmp_path / "shards", count, **changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -72,93 +76,72 @@ def test_captures_come_back_as_stored_for_all_sites_in_one_pass(captures, dtype)
         assert sorted_rows(torch.cat(got[site])) == sorted_rows(stored)
 
 
-@dataclass
-class OneByOne:
-    """A source that can only read a block at a time."""
-
-    source: object
-
-    def __getattr__(self, name):
-        if name == "read_together":
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
-
-@dataclass
-class Telling:
-    """A source that counts what it was told of, and takes its time."""
-
-    source: object
-    told: int = 0
-    unread: set = field(default_factory=set)
-    most_unread: int = 0
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-    def announce(self, generation, *place, again):
-        time.sleep(0.01)
-        self.told += 1
-        self.unread.add(generation)
-        self.most_unread = max(self.most_unread, len(self.unread))
-        self.source.announce(generation, *place, again=again)
-
-    def read_together(self, generation, *place):
-        self.unread.discard(generation)
-        return self.source.read_together(generation, *place)
-
-
-def test_what_is_announced_is_read_soon_and_nothing_more_is_after_the_end(captures):
-    source = open_source(captures(200))
-    telling, sites = Telling(source), choose_sites(source, ["double.0.img"])
-    known = {"batch_tokens": 20, "pool_bytes": 100 * (source.d(sites[0]) * 2 + Pool.BYTES_BESIDE)}
-    with TokenBatches(telling, sites, **known) as batches:
-        next(batches)
-    after = telling.told
-    assert after < 300  # of 400
-    time.sleep(0.1)
-    assert telling.told == after
-    assert 120 <= telling.most_unread <= 121
-
-
-def test_no_more_files_are_announced_where_one_step_of_each_is_read_again(captures):
-    source = open_source(captures(150))
-    telling, sites = Telling(source), choose_sites(source, ["double.0.img"])
-    feed = SourceFeed(telling, sites, Filters(), Split("prompt", 0.0), "training", 0)
-    again = range(0, 300, 2)
-    assert [chunk.ordinal for chunk in feed.chunks(0, start=300, also=again)] == list(again)
-    assert telling.most_unread == 121  # the one that is about to be read, too
-
-
-@pytest.mark.parametrize("ahead", [1, 3 * 12 * 64 * 2 * 2, 2**20])
+@pytest.mark.parametrize("kind", ["shards", "captures"])
+@pytest.mark.parametrize("page_cache", [True, False])
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_batches_do_not_depend_on_how_files_are_read(captures, monkeypatch, ahead, prefetch):
-    monkeypatch.setattr("flux_ir.sae.chunks._AHEAD_BYTES", ahead)
-    source = open_source(captures(15))
+def test_batches_do_not_depend_on_how_files_are_read(captures, shards, kind, page_cache, prefetch):
+    folder, _ = shards(8, sites=["double.0.img", "double.1.img"]) if kind == "shards" else (captures(15), None)
+    source = open_source(folder)
     sites = choose_sites(source, ["double.*.img"])
-    known = {"batch_tokens": 20, "pool_bytes": 100 * (2 * source.d(sites[0]) * 2 + Pool.BYTES_BESIDE), "epochs": 2}
-    slow = rows_of(TokenBatches(OneByOne(source), sites, **known, prefetch=False), sites[1])
-    quick = TokenBatches(source, sites, **known, prefetch=prefetch)
-    assert same(rows_of(quick, sites[1]), slow)
-    assert quick.feed._together is source
+    slot = slot_bytes({site: Row(source.d(site), torch.bfloat16) for site in sites})
+    known = {"batch_tokens": 20, "pool_bytes": 100 * slot, "epochs": 2}
+    plain = rows_of(TokenBatches(source, sites, **known, prefetch=False, page_cache=True), sites[1])
+    other = TokenBatches(source, sites, **known, prefetch=prefetch, page_cache=page_cache)
+    assert same(rows_of(other, sites[1]), plain)
     for stop in (1, 9, 20):
-        begun = TokenBatches(source, sites, **known, prefetch=prefetch)
+        begun = TokenBatches(source, sites, **known, prefetch=prefetch, page_cache=page_cache)
         for _ in range(stop):
             next(begun)
-        resumed = TokenBatches(source, sites, **known, prefetch=prefetch)
+        resumed = TokenBatches(source, sites, **known, prefetch=prefetch, page_cache=page_cache)
         resumed.restore(begun.state())
         begun.close()
-        assert same(rows_of(resumed, sites[1]), slow[stop:])
+        assert same(rows_of(resumed, sites[1]), plain[stop:])
+        resumed.close()
 
 
-def test_chunks_that_are_too_large_for_memory_are_mapped(captures, monkeypatch):
-    source = open_source(captures())
-    sites = choose_sites(source, ["double.0.img"])
-    quick = rows_of(TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY), sites[0])
-    monkeypatch.setattr("flux_ir.sae.chunks._BYTES_IN_MEMORY", 100)
-    mapped = TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY)
-    assert mapped.feed._together is None
-    assert same(rows_of(mapped, sites[0]), quick)
+def test_small_pictures_are_read_many_at_once_and_only_those_of_the_side(shards, monkeypatch):
+    folder, values = shards(3, per_shard=64, sites=["double.0.img"], images_per_prompt=1)
+    source, reads = open_source(folder), []
+    read_run = source.read_run
+    monkeypatch.setattr(source, "read_run", lambda *place: reads.append(place) or read_run(*place))
+    (site,), split = choose_sites(source, ["*"]), split_source(source, 0.3)
+    seen = {}
+    for side in ("training", "held_out"):
+        reads.clear()
+        known = {"batch_tokens": 64, "pool_bytes": PLENTY, "split": split, "side": side}
+        batches = list(TokenBatches(source, [site], **known, prefetch=False))
+        seen[side] = set(torch.cat([batch.generations for batch in batches]).tolist())
+        rows = torch.cat([batch.values[site] for batch in batches])
+        expected = [values[i][step, site].bfloat16() for i in seen[side] for step in (0, 2)]
+        assert sorted_rows(rows) == sorted_rows(torch.cat(expected))
+        # a single token to see what the rows are, and then about 32 blocks
+        assert len(reads) < 100
+        assert max(len(images) for images, *_ in reads) > 4
+    assert len(seen["training"]) + len(seen["held_out"]) == 3 * 64
+    assert not seen["training"] & seen["held_out"]
+
+
+def test_a_batch_draws_from_many_shards_prompts_steps_and_positions(shards):
+    folder, values = shards(8, per_shard=8, sites=["double.0.img"], images_per_prompt=1)
+    source = open_source(folder)
+    (site,) = choose_sites(source, ["*"])
+    slot = slot_bytes({site: Row(source.d(site), torch.bfloat16)})
+    tokens = 8 * 8 * 2 * 12
+    batches = list(TokenBatches(source, [site], batch_tokens=64, pool_bytes=tokens * slot))  # buffers of a half
+    index = {row.numpy().tobytes(): place for place, row in _every_row(values, site)}
+    for batch in batches:
+        places = [index[row.view(torch.uint8).numpy().tobytes()] for row in batch.values[site]]
+        assert len({image // 8 for image, _, _ in places}) == 8
+        assert len({image for image, _, _ in places}) > 24
+        assert 16 < sum(step == 0 for _, step, _ in places) < 48
+        assert 3 < sum(position for _, _, position in places) / 64 < 8  # 5.5 on average
+
+
+def _every_row(values, site):
+    for image, of_image in enumerate(values):
+        for step in (0, 2):
+            for position, row in enumerate(of_image[step, site].bfloat16()):
+                yield (image, step, position), row.view(torch.uint8)
 
 
 def test_a_file_that_breaks_while_it_is_trained_on_is_told_where_batches_are_taken(captures):
@@ -196,7 +179,7 @@ def test_a_site_that_was_not_captured_names_the_nearest(captures):
 
 def test_a_nan_in_a_file_names_the_file(captures):
     source = open_source(captures(broken=True))
-    with pytest.raises(FluxIRError, match=r"1 of 12 tokens of double\.0\.img at step 2 in .*5\.pt hold NaN"):
+    with pytest.raises(FluxIRError, match=r"1 of \d+ tokens of double\.0\.img at step 2 in .*5\.pt hold NaN"):
         list(TokenBatches(source, choose_sites(source, ["*"]), batch_tokens=20, pool_bytes=PLENTY))
 
 
@@ -234,22 +217,19 @@ def test_plain_arrays_are_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("known", "memory", "again"),
+    ("known", "memory", "kept"),
     [
         ({}, 2**40, True),
-        ({}, 80_000, False),
-        ({"page_cache": True}, 80_000, True),
+        ({}, 60_000, False),
+        ({"page_cache": True}, 60_000, True),
         ({"page_cache": False}, 2**40, False),
-        ({"ranks": Ranks(0, 2)}, 80_000, True),
+        ({"ranks": Ranks(0, 2)}, 60_000, True),
     ],
 )
-def test_files_that_fit_into_memory_are_left_in_the_page_cache(captures, monkeypatch, known, memory, again):
-    monkeypatch.setattr("flux_ir.sae.chunks._memory_bytes", lambda: memory)
-    told = []
-    monkeypatch.setattr("flux_ir.activations.alike.Alike.announce", lambda *_, again: told.append(again))
+def test_files_that_fit_into_memory_are_left_in_the_page_cache(captures, monkeypatch, known, memory, kept):
+    monkeypatch.setattr("flux_ir.sae.data.batches._memory_bytes", lambda: memory)
     source = open_source(captures(15))
     sites = choose_sites(source, ["double.0.img"])
-    with TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY, **known) as batches:
-        assert batches.feed.tokens_at_most == 360
-        next(batches)
-    assert set(told) == {again}
+    batches = TokenBatches(source, sites, batch_tokens=20, pool_bytes=PLENTY, **known)
+    assert batches.feed.tokens_at_most == 360
+    assert batches._filler.page_cache == kept

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flux_ir.activations.token_blocks import TokenBlock
+from flux_ir.activations.blocks import TokenBlock, run_of
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.filters import Filters, all_finite, check_finite, lengths
+from flux_ir.sae.data.filters import Filters, all_finite, lengths
 from flux_ir.sites import Site
 
 IMG, TXT, WHOLE = (Site.parse(name) for name in ("double.0.img", "double.0.txt", "single.0"))
@@ -19,25 +19,43 @@ def block(site, txt=7, img=12, used_txt=3):
 
 @pytest.mark.parametrize(("stream", "rows"), [(None, slice(0, 19)), ("txt", slice(0, 7)), ("img", slice(7, 19))])
 def test_one_half_of_a_whole_block_can_be_had(stream, rows):
-    picked = range(19)[Filters(stream=stream).rows(block(WHOLE))]
-    assert picked == range(19)[rows]
+    assert Filters(stream=stream).rows(block(WHOLE)) == range(19)[rows]
+
+
+def used(filters, site, **known):
+    """Which tokens of one generation are no padding."""
+    found = filters.used(run_of(block(site, **known), filters.rows(block(site, **known))))
+    return None if found is None else found[0].tolist()
 
 
 def test_padding_of_the_text_is_left_out_and_image_tokens_stay():
-    assert Filters().used(block(TXT)).tolist() == [True] * 3 + [False] * 4
-    assert Filters().used(block(WHOLE)).tolist() == [True] * 3 + [False] * 4 + [True] * 12
-    assert Filters(stream="txt").used(block(WHOLE)).tolist() == [True] * 3 + [False] * 4
-    assert Filters().used(block(IMG)) is None
-    assert Filters(stream="img").used(block(WHOLE)) is None
+    assert used(Filters(), TXT) == [True] * 3 + [False] * 4
+    assert used(Filters(), WHOLE) == [True] * 3 + [False] * 4 + [True] * 12
+    assert used(Filters(stream="txt"), WHOLE) == [True] * 3 + [False] * 4
+    assert used(Filters(), IMG) is None
+    assert used(Filters(stream="img"), WHOLE) is None
 
 
 def test_padding_stays_where_it_is_asked_for_or_unknown():
-    assert Filters(padding=True).used(block(TXT)) is None
-    assert Filters().used(block(TXT, used_txt=None)) is None
+    assert used(Filters(padding=True), TXT) is None
+    assert used(Filters(), TXT, used_txt=None) is None
 
 
 def test_a_prompt_that_fills_the_text_has_no_padding():
-    assert Filters().used(block(TXT, used_txt=7)).all()
+    assert all(used(Filters(), TXT, used_txt=7))
+
+
+def test_only_a_part_of_the_tokens_knows_its_padding_too():
+    part = Filters().used(run_of(block(WHOLE), range(2, 10)))
+    assert part[0].tolist() == [True] + [False] * 4 + [True] * 3
+
+
+def test_what_is_read_of_a_site_is_the_half_that_is_asked_for():
+    assert Filters().half(WHOLE) == WHOLE
+    assert Filters(stream="txt").half(WHOLE) == Site.parse("single.0.txt")
+    assert Filters(stream="img").half(IMG) == IMG
+    with pytest.raises(FluxIRError, match=r"double\.0\.txt has no img tokens: the filters left none"):
+        Filters(stream="img").half(TXT)
 
 
 def test_steps_are_sorted_and_unique_and_must_be_there():
@@ -68,21 +86,18 @@ def test_a_factor_that_leaves_out_half_of_the_tokens_is_refused(factor):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_found_in_every_dtype(dtype, bad):
     values = torch.randn(50, 7).to(dtype)
-    check_finite(values, "a.pt", IMG, 2)
-    values[11, 3] = values[20, 0] = bad
-    with pytest.raises(FluxIRError, match=r"2 of 50 tokens of double\.0\.img at step 2 in a\.pt hold NaN or infinity"):
-        check_finite(values, "a.pt", IMG, 2)
+    assert all_finite(values)
+    values[11, 3] = bad
+    assert not all_finite(values)
 
 
 def test_opposite_infinities_do_not_cancel():
-    values = torch.tensor([[float("inf"), -float("inf")]])
-    with pytest.raises(FluxIRError, match="the array at step 0"):
-        check_finite(values, "a.npy", None, 0)
+    assert not all_finite(torch.tensor([[float("inf"), -float("inf")]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_huge_finite_values_pass_though_their_sum_overflows(dtype):
-    check_finite(torch.full((100, 8), torch.finfo(dtype).max, dtype=dtype), "a.pt", IMG, 0)
+    assert all_finite(torch.full((100, 8), torch.finfo(dtype).max, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -102,4 +117,4 @@ def test_numbers_beside_infinity_are_told_right():
 
 
 def test_no_tokens_are_finite():
-    check_finite(torch.empty(0, 4), "a.pt", IMG, 0)
+    assert all_finite(torch.empty(0, 4))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.source import open_source
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.data.held_out import subject_of
+from flux_ir.sae.data.splits import Split, split_source
 from flux_ir.sae.fit_baselines import BaselineFits, neurons_of
-from flux_ir.sae.held_out import subject_of
-from flux_ir.sae.splits import Split, split_source
 
 IMAGES, TOKENS, D = 20, 6, 12
 

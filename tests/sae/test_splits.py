@@ -5,16 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_ir.activations.token_blocks import Generation
+from flux_ir.activations.blocks import Generation
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.splits import Split, split_prompts, split_source
+from flux_ir.sae.data.splits import Split, split_prompts, split_source
 from flux_ir.sites import Site
 
 
 class Prompts:
     """A source of which only the prompts count."""
 
-    steps, model = (0,), None
+    steps, model, identity, runs = (0,), None, "", ()
 
     def __init__(self, prompts, tokens=64):
         self.generations = [Generation(f"{i:016x}", prompt, None) for i, prompt in enumerate(prompts)]
@@ -26,8 +26,10 @@ class Prompts:
     def tokens(self, site):
         return self._tokens
 
-    def read(self, generation_index, site, step):
+    def read(self, generation, site, step):
         raise AssertionError("a split needs no tokens")
+
+    read_run = read
 
 
 def held_out(split, source):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from threading import Condition, Thread
 
-from flux_ir.activations.token_blocks import TokenBlock
+from flux_ir.activations.blocks import TokenBlock
 
 BlockMaker = Callable[[], Iterator[TokenBlock]]
 """Begins the blocks anew: the same ones in the same order every time."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_ir.activations.tokens import open_source
+from flux_ir.activations.source import open_source
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site
 from tests.recording.cases import SITES
@@ -34,25 +34,11 @@ def test_nothing_there_is_said(tmp_path):
     assert "no file of activations" in message(tmp_path / "text.txt")
 
 
-def test_a_collection_without_a_finished_generation_is_said(tmp_path):
-    (tmp_path / "collection.json").write_text("{}")
-    assert "holds no finished generation yet" in message(tmp_path)
-
-
 def test_a_half_written_capture_is_named(tmp_path, write):
     for number, name in enumerate("ab"):
         write(tmp_path / f"{name}.pt", number)
     (tmp_path / "b.pt").write_bytes((tmp_path / "b.pt").read_bytes()[:-500])
     assert "b.pt is not a complete capture file" in message(tmp_path)
-
-
-def test_a_half_written_or_missing_capture_of_a_collection_is_named(collection):
-    folder, _ = collection()
-    broken = folder / "groups/000001/0000000000000002.pt"
-    broken.write_bytes(broken.read_bytes()[:-500])
-    assert "0000000000000002.pt is not a complete capture file" in message(folder)
-    broken.unlink()
-    assert "0000000000000002.pt: No such file" in message(folder)
 
 
 @pytest.mark.parametrize(
@@ -72,36 +58,9 @@ def test_captures_that_do_not_belong_together_are_named(tmp_path, write, changes
         open_source(tmp_path)
 
 
-def test_a_mixed_collection_is_refused(collection, write):
-    folder, _ = collection(2)
-    index = folder / "index.jsonl"
-    index.write_text(index.read_text().replace('"model": "tiny"', '"model": "other"', 1))
-    assert "has one list of model" in message(folder)
-    write(folder / "groups/000000/0000000000000000.pt", 0, img_tokens=20)
-    index.write_text(index.read_text().replace('"model": "other"', '"model": "tiny"', 1))
-    assert "all captures must have the same sizes" in message(folder)
-
-
-def test_a_broken_line_of_an_index_is_named_by_its_number(collection):
-    folder, _ = collection(2)
-    lines = (folder / "index.jsonl").read_text().splitlines()
-    (folder / "index.jsonl").write_text("\n".join([*lines[:2], "{", *lines[3:]]))
-    assert "index.jsonl, line 3, is no row of a collection" in message(folder)
-
-
 def test_several_pictures_in_one_capture_are_refused(tmp_path, write):
     write(tmp_path / "a.pt", 0, batch=2)
     assert "holds one picture" in message(tmp_path)
-
-
-def test_sites_and_steps_that_are_not_there_are_named(collection):
-    source = open_source(collection(1)[0])
-    with pytest.raises(FluxIRError, match=r"double\.0\.img was not captured"):
-        source.d(Site.parse("double.0.img"))
-    with pytest.raises(FluxIRError, match="step 1 was not captured"):
-        source.read(0, source.sites[0], 1)
-    with pytest.raises(FluxIRError, match="captures are read by site"):
-        source.tokens(None)
 
 
 @pytest.mark.parametrize(
@@ -139,3 +98,16 @@ def test_plain_arrays_have_no_sites_and_one_step(tmp_path):
         source.d(Site.parse("single.0"))
     with pytest.raises(FluxIRError, match="has the step 0 only: got 1"):
         source.read(0, None, 1)
+
+
+@pytest.mark.parametrize("pair", [("a.safetensors", "b.npy"), ("a.npy", "b.pt"), ("a.safetensors", "exported")])
+def test_a_folder_of_two_kinds_names_both(tmp_path, pair, write):
+    for name in pair:
+        if name.endswith(".npy"):
+            np.save(tmp_path / name, np.zeros((5, 4), np.float32))
+        elif name.endswith(".pt"):
+            write(tmp_path / name)
+        else:
+            key = "x" if name.endswith(".safetensors") else "single.0/step_0"
+            save_file({key: torch.zeros(5, 4)}, tmp_path / f"{name.split('.')[0]}.safetensors")
+    assert "holds one kind of them" in message(tmp_path)

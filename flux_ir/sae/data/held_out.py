@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.activations.token_blocks import TokenSource
+from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.chunks import SourceFeed
-from flux_ir.sae.filters import Filters, SiteKey
+from flux_ir.sae.data.feed import SourceFeed, each
+from flux_ir.sae.data.filters import Filters, SiteKey
+from flux_ir.sae.data.splits import Side, Split, split_source
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.splits import Side, Split, split_source
 from flux_ir.sites import Site, nearest_names
 
 ORDER_SEED = 0
-"""Of the order that tokens are read in: where a limit cuts it short, what was read is a fair sample of all."""
+"""Of the order that tokens are read in."""
+_BLOCK_ROWS = 1024  # small: where a limit cuts the reading short, what was read is a fair sample of all
 
 
 class EvaluationTokens(NamedTuple):
@@ -42,13 +43,13 @@ class Subject:
     def tokens(self, side: Side, batch_tokens: int, max_tokens: int | None = None) -> Iterator[EvaluationTokens]:
         """The tokens of one side in an order that never changes, so many at a time, until `max_tokens` (None: all)."""
         feed = SourceFeed(self.source, [self.site], self.filters, self.split, side, ORDER_SEED)
+        feed.cut(_BLOCK_ROWS)
         waiting: list[EvaluationTokens] = []
         count, left = 0, max_tokens
-        for chunk in feed.chunks(0):
-            chunk.check_finite()
-            kept = torch.tensor(chunk.kept[:left])  # a copy: the array may be shared and read-only
-            values, is_text = chunk.values[self.site][kept], torch.tensor(chunk.is_text)[kept]
-            waiting.append(EvaluationTokens(values, torch.full((len(kept),), chunk.step), is_text))
+        for rows in each(feed):
+            kept = torch.from_numpy(rows.kept[:left])
+            values, is_text = rows.values[self.site][kept], torch.from_numpy(rows.is_text)[kept]
+            waiting.append(EvaluationTokens(values, torch.full((len(kept),), rows.step), is_text))
             count += len(kept)
             if left is not None:
                 left -= len(kept)

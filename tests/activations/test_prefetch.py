@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from flux_ir.activations.stream import block_bytes, stream_blocks
-from flux_ir.activations.token_blocks import TokenBlock
+from flux_ir.activations.blocks import TokenBlock
+from flux_ir.activations.prefetch import block_bytes, stream_blocks
 
 BLOCK_BYTES = 10 * 6 * 4 + 10 * 4
 

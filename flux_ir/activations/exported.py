@@ -1,20 +1,32 @@
 """Files that say which site and step their arrays are of, as `flux-ir export` writes them, as training data.
 
-`{id}.safetensors` holds an array [tokens, d] under `{site}/step_{s}` for each, and what else is known of the generation
-as JSON in its metadata. As .npy each array is a file `{site}/step_{s}/{id}.npy`, and the JSON is `{id}.json`.
+`{id}.safetensors` holds an array [tokens, d] under `{site}/step_{s}` for each, and what else is known
+of the generation as JSON in its metadata. As .npy each array is a file `{site}/step_{s}/{id}.npy`, and
+the JSON is `{id}.json`.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from flux_ir.activations.array_source import array_shape, opened, read_array
-from flux_ir.activations.token_blocks import Generation, TokenBlock, leading_txt, token_positions
+from flux_ir.activations.arrays import ArrayFile, open_safetensors, rows_digest
+from flux_ir.activations.blocks import (
+    Generation,
+    TokenBlock,
+    TokenRun,
+    leading_txt,
+    named,
+    run_of,
+    token_positions,
+)
+from flux_ir.activations.spans import Memory, SpanReader
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site, nearest_names
 
@@ -57,41 +69,6 @@ class ExportedGeneration(NamedTuple):
     arrays: Mapping[_At, tuple[Path, str | None]]
 
 
-def array_name(site: Site, step: int) -> str:
-    """The name of an array: a key in a safetensors file, a folder for .npy."""
-    return f"{site}/step_{step}"
-
-
-def is_exported(file: Path) -> bool:
-    """Whether all arrays of a safetensors file are named by site and step."""
-    if file.suffix != ".safetensors":
-        return False
-    with opened(file) as archive:
-        names = list(archive.keys())
-    return bool(names) and all(_at(name) for name in names)
-
-
-def safetensors_generation(file: Path) -> ExportedGeneration:
-    """A generation exported as safetensors."""
-    with opened(file) as archive:
-        names, metadata = list(archive.keys()), archive.metadata() or {}
-    text = metadata.get(METADATA_KEY)
-    facts = Facts(file.stem) if text is None else _facts(file, text)
-    return ExportedGeneration(facts, file, {at: (file, name) for name in names if (at := _at(name))})
-
-
-def npy_generations(folder: Path) -> list[ExportedGeneration]:
-    """The generations exported as .npy to this folder: those whose JSON, written last, is there."""
-    steps = sorted(folder.glob("*/step_*"))
-    named = {at: step for step in steps if (at := _at(f"{step.parent.name}/{step.name}"))}
-    found = []
-    for file in sorted(set(folder.glob("*.json")) - {folder / SETTINGS}) if named else []:
-        facts = _facts(file, file.read_text(encoding="utf-8"))
-        arrays = {at: (path, None) for at, step in named.items() if (path := step / f"{file.stem}.npy").is_file()}
-        found.append(ExportedGeneration(facts, file, arrays))
-    return found
-
-
 class ExportedSource:
     """Activations of generations that were exported: each holds the same sites and steps."""
 
@@ -100,11 +77,26 @@ class ExportedSource:
         first = exported[0]
         for other in exported:
             _check_same(first, other)
-        self._shapes = {at: array_shape(*where) for at, where in first.arrays.items()}
+        self._array = lru_cache(1024)(ArrayFile.open)
+        self._reader = SpanReader()
+        self._shapes = {at: self._array(*where).shape for at, where in first.arrays.items()}
         self.sites: Sequence[Site] = sorted({site for site, _ in first.arrays})
         self.steps: Sequence[int] = sorted({step for _, step in first.arrays})
         self.model: str | None = first.facts.model
         self.generations: Sequence[Generation] = [Generation(e.facts.id, e.facts.prompt, e.path) for e in exported]
+        self.runs: Sequence[range] = [range(index, index + 1) for index in range(len(exported))]
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of what is known of the generations, and of 16 rows of each of their arrays."""
+        digest = hashlib.sha256()
+        for facts, _, arrays in self._exported:
+            digest.update(facts.to_json().encode())
+            for at in sorted(arrays):
+                array = self._array(*arrays[at])
+                values = rows_digest(array, 0, array.rows, self._reader)
+                digest.update(f"{array_name(*at)} {array.shape} {values}".encode())
+        return digest.hexdigest()[:16]
 
     def d(self, site: Site | None) -> int:
         """The width of a site."""
@@ -118,20 +110,20 @@ class ExportedSource:
             return tokens
         return facts.txt_tokens if site is not None and site.stream == "txt" else tokens - facts.txt_tokens
 
-    def read(self, generation_index: int, site: Site | None, step: int) -> TokenBlock:
+    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
         """One block."""
-        stored, (facts, path, arrays) = self._stored(site), self._exported[generation_index]
+        stored, (facts, path, arrays) = self._stored(site), self._exported[generation]
         site = site or stored
         if (stored, step) not in arrays:
             raise FluxIRError(f"step {step} was not exported to {path}", hint=f"it holds the steps {self.steps}")
-        file, name = arrays[stored, step]
-        values = read_array(file, lambda array: array[:], name)
-        if values.shape != self._shapes[stored, step]:
+        array = self._array(*arrays[stored, step])
+        if array.shape != self._shapes[stored, step]:
             raise FluxIRError(
-                f"all generations must have the same sizes: {stored} is {list(values.shape)} in {file} and "
+                f"all generations must have the same sizes: {stored} is {list(array.shape)} in {array.file} and "
                 f"{list(self._shapes[stored, step])} in {self._exported[0].path}",
                 hint="keep generations of different sizes in different folders",
             )
+        values = array.read(0, array.rows, self._reader)
         if stored != site:
             values = values[: facts.txt_tokens] if site.stream == "txt" else values[facts.txt_tokens :]
         kept = None if facts.img_positions is None else torch.tensor(facts.img_positions, dtype=torch.int32)
@@ -147,9 +139,14 @@ class ExportedSource:
             used_txt=facts.used_txt,
         )
 
+    def read_run(
+        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+    ) -> TokenRun:
+        """Some tokens of one generation."""
+        return run_of(self.read(images.start, site, step), tokens)
+
     def _stored(self, site: Site | None) -> Site:
-        if site is None:
-            raise FluxIRError("exported activations are read by site: got None", hint="name a site")
+        site = named(site, "exported activations")
         for stored in (site, site.whole):
             if stored in self.sites:
                 return stored
@@ -159,11 +156,48 @@ class ExportedSource:
         )
 
 
+def array_name(site: Site, step: int) -> str:
+    """The name of an array: a key in a safetensors file, a folder for .npy."""
+    return f"{site}/step_{step}"
+
+
+def is_exported(file: Path) -> bool:
+    """Whether all arrays of a safetensors file are named by site and step."""
+    if file.suffix != ".safetensors":
+        return False
+    with open_safetensors(file) as archive:
+        names = list(archive.keys())
+    return bool(names) and all(_at(name) for name in names)
+
+
+def safetensors_generation(file: Path) -> ExportedGeneration:
+    """A generation exported as safetensors."""
+    with open_safetensors(file) as archive:
+        names, metadata = list(archive.keys()), archive.metadata() or {}
+    arrays = {at: (file, name) for name in names if (at := _at(name))}
+    if (text := metadata.get(METADATA_KEY)) is not None:
+        return ExportedGeneration(_facts(file, text), file, arrays)
+    array = ArrayFile.open(*next(iter(arrays.values())))  # the content names it: a file may be renamed
+    return ExportedGeneration(Facts(rows_digest(array, 0, array.rows, SpanReader())), file, arrays)
+
+
+def npy_generations(folder: Path) -> list[ExportedGeneration]:
+    """The generations exported as .npy to this folder: those whose JSON, written last, is there."""
+    steps = sorted(folder.glob("*/step_*"))
+    named_steps = {at: step for step in steps if (at := _at(f"{step.parent.name}/{step.name}"))}
+    exported = []
+    for file in sorted(set(folder.glob("*.json")) - {folder / SETTINGS}) if named_steps else []:
+        facts = _facts(file, file.read_text(encoding="utf-8"))
+        arrays = {at: (path, None) for at, step in named_steps.items() if (path := step / f"{file.stem}.npy").is_file()}
+        exported.append(ExportedGeneration(facts, file, arrays))
+    return exported
+
+
 def _at(name: str) -> _At | None:
     """The site and step an array's name speaks of."""
-    found = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name)
     try:
-        return (Site.parse(found["site"]), int(found["step"])) if found else None
+        return (Site.parse(match["site"]), int(match["step"])) if match else None
     except FluxIRError:
         return None
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.activations.token_blocks import TokenSource
+from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site
 
@@ -79,8 +79,9 @@ def split_source(source: TokenSource, held_out: float) -> Split:
     if len(prompts) > 1:
         names = {_name("prompt", generation.id, generation.prompt) for generation in source.generations}
         return Split("prompt", _threshold(names, held_out))
-    if len(source.generations) > 1:
-        return Split("image", _threshold({_name("image", one.id, one.prompt) for one in source.generations}, held_out))
+    names = {_name("image", generation.id, generation.prompt) for generation in source.generations}
+    if len(names) > 1:  # images of one content are one image
+        return Split("image", _threshold(names, held_out))
     sites: list[Site | None] = [*source.sites] or [None]
     tokens = max(source.tokens(site) for site in sites)
     run_tokens = min(max(tokens // _RUNS, 1), _RUN_TOKENS)

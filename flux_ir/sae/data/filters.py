@@ -1,16 +1,16 @@
-"""Which tokens are trained on: of which stream and steps, without padding, without those of outstanding length."""
+"""Which tokens are trained on: of which sites, stream and steps, without padding or those of outstanding length."""
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.activations.token_blocks import TokenBlock
+from flux_ir.activations.blocks import TokenBlock, TokenRun, TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.sites import Site, Stream
+from flux_ir.sites import Site, Stream, match_sites, nearest_names
 
 SiteKey = Site | None
 """A site, or None for the one array of a source that knows no sites."""
@@ -24,6 +24,8 @@ _INFINITY = {
     torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F80_0000),
 }
+
+_ALL = 2**31 - 1  # more than there are tokens
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,31 @@ class Filters:
             )
         return sorted(set(self.steps))
 
-    def rows(self, block: TokenBlock) -> slice:
-        """The rows of the stream asked for."""
-        if self.stream is None:
-            return slice(None)
-        return slice(None, block.txt_tokens) if self.stream == "txt" else slice(block.txt_tokens, None)
+    def half(self, site: SiteKey) -> SiteKey:
+        """What of a site is read: the half of the stream asked for, where a single block was stored whole.
 
-    def used(self, block: TokenBlock) -> Tensor | None:
-        """Which of these rows are no padding: bool [rows]. None: all."""
-        rows = range(len(block.positions))[self.rows(block)]
-        padded = block.used_txt is not None and rows.start < block.txt_tokens
-        if self.padding or not padded or block.used_txt is None:
+        Raises FluxIRError for a site of the other stream.
+        """
+        if site is None or self.stream is None or site.stream == self.stream:
+            return site
+        if site.stream is not None:
+            raise FluxIRError(f"{site} has no {self.stream} tokens: the filters left none", hint="leave --stream out")
+        return replace(site, stream=self.stream)
+
+    def rows(self, block: TokenBlock) -> range:
+        """The rows of the stream asked for."""
+        rows = range(len(block.positions))
+        if self.stream is None:
+            return rows
+        return rows[: block.txt_tokens] if self.stream == "txt" else rows[block.txt_tokens :]
+
+    def used(self, run: TokenRun) -> Tensor | None:
+        """Which tokens are no padding: bool [images, tokens]. None: all."""
+        if self.padding or not run.txt_tokens or all(used is None for used in run.used_txt):
             return None
-        positions = block.positions[self.rows(block)].cpu()
-        is_text = torch.arange(rows.start, rows.stop) < block.txt_tokens
-        return ~is_text | (positions < block.used_txt)
+        most = torch.tensor([_ALL if used is None else used for used in run.used_txt])
+        is_text = torch.arange(run.positions.shape[1]) < run.txt_tokens
+        return ~is_text | (run.positions.cpu() < most[:, None])
 
     def within_limit(self, values: Tensor, site: SiteKey, step: int) -> Tensor | None:
         """Which tokens [rows, d] are no longer than the limit of this site and step: bool [rows]. None: all."""
@@ -94,18 +106,6 @@ def lengths(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
 
 
-def check_finite(values: Tensor, place: object, site: SiteKey, step: int) -> None:
-    """Raises FluxIRError if a value is NaN or infinite. `place` says where the tokens were read."""
-    if all_finite(values):
-        return
-    wrong = int((~torch.isfinite(values)).any(dim=-1).sum())
-    raise FluxIRError(
-        f"activations must be finite numbers: {wrong} of {len(values)} tokens of {site or 'the array'} at step {step} "
-        f"in {place} hold NaN or infinity",
-        hint="the network overflowed there or the file is damaged: capture it again, or leave the step out",
-    )
-
-
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. On a CPU this costs no more than reading them, on one thread.
 
@@ -118,3 +118,33 @@ def all_finite(values: Tensor) -> bool:
     bits = values.detach().view(signed).numpy()
     sign = 1 << (8 * signed.itemsize - 1)
     return bool(bits.max() < infinity and bits.view(unsigned).max() < infinity + sign)
+
+
+def choose_sites(source: TokenSource, patterns: Sequence[str]) -> list[SiteKey]:
+    """The sites of the source that match any of the patterns (`double.*.img`), in depth order; [None] for an array.
+
+    Raises FluxIRError for a pattern that matches nothing, naming the nearest sites.
+    """
+    if not source.sites:
+        return [None]
+    streams: tuple[Stream, ...] = ("img", "txt")
+    whole = [site for site in source.sites if site.kind == "single" and site.stream is None]
+    available = sorted({*source.sites, *(replace(site, stream=stream) for site in whole for stream in streams)})
+    for pattern in patterns:
+        try:
+            match_sites([pattern], available)
+        except FluxIRError as error:
+            raise FluxIRError(
+                f"no site of these captures matches {pattern!r}: sites there are: {len(source.sites)}",
+                hint=f"the nearest are {nearest_names(pattern, map(str, available))}",
+            ) from error
+    return list(match_sites(patterns, available))
+
+
+def sites_in_lockstep(sites: Sequence[SiteKey], filters: Filters) -> list[list[SiteKey]]:
+    """The sites in groups that have the same tokens, and so can share batches: image, text, and both."""
+    groups: dict[Stream | None, list[SiteKey]] = {}
+    for site in sites:
+        half = filters.half(site)
+        groups.setdefault(half.stream if half else None, []).append(site)
+    return list(groups.values())

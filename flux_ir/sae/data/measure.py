@@ -1,6 +1,6 @@
 """What must be known of the data before training: mean and length for the normalisation, and a sample of tokens.
 
-Everything is measured on the training side of the split, over chunks in an order that the seed sets, in float64.
+Everything is measured on the training side of the split, over blocks in an order that the seed sets, in float64.
 """
 
 import math
@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.activations.token_blocks import TokenSource
+from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.choosing import sites_in_lockstep
-from flux_ir.sae.chunks import Blocks, Chunk, Feed, SourceFeed, StreamFeed
-from flux_ir.sae.data import TokenBatches
-from flux_ir.sae.filters import Filters, SiteKey, lengths
-from flux_ir.sae.splits import Split
+from flux_ir.sae.data.batches import TokenBatches
+from flux_ir.sae.data.feed import Blocks, Feed, Rows, SourceFeed, StreamFeed, each
+from flux_ir.sae.data.filters import Filters, SiteKey, lengths, sites_in_lockstep
+from flux_ir.sae.data.splits import Split
 
 LEAST_TOKENS = 100_000
+LEAST_BLOCKS = 64
+"""So many blocks, of different images and steps, stand for all of the data."""
 _LIMIT_TOKENS = 20_000  # per site and step: the median is then good to a per cent or two
 _PIECE_TOKENS = 4096  # turned into float64 at once
 _SAMPLE_POOL_BYTES = 2**28
@@ -51,7 +52,7 @@ def measure_normalisation(
 
     The same tokens are read twice: lengths are measured from the mean. Raises FluxIRError if there are none.
     """
-    feed = _feed(source, sites, filters or Filters(), split or Split("prompt", 0.0), seed)
+    feed = _feed(source, sites, filters or Filters(), split or Split("prompt", 0.0), seed, least_tokens)
     sums: dict[SiteKey, Tensor] = {}
     tokens = 0
     for site, values in _pieces(feed, least_tokens):
@@ -79,7 +80,7 @@ def norm_limits(
     """The filters with what `outlier_factor` comes to: so many times the median length, for each site and step.
 
     The median is over at least `tokens_each` training tokens of each, or all if there are fewer. Of a stream, these are
-    its first chunks. Sites with other tokens, text and image say, are measured one after the other.
+    its first blocks. Sites with other tokens, text and image say, are measured one after the other.
     """
     factor = filters.outlier_factor
     if factor is None:
@@ -87,7 +88,7 @@ def norm_limits(
     limits: dict[tuple[SiteKey, int], float] = {}
     everything = replace(filters, outlier_factor=None)
     for together in sites_in_lockstep(sites, filters):
-        feed = _feed(source, together, everything, split or Split("prompt", 0.0), seed)
+        feed = _feed(source, together, everything, split or Split("prompt", 0.0), seed, tokens_each)
         steps = set(filters.steps_of(source.steps)) if not callable(source) else set(filters.steps or ())
         medians = _median_lengths(feed, steps, tokens_each)
         limits |= {key: factor * length for key, length in medians.items()}
@@ -98,11 +99,11 @@ def _median_lengths(feed: Feed, steps: set[int], tokens_each: int) -> dict[tuple
     """The median length of the tokens of each site and step, from about so many; no steps: it reads to the end."""
     found: dict[tuple[SiteKey, int], list[Tensor]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
-    for chunk in feed.chunks(0):
-        if counts[chunk.step] < tokens_each:
-            counts[chunk.step] += len(chunk.kept)
-            for site, values in chunk.values.items():
-                found[site, chunk.step].append(lengths(values[torch.tensor(chunk.kept)]).cpu())
+    for rows in each(feed):
+        if counts[rows.step] < tokens_each:
+            counts[rows.step] += len(rows.kept)
+            for site, values in rows.values.items():
+                found[site, rows.step].append(lengths(values[torch.from_numpy(rows.kept)]).cpu())
         if steps and all(counts[step] >= tokens_each for step in steps):
             break
     return {key: median(torch.cat(of).tolist()) for key, of in found.items()}
@@ -135,26 +136,31 @@ def sample_tokens(
         return next(batches).values
 
 
-def _feed(source: TokenSource | Blocks, sites: Sequence[SiteKey], filters: Filters, split: Split, seed: int) -> Feed:
+def _feed(
+    source: TokenSource | Blocks, sites: Sequence[SiteKey], filters: Filters, split: Split, seed: int, tokens: int
+) -> Feed:
+    """What so many `tokens` are measured on: of a source, they come from many blocks, whatever a block may hold."""
     if callable(source):
         return StreamFeed(source, sites, filters, split, "training")
-    return SourceFeed(source, sites, filters, split, "training", seed)
+    feed = SourceFeed(source, sites, filters, split, "training", seed)
+    feed.cut(max(tokens // LEAST_BLOCKS, 1))
+    return feed
 
 
 def _pieces(feed: Feed, least_tokens: int) -> Iterator[tuple[SiteKey, Tensor]]:
-    """The tokens that are measured, in float64 and a few at a time: whole chunks until there are enough."""
+    """The tokens that are measured, in float64 and a few at a time: whole blocks until there are enough."""
     tokens = 0
-    for chunk in feed.chunks(0):
-        yield from _in_float64(chunk)
-        tokens += len(chunk.kept)
+    for rows in each(feed):
+        yield from _in_float64(rows)
+        tokens += len(rows.kept)
         if tokens >= least_tokens:
             return
 
 
-def _in_float64(chunk: Chunk) -> Iterator[tuple[SiteKey, Tensor]]:
-    for site, values in chunk.values.items():
-        for rows in torch.split(torch.tensor(chunk.kept), _PIECE_TOKENS):
-            yield site, values[rows.to(values.device)].double().cpu()
+def _in_float64(rows: Rows) -> Iterator[tuple[SiteKey, Tensor]]:
+    for site, values in rows.values.items():
+        for kept in torch.split(torch.from_numpy(rows.kept), _PIECE_TOKENS):
+            yield site, values[kept.to(values.device)].double().cpu()
 
 
 def _scale(mean: Tensor, mean_length: float) -> float:

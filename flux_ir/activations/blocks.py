@@ -1,0 +1,163 @@
+"""What training reads, whatever it was stored as: tokens of images at one site and step.
+
+A source gives one image at a time (`TokenBlock`), or a run of images that lie one after the other
+(`TokenRun`), which is how training reads. Next: `source`, which opens one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flux_ir.activations.spans import Memory
+from flux_ir.errors import FluxIRError
+from flux_ir.recording.precision import FLOAT8, READ_AS, dequantised
+from flux_ir.sites import Site
+
+
+class TokenBlock(NamedTuple):
+    """All tokens that were kept of one generation at one site and step."""
+
+    values: Tensor
+    """[tokens, d], as stored: bfloat16, float16, float32, or float8 with `scale`."""
+    scale: Tensor | None
+    """[tokens], float32: what float8 values are multiplied with."""
+    site: Site | None
+    """None: a plain array, of which nothing is known."""
+    step: int
+    generation: str
+    """The id of the generation."""
+    prompt: str
+    positions: Tensor
+    """[tokens], int32: the position of each token in its own stream (row by row on the image grid)."""
+    txt_tokens: int
+    """How many leading rows are text: none of an image site, all of a text site."""
+    used_txt: int | None
+    """How many text tokens are not padding; None: unknown."""
+
+    def floats(self) -> Tensor:
+        """The values to compute with, [tokens, d]: bfloat16, float16 or float32."""
+        return floats(self.values, self.scale)
+
+
+class TokenRun(NamedTuple):
+    """Some tokens of images that lie one after the other in a source, at one site and step."""
+
+    values: Tensor
+    """[images, tokens, d], as stored. They may lie in the caller's `Memory`."""
+    scale: Tensor | None
+    """[images, tokens], float32: what float8 values are multiplied with."""
+    positions: Tensor
+    """[images, tokens], int32: the position of each token in its own stream."""
+    txt_tokens: int
+    """How many of these tokens, the leading ones, are text."""
+    used_txt: Sequence[int | None]
+    """Of each image: how many of its text tokens are not padding; None: unknown."""
+
+    def floats(self) -> Tensor:
+        """The values to compute with, [images, tokens, d]: bfloat16, float16 or float32."""
+        return floats(self.values, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generation of a source. `path` is the file that holds it."""
+
+    id: str
+    prompt: str
+    path: Path | None
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """Stored activations. All generations have the same sites, steps and widths. May be used by several threads."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """What is stored, in depth order; halves of single blocks can be read as well. Empty for plain arrays."""
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The stored steps, by the sampler's numbers; [0] for what has none."""
+
+    @property
+    def generations(self) -> Sequence[Generation]:
+        """The generations, in an order that never changes."""
+
+    @property
+    def model(self) -> str | None:
+        """The model that was captured; None: unknown."""
+
+    @property
+    def runs(self) -> Sequence[range]:
+        """All generations in order, cut where they do not lie one after the other in one file.
+
+        Those of one run have equally many tokens.
+        """
+
+    @property
+    def identity(self) -> str:
+        """A digest of the content, whatever the files are called: 16 hex digits.
+
+        Of a collection: its settings (the model's weights among them) and which generations are there. Of other files:
+        their values.
+        """
+
+    def d(self, site: Site | None) -> int:
+        """The width of a site (of a plain array: None)."""
+
+    def tokens(self, site: Site | None) -> int:
+        """Tokens per generation and step (where generations differ: the most)."""
+
+    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+        """One generation, by its index. Raises FluxIRError for what is not there, and for a broken or missing file."""
+
+    def read_run(
+        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+    ) -> TokenRun:
+        """Some `tokens` (None: all) of `images`, which lie within one of the `runs`.
+
+        With `memory` the values may be read into it: they are overwritten when it is read into again.
+        """
+
+
+def floats(values: Tensor, scale: Tensor | None) -> Tensor:
+    """Stored values as bfloat16, float16 or float32."""
+    values = dequantised(values, scale)
+    return values.to(READ_AS) if values.dtype == FLOAT8 else values
+
+
+def run_of(block: TokenBlock, tokens: range | None) -> TokenRun:
+    """Some tokens of one generation as a run."""
+    rows = slice(None) if tokens is None else slice(tokens.start, tokens.stop)
+    first = 0 if tokens is None else tokens.start
+    values = block.values[None, rows]
+    return TokenRun(
+        values=values,
+        scale=None if block.scale is None else block.scale[None, rows],
+        positions=block.positions[None, rows],
+        txt_tokens=min(max(block.txt_tokens - first, 0), values.shape[1]),
+        used_txt=[block.used_txt],
+    )
+
+
+def token_positions(site: Site, txt_tokens: int, img_positions: Tensor | None, tokens: int) -> Tensor:
+    """The position of each of a site's `tokens` in its own stream: int32. `txt_tokens` are those of the whole text."""
+    leading = {"img": 0, "txt": tokens, None: txt_tokens}[site.stream]
+    img = torch.arange(tokens - leading, dtype=torch.int32) if img_positions is None else img_positions
+    return torch.cat([torch.arange(leading, dtype=torch.int32), img[: tokens - leading]])
+
+
+def leading_txt(site: Site, txt_tokens: int) -> int:
+    """How many leading tokens of a site are text, where the whole text has `txt_tokens`."""
+    return 0 if site.stream == "img" else txt_tokens
+
+
+def named(site: Site | None, what: str) -> Site:
+    """The site. Raises FluxIRError for none: `what` is stored has sites."""
+    if site is None:
+        raise FluxIRError(f"{what} are read by site: got None", hint="name a site such as double.18.img")
+    return site

@@ -1,0 +1,352 @@
+"""Collections as training data, here or at a URL: the shards that are there, finished or not.
+
+A shard is complete or absent, so an unfinished collection is read as far as it is. Of one at a URL
+the headers are fetched at once and a whole shard when it is first read; it stays on the local disk,
+in bounded space, for the next epoch and the next run.
+"""
+
+import hashlib
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, leading_txt, token_positions
+from flux_ir.activations.downloads import CACHE_BYTES, Downloads
+from flux_ir.activations.remote import open_filesystem
+from flux_ir.activations.shards import POSITIONS_KEY, ShardFile, parse_shard, read_shard, scale_key, site_key
+from flux_ir.activations.spans import Memory, Span, SpanReader
+from flux_ir.errors import FluxIRError
+from flux_ir.sites import Site, nearest_names
+
+CACHE_FOLDER = "FLUX_IR_CACHE"
+"""The variable that names the folder for what is fetched; without it ~/.cache/flux_ir."""
+MAX_CACHE_BYTES = "FLUX_IR_CACHE_BYTES"
+"""The variable that bounds what is kept of one collection [bytes]; without it 64 GB."""
+CLIP_IMAGE, CLIP_TEXT = "clip.image", "clip.text"
+"""What a collection of CLIP's activations holds: they have no site and no step."""
+
+_SETTINGS, _SHARDS = "collection.json", "shards"
+_SITE_KEY = re.compile(r"(?P<site>[^/]+)/step_(?P<step>\d+)")
+_HEADER_BYTES = 2**17  # fetched at first: nearly all headers fit
+_POSITIONS = 64  # shards whose token positions are remembered
+
+
+class ShardSource:
+    """The generations of shards that belong together."""
+
+    def __init__(
+        self,
+        shards: Sequence[ShardFile],
+        *,
+        settings: bytes = b"",
+        clip_key: str | None = None,
+        fetch: Callable[[str], Path] | None = None,
+    ) -> None:
+        """`settings` is the content of collection.json; `clip_key` what is read of a collection without sites.
+
+        `fetch` brings a shard of a collection that is elsewhere, by its path there.
+        """
+        self._shards, self._settings, self._clip_key, self._fetch = list(shards), settings, clip_key, fetch
+        first = self._shards[0]
+        for shard in self._shards:
+            _check_same(first, shard)
+        keys = [found for key in first.tensors if (found := _SITE_KEY.fullmatch(key)) and found["site"] != "state"]
+        self.sites: Sequence[Site] = sorted({Site.parse(key["site"]) for key in keys})
+        self.steps: Sequence[int] = sorted({int(key["step"]) for key in keys}) or [0]
+        self.model: str | None = first.metadata.get("model")
+        self._txt_tokens: int = first.metadata.get("txt_tokens") or 0
+        self._starts = [0]
+        for shard in self._shards:
+            self._starts.append(self._starts[-1] + shard.images)
+        self.runs: Sequence[range] = [range(*ends) for ends in zip(self._starts, self._starts[1:], strict=False)]
+        self.generations: Sequence[Generation] = _Generations(self._shards, self._starts)
+        self._reader = SpanReader()
+        # asked for every block of every site
+        self._img_positions = lru_cache(_POSITIONS)(self._read_img_positions)
+        self._plain_positions = lru_cache(_POSITIONS)(self._make_plain_positions)
+        self._stored_as = lru_cache(None)(self._find)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the settings, with the model's weights among them, and of what the shards hold."""
+        digest = hashlib.sha256(self._settings)
+        for shard in self._shards:
+            described = {key: [str(tensor.dtype), tensor.shape] for key, tensor in shard.tensors.items()}
+            digest.update(json.dumps([described, shard.metadata], sort_keys=True).encode())
+        digest.update((self._clip_key or "").encode())
+        return digest.hexdigest()[:16]
+
+    def d(self, site: Site | None) -> int:
+        """The width of a site."""
+        return self._shards[0].tensors[self._key(site, self.steps[0])].shape[2]
+
+    def tokens(self, site: Site | None) -> int:
+        """Tokens of a site per generation and step."""
+        return len(self._stored_tokens(site))
+
+    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+        """One generation."""
+        run, known = self.read_run(range(generation, generation + 1), site, step), self.generations[generation]
+        return TokenBlock(
+            values=run.values[0],
+            scale=None if run.scale is None else run.scale[0],
+            site=site,
+            step=step,
+            generation=known.id,
+            prompt=known.prompt,
+            positions=run.positions[0],
+            txt_tokens=run.txt_tokens,
+            used_txt=run.used_txt[0],
+        )
+
+    def read_run(
+        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+    ) -> TokenRun:
+        """Some tokens of images of one shard: one read where they lie in one piece, else one for each image."""
+        key, stored, text = self._stored_as(site, step)
+        tokens = range(len(stored)) if tokens is None else tokens
+        number = bisect_right(self._starts, images.start) - 1
+        shard, start = self._shards[number], self._starts[number]
+        first, last = images.start - start, images.stop - start
+        path = shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
+        leading = min(max(text - tokens.start, 0), len(tokens))
+        within = range(stored.start + tokens.start, stored.start + tokens.stop)
+        scale = None
+        if scale_key(key) in shard.tensors:
+            scale = self._read(path, shard, scale_key(key), range(first, last), within, None)
+        used = shard.metadata.get("used_txt")
+        return TokenRun(
+            values=self._read(path, shard, key, range(first, last), within, memory),
+            scale=scale,
+            positions=self._positions(number, path, site, range(first, last))[:, tokens.start : tokens.stop],
+            txt_tokens=leading,
+            used_txt=[None] * len(images) if used is None else used[first:last],
+        )
+
+    def _read(
+        self, path: Path, shard: ShardFile, key: str, images: range, tokens: range, memory: Memory | None
+    ) -> Tensor:
+        """Some tokens of some images of a tensor of a shard."""
+        tensor = shard.tensors[key]
+        each = tensor.bytes_per_image // tensor.shape[1]
+        if len(tokens) == tensor.shape[1]:
+            spans = [Span(*shard.span(key, images.start, images.stop))]
+        else:
+            spans = [
+                Span(shard.span(key, image, image)[0] + tokens.start * each, len(tokens) * each) for image in images
+            ]
+        return self._reader.tensor(path, spans, tensor.dtype, (len(images), len(tokens), *tensor.shape[2:]), memory)
+
+    def _positions(self, number: int, path: Path, site: Site | None, images: range) -> Tensor:
+        """The positions of a site's tokens: int32 [images, tokens]."""
+        count = len(self._stored_as(site, self.steps[0])[1])
+        if site is None or POSITIONS_KEY not in self._shards[number].tensors or site.stream == "txt":
+            return self._plain_positions(site, count).expand(len(images), count)
+        img = self._img_positions(number, path)[images.start : images.stop]
+        leading = torch.arange(count - img.shape[1], dtype=torch.int32).expand(len(images), -1)
+        return torch.cat([leading, img], dim=1)
+
+    def _make_plain_positions(self, site: Site | None, count: int) -> Tensor:
+        if site is None:
+            return torch.arange(count, dtype=torch.int32)
+        return token_positions(site, self._txt_tokens, None, count)
+
+    def _read_img_positions(self, number: int, path: Path) -> Tensor:
+        shard = self._shards[number]
+        tensor = shard.tensors[POSITIONS_KEY]
+        span = Span(*shard.span(POSITIONS_KEY, 0, shard.images))
+        return self._reader.tensor(path, [span], tensor.dtype, tensor.shape)
+
+    def _find(self, site: Site | None, step: int) -> tuple[str, range, int]:
+        """The tensor that holds the site, which of its tokens are the site's, and how many of them are text."""
+        return self._key(site, step), self._stored_tokens(site), self._leading(site)
+
+    def _key(self, site: Site | None, step: int) -> str:
+        """The name of the tensor that holds the site. Raises FluxIRError for what is not there."""
+        if not self.sites:
+            if site is not None or step != 0 or self._clip_key is None:
+                raise FluxIRError(
+                    f"activations of CLIP have no sites, and the step 0 only: got {site} at step {step}",
+                    hint="leave --site and --steps out",
+                )
+            return self._clip_key
+        stored = self._stored(site)
+        if step not in self.steps:
+            raise FluxIRError(
+                f"step {step} was not collected in {self._shards[0].path.parent.parent}",
+                hint=f"it holds the steps {', '.join(map(str, self.steps))}",
+            )
+        return site_key(stored, step)
+
+    def _stored(self, site: Site | None) -> Site:
+        if site is None:
+            raise FluxIRError("collections are read by site: got None", hint="name a site such as double.18.img")
+        for stored in (site, site.whole):
+            if stored in self.sites:
+                return stored
+        raise FluxIRError(
+            f"{site} was not collected in {self._shards[0].path.parent.parent}, which holds {len(self.sites)} sites",
+            hint=f"the nearest are {nearest_names(str(site), map(str, self.sites))}",
+        )
+
+    def _stored_tokens(self, site: Site | None) -> range:
+        """Which of the tokens of its tensor a site has: half of them, if it is half of a single block."""
+        count = self._shards[0].tensors[self._key(site, self.steps[0])].shape[1]
+        if site is None or site in self.sites:
+            return range(count)
+        return range(self._txt_tokens) if site.stream == "txt" else range(self._txt_tokens, count)
+
+    def _leading(self, site: Site | None) -> int:
+        if site is None:
+            return 0
+        return len(self._stored_tokens(site)) if site.stream == "txt" else leading_txt(site, self._txt_tokens)
+
+
+class _Generations(Sequence[Generation]):
+    """The rows of shards as `Generation`s, made when they are asked for: there may be a million."""
+
+    def __init__(self, shards: Sequence[ShardFile], starts: Sequence[int], rows: range | None = None) -> None:
+        self._shards, self._starts = shards, starts
+        self._rows = range(starts[-1]) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Generation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Generation]: ...
+    def __getitem__(self, index: int | slice) -> Generation | Sequence[Generation]:
+        if isinstance(index, slice):
+            return _Generations(self._shards, self._starts, self._rows[index])
+        row = self._rows[index]
+        number = bisect_right(self._starts, row) - 1
+        shard, row = self._shards[number], row - self._starts[number]
+        return Generation(shard.metadata["ids"][row], shard.metadata["prompts"][row] or "", shard.path)
+
+
+def is_collection(folder: Path) -> bool:
+    """Whether `flux-ir collect` or `collect-clip` has been at work in this folder."""
+    return (folder / _SETTINGS).is_file() or (folder / _SHARDS).is_dir()
+
+
+def open_collection(folder: Path, *, clip_key: str | None = None) -> ShardSource:
+    """The generations of a collection that are finished. Raises FluxIRError for an old one, and one without any."""
+    path = folder / _SETTINGS
+    settings = path.read_bytes() if path.is_file() else b""
+    _check_version(str(folder), settings, old=(folder / "groups").is_dir())
+    shards = [read_shard(file) for file in sorted((folder / _SHARDS).glob("*.safetensors"))]
+    return _source(str(folder), shards, settings, clip_key, None)
+
+
+def open_remote_collection(url: str, *, clip_key: str | None = None) -> ShardSource:
+    """The finished generations of a collection at a URL that fsspec has a filesystem for.
+
+    Raises FluxIRError if there is no collection, or a package is missing.
+    """
+    filesystem, root = open_filesystem(url)
+    try:
+        settings: bytes = filesystem.cat_file(f"{root}/{_SETTINGS}")
+    except FileNotFoundError as error:
+        raise FluxIRError(f"there is no collection at {url}: no {_SETTINGS}", hint="check the address") from error
+    except Exception as error:  # every filesystem has its own for missing rights
+        raise FluxIRError(
+            f"cannot read {url}: {str(error) or type(error).__name__}", hint="check the address and the credentials"
+        ) from error
+    _check_version(url, settings, old=False)
+    # By its settings too: another collection at the same address must not be taken for this one.
+    cache = _cache_folder() / hashlib.sha256(url.encode() + b"\n" + settings).hexdigest()[:16]
+    downloads = Downloads(filesystem, root, cache / "files", max_bytes=_max_bytes())
+    return _source(url, list(_remote_shards(filesystem, root)), settings, clip_key, downloads.fetch)
+
+
+def _source(
+    where: str,
+    shards: Sequence[ShardFile],
+    settings: bytes,
+    clip_key: str | None,
+    fetch: Callable[[str], Path] | None,
+) -> ShardSource:
+    if not shards:
+        raise FluxIRError(
+            f"the collection {where} holds no finished shard yet", hint="let flux-ir collect go on for a while"
+        )
+    if clip_key is None and CLIP_IMAGE in shards[0].tensors:
+        clip_key = CLIP_IMAGE
+    if clip_key is not None and clip_key not in shards[0].tensors:
+        raise FluxIRError(f"the collection {where} holds no {clip_key}", hint=f"it holds {_listed(shards[0].tensors)}")
+    return ShardSource(shards, settings=settings, clip_key=clip_key, fetch=fetch)
+
+
+def _remote_shards(filesystem: Any, root: str) -> Iterator[ShardFile]:
+    """The headers of all shards, by their paths within the collection."""
+    start = len(root.rstrip("/")) + 1
+    found = filesystem.find(f"{root}/{_SHARDS}", detail=True)
+    paths = [path for path in sorted(found) if path.endswith(".safetensors")]
+    ends = [min(_HEADER_BYTES, found[path]["size"]) for path in paths]
+    for path, head in zip(paths, filesystem.cat_ranges(paths, 0, ends) if paths else [], strict=True):
+        length = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < length <= found[path]["size"]:
+            head = filesystem.cat_file(path, 0, length)
+        yield parse_shard(Path(PurePosixPath(path[start:])), head, found[path]["size"])
+
+
+def _check_version(where: str, settings: bytes, *, old: bool) -> None:
+    """Raises FluxIRError for a collection of the layout before shards."""
+    try:
+        version = json.loads(settings).get("version") if settings else None
+    except (ValueError, AttributeError) as error:
+        raise FluxIRError(
+            f"{where}/{_SETTINGS} is no description of a collection: {error}", hint="run flux-ir collect again there"
+        ) from error
+    if version == 1 or old:
+        raise FluxIRError(
+            f"{where} is an old collection, with a file for every generation: this program reads shards",
+            hint=f"convert it: flux-ir convert-collection --captures {where} --output_dir NEW",
+        )
+
+
+def _check_same(first: ShardFile, other: ShardFile) -> None:
+    """Raises FluxIRError for the first thing in which a shard differs from the first one."""
+    model = (first.metadata.get("model"), other.metadata.get("model"))
+    tensors = [
+        {key: (str(tensor.dtype).removeprefix("torch."), *tensor.shape[1:]) for key, tensor in shard.tensors.items()}
+        for shard in (first, other)
+    ]
+    names = (_listed(tensors[0]), _listed(tensors[1]))
+    differences: list[tuple[str, Any, Any]] = [("model", *model), ("sites and steps", *names)]
+    differences += [(f"form of {key}", tensors[0][key], tensors[1].get(key)) for key in tensors[0]]
+    for word, one, another in differences:
+        if one != another:
+            raise FluxIRError(
+                f"all shards of a collection must have the same {word}: {other.path} has {another}, {first.path} has "
+                f"{one}",
+                hint="two collections were put into one folder: keep them apart",
+            )
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _cache_folder() -> Path:
+    folder = os.environ.get(CACHE_FOLDER)
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "flux_ir"
+
+
+def _max_bytes() -> int:
+    text = os.environ.get(MAX_CACHE_BYTES, "")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise FluxIRError(
+            f"{MAX_CACHE_BYTES} must be a number of bytes: got {text!r}", hint="such as 64000000000 for 64 GB"
+        )
+    return int(text) if text else CACHE_BYTES

@@ -1,0 +1,105 @@
+"""Opens stored activations: a collection, captures, or arrays. All give the same blocks of tokens.
+
+What a source is, `blocks` says; how each kind is read, `shard_source`, `captures`, `arrays` and
+`exported`.
+"""
+
+from pathlib import Path
+
+from flux_ir.activations.arrays import ArraySource
+from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, TokenSource
+from flux_ir.activations.captures import CaptureSource
+from flux_ir.activations.exported import ExportedSource, is_exported, npy_generations, safetensors_generation
+from flux_ir.activations.remote import as_url
+from flux_ir.activations.shard_source import (
+    CLIP_IMAGE,
+    CLIP_TEXT,
+    is_collection,
+    open_collection,
+    open_remote_collection,
+)
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import newest_capture
+
+__all__ = ["CLIP_IMAGE", "CLIP_TEXT", "Generation", "TokenBlock", "TokenRun", "TokenSource", "open_source"]
+
+_KINDS = "a collection, a capture *.pt, a run's folder, a folder of these, or arrays *.npy or *.safetensors"
+
+
+def open_source(path: Path | str) -> TokenSource:
+    """The activations at a path: a collection's folder, finished or not; a capture or a folder of captures or of runs;
+    what `flux-ir export` wrote; a plain array [tokens, d] or [images, tokens, d] (.npy, .safetensors) or a folder of
+    these; or the URL of a collection, of which shards are fetched when they are read.
+
+    Of what `flux-ir collect-clip` made, the pictures; `NAME/clip.text` names its captions.
+
+    Raises FluxIRError for a path that holds none of these or two kinds of them, a broken file, and files that do not
+    belong together.
+    """
+    path, clip_key = _without_clip_key(path)
+    if (url := as_url(path)) is not None:
+        return open_remote_collection(url, clip_key=clip_key)
+    where = Path(path)
+    if not where.exists():
+        raise FluxIRError(f"there is nothing at {where}", hint=f"name {_KINDS}")
+    if where.is_dir() and is_collection(where):
+        if strays := sorted([*where.glob("*.pt"), *where.glob("*.npy")]):
+            raise _two_kinds(f"{where} is a collection and holds {strays[0].name}")
+        return open_collection(where, clip_key=clip_key)
+    if where.is_dir():
+        return _open_folder(where)
+    if where.suffix == ".pt":
+        return CaptureSource([where])
+    if where.suffix in (".npy", ".safetensors"):
+        return _open_arrays([where])
+    raise FluxIRError(f"{where} is no file of activations that is known by its name", hint=f"name {_KINDS}")
+
+
+def _without_clip_key(path: Path | str) -> tuple[Path | str, str | None]:
+    """A path, and which activations of CLIP its last part names."""
+    for key in (CLIP_IMAGE, CLIP_TEXT):
+        if str(path).endswith(f"/{key}") and not Path(path).exists():
+            return str(path)[: -len(key) - 1], key
+    return path, None
+
+
+def _open_folder(folder: Path) -> TokenSource:
+    kinds = {
+        "captures (*.pt)": sorted(folder.glob("*.pt")),
+        "a run (intermediates/)": [folder] if (folder / "intermediates").is_dir() else [],
+        "runs (*/intermediates/)": sorted({path.parents[1] for path in folder.glob("*/intermediates/capture_*.pt")}),
+        "arrays (*.safetensors)": sorted(folder.glob("*.safetensors")),
+        "arrays (*.npy)": sorted(folder.glob("*.npy")),
+        "exported arrays ({site}/step_{s}/*.npy)": sorted(folder.glob("*/step_*/*.npy")),
+    }
+    there = {kind: files for kind, files in kinds.items() if files}
+    if len(there) > 1:
+        counts = " and ".join(f"{len(files)} {kind}" for kind, files in there.items())
+        raise _two_kinds(f"{folder} holds {counts}")
+    if there:
+        ((kind, files),) = there.items()
+        if kind.startswith("captures"):
+            return CaptureSource(files)
+        if kind.startswith(("a run", "runs")):
+            return CaptureSource([newest_capture(run) for run in files])
+        if kind.startswith("arrays"):
+            return _open_arrays(files)
+        if exported := npy_generations(folder):
+            return ExportedSource(exported)
+    unfinished = len(list(folder.glob("*.partial")))
+    holds = f"only {unfinished} unfinished files (*.partial)" if unfinished else "no activations"
+    raise FluxIRError(f"{folder} holds {holds}", hint=f"name {_KINDS}")
+
+
+def _open_arrays(files: list[Path]) -> TokenSource:
+    exported = [file for file in files if is_exported(file)]
+    if exported and len(exported) < len(files):
+        plain = next(file for file in files if file not in exported)
+        raise _two_kinds(f"{exported[0]} names sites and steps, {plain} does not")
+    return ExportedSource([safetensors_generation(file) for file in exported]) if exported else ArraySource(files)
+
+
+def _two_kinds(what: str) -> FluxIRError:
+    return FluxIRError(
+        f"a folder of activations holds one kind of them: {what}", hint="put each kind into a folder of its own"
+    )
