@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from flux_ir.activations.whole import write_capture
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -16,6 +15,7 @@ from flux_ir.commands.main import main as flux_ir
 from flux_ir.recording.recorder import StepContext
 from flux_ir.recording.store import CapturePlan, load_capture
 from flux_ir.sites import Site
+from tests.recording.conftest import write_values
 
 TXT, IMG = 7, 12
 SITES = ("double.1.img", "double.1.txt", "single.0")
@@ -41,7 +41,7 @@ def captures(tmp_path, tiny_flux_params):
                 for site in plan.sites
             }
             state, y = torch.zeros(plan.full_img_shape), torch.zeros(plan.y_shape)
-            write_capture(
+            write_values(
                 folder / f"{number}.pt", plan, values, {step: StepContext(state, y, TXT) for step in plan.kept_steps}
             )
         return folder

@@ -29,7 +29,7 @@ def refused(told):
         (("--target_l0", "4"), "topk does not steer its L0: got --target_l0"),
         (("--l1_coefficient", "4"), "topk has no L1 penalty: got --l1_coefficient"),
         (("--max_tokens", "100", "--epochs", "2"), "--max_tokens and --epochs both say when to stop: got both"),
-        (("--max_tokens", "63"), "there must be a batch of 64 tokens in the data: an epoch has 3232, the run 63"),
+        (("--max_tokens", "63"), "there must be a batch of 64 tokens in the data: an epoch has 3584, the run 63"),
         (("--name", "../elsewhere"), "--name is the name of one folder: got '../elsewhere'"),
         (("--name", ".."), "--name is the name of one folder: got '..'"),
         (("--stream", "txt"), "a plain array has no streams: got --stream txt"),

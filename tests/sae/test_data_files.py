@@ -116,7 +116,7 @@ def test_small_pictures_are_read_many_at_once_and_only_those_of_the_side(shards,
         assert sorted_rows(rows) == sorted_rows(torch.cat(expected))
         # a single token to see what the rows are, and then about 32 blocks
         assert len(reads) < 100
-        assert max(len(images) for images, *_ in reads) > 4
+        assert max(len(images) for images, *_ in reads) > 1
     assert len(seen["training"]) + len(seen["held_out"]) == 3 * 64
     assert not seen["training"] & seen["held_out"]
 
