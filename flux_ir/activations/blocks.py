@@ -7,7 +7,7 @@ A source gives one image at a time (`TokenBlock`), or a run of images that lie o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -122,6 +122,44 @@ class TokenSource(Protocol):
 
         With `memory` the values may be read into it: they are overwritten when it is read into again.
         """
+
+
+class Sampling(NamedTuple):
+    """How a generation was made: what it takes to run it again."""
+
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    timesteps: tuple[float, ...]
+    guidance: float
+    dtype: torch.dtype
+    """Of the network."""
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What must be equal for generations to go through the model together."""
+        return self.width, self.height, self.timesteps, self.guidance
+
+
+@runtime_checkable
+class SampledSource(Protocol):
+    """A source that knows how its generations were made."""
+
+    @property
+    def generations(self) -> Sequence[Generation]:
+        """As `TokenSource` has them."""
+
+    def sampling(self, generation: int) -> Sampling:
+        """Raises FluxIRError where the files do not say."""
+
+
+def not_said(file: Path, word: str) -> FluxIRError:
+    """What is raised where a file lacks what it takes to run its generations again."""
+    return FluxIRError(
+        f"{file} does not say its {word}, so it cannot be run again",
+        hint="use captures made with flux-ir capture or flux-ir collect",
+    )
 
 
 def floats(values: Tensor, scale: Tensor | None) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 from flux_ir.activations.blocks import (
     Generation,
+    Sampling,
     TokenBlock,
     TokenRun,
     leading_txt,
     named,
+    not_said,
     run_of,
     token_positions,
 )
@@ -105,6 +107,23 @@ class CaptureSource:
     ) -> TokenRun:
         """Some tokens of one generation, mapped from its file."""
         return run_of(self.read(images.start, site, step), tokens)
+
+    def sampling(self, generation: int) -> Sampling:
+        """How one generation was made, as its file says."""
+        capture = self._capture(generation)
+        facts = capture.metadata
+        try:
+            return Sampling(
+                facts["prompt"],
+                facts["seed"],
+                facts["width"],
+                facts["height"],
+                tuple(facts["timesteps"]),
+                float(facts["guidance"]),
+                capture.context(capture.steps[0]).img.dtype,
+            )
+        except KeyError as error:
+            raise not_said(capture.path, error.args[0]) from error
 
     def _capture(self, index: int) -> Capture:
         with self._lock:

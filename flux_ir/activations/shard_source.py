@@ -18,12 +18,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, leading_txt, token_positions
+from flux_ir.activations.blocks import (
+    Generation,
+    Sampling,
+    TokenBlock,
+    TokenRun,
+    leading_txt,
+    not_said,
+    token_positions,
+)
 from flux_ir.activations.downloads import CACHE_BYTES, Downloads
 from flux_ir.activations.remote import open_filesystem
 from flux_ir.activations.shards import POSITIONS_KEY, ShardFile, parse_shard, read_shard, scale_key, site_key
 from flux_ir.activations.spans import Memory, Span, SpanReader
 from flux_ir.errors import FluxIRError
+from flux_ir.models.registry import get_spec
+from flux_ir.sampling.latents import image_ids
+from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import Site, nearest_names
 
 CACHE_FOLDER = "FLUX_IR_CACHE"
@@ -130,6 +141,27 @@ class ShardSource:
             txt_tokens=leading,
             used_txt=[None] * len(images) if used is None else used[first:last],
         )
+
+    def sampling(self, generation: int) -> Sampling:
+        """How one generation was made: by its row, and by the settings of the collection."""
+        number = bisect_right(self._starts, generation) - 1
+        shard, row = self._shards[number], generation - self._starts[number]
+        try:
+            made: dict[str, Any] = json.loads(self._settings)["settings"]
+            width, height = shard.metadata["width"], shard.metadata["height"]
+            img_tokens = image_ids(1, height, width).shape[1]
+            shift = get_spec(shard.metadata["model"]).shifts_schedule
+            return Sampling(
+                shard.metadata["prompts"][row],
+                shard.metadata["seeds"][row],
+                width,
+                height,
+                tuple(get_schedule(made["num_steps"], img_tokens, shift=shift)),
+                float(made["guidance"]),
+                getattr(torch, made["dtype"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise not_said(shard.path, str(error.args[0])) from error
 
     def _read(
         self, path: Path, shard: ShardFile, key: str, images: range, tokens: range, memory: Memory | None

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from flux_ir.activations.blocks import SampledSource, Sampling
 from flux_ir.api.evaluation_files import EvaluateSAESettings
 from flux_ir.api.progress import Note, Watch, follow, phase
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
@@ -18,7 +18,6 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
-from flux_ir.recording.store import load_capture
 from flux_ir.sae.data.held_out import Subject
 from flux_ir.sae.fit_baselines import BaselineFits
 from flux_ir.sae.metrics import rounded
@@ -36,22 +35,6 @@ from flux_ir.sampling.generate import decode, noise_for, prepare
 from flux_ir.sites import Site, check_sites
 
 ANCHORS = ("zero", "mean")
-
-
-class Run(NamedTuple):
-    """One captured generation, as it can be run again."""
-
-    prompt: str
-    seed: int
-    width: int
-    height: int
-    timesteps: tuple[float, ...]
-    guidance: float
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """What must be equal for generations to go through the model together."""
-        return self.width, self.height, self.timesteps, self.guidance
 
 
 class Splicer:
@@ -90,7 +73,7 @@ class Splicer:
         if subject.site is None:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
         check_sites([subject.site], self.spec.flux.depth, self.spec.flux.depth_single_blocks)
-        last = len(_run_of(subject.source.generations[0].path).timesteps) - 2
+        last = len(_sampled(subject).sampling(0).timesteps) - 2
         if any(step > last for step in self.settings.splice_steps or ()):
             raise FluxIRError(
                 f"a splice is at steps that were sampled, 0 to {last}: got {max(self.settings.splice_steps or ())}",
@@ -111,7 +94,7 @@ class Splicer:
                 self._add(meter, batch)
         return as_json(meter.result(), runs=len(runs), steps=steps, dtype=self.compute.name)
 
-    def _add(self, meter: SpliceMeter, runs: list[Run]) -> None:
+    def _add(self, meter: SpliceMeter, runs: list[Sampling]) -> None:
         first = runs[0]
         device, dtype = self.placement.transformer, self.compute.dtype
         noise = noise_for([run.seed for run in runs], first.height, first.width, device, dtype)
@@ -127,7 +110,7 @@ class Splicer:
                     }
                 )
 
-    def _batches(self, runs: list[Run]) -> Iterator[list[Run]]:
+    def _batches(self, runs: list[Sampling]) -> Iterator[list[Sampling]]:
         for _, alike in groupby(runs, key=lambda run: run.shape):
             together = list(alike)
             for start in range(0, len(together), self.settings.splice_batch):
@@ -151,48 +134,30 @@ def replacements(sae: SparseAutoencoder, fits: BaselineFits, k: int) -> dict[str
     }
 
 
-def held_out_runs(subject: Subject, most: int) -> list[Run]:
+def held_out_runs(subject: Subject, most: int) -> list[Sampling]:
     """The first held-out generations, one per prompt. Raises FluxIRError where files do not say how they were made."""
-    runs: dict[str, Run] = {}
-    for generation in subject.source.generations:
+    source, runs = _sampled(subject), dict[str, Sampling]()
+    for number, generation in enumerate(source.generations):
         if len(runs) == most:
             break
         if generation.prompt not in runs and subject.split.has(subject.side, generation.id, generation.prompt):
-            runs[generation.prompt] = _run_of(generation.path)
+            runs[generation.prompt] = source.sampling(number)
     return list(runs.values())
 
 
 def recorded_dtype(subject: Subject) -> torch.dtype:
     """What the captured model computed in. Raises FluxIRError where files do not say how they were made."""
-    path = subject.source.generations[0].path
-    _check_capture(path)
-    capture = load_capture(path) if path is not None else None
-    return torch.bfloat16 if capture is None else capture.context(capture.steps[0]).img.dtype
+    return _sampled(subject).sampling(0).dtype
 
 
-def _run_of(path: Path | None) -> Run:
-    _check_capture(path)
-    facts: Mapping[str, Any] = {} if path is None else load_capture(path).metadata
-    try:
-        return Run(
-            facts["prompt"],
-            facts["seed"],
-            facts["width"],
-            facts["height"],
-            tuple(facts["timesteps"]),
-            float(facts["guidance"]),
-        )
-    except KeyError as error:
-        hint = "use captures made with flux-ir capture or flux-ir collect"
-        raise FluxIRError(f"{path} does not say its {error.args[0]}, so it cannot be run again", hint=hint) from error
-
-
-def _check_capture(path: Path | None) -> None:
-    if path is None or path.suffix != ".pt":
+def _sampled(subject: Subject) -> SampledSource:
+    if not isinstance(subject.source, SampledSource):
+        where = subject.source.generations[0].path or "a plain array"
         raise FluxIRError(
-            f"a splice runs the captured generations again, from their prompt and seed: got {path or 'a plain array'}",
+            f"a splice runs the captured generations again, from their prompt and seed: got {where}",
             hint="use captures made with flux-ir capture or flux-ir collect, or leave out --splice",
         )
+    return subject.source
 
 
 def as_json(results: Mapping[str, SpliceNumbers], *, runs: int, steps: tuple[int, ...], dtype: str) -> dict[str, Any]:

@@ -7,6 +7,9 @@ import pytest
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.train_sae import main as train_sae
 from flux_ir.sae.base import load_sae
+from tests.recording.conftest import write
+
+__all__ = ["write"]
 
 PROMPTS = [f"a {size} {colour} circle" for size in ("large", "small") for colour in ("red", "blue", "green")]
 QUICK = ("--expansion", "1", "--k", "4", "--batch_tokens", "32", "--device", "cpu")
@@ -59,13 +62,13 @@ def test_one_half_and_one_step_of_whole_blocks_can_be_trained_on(train, captures
     assert saes["single.6_topk_k4_x1_s0"].metadata["filters"]["stream"] == "img"
 
 
-def test_the_capture_of_a_single_run_is_data(train, captures):
+def test_the_capture_of_a_single_run_is_data(train, write, tmp_path):
     """Its held-out side is made of tokens of the same picture, which is said."""
-    one = sorted(captures.glob("groups/*/*.pt"))[0]
-    code, err, saes = train("--captures", one, "--site", "single.6.img")
+    write(tmp_path / "run" / "capture_x.pt", img_tokens=64)
+    code, err, saes = train("--captures", tmp_path / "run" / "capture_x.pt", "--site", "single.0.img")
     assert code == 0, err
     assert "there is one generation only" in err
-    assert saes["single.6.img_topk_k4_x1_s0"].metadata["data"]["generations"] == 1
+    assert saes["single.0.img_topk_k4_x1_s0"].metadata["data"]["generations"] == 1
 
 
 def test_live_activations_are_trained_on_and_not_stored(train, prompts, tmp_path):
@@ -94,11 +97,11 @@ def test_what_the_captures_do_not_have_is_said_in_one_line(train, captures, word
     assert err.startswith(f"error: {error}")
 
 
-def test_a_capture_cut_short_leaves_nothing_behind(train, captures, tmp_path):
-    whole = sorted(captures.glob("groups/*/*.pt"))[0].read_bytes()
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "capture_x.pt").write_bytes(whole[: len(whole) // 2])
-    code, err, _ = train("--captures", tmp_path / "half", "--site", "single.6.img")
+def test_a_capture_cut_short_leaves_nothing_behind(train, write, tmp_path):
+    file = tmp_path / "half" / "capture_x.pt"
+    write(file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code, err, _ = train("--captures", tmp_path / "half", "--site", "single.0.img")
     assert code == 2
     assert "capture_x.pt is not a complete capture file" in err
     assert not (tmp_path / "saes").exists()
