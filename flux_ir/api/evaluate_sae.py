@@ -18,8 +18,8 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import model_names
 from flux_ir.sae.baselines import Baseline
 from flux_ir.sae.config import HAS_K
-from flux_ir.sae.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
 from flux_ir.sae.data.held_out import EvaluationTokens, Subject, subject_of
+from flux_ir.sae.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
 from flux_ir.sae.interop.formats import load_any, sae_folders
 from flux_ir.sae.metrics import Evaluation, Group, evaluate, outlier_limits
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
