@@ -20,6 +20,7 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
+from flux_ir.sampling.denoise import StateNotFiniteError
 from flux_ir.sampling.generate import noise_for, prepare, sample
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
@@ -153,15 +154,23 @@ class RecordedBatch(NamedTuple):
 def record_batch(
     model: Flux, recipe: Recipe, items: Sequence[WorkItem], embedded: Sequence[EmbeddedPrompt]
 ) -> RecordedBatch:
-    """Sample a batch of generations as far as the recipe needs, and bring what it records to the CPU."""
+    """Sample a batch of generations as far as the recipe needs, and bring what it records to the CPU.
+
+    Raises FluxIRError for a state of the sampler that is not finite, naming step, block and prompt.
+    """
     device = model.img_in.weight.device
     noise = noise_for([item.seed for item in items], recipe.height, recipe.width, device, recipe.network_dtype)
     text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(one.text for one in embedded), strict=True)))
     inputs = prepare(noise, text, recipe.height, recipe.width)
     sink, latent = MemorySink(), None
-    with Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
-        for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance)):
-            latent = step.after
+    try:
+        with Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
+            for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance)):
+                latent = step.after
+    except StateNotFiniteError as error:
+        item = items[error.row]
+        whose = f"first for {item.prompt[:40]!r} with the seed {item.seed}"
+        raise FluxIRError(f"{error.message}, {whose}", hint=error.hint) from error
     on_host = {of: _to_host(value) for of, value in sink.values.items()}
     contexts = {step: StepContext(_to_host(img), _to_host(y), txt) for step, (img, y, txt) in sink.contexts.items()}
     finished = _to_host(latent) if recipe.to_the_end and latent is not None else None

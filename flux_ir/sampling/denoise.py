@@ -24,6 +24,14 @@ class Step(NamedTuple):
     after: PackedLatent
 
 
+class StateNotFiniteError(FluxIRError):
+    """A state of the sampler that holds NaN or infinity. `row` is the first picture of the batch that it is so for."""
+
+    def __init__(self, message: str, *, hint: str, row: int) -> None:
+        super().__init__(message, hint=hint)
+        self.row = row
+
+
 def euler_step(img: PackedLatent, velocity: Velocity, t_curr: float, t_prev: float) -> PackedLatent:
     """The state at `t_prev`, going straight along `velocity` from the state `img` at `t_curr`."""
     return img + (t_prev - t_curr) * velocity
@@ -54,8 +62,8 @@ def denoise(
 
     `guidance` is the distilled guidance strength; models without a guidance input never see it.
 
-    Raises FluxIRError for a state that is not finite, naming the first step and block that made it so. On a GPU that
-    may be one step late, so that nothing waits for it; the last step is not yielded before its state is known.
+    Raises StateNotFiniteError for a state that is not finite, naming the first step and block that made it so. On a GPU
+    that may be one step late, so that nothing waits for it; the last step is not yielded before its state is known.
     """
     times = list(pairwise(timesteps))
     unsure: list[_Check] = []
@@ -109,7 +117,7 @@ def _not_finite(
     txt_ids: PositionIds,
     y: Pooled,
     guidance: float,
-) -> FluxIRError:
+) -> StateNotFiniteError:
     """What to say of a step whose state is not finite: it is computed once more, every block watched.
 
     In a network of its own that shares the weights, so that nobody who listens to `model` hears the step twice.
@@ -131,9 +139,11 @@ def _not_finite(
         whose = "nothing of the network by itself: something that changes it while it runs did this"
     except _Found as found:
         whose = str(found)
-    return FluxIRError(
+    sound = step.after.flatten(1).isfinite().all(dim=1).tolist()
+    return StateNotFiniteError(
         f"the sampler's state is not finite after step {step.number}: the first values that are not come from {whose}",
         hint="check the weights for infinity and NaN (a conversion to float16 makes such), or try --dtype float32",
+        row=sound.index(False),
     )
 
 

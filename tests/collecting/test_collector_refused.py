@@ -66,7 +66,7 @@ def test_a_state_that_is_not_finite_is_never_kept(suite, tmp_path):
         before = weight[5, 5].item()
         weight.data[5, 5] = float("nan")
         try:
-            with pytest.raises(FluxIRError, match=r"not finite after step 0: .* single\.3"):
+            with pytest.raises(FluxIRError, match=r"after step 0: .* come from single\.3, first for 'a red"):
                 collected(tmp_path, settings_of(), suite)
         finally:
             weight.data[5, 5] = before

@@ -5,7 +5,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.recording.recorder import MemorySink, Recorder
-from flux_ir.sampling.denoise import denoise
+from flux_ir.sampling.denoise import StateNotFiniteError, denoise
 from flux_ir.sampling.generate import to_pixels
 
 TIMES = [1.0, 0.7, 0.4, 0.0]
@@ -69,6 +69,14 @@ def test_the_state_of_every_step_is_checked_before_it_is_yielded_on_a_cpu(tiny_f
     model.final_layer.linear.bias[3] = float("nan")
     with pytest.raises(FluxIRError, match=r"after step 1: .* final_layer"):
         next(steps)
+
+
+def test_the_first_picture_of_a_batch_that_is_not_finite_is_told(tiny_flux, tiny_inputs):
+    inputs = tiny_inputs(batch=3)
+    inputs.y[1] = float("nan")
+    with pytest.raises(StateNotFiniteError, match="from CLIP") as caught:
+        list(walk(tiny_flux(), inputs))
+    assert caught.value.row == 1
 
 
 @pytest.mark.gpu
