@@ -66,8 +66,13 @@ def _is_plain(value: object) -> bool:
 def _quality(folder: Path) -> str:
     if not (folder / METRICS_FILE).is_file():
         return "Not measured."
-    numbers = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["overall"]
-    return _table("measure", "value", {text: numbers[name] for name, text in _TOLD.items() if name in numbers})
+    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    numbers, outliers = metrics["overall"], metrics.get("outliers") or {"tokens": 0}
+    rows = {text: numbers[name] for name, text in _TOLD.items() if name in numbers}
+    if outliers["tokens"]:
+        longer = f"tokens more than {outliers['longer_than_medians']:g} times as long as the median"
+        rows |= {longer: outliers["tokens"], f"{_TOLD['fvu']} without them": outliers["without"]["overall"]["fvu"]}
+    return _table("measure", "value", rows)
 
 
 def _loading(repo_id: str) -> str:

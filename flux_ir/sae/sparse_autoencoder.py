@@ -174,8 +174,9 @@ class SparseAutoencoder(nn.Module, ABC):
         """Raw activations with `strength` added to the activation of one feature, or of several, on every token.
 
         That is decode(z + strength e_f) plus the error x - decode(z). The decoder is linear, so the error cancels out
-        of it but for the once it must stay, and z with it: x + strength W_dec[f], exactly. Rows of W_dec have length 1,
-        so `strength` is the length of what is added, in the unit of x. At strength 0 the result is x itself.
+        of it but for the once it must stay, and z with it: x + strength W_dec[f], exactly. Rows of W_dec have length 1
+        in what is trained here, so `strength` is the length of what is added, in the unit of x; other programs' rows
+        have other lengths. At strength 0 the result is x itself.
 
         Several features take one strength, or one each. Raises FluxIRError for features there are not, and for `k`,
         which is what another program calls the feature.

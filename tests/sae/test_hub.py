@@ -151,6 +151,15 @@ def test_a_name_that_is_neither_folder_nor_repository_is_refused(name):
         from_pretrained(name)
 
 
+def test_the_card_tells_of_outliers(sae, tmp_path):
+    folder = save_sae(sae, tmp_path / "sae")
+    outliers = {"longer_than_medians": 10.0, "tokens": 12, "without": {"overall": {"fvu": 1.875}}}
+    (folder / "metrics.json").write_text(json.dumps({"overall": {"fvu": 0.06}, "outliers": outliers}))
+    card = write_card(folder, REPO).read_text()
+    assert "| tokens more than 10 times as long as the median | 12 |" in card
+    assert "| fraction of variance unexplained without them | 1.875 |" in card
+
+
 def test_the_card_tells_site_steps_data_and_numbers(sae, tmp_path):
     folder = save_sae(sae, tmp_path / "sae")
     assert "Not measured." in write_card(folder, REPO).read_text()
