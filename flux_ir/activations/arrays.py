@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun
+from flux_ir.activations.blocks import Generation, SiteName, TokenBlock, TokenRun
 from flux_ir.activations.spans import Memory, Span, SpanReader
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site
@@ -89,17 +89,17 @@ class ArraySource:
         digest.update(repr([generation.id for generation in self.generations]).encode())
         return digest.hexdigest()[:16]
 
-    def d(self, site: Site | None) -> int:
+    def d(self, site: SiteName) -> int:
         """The width of the arrays."""
         _check_unnamed(site)
         return self._arrays[0].shape[-1]
 
-    def tokens(self, site: Site | None) -> int:
+    def tokens(self, site: SiteName) -> int:
         """Tokens of the largest piece."""
         _check_unnamed(site)
         return max(piece.tokens for piece in self._pieces)
 
-    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+    def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One image or piece. Raises FluxIRError for any step but 0."""
         run = self.read_run(range(generation, generation + 1), site, step)
         return TokenBlock(
@@ -115,7 +115,7 @@ class ArraySource:
         )
 
     def read_run(
-        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+        self, images: range, site: SiteName, step: int, tokens: range | None = None, memory: Memory | None = None
     ) -> TokenRun:
         """Some tokens of images of one file."""
         _check_unnamed(site)
@@ -161,7 +161,7 @@ def _kind(piece: _Piece) -> tuple[int, int]:
     return id(piece.array), piece.tokens
 
 
-def _check_unnamed(site: Site | None) -> None:
+def _check_unnamed(site: SiteName) -> None:
     if site is not None:
         raise FluxIRError(f"a plain array has no sites: got {site}", hint="leave --sites out")
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
 from flux_ir.recording.precision import FLOAT8, READ_AS, dequantised
-from flux_ir.sites import Site
+from flux_ir.sites import Site, as_site
+
+SiteName = Site | str | None
+"""A site as a source is asked for it; None for what has no sites."""
 
 
 class TokenBlock(NamedTuple):
@@ -106,17 +109,17 @@ class TokenSource(Protocol):
         their values.
         """
 
-    def d(self, site: Site | None) -> int:
+    def d(self, site: SiteName) -> int:
         """The width of a site (of a plain array: None)."""
 
-    def tokens(self, site: Site | None) -> int:
+    def tokens(self, site: SiteName) -> int:
         """Tokens per generation and step (where generations differ: the most)."""
 
-    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+    def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One generation, by its index. Raises FluxIRError for what is not there, and for a broken or missing file."""
 
     def read_run(
-        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+        self, images: range, site: SiteName, step: int, tokens: range | None = None, memory: Memory | None = None
     ) -> TokenRun:
         """Some `tokens` (None: all) of `images`, which lie within one of the `runs`.
 
@@ -194,8 +197,8 @@ def leading_txt(site: Site, txt_tokens: int) -> int:
     return 0 if site.stream == "img" else txt_tokens
 
 
-def named(site: Site | None, what: str) -> Site:
-    """The site. Raises FluxIRError for none: `what` is stored has sites."""
+def named(site: SiteName, what: str) -> Site:
+    """The site, given as it is or as text. Raises FluxIRError for none: `what` is stored has sites."""
     if site is None:
         raise FluxIRError(f"{what} are read by site: got None", hint="name a site such as double.18.img")
-    return site
+    return as_site(site)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from flux_ir.activations.blocks import (
     Generation,
     Sampling,
+    SiteName,
     TokenBlock,
     TokenRun,
     leading_txt,
@@ -77,15 +78,15 @@ class CaptureSource:
         """A digest of what the files hold: their tensors by CRC-32, which the format keeps of each."""
         return hashlib.sha256("".join(row.content for row in self._rows).encode()).hexdigest()[:16]
 
-    def d(self, site: Site | None) -> int:
+    def d(self, site: SiteName) -> int:
         """The width of a site."""
         return self._first.shape(named(site, "captures"))[2]
 
-    def tokens(self, site: Site | None) -> int:
+    def tokens(self, site: SiteName) -> int:
         """Tokens of a site per generation and step."""
         return self._first.shape(named(site, "captures"))[1]
 
-    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+    def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One block, mapped from its file."""
         site, row, capture = named(site, "captures"), self._rows[generation], self._capture(generation)
         values, scale = capture.read_stored(site, step)
@@ -103,7 +104,7 @@ class CaptureSource:
         )
 
     def read_run(
-        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+        self, images: range, site: SiteName, step: int, tokens: range | None = None, memory: Memory | None = None
     ) -> TokenRun:
         """Some tokens of one generation, mapped from its file."""
         return run_of(self.read(images.start, site, step), tokens)

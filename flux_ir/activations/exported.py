@@ -19,6 +19,7 @@ import torch
 from flux_ir.activations.arrays import ArrayFile, open_safetensors, rows_digest
 from flux_ir.activations.blocks import (
     Generation,
+    SiteName,
     TokenBlock,
     TokenRun,
     leading_txt,
@@ -98,22 +99,23 @@ class ExportedSource:
                 digest.update(f"{array_name(*at)} {array.shape} {values}".encode())
         return digest.hexdigest()[:16]
 
-    def d(self, site: Site | None) -> int:
+    def d(self, site: SiteName) -> int:
         """The width of a site."""
         return self._shapes[self._stored(site), self.steps[0]][-1]
 
-    def tokens(self, site: Site | None) -> int:
+    def tokens(self, site: SiteName) -> int:
         """Tokens of a site per generation and step."""
+        site = named(site, "exported activations")
         stored, facts = self._stored(site), self._exported[0].facts
         tokens = self._shapes[stored, self.steps[0]][0]
         if stored == site:
             return tokens
-        return facts.txt_tokens if site is not None and site.stream == "txt" else tokens - facts.txt_tokens
+        return facts.txt_tokens if site.stream == "txt" else tokens - facts.txt_tokens
 
-    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+    def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One block."""
+        site = named(site, "exported activations")
         stored, (facts, path, arrays) = self._stored(site), self._exported[generation]
-        site = site or stored
         if (stored, step) not in arrays:
             raise FluxIRError(f"step {step} was not exported to {path}", hint=f"it holds the steps {self.steps}")
         array = self._array(*arrays[stored, step])
@@ -140,12 +142,12 @@ class ExportedSource:
         )
 
     def read_run(
-        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+        self, images: range, site: SiteName, step: int, tokens: range | None = None, memory: Memory | None = None
     ) -> TokenRun:
         """Some tokens of one generation."""
         return run_of(self.read(images.start, site, step), tokens)
 
-    def _stored(self, site: Site | None) -> Site:
+    def _stored(self, site: SiteName) -> Site:
         site = named(site, "exported activations")
         for stored in (site, site.whole):
             if stored in self.sites:

@@ -21,6 +21,7 @@ from torch import Tensor
 from flux_ir.activations.blocks import (
     Generation,
     Sampling,
+    SiteName,
     TokenBlock,
     TokenRun,
     leading_txt,
@@ -35,7 +36,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
-from flux_ir.sites import Site, nearest_names
+from flux_ir.sites import Site, as_site, nearest_names
 
 CACHE_FOLDER = "FLUX_IR_CACHE"
 """The variable that names the folder for what is fetched; without it ~/.cache/flux_ir."""
@@ -95,16 +96,17 @@ class ShardSource:
         digest.update((self._clip_key or "").encode())
         return digest.hexdigest()[:16]
 
-    def d(self, site: Site | None) -> int:
+    def d(self, site: SiteName) -> int:
         """The width of a site."""
-        return self._shards[0].tensors[self._key(site, self.steps[0])].shape[2]
+        return self._shards[0].tensors[self._key(_site(site), self.steps[0])].shape[2]
 
-    def tokens(self, site: Site | None) -> int:
+    def tokens(self, site: SiteName) -> int:
         """Tokens of a site per generation and step."""
-        return len(self._stored_tokens(site))
+        return len(self._stored_tokens(_site(site)))
 
-    def read(self, generation: int, site: Site | None, step: int) -> TokenBlock:
+    def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One generation."""
+        site = _site(site)
         run, known = self.read_run(range(generation, generation + 1), site, step), self.generations[generation]
         return TokenBlock(
             values=run.values[0],
@@ -119,9 +121,10 @@ class ShardSource:
         )
 
     def read_run(
-        self, images: range, site: Site | None, step: int, tokens: range | None = None, memory: Memory | None = None
+        self, images: range, site: SiteName, step: int, tokens: range | None = None, memory: Memory | None = None
     ) -> TokenRun:
         """Some tokens of images of one shard: one read where they lie in one piece, else one for each image."""
+        site = _site(site)
         key, stored, text = self._stored_as(site, step)
         tokens = range(len(stored)) if tokens is None else tokens
         number = bisect_right(self._starts, images.start) - 1
@@ -240,6 +243,10 @@ class ShardSource:
         if site is None:
             return 0
         return len(self._stored_tokens(site)) if site.stream == "txt" else leading_txt(site, self._txt_tokens)
+
+
+def _site(site: SiteName) -> Site | None:
+    return as_site(site) if site is not None else None
 
 
 class _Generations(Sequence[Generation]):

@@ -74,6 +74,15 @@ def test_runs_are_the_tokens_of_several_generations(collection, name, page_cache
             assert run.used_txt == [3] * len(images)
 
 
+def test_sites_may_be_given_as_text(collection):
+    source = open_source(collection(1)[0])
+    for name in (*SITES, "single.0.img"):
+        site = Site.parse(name)
+        assert (source.d(name), source.tokens(name)) == (source.d(site), source.tokens(site))
+        assert torch.equal(source.read(1, name, 2).values, source.read(1, site, 2).values)
+        assert source.read(1, name, 2).site == site
+
+
 def test_halves_of_single_blocks_can_be_read(collection):
     folder, values = collection(1)
     source = open_source(folder)
