@@ -48,11 +48,11 @@ def download(repo_id: str, filename: str, announce: Announce | None) -> Path:
 
 
 def download_folders(repo_id: str, folders: tuple[str, ...], announce: Announce | None) -> Path:
-    """Fetches whole folders of a repository into the hub's cache: the local folder they stand in."""
+    """Fetches whole folders, those of text encoders, into the hub's cache: the local folder they stand in."""
     wanted = " and ".join(f"{folder}/" for folder in folders)
     if announce is not None:
         announce(f"downloading {wanted} from {repo_id}")
-    with _plain_errors(repo_id, wanted):
+    with _plain_errors(repo_id, wanted, "or name local copies with FLUX_T5 and FLUX_CLIP"):
         # Asked first: where the hub is out of reach, snapshot_download gives what the cache has, whole or not.
         get_hf_file_metadata(hf_hub_url(repo_id, f"{folders[0]}/config.json"))
         return Path(snapshot_download(repo_id, allow_patterns=[f"{folder}/*" for folder in folders]))
