@@ -29,7 +29,7 @@ from flux_ir.models.suite import ModelPart, Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling import generate
 from flux_ir.sampling.denoise import Step
-from flux_ir.sampling.generate import check_size, noise_for, prepare
+from flux_ir.sampling.generate import Inputs, check_size, noise_for, prepare
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import PackedLatent, Pixels
@@ -112,8 +112,12 @@ def sample(
     inputs = prepare(noise, embedding, height, width)
     num_steps = spec.default_steps if num_steps is None else num_steps
     timesteps = get_schedule(num_steps, inputs.img.shape[1], shift=spec.shifts_schedule)
+    return _steps(model, inputs, timesteps, spec.default_guidance if guidance is None else guidance)
+
+
+def _steps(model: Suite, inputs: Inputs, timesteps: list[float], guidance: float) -> Iterator[Step]:
     with model.transformer() as flux:
-        yield from generate.sample(flux, inputs, timesteps, spec.default_guidance if guidance is None else guidance)
+        yield from generate.sample(flux, inputs, timesteps, guidance)
 
 
 def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, height: int | None = None) -> Pixels:

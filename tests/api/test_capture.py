@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import flux_ir
+from flux_ir.commands.capture import main
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
 from tests.commands.run_folder import LAST, SPEC, tensors_of
@@ -101,6 +102,17 @@ def test_broken_embeddings_and_two_prompts_are_refused(tmp_path, embeds):
     save_file({"txt": txt, "y": y}, tmp_path / "nan.safetensors")
     with pytest.raises(FluxIRError, match="must be finite"):
         capture(tmp_path, prompt_embeds=tmp_path / "nan.safetensors")
+
+
+def test_the_command_takes_an_embedding_and_tells_what_is_wrong_in_one_line(tmp_path, embeds, capsys):
+    words = ["--model", "flux-tiny", "--num_steps", "1", "--sites", LAST, "--output_dir", str(tmp_path)]
+    words += ["--prompt_embeds", str(embeds), "--noshould_decode_intermediates"]
+    assert main(words) == 0
+    assert "generation id: " in capsys.readouterr().out
+    assert main([*words, "--prompt", "a red circle"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --prompt_embeds is what a prompt is encoded to: got --prompt as well\n"
+    )
 
 
 @pytest.mark.parametrize("options", [{"steps": [1]}, {"width": 100}, {"sites": "single.99"}, {"model": "flux-tin"}])

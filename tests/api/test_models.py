@@ -55,6 +55,11 @@ def test_a_latent_of_another_size_is_refused(model):
         flux_ir.decode(model, torch.zeros(1, 64, 64), width=32, height=32)
 
 
+def test_what_cannot_be_sampled_is_told_by_the_call_itself(model):
+    with pytest.raises(FluxIRError, match="multiples of 16"):
+        flux_ir.sample(model, "a red circle", width=100)
+
+
 def test_only_the_parts_asked_for_are_loaded(monkeypatch):
     monkeypatch.setattr("flux_ir.models.suite.load_t5", lambda *args, **more: pytest.fail("T5 was loaded"))
     loaded = flux_ir.load_model("flux-tiny", parts=["transformer"])
