@@ -1,4 +1,7 @@
-"""What capturing costs: sampling with and without a full capture to a file, and the peak memory at 4 and 50 steps."""
+"""What capturing costs: sampling with and without a full capture to a file, and the peak memory at 4 and 50 steps.
+
+Beside both stands the way of the program this project descends from: hooks that copy to lists, `torch.save` at the end.
+"""
 
 import argparse
 import os
@@ -18,6 +21,7 @@ from flux_ir.recording.store import file_bytes
 SECONDS_RATIO = {"tiny": Target("most", 1.15), "wide": Target("most", 1.10)}
 MEMORY_RATIO = Target("most", 1.1)
 FEW_STEPS, MANY_STEPS = 4, 50
+WAYS = {"captured": "captured", "hooked": "hooks and lists"}
 STATUS = Path("/proc/self/status")
 
 
@@ -25,18 +29,28 @@ def main() -> None:
     """Print both tables, or, in the process that is weighed, one peak."""
     options = options_of_this_run()
     if options.peak_of:
-        name, steps = options.peak_of
-        print(*peak_bytes(settings()[name], int(steps), options.device, options.dir))
+        name, steps, way = options.peak_of
+        print(*peak_bytes(settings()[name], int(steps), way, options.device, options.dir))
         return
     known = settings()
     names = ["tiny", "wide", *(["full"] if options.full else [])]
     # Weighed first: a process keeps the peak of the one it was forked from.
-    memory = [row for name in names for row in memory_rows(name, known[name], options)]
+    memory = [row for name in names for way in WAYS for row in memory_rows(name, way, known[name], options)]
     seconds = [seconds_row(name, known[name], options) for name in names]
     about = machine(options.device)
-    columns = ["network", "steps", "file", "plain [s]", "captured [s]", "ratio", "target"]
+    columns = [
+        "network",
+        "steps",
+        "file",
+        "plain [s]",
+        "captured [s]",
+        "ratio",
+        "target",
+        "hooks and lists [s]",
+        "ratio",
+    ]
     print_report("Capture: seconds of sampling", columns, seconds, about)
-    columns = ["network", "memory", f"{FEW_STEPS} steps", f"{MANY_STEPS} steps", "ratio", "target"]
+    columns = ["network", "way", "memory", f"{FEW_STEPS} steps", f"{MANY_STEPS} steps", "ratio", "target"]
     print_report("Capture: peak memory", columns, memory, about)
 
 
@@ -45,12 +59,12 @@ def options_of_this_run() -> argparse.Namespace:
     parser = arguments(__doc__ or "")
     parser.add_argument("--dir", type=Path, help="where the captures are written (default: a temporary folder)")
     parser.add_argument("--full", action="store_true", help="also the full-size network, on a GPU")
-    parser.add_argument("--peak_of", nargs=2, metavar=("NETWORK", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak_of", nargs=3, metavar=("NETWORK", "STEPS", "WAY"), help=argparse.SUPPRESS)
     return parse(parser)
 
 
 def seconds_row(name: str, setting: Setting, options: argparse.Namespace) -> list[str]:
-    """One network sampled both ways in turns."""
+    """One network sampled in all three ways in turns."""
     sampling = Sampling(setting, options.device)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         path = Path(folder) / "capture.pt"
@@ -59,8 +73,12 @@ def seconds_row(name: str, setting: Setting, options: argparse.Namespace) -> lis
             sampling.captured(path)
             path.unlink()  # a run has a file of its own: before one is replaced, ext4 would write it all to the disk
 
+        def hooked() -> None:
+            sampling.hooked(path)
+            path.unlink()
+
         seconds = interleaved(
-            {"plain": sampling.plain, "captured": captured},
+            {"plain": sampling.plain, "captured": captured, "hooked": hooked},
             options.repetitions,
             device=options.device,
         )
@@ -73,33 +91,37 @@ def seconds_row(name: str, setting: Setting, options: argparse.Namespace) -> lis
         f"{seconds['captured']:.3f}",
         f"{ratio:.3f}",
         SECONDS_RATIO[name].verdict(ratio) if name in SECONDS_RATIO else "none",
+        f"{seconds['hooked']:.3f}",
+        f"{seconds['hooked'] / seconds['plain']:.3f}",
     ]
 
 
-def memory_rows(name: str, setting: Setting, options: argparse.Namespace) -> list[list[str]]:
+def memory_rows(name: str, way: str, setting: Setting, options: argparse.Namespace) -> list[list[str]]:
     """The peaks of a short and a long capture: of the host, and of the GPU if there is one in use."""
-    few, many = (weigh(name, steps, options) for steps in (FEW_STEPS, MANY_STEPS))
+    few, many = (weigh(name, steps, way, options) for steps in (FEW_STEPS, MANY_STEPS))
     rows = []
     for place, at_few, at_many in zip(("resident", options.device), few, many, strict=False):
         ratio = at_many / at_few
         figures = [in_units(at_few), in_units(at_many), f"{ratio:.3f}"]
-        rows.append([setting.name, place, *figures, MEMORY_RATIO.verdict(ratio)])
+        verdict = MEMORY_RATIO.verdict(ratio) if way == "captured" else "none"
+        rows.append([setting.name, WAYS[way], place, *figures, verdict])
     return rows
 
 
-def weigh(name: str, steps: int, options: argparse.Namespace) -> list[int]:
+def weigh(name: str, steps: int, way: str, options: argparse.Namespace) -> list[int]:
     """The peaks [bytes] of a process of its own that samples and captures."""
-    command = [sys.executable, __file__, "--device", options.device, "--peak_of", name, str(steps)]
+    command = [sys.executable, __file__, "--device", options.device, "--peak_of", name, str(steps), way]
     command += ["--dir", str(options.dir)] if options.dir else []
     command += ["--full"] if options.full else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
     return [int(peak) for peak in done.stdout.split()]
 
 
-def peak_bytes(setting: Setting, steps: int, device: str, folder: Path | None) -> list[int]:
+def peak_bytes(setting: Setting, steps: int, way: str, device: str, folder: Path | None) -> list[int]:
     """Sample and capture; the peak of this process, and on a GPU that of its memory."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        Sampling(setting, device, steps).captured(Path(temporary) / "capture.pt")
+        sampling, path = Sampling(setting, device, steps), Path(temporary) / "capture.pt"
+        sampling.hooked(path) if way == "hooked" else sampling.captured(path)
     on_gpu = torch.device(device).type == "cuda"
     return [peak_resident_bytes(), *([torch.cuda.max_memory_allocated(device)] if on_gpu else [])]
 

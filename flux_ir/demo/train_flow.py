@@ -161,10 +161,10 @@ class MovingAverage:
         self.model.load_state_dict(state_dict)
 
 
-def start_model(describer: Describer, config: FlowConfig) -> TextToVelocity:
+def start_model(describer: Describer, config: FlowConfig, params: FluxParams = FLUX_PARAMS) -> TextToVelocity:
     """An untrained transformer with the pre-trained text encoders."""
     torch.manual_seed(config.seed)
-    flux = Flux(FLUX_PARAMS)
+    flux = Flux(params)
     initialise(flux)
     return TextToVelocity(flux, describer.t5, describer.clip)
 
