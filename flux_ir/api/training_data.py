@@ -14,12 +14,13 @@ from flux_ir.activations.blocks import TokenBlock, TokenSource, run_of
 from flux_ir.activations.prefetch import block_bytes, stream_blocks
 from flux_ir.activations.source import open_source
 from flux_ir.api.training_settings import TrainSAESettings
-from flux_ir.collecting.collection import CollectSettings
+from flux_ir.collecting.collection import CollectSettings, weights_digest
 from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.prompts import prompts_digest, read_prompts
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
@@ -259,16 +260,18 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     prompts = read_prompts(given) if isinstance(given, Path) else list(given)
     sites = match_sites(settings.site, all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
     sites = [site for site in _of_stream(list(sites), settings) if site is not None]
+    placement = plan(torch.cuda.device_count(), device=str(ranks.device(settings.device)))
+    compute = choose_dtype("auto", placement.devices, ranks=ranks)
     recipe = Recipe(
         spec=spec,
         width=spec.default_side_px,
         height=spec.default_side_px,
         num_steps=spec.default_steps,
-        guidance=2.5,
+        guidance=spec.default_guidance,
         sites=tuple(sites),
         steps=tuple(check_steps(settings.steps, spec.default_steps)),
         stored_dtype=torch.bfloat16,
-        network_dtype=torch.bfloat16,
+        network_dtype=compute.dtype,
     )
     split = split_prompts(prompts, settings.held_out)
     training = [prompt for prompt in prompts if split.has("training", "", prompt)]
@@ -278,8 +281,8 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     shape = recipe.plan()
     # Nothing is made before it is wanted, so with --max_tokens there may be far too many repeats.
     repeats = settings.repeats or -(-(settings.max_tokens or 1) // len(training))
-    placement = plan(torch.cuda.device_count(), device=str(ranks.device(settings.device)))
-    suite = Suite(spec, locate_model(spec, None, None, autoencoder=False), placement, recipe.network_dtype)
+    model_files = locate_model(spec, None, None, autoencoder=False)
+    suite = Suite(spec, model_files, placement, compute.dtype)
     filters = _filters(settings)
     most_tokens = min(MEASURED_TOKENS, settings.max_tokens or MEASURED_TOKENS) * len(sites)
     job = CollectSettings(recipe=recipe, prompts=training, repeats=repeats)
@@ -300,6 +303,9 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
         widths={site: shape.shape(site)[2] for site in sites},
         described={
             "model": spec.name,
+            "weights": weights_digest(model_files, autoencoder=False),
+            "dtype": compute.name,
+            "guidance": recipe.guidance,
             "prompts": len(prompts),
             "prompts_sha256": prompts_digest(prompts),
             "repeats": settings.repeats,

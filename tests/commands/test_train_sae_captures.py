@@ -6,6 +6,7 @@ import pytest
 
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.train_sae import main as train_sae
+from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.sae.base import load_sae
 from tests.recording.conftest import write
 
@@ -80,6 +81,9 @@ def test_live_activations_are_trained_on_and_not_stored(train, prompts, tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".pt"]
     about = json.loads((tmp_path / "saes/flux-tiny/double.1.img_topk_k4_x1_s0/training.json").read_text())
     assert about["described"]["tokens"] == 320
+    data = about["described"]["data"]  # what a run is gone on with is the same model, computed in the same dtype
+    assert data["dtype"] == choose_dtype("auto", ["cpu"]).name
+    assert len(data["weights"]) == 16
 
 
 @pytest.mark.parametrize(
