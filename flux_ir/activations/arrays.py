@@ -32,6 +32,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F64": torch.float64,
     "float32": torch.float32,
     "float16": torch.float16,
     "float64": torch.float64,
@@ -207,13 +208,14 @@ class ArrayFile:
 
     def read(self, first: int, last: int, reader: SpanReader, memory: Memory | None = None) -> Tensor:
         """Rows `first` to `last` (exclusive): [rows, d]. float64 becomes float32."""
-        if self.offset is None or self.dtype == torch.float64:
+        if self.offset is None:
             rows = self._mapped_rows(first, last)
-            dtype = np.dtype(np.float32 if self.dtype == torch.float64 else rows.dtype).newbyteorder("=")
-            return torch.from_numpy(np.array(rows, dtype=dtype, order="C"))
-        each = self.row_bytes
-        span = Span(self.offset + first * each, (last - first) * each)
-        return reader.tensor(self.file, [span], self.dtype, (last - first, self.shape[-1]), memory)
+            values = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("="), order="C"))
+        else:
+            each = self.row_bytes
+            span = Span(self.offset + first * each, (last - first) * each)
+            values = reader.tensor(self.file, [span], self.dtype, (last - first, self.shape[-1]), memory)
+        return values.float() if self.dtype == torch.float64 else values
 
     def _mapped_rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows of an array that is not laid out in their order: no more is touched than the images they are of."""
