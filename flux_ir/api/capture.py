@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flux_ir.api.arguments import check_words
 from flux_ir.api.lens import LENSES, LensResult, LensWord, decode_run
-from flux_ir.api.models import read_prompt_embeds
+from flux_ir.api.models import read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, write_json
@@ -192,8 +193,9 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
 
 def settle(settings: CaptureSettings) -> Job:
     """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
+    check_words(CaptureSettings, vars(settings))
     spec = get_spec(settings.model)
-    width, height = settings.width or spec.default_side_px, settings.height or spec.default_side_px
+    width, height = side_px(settings.width, spec), side_px(settings.height, spec)
     check_size(height, width)
     num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
     img_tokens = image_ids(1, height, width).shape[1]

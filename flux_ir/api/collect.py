@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from flux_ir.api.arguments import check_words
+from flux_ir.api.models import side_px
 from flux_ir.api.progress import Note, Progress, Watch, follow, phase, unwatched
 from flux_ir.collecting.clip_images import ClipCollection, ClipProgress, ClipSettings, Networks
 from flux_ir.collecting.collection import Collection, CollectSettings, read_index
@@ -161,17 +163,19 @@ def collection_job(
 
     The arguments are those of `collect`. Raises FluxIRError for what a user can mend.
     """
+    check_words(collection_job, {"dtype": dtype, "store_dtype": store_dtype, "verify": verify})
     if not str(output_dir).strip():
         raise FluxIRError(
             f"--output_dir must name a folder or a URL: got {str(output_dir)!r}",
             hint="write --output_dir captures/NAME",
         )
     spec = model.spec if isinstance(model, Suite) else get_spec(model)
-    width, height = width or spec.default_side_px, height or spec.default_side_px
+    width, height = side_px(width, spec), side_px(height, spec)
     check_size(height, width)
-    num_steps = num_steps or spec.default_steps
+    num_steps = spec.default_steps if num_steps is None else num_steps
     chosen = match_sites(site_names(sites), all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
     if isinstance(model, Suite):
+        _check_loaded(dtype=dtype, device=device, offload=offload, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint)
         placement, compute = model.placement, ComputeDtype(model.dtype, "as the model was loaded")
     else:
         placement = _place(device, ranks, offload=offload)
@@ -226,6 +230,24 @@ def _check(recipe: Recipe) -> None:
             hint="leave it out to keep all of them",
         )
     recipe.plan()  # it raises for steps that the schedule does not have
+
+
+def _check_loaded(
+    *, dtype: DtypeWord, device: str | None, offload: bool, checkpoint: Path | None, ae_checkpoint: Path | None
+) -> None:
+    """Raises FluxIRError if something is asked for that a loaded model has settled."""
+    asked = {
+        "dtype": dtype != "auto",
+        "device": device is not None,
+        "offload": offload,
+        "checkpoint": checkpoint is not None,
+        "ae_checkpoint": ae_checkpoint is not None,
+    }
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        raise FluxIRError(
+            f"a loaded model is used as it is: got {', '.join(names)} as well",
+            hint="pass them to load_model, or pass the model by its name",
+        )
 
 
 def _checked_prompts(prompts: Sequence[str]) -> list[str]:
@@ -365,6 +387,7 @@ def collect_clip(
 
     Raises FluxIRError for what a user can mend: a picture or a caption that cannot be read is named.
     """
+    check_words(collect_clip, {"tokens": tokens, "dtype": dtype, "store_dtype": store_dtype})
     source = open_images(Path(images), None if captions is None else Path(captions))
     placement = plan(torch.cuda.device_count(), device=device)
     compute = choose_dtype(dtype, placement.devices)

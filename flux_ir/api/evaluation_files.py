@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from flux_ir.api.arguments import check_words
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
 from flux_ir.models.compute_dtype import DtypeWord
@@ -53,6 +54,9 @@ class EvaluateSAESettings:
     dtype: DtypeWord = "auto"
     checkpoint: str | Path | None = None
     ae_checkpoint: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        check_words(EvaluateSAESettings, vars(self))
 
 
 class EvaluatedSAE(NamedTuple):

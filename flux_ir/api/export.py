@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from flux_ir.activations.exported import METADATA_KEY, SETTINGS, Facts, array_name
 from flux_ir.activations.source import TokenBlock, TokenSource, open_source
+from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
@@ -42,6 +43,7 @@ def export(
     Raises FluxIRError for captures that cannot be read, sites and steps that are not in them, and a folder with other
     things in it.
     """
+    check_words(export, {"format": format})
     source, folder = open_source(captures), Path(output_dir)
     chosen_sites, chosen_steps = choose_sites(captures, source, sites), choose_steps(captures, source, steps)
     check_ids(source)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.config import SAEConfig
@@ -45,6 +46,7 @@ def export_sae(
     `sae` is what `load_sae` takes. It goes to one place: the new folder `output_dir`, in `format`, or `push_to`, with
     a model card; `private` if the repository is made. Raises FluxIRError for what a user can mend.
     """
+    check_words(export_sae, {"format": format})
     if (output_dir is None) == (push_to is None):
         raise FluxIRError(
             "an autoencoder is exported to one place: give --output_dir or --push_to",

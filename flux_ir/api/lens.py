@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, write_json
@@ -72,6 +73,7 @@ def read_lens(
     def announce(text: str) -> None:
         progress(Note(text))
 
+    check_words(read_lens, {"lens": lens, "dtype": dtype})
     folder = RunFolder(Path(output_dir), generation_id)
     capture = load_capture(folder.find_capture())
     readable_sites(capture)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
@@ -59,6 +60,7 @@ def load_model(
 
     Raises FluxIRError for an unknown name, and for weights that are missing or do not fit.
     """
+    check_words(load_model, {"parts": parts, "dtype": dtype})
     spec = get_spec(name)
     placement = plan(torch.cuda.device_count(), device=device, multi_gpu=multi_gpu, offload=offload)
     compute = choose_dtype(dtype, placement.devices)
@@ -103,7 +105,7 @@ def sample(
     None is the model's own size, number of steps or guidance.
     """
     spec = model.spec
-    width, height = width or spec.default_side_px, height or spec.default_side_px
+    width, height = side_px(width, spec), side_px(height, spec)
     check_size(height, width)
     embedding = text if isinstance(text, TextEmbedding) else encode_prompt(model, text)
     prompts = embedding.txt.shape[0]
@@ -125,7 +127,7 @@ def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, heig
 
     Raises FluxIRError for a latent that is not of this size.
     """
-    width, height = width or model.spec.default_side_px, height or model.spec.default_side_px
+    width, height = side_px(width, model.spec), side_px(height, model.spec)
     check_size(height, width)
     tokens = image_ids(1, height, width).shape[1]
     if latent.shape[1] != tokens:
@@ -135,6 +137,11 @@ def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, heig
         )
     with model.autoencoder() as autoencoder:
         return generate.decode(autoencoder, latent, height, width, model.dtype)
+
+
+def side_px(side: int | None, spec: ModelSpec) -> int:
+    """A side of a picture [px]: what was asked for, or the model's own."""
+    return spec.default_side_px if side is None else side
 
 
 class PromptEmbeds(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from flux_ir.api.arguments import check_words
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import site_names
 
@@ -76,6 +77,7 @@ class TrainSAESettings:
         return cls(**given)
 
     def __post_init__(self) -> None:
+        check_words(TrainSAESettings, vars(self))
         self._check_data()
         self._check_architecture()
         for name in ("lr", "clip", "pool_gb"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import find_runs
@@ -117,7 +118,7 @@ def create_visualization(
 
 
 def explore(
-    generation_ids: Sequence[str] | None = None,
+    generation_ids: str | Sequence[str] | None = None,
     *,
     output_dir: str | Path = "output",
     single_file: bool = False,
@@ -125,11 +126,12 @@ def explore(
 ) -> Path:
     """Write explorer.html beside the runs: every decoded picture in a grid of blocks by steps; gives its path.
 
-    `generation_ids` None shows every run with decoded pictures. With `single_file` all pictures are inside the page.
-    Raises FluxIRError for a run that is not there or has no decoded pictures.
+    `generation_ids` is one or several; None shows every run with decoded pictures. With `single_file` all pictures are
+    inside the page. Raises FluxIRError for a run that is not there or has no decoded pictures.
     """
     folder = Path(output_dir)
-    ids = find_runs(folder) if generation_ids is None else list(generation_ids)
+    given = [generation_ids] if isinstance(generation_ids, str) else generation_ids
+    ids = find_runs(folder) if given is None else list(given)
     more = ", ..." if len(ids) > 4 else ""
     progress(Note(f"thumbnails of {len(ids)} {'run' if len(ids) == 1 else 'runs'}: {', '.join(ids[:4])}{more}"))
     return write_explorer(folder, ids, folder / EXPLORER_PAGE, single_file=single_file)
@@ -137,6 +139,9 @@ def explore(
 
 def draw(settings: VisualizationSettings, progress: Watch = unwatched) -> Visualization:
     """What `create_visualization` does, with its settings in one object."""
+    check_words(VisualizationSettings, vars(settings))
+    if settings.fps <= 0:
+        raise FluxIRError(f"--fps must be above 0: got {settings.fps}", hint="pass 2 for two pictures per second")
     if settings.output_format == "gif" and settings.fps > MOST_GIF_FPS:
         raise FluxIRError(
             f"a GIF shows at most {MOST_GIF_FPS} pictures per second: got --fps {settings.fps}",

@@ -1,0 +1,51 @@
+"""Words that nobody reads: from Python they are refused as on the command line, before anything else is done."""
+
+import subprocess
+import sys
+
+import pytest
+
+import flux_ir
+from flux_ir.errors import FluxIRError
+
+# In a process of its own: here, under pytest, the annotations are checked at every call, and for users they are not.
+CALLS = {
+    "load_model('flux-tiny', dtype='float16')": "--dtype must be one of auto, bfloat16, float32: got 'float16'",
+    "load_model('flux-tiny', parts=['vae'])": "--parts must be one of text, transformer, autoencoder: got 'vae'",
+    "capture('x', model='flux-tiny', lens='eular')": "--lens must be one of euler, x0, both: got 'eular'",
+    "capture('x', model='flux-tiny', width=0)": "width and height must be positive multiples of 16 px: got 0 x 128",
+    "read_lens('01234567', lens='x1')": "--lens must be one of euler, x0, both: got 'x1'",
+    "collect(['a'], 'single.6', 'c', model='flux-tiny', verify='no')": "--verify must be one of checksums, sizes",
+    "collect(['a'], 'single.6', 'c', model='flux-tiny', store_dtype='int8')": "--store_dtype must be one of bfloat16",
+    "collect(['a'], 'single.6', 'c', model='flux-tiny', dtype='float16')": "--dtype must be one of auto",
+    "collect(['a'], 'single.6', 'c', model='flux-tiny', num_steps=0)": "num_steps must be at least 1: got 0",
+    "collect_clip('nowhere', 'c', tokens='class')": "--tokens must be one of cls, patches, all: got 'class'",
+    "train_sae('nowhere', arch='tpk')": "--arch must be one of topk, batch_topk",
+    "train_sae('nowhere', stream='image')": "--stream must be one of img, txt: got 'image'",
+    "train_sae('nowhere', log='x')": "--log must be one of none, tensorboard, wandb: got 'x'",
+    "evaluate_sae('nowhere', 'c', baselines='pcaa')": "one of pca, random, itda, neurons: got 'pcaa'",
+    "export('nowhere', 'e', format='npz')": "--format must be one of safetensors, npy: got 'npz'",
+    "export_sae('nowhere', output_dir='e', format='lens')": "--format must be one of sae_lens, sparsify",
+    "create_visualization(output_format='giff')": "--output_format must be one of gif, mp4, png, html: got 'giff'",
+    "create_visualization(order='step')": "--order must be one of depth, steps: got 'step'",
+    "create_visualization(fps=0)": "--fps must be above 0: got 0",
+    "explore('01234567')": "01234567",
+}
+
+
+def test_words_that_are_not_known_are_refused_before_anything_is_done(tmp_path):
+    script = "\n".join(f"try: print('done:', f.{call})\nexcept f.FluxIRError as error: print(error)" for call in CALLS)
+    command = [sys.executable, "-c", f"import flux_ir as f\n{script}"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    told = done.stdout.splitlines()
+    assert len(told) == len(CALLS)
+    for call, line in zip(CALLS, told, strict=True):
+        assert CALLS[call] in line
+        assert "hint: " in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaded_model_is_not_asked_for_what_it_has_settled(tmp_path):
+    model = flux_ir.load_model("flux-tiny", parts=[], dtype="float32")
+    with pytest.raises(FluxIRError, match="a loaded model is used as it is: got dtype, device as well"):
+        flux_ir.collect(["a"], "single.6", tmp_path / "c", model=model, dtype="bfloat16", device="cpu")
