@@ -4,6 +4,7 @@ The import hook must stand before the first import of `flux_ir`: it adds a shape
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jaxtyping import install_import_hook
+
+# Several processes share the tests and the processors (pytest-xdist): one thread each, for the programs they start too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # int is accepted where float is asked for, as type checkers accept it.
 install_import_hook("flux_ir", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
@@ -32,6 +37,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 Network = TypeVar("Network", bound=nn.Module)
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A process for each processor; no more than eight, which need 8 GB."""
+    return min(os.cpu_count() or 1, 8)
 
 
 class Golden(NamedTuple):

@@ -11,7 +11,8 @@ from flux_ir.commands.main import VERBS, main
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_the_verbs_are_listed_with_one_line_each(words, capsys):
+def test_the_verbs_are_listed_with_one_line_each(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # pages are wrapped to the terminal
     assert main(words) == 0
     page = capsys.readouterr().out
     for name, purpose in VERBS.items():
