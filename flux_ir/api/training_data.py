@@ -168,7 +168,17 @@ class TrainingData:
         what = (
             f"{self.generations} generations" if stored else f"live generations of {self.described['prompts']} prompts"
         )
-        return f"{what} of {self.model or 'an array'}, {self.split.note}"
+        told = f"{what} of {self.model or 'an array'}, {self.split.note}"
+        if self._holds_unknown_padding():
+            told += "; the captures do not say which text tokens are padding: all are trained on"
+        return told
+
+    def _holds_unknown_padding(self) -> bool:
+        """Whether padding should be left out, and cannot be."""
+        if callable(self.source) or self.filters.padding:
+            return False
+        blocks = (self.source.read(0, self.filters.half(site), self.steps[0]) for site in self.sites)
+        return any(block.txt_tokens > 0 and block.used_txt is None for block in blocks)
 
     def metadata(self) -> dict[str, Any]:
         """What an autoencoder's folder says of its data, so that it can be judged on what was held out."""

@@ -86,6 +86,21 @@ def test_live_activations_are_trained_on_and_not_stored(train, prompts, tmp_path
     assert len(data["weights"]) == 16
 
 
+def test_padding_that_captures_do_not_tell_of_is_said(train, write, tmp_path):
+    said = "the captures do not say which text tokens are padding: all are trained on"
+    write(tmp_path / "known.pt", img_tokens=64)
+    write(tmp_path / "unknown.pt", img_tokens=64, metadata={"generation_id": "0123abcd", "model": "tiny"})
+    for words, told in (
+        (("unknown.pt", "--site", "single.0"), True),
+        (("unknown.pt", "--site", "single.0", "--padding", "True"), False),
+        (("unknown.pt", "--site", "single.0.img"), False),
+        (("known.pt", "--site", "single.0"), False),
+    ):
+        code, err, _ = train("--captures", tmp_path / words[0], *words[1:], "--name", "-".join(words))
+        assert code == 0, err
+        assert (said in " ".join(err.split())) == told, words
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
