@@ -113,6 +113,11 @@ class CaptureSource:
         """How one generation was made, as its file says."""
         capture = self._capture(generation)
         facts = capture.metadata
+        if "prompt_embeds" in facts:
+            raise FluxIRError(
+                f"{capture.path} was made from embeddings of a prompt, which it does not hold: it cannot be run again",
+                hint="use a capture that was made from its --prompt",
+            )
         try:
             return Sampling(
                 facts["prompt"],

@@ -4,6 +4,7 @@ What can be wrong is found from the cheapest on: the settings in `settle`, then 
 then the space on the disk; and only then a weight is read.
 """
 
+import hashlib
 import platform
 import secrets
 import time
@@ -367,7 +368,13 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
         "seed": job.seed,
         "guidance": job.guidance,
         "timestamp": timestamp,
-    }
+    } | ({} if job.text is None else {"prompt_embeds": embedding_digest(job.text)})
+
+
+def embedding_digest(text: TextEmbedding) -> str:
+    """A digest of an embedding that was given: what the prompt beside it may not stand for."""
+    parts = [part.float().contiguous().numpy(force=True).tobytes() for part in text]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def surroundings(job: Job, suite: Suite) -> dict[str, Any]:

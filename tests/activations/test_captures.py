@@ -1,8 +1,10 @@
 """Captures as training data: folders of them, runs, single files."""
 
+import pytest
 import torch
 
 from flux_ir.activations.source import open_source
+from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site
 from tests.recording.cases import IMG, TXT
 
@@ -37,6 +39,15 @@ def test_a_folder_of_runs_and_a_run_are_sources(tmp_path, write):
     assert len(open_source(tmp_path / f"{0:08x}").generations) == 1
     source = open_source(tmp_path)
     assert [one.path.name for one in source.generations] == ["capture_20250102_000000_x.pt"] * 2
+
+
+def test_a_capture_of_given_embeddings_cannot_be_run_again(tmp_path, write):
+    facts = {"prompt": "a cat", "seed": 1, "width": 64, "height": 64, "timesteps": [1.0, 0.0], "guidance": 1.0}
+    write(tmp_path / "a.pt", metadata=facts)
+    assert open_source(tmp_path / "a.pt").sampling(0).prompt == "a cat"
+    write(tmp_path / "b.pt", metadata=facts | {"prompt_embeds": "0123456789abcdef"})
+    with pytest.raises(FluxIRError, match="was made from embeddings of a prompt, which it does not hold"):
+        open_source(tmp_path / "b.pt").sampling(0)
 
 
 def test_files_of_the_original_program_are_a_source(tmp_path):

@@ -66,6 +66,7 @@ def test_other_names_and_other_lengths_of_an_embedding_are_taken(tmp_path):
     done = capture(tmp_path / "runs", prompt_embeds=tmp_path / "mine.safetensors", should_decode_intermediates=False)
     recorded = flux_ir.read_capture(done.folder)
     assert recorded.metadata["prompt"] == "the embeddings in mine.safetensors"
+    assert len(recorded.metadata["prompt_embeds"]) == 16  # so that nobody encodes these words in their place
     assert recorded.context(0).txt_tokens == 5
     assert recorded.read("single.7.txt", 0).shape[1] == 5
 
