@@ -45,6 +45,9 @@ MAX_CACHE_BYTES = "FLUX_IR_CACHE_BYTES"
 CLIP_IMAGE, CLIP_TEXT = "clip.image", "clip.text"
 """What a collection of CLIP's activations holds: they have no site and no step."""
 
+STATISTICS = "stats.safetensors"
+"""The file of a collection that is no shard."""
+
 _SETTINGS, _SHARDS = "collection.json", "shards"
 _SITE_KEY = re.compile(r"(?P<site>[^/]+)/step_(?P<step>\d+)")
 _HEADER_BYTES = 2**17  # fetched at first: nearly all headers fit

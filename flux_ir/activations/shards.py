@@ -35,7 +35,7 @@ SHARD_IMAGES = 64
 """Most generations of a shard."""
 SHARD_BYTES = 256 * 10**6
 """Most bytes of a shard, unless one generation has more."""
-VERSION = "1"
+FORMAT, VERSION = "flux_ir shard", "1"
 
 _ALIGNMENT = 64  # bytes: of the first tensor, so that values can be mapped
 _DTYPES = {
@@ -106,7 +106,7 @@ class ShardLayout:
 
     def header(self) -> bytes:
         """The file's first bytes: the length of the JSON, and the JSON padded so that values begin aligned."""
-        metadata = {"format": "flux_ir shard", "version": VERSION}
+        metadata = {"format": FORMAT, "version": VERSION}
         metadata |= {word: _json(list(values)) for word, values in self.rows.items()}
         metadata |= {word: _json(value) for word, value in self.facts.items()}
         entries: dict[str, Any] = {"__metadata__": metadata}

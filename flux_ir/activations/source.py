@@ -6,7 +6,7 @@ What a source is, `blocks` says; how each kind is read, `shard_source`, `capture
 
 from pathlib import Path
 
-from flux_ir.activations.arrays import ArraySource
+from flux_ir.activations.arrays import ArraySource, open_safetensors
 from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, TokenSource
 from flux_ir.activations.captures import CaptureSource
 from flux_ir.activations.exported import ExportedSource, is_exported, npy_generations, safetensors_generation
@@ -14,10 +14,12 @@ from flux_ir.activations.remote import as_url
 from flux_ir.activations.shard_source import (
     CLIP_IMAGE,
     CLIP_TEXT,
+    STATISTICS,
     is_collection,
     open_collection,
     open_remote_collection,
 )
+from flux_ir.activations.shards import FORMAT
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import newest_capture
 
@@ -43,7 +45,8 @@ def open_source(path: Path | str) -> TokenSource:
     if not where.exists():
         raise FluxIRError(f"there is nothing at {where}", hint=f"name {_KINDS}")
     if where.is_dir() and is_collection(where):
-        if strays := sorted([*where.glob("*.pt"), *where.glob("*.npy")]):
+        arrays = {*where.glob("*.safetensors")} - {where / STATISTICS}
+        if strays := sorted([*where.glob("*.pt"), *where.glob("*.npy"), *arrays]):
             raise _two_kinds(f"{where} is a collection and holds {strays[0].name}")
         return open_collection(where, clip_key=clip_key)
     if where.is_dir():
@@ -92,11 +95,23 @@ def _open_folder(folder: Path) -> TokenSource:
 
 
 def _open_arrays(files: list[Path]) -> TokenSource:
+    if shards := [file for file in files if _is_shard(file)]:
+        raise FluxIRError(
+            f"a collection is opened as a whole: {shards[0]} is a shard of one",
+            hint="name the folder that has collection.json",
+        )
     exported = [file for file in files if is_exported(file)]
     if exported and len(exported) < len(files):
         plain = next(file for file in files if file not in exported)
         raise _two_kinds(f"{exported[0]} names sites and steps, {plain} does not")
     return ExportedSource([safetensors_generation(file) for file in exported]) if exported else ArraySource(files)
+
+
+def _is_shard(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        return False
+    with open_safetensors(file) as archive:
+        return (archive.metadata() or {}).get("format") == FORMAT
 
 
 def _two_kinds(what: str) -> FluxIRError:

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from flux_ir.activations.shard_source import STATISTICS
 from flux_ir.activations.shards import SHARD_IMAGES, ShardLayout, images_per_shard
 from flux_ir.collecting.prompts import WorkItem, WorkList, prompts_digest
 from flux_ir.collecting.recipe import Recipe, batches_of
@@ -46,7 +47,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.sources import ModelSource
 from flux_ir.recording.statistics import write_statistics
 
-COLLECTION, INDEX, STATISTICS, CHECKSUM = "collection.json", "index.jsonl", "stats.safetensors", "stats.sha256"
+COLLECTION, INDEX, CHECKSUM = "collection.json", "index.jsonl", "stats.sha256"
 VERSION = 2
 """Of the folder's layout. Version 1 had a capture file for every generation."""
 

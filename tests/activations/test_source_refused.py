@@ -100,6 +100,14 @@ def test_plain_arrays_have_no_sites_and_one_step(tmp_path):
         source.read(0, None, 1)
 
 
+def test_a_shard_and_arrays_beside_shards_are_told(tmp_path, collection):
+    folder, _ = collection(1)
+    (shard,) = (folder / "shards").iterdir()
+    assert f"a collection is opened as a whole: {shard} is a shard" in message(shard)
+    (folder / "more.safetensors").write_bytes(shard.read_bytes())
+    assert "is a collection and holds more.safetensors" in message(folder)
+
+
 @pytest.mark.parametrize("pair", [("a.safetensors", "b.npy"), ("a.npy", "b.pt"), ("a.safetensors", "exported")])
 def test_a_folder_of_two_kinds_names_both(tmp_path, pair, write):
     for name in pair:
