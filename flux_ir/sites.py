@@ -32,7 +32,7 @@ _HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.im
 
 
 @functools.total_ordering
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Site:
     """One place in the transformer. `str(site)` is its name; sites sort by depth: double before single, 2 before 10."""
 
@@ -62,6 +62,9 @@ class Site:
 
     def __str__(self) -> str:
         return ".".join(str(word) for word in (self.kind, self.block, self.stream, self.part) if word is not None)
+
+    def __repr__(self) -> str:
+        return f"Site.parse({str(self)!r})"
 
     @property
     def whole(self) -> "Site":

@@ -74,3 +74,7 @@ def test_the_arguments_of_a_function_are_the_flags_of_its_verb_with_their_defaul
         if name in known and parameter.default is not parameter.empty and known[name] is not MISSING:
             default = known[name][0] if name in ("expansion", "seed") and verb == "train_sae" else known[name]
             assert parameter.default == (str(default) if isinstance(default, Path) else default), name
+
+
+def test_only_public_names_are_listed():
+    assert {name for name in dir(flux_ir) if not name.startswith("__")} == set(flux_ir.__all__)

@@ -164,3 +164,8 @@ def test_sites_that_a_model_does_not_have_are_refused_however_they_are_given(sit
 
 def test_one_site_is_given_as_text_or_as_a_site():
     assert as_site("single.9.img") == as_site(Site("single", 9, "img")) == Site.parse("single.9.img")
+
+
+@pytest.mark.parametrize("name", ["double.3.img.mlp", "single.9"])
+def test_a_site_is_shown_by_its_name(name):
+    assert repr([Site.parse(name)]) == f"[Site.parse('{name}')]"

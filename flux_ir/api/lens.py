@@ -24,6 +24,7 @@ from flux_ir.models.transformer import Flux
 from flux_ir.models.weights import load_autoencoder, load_flux
 from flux_ir.recording.store import Capture, load_capture
 from flux_ir.shapes import Pixels
+from flux_ir.visualize.frames import find_run
 from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
 
 LensWord = Literal["euler", "x0", "both"]
@@ -33,6 +34,7 @@ LENSES: dict[LensWord, tuple[Lens, ...]] = {"euler": ("euler",), "x0": ("x0",), 
 class LensResult(NamedTuple):
     """What reading a capture has written."""
 
+    generation_id: str
     numbers: Path
     """lens.json: how far each block is from the final answer."""
     pictures: dict[Lens, Path]
@@ -51,7 +53,7 @@ def read_capture(run: str | Path) -> Capture:
 
 
 def read_lens(
-    generation_id: str,
+    generation_id: str = "latest",
     *,
     lens: LensWord = "both",
     output_dir: str | Path = "output",
@@ -64,8 +66,9 @@ def read_lens(
 ) -> LensResult:
     """Decode what each block of an earlier run would have drawn, without sampling again.
 
-    The run is the folder `output_dir`/`generation_id`; its pictures, lens.json and contact sheets are written anew.
-    The weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others.
+    The run is the folder `output_dir`/`generation_id`, or the newest there for "latest"; its pictures, lens.json and
+    contact sheets are written anew. The weights are those the capture was made with, unless `checkpoint` and
+    `ae_checkpoint` name others.
 
     Raises FluxIRError for a run that is not there or has nothing to decode, before anything heavy where possible.
     """
@@ -74,7 +77,7 @@ def read_lens(
         progress(Note(text))
 
     check_words(read_lens, {"lens": lens, "dtype": dtype})
-    folder = RunFolder(Path(output_dir), generation_id)
+    folder = find_run(Path(output_dir), generation_id)
     capture = load_capture(folder.find_capture())
     readable_sites(capture)
     earlier = earlier_report(folder)
@@ -154,6 +157,7 @@ def decode_run(
         for lens in lenses:
             draw_contact_sheet(folder, capture, lens)
     return LensResult(
+        generation_id=folder.generation_id,
         numbers=folder.lens_json,
         pictures={lens: folder.decoded(lens) for lens in lenses},
         sheets={lens: folder.sheet(lens) for lens in lenses},

@@ -79,7 +79,10 @@ def encode_prompt(model: Suite, prompt: str | Sequence[str], *, save_to: str | P
     """What the transformer is told of a prompt, or of several: `txt` from T5, [prompts, tokens, d], and `y` from CLIP.
 
     `save_to` names a .safetensors file to write as well: of one prompt, it is what `capture` takes as `prompt_embeds`.
+
+    Raises FluxIRError for a model that is only named.
     """
+    check_loaded(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     with model.text_encoders() as text:
         embedding = encode(text.t5, text.clip, prompts)
@@ -102,8 +105,11 @@ def sample(
 
     The last step's `after` is the finished latent, which `decode` makes a picture of. Several prompts are sampled
     together, each from its own noise: `seed` is one number, from which they count up, or one for each. Sizes are in px;
-    None is the model's own size, number of steps or guidance.
+    None is the model's own size, number of steps or guidance. Latents are packed: [batch, tokens, 4 x channels].
+
+    Raises FluxIRError for a model that is only named, and for sizes that are no multiple of 16.
     """
+    check_loaded(model)
     spec = model.spec
     width, height = side_px(width, spec), side_px(height, spec)
     check_size(height, width)
@@ -127,6 +133,8 @@ def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, heig
 
     Raises FluxIRError for a latent that is not of this size.
     """
+    check_loaded(model)
+    check_latent(latent)
     width, height = side_px(width, model.spec), side_px(height, model.spec)
     check_size(height, width)
     tokens = image_ids(1, height, width).shape[1]
@@ -142,6 +150,23 @@ def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, heig
 def side_px(side: int | None, spec: ModelSpec) -> int:
     """A side of a picture [px]: what was asked for, or the model's own."""
     return spec.default_side_px if side is None else side
+
+
+def check_loaded(model: object) -> None:
+    """Raises FluxIRError for anything but a loaded model."""
+    if not isinstance(model, Suite):
+        raise FluxIRError(
+            f"the model must be loaded: got {model!r}", hint='model = flux_ir.load_model("flux-tiny") loads one'
+        )
+
+
+def check_latent(latent: object) -> None:
+    """Raises FluxIRError for anything but a packed latent."""
+    if not isinstance(latent, Tensor) or latent.ndim != 3:
+        got = list(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
+        raise FluxIRError(
+            f"a latent must be a tensor [batch, tokens, channels]: got {got}", hint="pass step.after of the last step"
+        )
 
 
 class PromptEmbeds(NamedTuple):

@@ -20,7 +20,7 @@ class LensOptions(Readings, Compute, Checkpoints, Runs):
     Pictures, lens.json and the contact sheet of the run are written anew; everything else stays as it is.
     """
 
-    generation_id: str = option(REQUIRED, help="the run: the name of its folder below --output_dir")
+    generation_id: str = option(REQUIRED, help="the run: the name of its folder below --output_dir, or latest")
     decode_batch: int | None = option(
         None, help="pictures decoded at once", minimum=1, default_text="as many as fit a fixed number of pixels"
     )
@@ -43,7 +43,7 @@ def run(options: LensOptions) -> None:
             ae_checkpoint=options.ae_checkpoint,
             progress=report.watch,
         )
-    report.table(f"generation {options.generation_id}", lens_files(done), peak_memory())
+    report.table(f"generation {done.generation_id}", lens_files(done), peak_memory())
 
 
 def lens_files(done: "LensResult") -> dict[str, Path]:

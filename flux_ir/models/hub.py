@@ -28,7 +28,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from flux_ir.errors import FluxIRError
 
 Announce = Callable[[str], None]
-_OTHER_WAYS = "or name local copies with --checkpoint and --ae_checkpoint"
+_OTHER_WAYS = "or name local copies with --checkpoint and --ae_checkpoint; --model flux-tiny needs none"
 
 
 def cached(repo_id: str, filename: str) -> Path | None:

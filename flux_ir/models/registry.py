@@ -143,7 +143,7 @@ def get_spec(name: str) -> ModelSpec:
         return MODELS[name]
     if name in PACKAGED_MODELS:
         return packaged_spec(name, PACKAGED_MODELS[name])
-    near = difflib.get_close_matches(name, model_names(), n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), model_names(), n=1, cutoff=0.0)
     raise FluxIRError(
         f"--model must be one of {', '.join(model_names())}: got {name!r}", hint=f"did you mean {near[0]}?"
     )

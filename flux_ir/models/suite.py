@@ -19,6 +19,7 @@ from flux_ir.models.text import TextEncoder, load_clip, load_t5
 from flux_ir.models.text_sources import TextSource
 from flux_ir.models.transformer import Flux
 from flux_ir.models.weights import load_autoencoder, load_flux
+from flux_ir.sites import Site, all_sites
 
 ModelPart = Literal["text", "transformer", "autoencoder"]
 
@@ -52,6 +53,18 @@ class Suite:
             "autoencoder": self.source.autoencoder,
         }
         return [part for part, source in located.items() if source is not None]
+
+    def __repr__(self) -> str:
+        flux, dtype = self.spec.flux, str(self.dtype).removeprefix("torch.")
+        return (
+            f"<{self.spec.name}: {flux.depth} double and {flux.depth_single_blocks} single blocks of width "
+            f"{flux.hidden_size}, {dtype} on {', '.join(self.placement.devices)}>"
+        )
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site of the transformer, in depth order: what can be recorded and changed."""
+        return all_sites(self.spec.flux.depth, self.spec.flux.depth_single_blocks)
 
     def load(self) -> Iterator[ModelPart]:
         """Load every part, yielding its name once it is there. Raises FluxIRError as `weights` and `text` do."""

@@ -9,6 +9,7 @@ what is computed with, which is the value the last intervention gave.
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -50,8 +51,8 @@ class Intervention:
     An edit that gives back what it got changes no bit. No hook is left behind, whatever raises.
 
     Raises FluxIRError for sites that the model does not have, for a compiled model, for a site that a step did not
-    come to, when the next step begins, and within a forward for an edit that gives anything but
-    a tensor of the same shape, dtype and device.
+    come to, when the next step begins, for an edit that does not take a value and a step, and within a forward for one
+    that gives anything but a tensor of the same shape, dtype and device.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Intervention:
             for names, edit in edits.items()
             for site in sites_of(names, params.depth, params.depth_single_blocks)
         ]
+        for site, edit in pairs:
+            check_edit(site, edit)
         # A block's update and its output are changed by one module's hooks: the update is a part of the output.
         self.edits = sorted(pairs, key=lambda pair: pair[0].part != "update")
         self.model, self.steps = flux, None if steps is None else frozenset(steps)
@@ -153,6 +156,22 @@ class Intervention:
                     hint="new.to(value) gives it the dtype and the device of the value" if what != "shape" else None,
                 )
         return new
+
+
+def check_edit(site: Site, edit: object) -> None:
+    """Raises FluxIRError for what cannot be called with a value and a step, before anything is sampled."""
+    try:
+        if callable(edit):
+            signature(edit).bind(None, 0)
+            return
+    except ValueError:  # written in C: it does not say what it takes
+        return
+    except TypeError:
+        pass
+    raise FluxIRError(
+        f"what stands in place of {site} must be a function of a value and a step: got {edit!r}",
+        hint="lambda value, step: 0 * value, for example, sets it to zero",
+    )
 
 
 def _listeners_last(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
-from flux_ir.sites import Site, SiteNames, as_site, sites_of
+from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_of
 
 
 class StepContext(NamedTuple):
@@ -46,6 +46,9 @@ class MemorySink:
         self.contexts: dict[int, StepContext] = {}
         self.values: dict[tuple[int, Site], Tensor] = {}
 
+    def __repr__(self) -> str:
+        return f"<MemorySink: {len({site for _, site in self.values})} sites, {len(self.contexts)} steps>"
+
     def begin_step(self, step: int, context: StepContext) -> None:
         self.contexts[step] = context
 
@@ -53,8 +56,18 @@ class MemorySink:
         self.values[step, site] = value.detach()
 
     def read(self, site: str | Site, step: int) -> Tokens:
-        """One site at one step, [batch, tokens, d]. Raises KeyError for one that was not recorded."""
-        return self.values[step, as_site(site)]
+        """One site at one step, [batch, tokens, d]. Raises FluxIRError for one that was not recorded."""
+        site = as_site(site)
+        if (step, site) not in self.values:
+            steps = sorted(recorded for recorded, other in self.values if other == site)
+            names = {str(other) for _, other in self.values}
+            raise FluxIRError(
+                f"{site} was not recorded at step {step}",
+                hint=f"its steps are {', '.join(map(str, steps))}"
+                if steps
+                else f"the nearest of the sites recorded are {nearest_names(str(site), names)}",
+            )
+        return self.values[step, site]
 
 
 class RecordingComplete(Exception):  # noqa: N818 (a signal, not an error)

@@ -169,6 +169,10 @@ class Capture:
         self._index = {step: index for index, step in enumerate(self.steps)}
         self._known = frozenset(self.sites)
 
+    def __repr__(self) -> str:
+        model, dtype = self.metadata["model"], str(self.dtype).removeprefix("torch.")
+        return f"<capture of {model}: {len(self.sites)} sites, steps {_listed(self.steps)}, {dtype}, {self.path}>"
+
     @property
     def dtype(self) -> torch.dtype:
         """Of what `read` gives: the dtype of the file, but bfloat16 for float8 with scales."""
@@ -276,7 +280,8 @@ def load_capture(path: Path | str) -> Capture:
         capture = Capture(file, Archive(file))
         capture.check()
     except OSError as error:
-        raise FluxIRError(f"cannot read the capture {file}: {error.strerror}", hint="check the path") from error
+        hint = "name a file called capture_*.pt, or the folder of a run, such as output/GENERATION_ID"
+        raise FluxIRError(f"cannot read the capture {file}: {error.strerror}", hint=hint) from error
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError) as error:
         hint = "it is cut short or was never a capture: capture again"
         raise FluxIRError(f"{file} is not a complete capture file: {error}", hint=hint) from error

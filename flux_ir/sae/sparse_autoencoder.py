@@ -73,6 +73,11 @@ class SparseAutoencoder(nn.Module, ABC):
         self.max_active: Tensor | None = None
         """The largest activation of each feature, likewise. In the unit of `encode`, which is that of `surgery`."""
 
+    def extra_repr(self) -> str:
+        """What torch shows between the brackets of the class's name."""
+        config = self.config
+        return f"d_in={config.d_in}, d_sae={config.d_sae}" + (f", k={config.k}" if config.k is not None else "")
+
     # Inside: normalised space
 
     @abstractmethod

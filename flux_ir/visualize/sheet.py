@@ -134,7 +134,10 @@ def _write_titles(pen: ImageDraw.ImageDraw, frame: _Frame, title: str, subtitle:
     room_px = frame.width_px - 2 * frame.gap_px
     pen.text((frame.gap_px, frame.gap_px), _fitted(title, frame.title_font, room_px), INK, frame.title_font)
     below_title = (frame.gap_px, frame.gap_px + 1.5 * frame.text_px)
-    pen.text(below_title, _fitted(subtitle, frame.font, room_px), FAINT, frame.font)
+    fonts = [ImageFont.load_default(size_px) for size_px in range(frame.text_px, SMALLEST_PRINT_PX - 1, -1)]
+    line = " ".join(subtitle.split())
+    font = next((font for font in fonts if font.getlength(line) <= room_px), frame.font)
+    pen.text(below_title, _fitted(line, font, room_px), FAINT, font)
 
 
 def _write_labels(pen: ImageDraw.ImageDraw, frame: _Frame, columns: Sequence[Column], rows: Sequence[Row]) -> None:

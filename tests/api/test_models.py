@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import flux_ir
+from flux_ir.api.models import check_latent, check_loaded
 from flux_ir.errors import FluxIRError
 
 
@@ -70,3 +71,14 @@ def test_an_unknown_model_names_the_nearest():
     with pytest.raises(FluxIRError) as caught:
         flux_ir.load_model("flux-tny")
     assert caught.value.hint == "did you mean flux-tiny?"
+
+
+def test_a_model_that_is_only_named_and_what_is_no_latent_are_refused(model):
+    check_loaded(model)
+    with pytest.raises(FluxIRError, match="the model must be loaded: got 'flux-tiny'"):
+        check_loaded("flux-tiny")
+    *_, last = flux_ir.sample(model, "a red circle", num_steps=1, width=16, height=16)
+    check_latent(last.after)
+    for latent, got in ((last, "Step"), (last.after[0], r"\[1, 64\]")):
+        with pytest.raises(FluxIRError, match=rf"a latent must be a tensor \[batch, tokens, channels\]: got {got}"):
+            check_latent(latent)

@@ -276,3 +276,8 @@ def test_a_disk_that_runs_full_leaves_only_whole_files(make, capsys, size, what)
     for path in folder.rglob("*.jpg"):
         Image.open(path).load()
     assert load_capture(folder).steps == [0, 1]
+
+
+def test_the_newest_run_is_named_latest(tmp_path, capsys):
+    assert lens(["--generation_id", "latest", "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: there is no generation in {tmp_path}")

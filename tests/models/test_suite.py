@@ -13,6 +13,7 @@ from flux_ir.models.sources import ModelSource, locate_autoencoder, locate_trans
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.models.text_sources import EncoderSource, TextSource
+from flux_ir.sites import all_sites
 
 PROMPT = ["a red circle"]
 
@@ -206,3 +207,9 @@ def test_an_offloaded_transformer_computes_what_a_resident_one_does(suite, tiny_
     for _ in range(2):
         with whole.transformer() as moved, resident.transformer() as model:
             assert torch.equal(moved(*inputs), model(*inputs))
+
+
+def test_a_model_says_what_it_is_and_which_sites_it_has(suite):
+    flux = suite().spec.flux
+    assert suite().sites == all_sites(flux.depth, flux.depth_single_blocks)
+    assert repr(suite()) == "<flux-tiny: 2 double and 3 single blocks of width 64, float32 on cpu>"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.intervention import Intervention
+from flux_ir.recording.intervention import Intervention, check_edit
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sites import Site
 from tests.recording.listeners import IMG_TOKENS, TXT_TOKENS, every_site, hooks_on
@@ -203,3 +203,14 @@ def test_an_intervention_that_never_came_to_its_site_says_so(tiny_flux, tiny_inp
         Intervention(model, {"single.1": double}),
     ):
         pytest.fail("the body must not run")
+
+
+@pytest.mark.parametrize("edit", [0, None, torch.zeros(1), lambda value: value, lambda value, step, more: value])
+def test_what_does_not_take_a_value_and_a_step_is_refused(edit):
+    with pytest.raises(FluxIRError, match=r"place of single\.1\.img must be a function of a value and a step: got"):
+        check_edit(Site.parse("single.1.img"), edit)
+
+
+def test_an_edit_is_checked_before_anything_runs(tiny_flux):
+    with pytest.raises(FluxIRError, match="must be a function of a value and a step"):
+        Intervention(tiny_flux(), {"single.1.img": lambda value: value})

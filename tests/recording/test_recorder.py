@@ -242,3 +242,16 @@ def test_a_wrapped_forward_is_recorded_all_the_same(tiny_flux, tiny_inputs):
         model(*tiny_inputs())
     assert plain.values.keys() == wrapped.values.keys()
     assert all(torch.equal(value, wrapped.values[key]) for key, value in plain.values.items())
+
+
+def test_what_was_not_recorded_is_refused_with_what_was(tiny_flux, tiny_inputs):
+    model, sink = tiny_flux(), MemorySink()
+    with Recorder(model, "double.0.img", sink):
+        model(*tiny_inputs())
+    assert repr(sink) == "<MemorySink: 1 sites, 1 steps>"
+    with pytest.raises(FluxIRError, match=r"double\.0\.img was not recorded at step 3") as caught:
+        sink.read("double.0.img", step=3)
+    assert caught.value.hint == "its steps are 0"
+    with pytest.raises(FluxIRError, match=r"double\.1\.img was not recorded at step 0") as caught:
+        sink.read("double.1.img", step=0)
+    assert caught.value.hint == "the nearest of the sites recorded are double.0.img"

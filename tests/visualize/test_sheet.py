@@ -204,3 +204,11 @@ def test_the_same_pictures_give_the_same_bytes(rows, tmp_path):
     for name in ("a.jpg", "b.jpg"):
         draw_sheet("a title", "", headers(COLUMNS), rows, tmp_path / name)
     assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
+
+
+def test_a_subtitle_that_is_a_little_too_long_is_drawn_smaller_and_whole(picture, tmp_path):
+    rows = [Row("double 0", [picture(str(step), (255, 0, 0), (128, 128)) for step in range(4)])]
+    for lens in ("euler", "eulex"):
+        subtitle = f"flux-tiny, seed 2014090147: the state each block would go to ({lens})"
+        draw_sheet("a red circle", subtitle, headers(4), rows, tmp_path / f"{lens}.png")
+    assert (tmp_path / "euler.png").read_bytes() != (tmp_path / "eulex.png").read_bytes()
