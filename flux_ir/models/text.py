@@ -28,7 +28,9 @@ class TextEmbedding(NamedTuple):
     """What the transformer is told: a vector per text token from T5 and one pooled vector from CLIP."""
 
     txt: TxtTokens
+    """[prompts, tokens, d] from T5."""
     y: Pooled
+    """[prompts, d] from CLIP: `vec` in the reference code."""
 
 
 class TextEncoder(nn.Module):

@@ -44,7 +44,9 @@ class MemorySink:
 
     def __init__(self) -> None:
         self.contexts: dict[int, StepContext] = {}
+        """What each step began with."""
         self.values: dict[tuple[int, Site], Tensor] = {}
+        """By step and site, [batch, tokens, d] each."""
 
     def __repr__(self) -> str:
         return f"<MemorySink: {len({site for _, site in self.values})} sites, {len(self.contexts)} steps>"

@@ -18,10 +18,15 @@ class Step(NamedTuple):
 
     number: int
     t_curr: float
+    """Flow time the step began at: 1 is noise, 0 the image."""
     t_prev: float
+    """Flow time it went to."""
     before: PackedLatent
+    """[batch, tokens, 4 x channels]: one token for 2 x 2 places of the latent, as in what follows."""
     velocity: Velocity
+    """[latent units per unit of flow time]"""
     after: PackedLatent
+    """before + (t_prev - t_curr) velocity; that of the last step is the finished latent."""
 
 
 class StateNotFiniteError(FluxIRError):
