@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import forkserver
 
 import pytest
 
@@ -131,6 +132,8 @@ def test_an_embedding_that_broke_meanwhile_is_named(suite, whole):
 
 def check_killed(folder, plain, *, kills, seed):
     """Starts the job again and again; each time it is killed within a fifth of the time that the whole of it takes."""
+    # One that runs already, of another test, would not take the module: it is ended as Python's own tests do.
+    forkserver._forkserver._stop()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.collecting.lives_loaded"])  # loads the model once: a life begins at once
 
