@@ -124,7 +124,7 @@ def collect(
         watch = progress if ranks.is_first else unwatched
         watch(Note(_opening(job, ranks)))
         if job.compute.warning:
-            watch(Note(job.compute.warning))
+            watch(Note(f"note: {job.compute.warning}"))
         storage = open_storage(job.output_dir, rank=ranks.rank)
         with one_job_at(storage, ranks):
             collector = Collector(job.settings, job.suite, storage, ranks)
@@ -402,7 +402,7 @@ def collect_clip(
     with_captions = "with captions" if source.has_captions else "without captions"
     announce(f"pictures {len(source)}, {with_captions}, {clip} on {placement.clip} ({placement.reason}), {compute}")
     if compute.warning:
-        announce(compute.warning)
+        announce(f"note: {compute.warning}")
     with phase(progress, "load"):
         text = load_clip(folder, folder, placement.clip, compute.dtype) if source.has_captions else None
         vision = load_vision(folder, placement.clip, compute.dtype)

@@ -85,12 +85,19 @@ def run(options: EvaluateSAEOptions) -> None:
     )
     with Report() as report:
         judged = run_evaluation(settings, report.watch)
-    written = {f"numbers, {one.folder.name}": one.folder / "metrics.json" for one in judged}
+    names = titles(judged)
+    written = {f"numbers, {name}": one.folder / "metrics.json" for name, one in zip(names, judged, strict=True)}
     if len(judged) > 1:
         written |= draw_fronts(judged)
     for line in result_table(judged):
         report.results.print(line, markup=False)
     report.table(f"{len(judged)} evaluated", written, peak_memory())
+
+
+def titles(judged: "Sequence[EvaluatedSAE]") -> list[str]:
+    """What to call autoencoders: by their folders' names, where those are different."""
+    names = [one.folder.name for one in judged]
+    return names if len(set(names)) == len(names) else [str(one.folder) for one in judged]
 
 
 def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
@@ -100,21 +107,24 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
 
     head = ("", "site", "features", "k", "L0", "FVU", "cosine", "dead")
     rows: list[tuple[str, ...]] = [head]
-    for one in judged:
+    names = titles(judged)
+    for title, one in zip(names, judged, strict=True):
         config = one.config
         k = str(config.k) if config.architecture in HAS_K else ""
-        rows.append((one.folder.name, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
+        rows.append((title, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
         rows += _without_outliers(one.evaluation)
         for name, (rank, found) in one.baselines.items():
             rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))
             rows += _without_outliers(found)
-    lines = _aligned(rows) + [line for one in judged for line in outlier_notes(one.folder.name, one.evaluation)]
+    lines = _aligned(rows)
+    for title, one in zip(names, judged, strict=True):
+        lines += outlier_notes(title, one.evaluation)
     spliced: list[tuple[str, ...]] = [("spliced in", "velocity MSE", "of zero", "of mean", "picture [dB]")]
-    for one in judged:
+    for title, one in zip(names, judged, strict=True):
         for name, row in (one.splice or {"replacements": {}})["replacements"].items():
             recovered = [_share(row[f"recovered_from_{anchor}"]) for anchor in ("zero", "mean")]
             decibels = "" if row["image_psnr_db"] is None else f"{row['image_psnr_db']:.1f}"
-            spliced.append((f"{one.folder.name}: {name}", f"{row['velocity_mse']:.3g}", *recovered, decibels))
+            spliced.append((f"{title}: {name}", f"{row['velocity_mse']:.3g}", *recovered, decibels))
     return lines + (["", *_aligned(spliced)] if len(spliced) > 1 else [])
 
 

@@ -103,6 +103,16 @@ def test_the_numbers_are_those_of_the_held_out_images(sweep, captures):
     assert found["baselines"]["pca"]["k"] == 4
 
 
+def test_autoencoders_of_one_name_are_told_apart_by_their_folders(trained, captures, tmp_path, capsys):
+    for run in ("a", "b"):
+        shutil.copytree(trained / "few", tmp_path / run / "few")
+    assert evaluate_sae(["--sae", str(tmp_path), "--captures", str(captures), "--baselines", "None"]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    for run in ("a", "b"):
+        assert str(tmp_path / run / "few") in printed
+        assert f"numbers,{tmp_path / run / 'few'}" in printed
+
+
 def test_a_splice_recovers_between_nothing_and_everything(sweep, captures, capsys):
     words = ["--sae", str(sweep / "few"), "--captures", str(captures), "--splice", "--prompts", "2"]
     assert evaluate_sae(words) == 0
