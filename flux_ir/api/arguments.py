@@ -1,4 +1,4 @@
-"""Arguments from Python, which no parser of flags has read: words are checked as the annotations list them."""
+"""Arguments from Python, which no parser of flags has read: words and numbers are checked here."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -22,6 +22,15 @@ def check_words(declared: type | Callable[..., Any], arguments: Mapping[str, Any
                     f"--{name} must be one of {', '.join(words)}: got {word!r}",
                     hint=f"did you mean {near}?" if near else f"leave it out, or pass {words[0]}",
                 )
+
+
+def check_least(least: Mapping[str, float], arguments: Mapping[str, Any]) -> None:
+    """Raises FluxIRError for a number, or one of several, below what `least` says of it; None is no number."""
+    for name, bound in least.items():
+        value = arguments[name]
+        for number in value if isinstance(value, Collection) else [value]:
+            if number is not None and not number >= bound:
+                raise FluxIRError(f"--{name} must be at least {bound}: got {number}", hint="leave it out, or raise it")
 
 
 def _words(annotation: Any) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from flux_ir.api.arguments import check_words
+from flux_ir.api.arguments import check_least, check_words
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
 from flux_ir.models.compute_dtype import DtypeWord
@@ -20,6 +20,7 @@ from flux_ir.sae.metrics import Evaluation, Numbers, to_json
 from flux_ir.sae.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
 
 BaselineName = Literal["pca", "random", "itda", "neurons"]
+LEAST = {"splice_steps": 0} | dict.fromkeys(("max_tokens", "fit_tokens", "prompts", "splice_batch", "batch_tokens"), 1)
 CURVES = "curves.jsonl"
 PANELS = (
     Panel("fvu", "FVU of the batch", log=True, percent=True),
@@ -57,6 +58,9 @@ class EvaluateSAESettings:
 
     def __post_init__(self) -> None:
         check_words(EvaluateSAESettings, vars(self))
+        check_least(LEAST, vars(self))
+        if not 0 <= self.held_out < 1:
+            raise FluxIRError(f"--held_out must be from 0 to below 1: got {self.held_out}", hint="pass 0.1 for a tenth")
 
 
 class EvaluatedSAE(NamedTuple):

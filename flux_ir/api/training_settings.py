@@ -8,13 +8,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_ir.api.arguments import check_words
+from flux_ir.api.arguments import check_least, check_words
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import site_names
 
 SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
 LISTS = ("k", "expansion", "seed", "l1_coefficient", "target_l0", "steps")  # of which people may pass one element
 PATHS = ("captures", "output_dir")
+LEAST = dict.fromkeys(("seed", "steps", "ema", "checkpoint_minutes"), 0) | dict.fromkeys(
+    ("k", "k_start", "expansion", "batch_tokens", "max_tokens", "epochs", "repeats", "dead_after", "resample"), 1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,9 @@ class TrainSAESettings:
 
     def __post_init__(self) -> None:
         check_words(TrainSAESettings, vars(self))
+        check_least(LEAST, vars(self))
+        if self.ema is not None and self.ema >= 1:
+            raise FluxIRError(f"--ema must be below 1: got {self.ema}", hint="pass one such as 0.999")
         self._check_data()
         self._check_architecture()
         for name in ("lr", "clip", "pool_gb"):

@@ -30,6 +30,16 @@ CALLS = {
     "create_visualization(order='step')": "--order must be one of depth, steps: got 'step'",
     "create_visualization(fps=0)": "--fps must be above 0: got 0",
     "explore('01234567')": "01234567",
+    "train_sae('nowhere', k=0)": "--k must be at least 1: got 0",
+    "train_sae('nowhere', k=[4, 0])": "--k must be at least 1: got 0",
+    "train_sae('nowhere', max_tokens=0)": "--max_tokens must be at least 1: got 0",
+    "train_sae('nowhere', batch_tokens=0)": "--batch_tokens must be at least 1: got 0",
+    "train_sae('nowhere', resample=0)": "--resample must be at least 1: got 0",
+    "train_sae('nowhere', seed=-1)": "--seed must be at least 0: got -1",
+    "train_sae('nowhere', ema=2.0)": "--ema must be below 1: got 2.0",
+    "evaluate_sae('nowhere', 'c', prompts=0)": "--prompts must be at least 1: got 0",
+    "evaluate_sae('nowhere', 'c', splice_batch=0)": "--splice_batch must be at least 1: got 0",
+    "evaluate_sae('nowhere', 'c', held_out=2.0)": "--held_out must be from 0 to below 1: got 2.0",
 }
 
 
