@@ -226,7 +226,8 @@ def test_compiled_models_and_blocks_are_refused(tiny_flux, tiny_inputs):
     ):
         pytest.fail("the body must not run")
     sink = MemorySink()
-    with Recorder(model, "single.0", sink):  # another block may be
+    # another block may be compiled; it is not traced here, which is torch's work and depends on what else is imported
+    with torch.compiler.set_stance("force_eager"), Recorder(model, "single.0", sink):
         model(*tiny_inputs())
     assert len(sink.values) == 1
 
