@@ -136,7 +136,7 @@ class Judge:
         sae, asked = load_any(folder).to(self.device), self.settings.site
         if not self.source.sites:
             if asked is not None:
-                raise FluxIRError(f"a plain array has no sites: got --site {asked}", hint="leave --site out")
+                raise FluxIRError(f"these activations have no sites: got --site {asked}", hint="leave --site out")
             return sae
         if asked is not None:
             # Other programs have other names for the models, so theirs cannot be compared with ours.

@@ -57,9 +57,7 @@ def export(
 def choose_sites(captures: str | Path, source: TokenSource, names: SiteNames | None) -> list[Site]:
     """The sites to write: the chosen ones of those there are and their halves."""
     if not source.sites:
-        raise FluxIRError(
-            f"what is exported has sites, and {captures} is a plain array", hint="it can be trained on as it is"
-        )
+        raise FluxIRError(f"what is exported has sites, and {captures} has none", hint="it can be trained on as it is")
     if names is None:
         return list(source.sites)
     streams: tuple[Stream, ...] = ("img", "txt")

@@ -232,7 +232,7 @@ def _patterns(settings: TrainSAESettings, source: TokenSource) -> tuple[str, ...
     if settings.site is not None:
         if not source.sites:
             raise FluxIRError(
-                f"a plain array has no sites: got --site {','.join(settings.site)}", hint="leave --site out"
+                f"these activations have no sites: got --site {','.join(settings.site)}", hint="leave --site out"
             )
         return settings.site
     if len(source.sites) > 1:
@@ -246,7 +246,9 @@ def _patterns(settings: TrainSAESettings, source: TokenSource) -> tuple[str, ...
 def _of_stream(sites: list[SiteKey], settings: TrainSAESettings) -> list[SiteKey]:
     """The sites that have tokens of the stream asked for."""
     if settings.stream is not None and None in sites:
-        raise FluxIRError(f"a plain array has no streams: got --stream {settings.stream}", hint="leave --stream out")
+        raise FluxIRError(
+            f"these activations have no streams: got --stream {settings.stream}", hint="leave --stream out"
+        )
     kept = [site for site in sites if settings.stream is None or site is None or site.stream in (None, settings.stream)]
     if not kept:
         raise FluxIRError(

@@ -69,7 +69,7 @@ def _check_size(sample: Float[Tensor, "n d_in"]) -> None:
         raise FluxIRError(
             f"tokens must be finite and {_SHORTEST:g} to {_LONGEST:g} long, as training sees them: "
             f"these are {length:.3g} long",
-            hint="normalise them (leave --normalise on), or multiply them by a constant and store them again",
+            hint="normalise them (leave --normalise on), or scale and store them again; equal tokens teach nothing",
         )
 
 

@@ -215,7 +215,7 @@ def test_a_site_that_flux_does_not_have_is_named(sweep, captures, tmp_path, caps
 def test_a_plain_array_has_no_site_to_name(sweep, tmp_path, capsys):
     np.save(tmp_path / "array.npy", np.ones((20, 192), np.float32))
     error = refused(capsys, "--sae", sweep / "few", "--captures", tmp_path / "array.npy", "--site", "single.6")
-    assert "a plain array has no sites: got --site single.6" in error
+    assert "these activations have no sites: got --site single.6" in error
 
 
 def test_a_few_outliers_that_decide_the_fvu_are_told_apart(tmp_path, capsys):

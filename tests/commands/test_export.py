@@ -192,7 +192,7 @@ def test_ids_that_are_no_names_are_refused(captures, export, tmp_path, names, sa
 
 def test_plain_arrays_and_nothing_are_refused(export, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((5, 4), np.float32))
-    assert "x.npy is a plain array" in export("--captures", tmp_path / "x.npy", wrong=True)
+    assert "x.npy has none" in export("--captures", tmp_path / "x.npy", wrong=True)
     assert "there is nothing at" in export("--captures", tmp_path / "nowhere", wrong=True)
 
 

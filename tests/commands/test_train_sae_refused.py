@@ -23,7 +23,7 @@ def refused(told):
     ("words", "error"),
     [
         (("--k", "49"), "k cannot be above the number of features: got k 49 of 48"),
-        (("--site", "single.6"), "a plain array has no sites: got --site single.6"),
+        (("--site", "single.6"), "these activations have no sites: got --site single.6"),
         (("--k", "4,8", "--k_start", "6"), "k comes down from --k_start, so it is at least --k 8: got 6"),
         (("--arch", "l1", "--k", "4"), "l1 is not given its k: got --k"),
         (("--target_l0", "4"), "topk does not steer its L0: got --target_l0"),
@@ -32,7 +32,7 @@ def refused(told):
         (("--max_tokens", "63"), "there must be a batch of 64 tokens in the data: an epoch has 3584, the run 63"),
         (("--name", "../elsewhere"), "--name is the name of one folder: got '../elsewhere'"),
         (("--name", ".."), "--name is the name of one folder: got '..'"),
-        (("--stream", "txt"), "a plain array has no streams: got --stream txt"),
+        (("--stream", "txt"), "these activations have no streams: got --stream txt"),
         (("--steps", "3"), "the steps to train on must be among those captured: got [3]"),
         (
             ("--prompts", "x.txt"),
