@@ -20,7 +20,7 @@ import torch
 
 from flux_ir.api.arguments import check_words
 from flux_ir.api.lens import LENSES, LensResult, LensWord, decode_run
-from flux_ir.api.models import read_prompt_embeds, side_px
+from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, write_json
@@ -53,7 +53,7 @@ class CaptureSettings:
 
     prompt: str | None = None
     prompt_embeds: str | Path | None = None
-    model: str = "flux-schnell"
+    model: str | Suite = "flux-schnell"
     width: int | None = None
     height: int | None = None
     seed: int | None = None
@@ -110,7 +110,7 @@ def capture(
     prompt: str | None = None,
     *,
     prompt_embeds: str | Path | None = None,
-    model: str = "flux-schnell",
+    model: str | Suite = "flux-schnell",
     width: int | None = None,
     height: int | None = None,
     seed: int | None = None,
@@ -135,8 +135,9 @@ def capture(
     The prompt is a text, or the file of its embeddings that `encode_prompt` has saved (`prompt_embeds`): then no text
     encoder is needed. Sizes are in px and multiples of 16; None for a size, `num_steps` or `guidance` is the model's
     own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step. `lens` says
-    what is decoded (`should_decode_intermediates` False: nothing). `device`, `multi_gpu`, `offload` and `dtype` say
-    where and in which precision; `checkpoint` and `ae_checkpoint` where the weights are.
+    what is decoded (`should_decode_intermediates` False: nothing). `model` is the name of one: `device`, `multi_gpu`,
+    `offload` and `dtype` say where and in which precision, `checkpoint` and `ae_checkpoint` where the weights are. Or
+    it is a loaded `Suite`, which has settled all of these; it is not loaded again and stays as it is.
 
     Everything goes into a new folder below `output_dir`. Raises FluxIRError for what a user can mend, as early as
     it is known.
@@ -171,19 +172,12 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
     job = settle(settings)
     folder = RunFolder(Path(settings.output_dir), new_generation_id())
     with tidy(folder):
-        source = locate_model(
-            job.spec,
-            settings.checkpoint,
-            settings.ae_checkpoint,
-            text=job.text is None,
-            announce=lambda text: progress(Note(text)),
-        )
+        suite = settings.model if isinstance(settings.model, Suite) else located(settings, job, progress)
         progress(Begun(folder.generation_id))
         where = f"{', '.join(job.placement.devices)} ({job.placement.reason})"
         progress(Note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}"))
         if job.compute.warning is not None:
             progress(Note(f"note: {job.compute.warning}"))
-        suite = Suite(job.spec, source, job.placement, job.compute.dtype)
         done = generate(settings, job, folder, suite, progress)
         if not settings.should_decode_intermediates:
             return done
@@ -192,17 +186,27 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
             return done._replace(lens=decode_run(progress, folder, recorded, model, autoencoder, lenses))
 
 
+def located(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
+    """The model by its name: its files are found, none of its parts is loaded."""
+    source = locate_model(
+        job.spec,
+        settings.checkpoint,
+        settings.ae_checkpoint,
+        text=job.text is None,
+        announce=lambda text: progress(Note(text)),
+    )
+    return Suite(job.spec, source, job.placement, job.compute.dtype)
+
+
 def settle(settings: CaptureSettings) -> Job:
     """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
     check_words(CaptureSettings, vars(settings))
-    spec = get_spec(settings.model)
+    spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
     width, height = side_px(settings.width, spec), side_px(settings.height, spec)
     check_size(height, width)
     num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
     img_tokens = image_ids(1, height, width).shape[1]
-    placement = plan(
-        torch.cuda.device_count(), device=settings.device, multi_gpu=settings.multi_gpu, offload=settings.offload
-    )
+    placement, compute = settle_machine(settings)
     prompt, text = settle_text(settings, spec)
     check_text(settings, prompt)
     return Job(
@@ -210,7 +214,7 @@ def settle(settings: CaptureSettings) -> Job:
         prompt=prompt,
         text=text,
         placement=placement,
-        compute=choose_dtype(settings.dtype, placement.devices),
+        compute=compute,
         width=width,
         height=height,
         seed=secrets.randbelow(SEEDS) if settings.seed is None else settings.seed,
@@ -221,6 +225,23 @@ def settle(settings: CaptureSettings) -> Job:
         sites=choose_sites(settings, spec),
         kept_steps=check_steps(settings.steps, num_steps),
     )
+
+
+def settle_machine(settings: CaptureSettings) -> tuple[Placement, ComputeDtype]:
+    """Where the model computes and in which dtype: as it was loaded, or as the settings and the devices say."""
+    device, multi_gpu, offload = settings.device, settings.multi_gpu, settings.offload
+    if isinstance(settings.model, Suite):
+        check_settled(
+            dtype=settings.dtype,
+            device=device,
+            multi_gpu=multi_gpu,
+            offload=offload,
+            checkpoint=settings.checkpoint,
+            ae_checkpoint=settings.ae_checkpoint,
+        )
+        return settings.model.placement, dtype_as_loaded(settings.model)
+    placement = plan(torch.cuda.device_count(), device=device, multi_gpu=multi_gpu, offload=offload)
+    return placement, choose_dtype(settings.dtype, placement.devices)
 
 
 def settle_text(settings: CaptureSettings, spec: ModelSpec) -> tuple[str, TextEmbedding | None]:
@@ -256,8 +277,9 @@ def settings_json(settings: CaptureSettings) -> dict[str, Any]:
     """The settings by name, as plain JSON values."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    sites, steps = settings.sites, settings.steps
+    model, sites, steps = settings.model, settings.sites, settings.steps
     return values | {
+        "model": model.spec.name if isinstance(model, Suite) else model,
         "sites": None if sites is None else list(site_names(sites)),
         "steps": None if steps is None else list(steps),
     }
@@ -334,8 +356,9 @@ def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
 
 def paint(job: Job, suite: Suite, sink: Sink, progress: Watch) -> PackedLatent:
     """Load the model and walk from noise to the finished latent, with everything recorded into `sink`."""
-    for _ in follow(progress, "load", suite.load(), total=len(suite.parts)):
-        pass
+    parts = [part for part in suite.parts if part != "text" or job.text is None]
+    for part in follow(progress, "load", parts, total=len(parts)):
+        suite.load_part(part)
     text = job.text or embed(suite, job.prompt, progress)
     noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from flux_ir.api.arguments import check_words
-from flux_ir.api.models import side_px
+from flux_ir.api.models import check_settled, dtype_as_loaded, side_px
 from flux_ir.api.progress import Note, Progress, Watch, follow, phase, unwatched
 from flux_ir.collecting.clip_images import ClipCollection, ClipProgress, ClipSettings, Networks
 from flux_ir.collecting.collection import Collection, CollectSettings, read_index
@@ -175,8 +175,8 @@ def collection_job(
     num_steps = spec.default_steps if num_steps is None else num_steps
     chosen = match_sites(site_names(sites), all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
     if isinstance(model, Suite):
-        _check_loaded(dtype=dtype, device=device, offload=offload, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint)
-        placement, compute = model.placement, ComputeDtype(model.dtype, "as the model was loaded")
+        check_settled(dtype=dtype, device=device, offload=offload, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint)
+        placement, compute = model.placement, dtype_as_loaded(model)
     else:
         placement = _place(device, ranks, offload=offload)
         compute = choose_dtype(dtype, placement.devices, ranks=ranks)
@@ -230,24 +230,6 @@ def _check(recipe: Recipe) -> None:
             hint="leave it out to keep all of them",
         )
     recipe.plan()  # it raises for steps that the schedule does not have
-
-
-def _check_loaded(
-    *, dtype: DtypeWord, device: str | None, offload: bool, checkpoint: Path | None, ae_checkpoint: Path | None
-) -> None:
-    """Raises FluxIRError if something is asked for that a loaded model has settled."""
-    asked = {
-        "dtype": dtype != "auto",
-        "device": device is not None,
-        "offload": offload,
-        "checkpoint": checkpoint is not None,
-        "ae_checkpoint": ae_checkpoint is not None,
-    }
-    if names := [name for name, is_asked in asked.items() if is_asked]:
-        raise FluxIRError(
-            f"a loaded model is used as it is: got {', '.join(names)} as well",
-            hint="pass them to load_model, or pass the model by its name",
-        )
 
 
 def _checked_prompts(prompts: Sequence[str]) -> list[str]:

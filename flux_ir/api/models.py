@@ -22,7 +22,7 @@ from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
-from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
+from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.sources import locate_model
@@ -158,6 +158,36 @@ def check_loaded(model: object) -> None:
         raise FluxIRError(
             f"the model must be loaded: got {model!r}", hint='model = flux_ir.load_model("flux-tiny") loads one'
         )
+
+
+def check_settled(
+    *,
+    dtype: DtypeWord,
+    device: str | None,
+    offload: bool,
+    checkpoint: str | Path | None,
+    ae_checkpoint: str | Path | None,
+    multi_gpu: bool = False,
+) -> None:
+    """Raises FluxIRError if something is asked for that a loaded model has settled."""
+    asked = {
+        "dtype": dtype != "auto",
+        "device": device is not None,
+        "multi_gpu": multi_gpu,
+        "offload": offload,
+        "checkpoint": checkpoint is not None,
+        "ae_checkpoint": ae_checkpoint is not None,
+    }
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        raise FluxIRError(
+            f"a loaded model is used as it is: got {', '.join(names)} as well",
+            hint="pass them to load_model, or pass the model by its name",
+        )
+
+
+def dtype_as_loaded(model: Suite) -> ComputeDtype:
+    """The dtype a loaded model computes in."""
+    return ComputeDtype(model.dtype, "as the model was loaded")
 
 
 def check_latent(latent: object) -> None:

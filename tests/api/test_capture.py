@@ -59,6 +59,47 @@ def test_an_embedding_from_a_file_gives_the_same_capture_without_a_text_encoder(
     assert facts["options"]["prompt_embeds"] == str(embeds)
 
 
+def pictures_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.jpg")}
+
+
+def test_a_loaded_model_gives_the_bytes_of_its_name_and_is_not_loaded_again(tmp_path, monkeypatch):
+    named, loaded = capture(tmp_path, "a red circle"), flux_ir.load_model("flux-tiny")
+    with loaded.text_encoders() as encoders, monkeypatch.context() as patch:
+        for name in ("load_t5", "load_clip", "load_flux", "load_autoencoder"):
+            patch.setattr(f"flux_ir.models.suite.{name}", lambda *_, **__: pytest.fail("it was loaded again"))
+        done = capture(tmp_path, "a red circle", model=loaded)
+    with loaded.text_encoders() as still:
+        assert all(after is before for after, before in zip(still, encoders, strict=True))
+    assert pictures_of(done.folder) == pictures_of(named.folder)
+    numbers = named.lens.numbers.read_text().replace(named.generation_id, done.generation_id)
+    assert done.lens.numbers.read_text() == numbers
+    tensors = tensors_of(named.folder)
+    assert all(torch.equal(value, tensors[key]) for key, value in tensors_of(done.folder).items())
+    facts, expected = (json.loads(run.metadata.read_text()) for run in (done, named))
+    assert facts.pop("dtype_reason") == "as the model was loaded"
+    for name in ("generation_id", "timestamp"):
+        facts[name] = expected[name]
+    assert facts == {name: value for name, value in expected.items() if name != "dtype_reason"}
+
+
+def test_a_loaded_model_brings_its_dtype_and_needs_no_text_encoder_for_an_embedding(tmp_path, embeds, monkeypatch):
+    monkeypatch.setattr("flux_ir.models.suite.load_t5", lambda *_, **__: pytest.fail("a text encoder was loaded"))
+    loaded = flux_ir.load_model("flux-tiny", parts=["transformer"], dtype="float32")
+    done = capture(tmp_path, prompt_embeds=embeds, model=loaded, should_decode_intermediates=False)
+    assert flux_ir.read_capture(done.capture).dtype == torch.float32
+    assert json.loads(done.metadata.read_text())["dtype"] == "float32"
+
+
+def test_what_a_loaded_model_has_settled_cannot_be_asked_for(tmp_path):
+    loaded = flux_ir.load_model("flux-tiny", parts=[])
+    asked = {"dtype": "float32", "device": "cpu", "multi_gpu": True, "offload": True}
+    asked |= {"checkpoint": "flux", "ae_checkpoint": "ae"}
+    with pytest.raises(FluxIRError, match=f"is used as it is: got {', '.join(asked)} as well"):
+        capture(tmp_path / "runs", "a red circle", model=loaded, **asked)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_other_names_and_other_lengths_of_an_embedding_are_taken(tmp_path):
     draw = torch.Generator().manual_seed(0)
     txt = torch.randn(1, 5, TINY.flux.context_in_dim, generator=draw)
