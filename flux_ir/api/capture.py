@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flux_ir.api.arguments import check_words
+from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.lens import LENSES, LensResult, LensWord, decode_run
 from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
@@ -201,6 +201,7 @@ def located(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
 def settle(settings: CaptureSettings) -> Job:
     """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
     check_words(CaptureSettings, vars(settings))
+    check_least({"seed": 0}, vars(settings))
     spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
     width, height = side_px(settings.width, spec), side_px(settings.height, spec)
     check_size(height, width)

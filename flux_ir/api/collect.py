@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from flux_ir.api.arguments import check_words
+from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.models import check_settled, dtype_as_loaded, side_px
 from flux_ir.api.progress import Note, Progress, Watch, follow, phase, unwatched
 from flux_ir.collecting.clip_images import ClipCollection, ClipProgress, ClipSettings, Networks
@@ -164,6 +164,7 @@ def collection_job(
     The arguments are those of `collect`. Raises FluxIRError for what a user can mend.
     """
     check_words(collection_job, {"dtype": dtype, "store_dtype": store_dtype, "verify": verify})
+    check_least({"seed": 0, "repeats": 1}, {"seed": seed, "repeats": repeats})
     if not str(output_dir).strip():
         raise FluxIRError(
             f"--output_dir must name a folder or a URL: got {str(output_dir)!r}",
