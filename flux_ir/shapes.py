@@ -5,7 +5,7 @@ of one stream, `d` the width of the network, `h w` pixels, `lh lw` latent pixels
 one number within one call; names that begin with `_` stand for any.
 """
 
-from jaxtyping import Complex64, Float, UInt8
+from jaxtyping import Complex64, Float, Int64, UInt8
 from torch import Tensor
 
 # Transformer
@@ -24,6 +24,10 @@ PositionIds = Float[Tensor, "batch _tokens axes"]  # of either stream, or of bot
 Rotation = Complex64[Tensor, "batch 1 tokens half_head_dim"]
 PerSample = Float[Tensor, "batch"]
 Shift = Float[Tensor, "batch 1 d"]
+
+# Text and picture encoders
+TokenIds = Int64[Tensor, "batch tokens"]
+PositionBias = Float[Tensor, "1 heads tokens tokens"]
 
 # Autoencoder
 Latent = Float[Tensor, "batch c lh lw"]

@@ -82,10 +82,18 @@ def test_importing_the_package_does_not_load_torch(module):
     assert loaded.stdout.strip() == "[]"
 
 
-def test_no_command_loads_the_models_of_transformers_before_it_encodes_a_prompt():
-    """They take several times as long to import as PyTorch, and most commands need none of them."""
+def test_a_capture_from_prompt_to_picture_never_loads_transformers(tmp_path):
+    """It takes several times as long to import as PyTorch. No command imports it, and the text encoders do not either."""
     modules = sorted(path.stem for path in (ROOT / "flux_ir" / "commands").glob("*.py") if path.stem != "__init__")
-    imports = ", ".join(f"flux_ir.commands.{module}" for module in modules)
-    code = f"import sys, {imports}; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert loaded.stdout.strip() == "True False"
+    words = ["capture", "--model", "flux-tiny", "--prompt", "a red circle", "--num_steps", "1", "--width", "16"]
+    words += ["--height", "16", "--lens", "euler", "--dtype", "float32", "--output_dir", str(tmp_path)]
+    code = (
+        f"import sys, {', '.join(f'flux_ir.commands.{module}' for module in modules)}\n"
+        f"assert flux_ir.commands.main.main({words}) == 0\n"
+        "loaded = {'torch', 'transformers', 'torch._dynamo', 'sympy'} & sys.modules.keys()\n"
+        "print(sorted(loaded))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['torch']"
+    assert list(tmp_path.rglob("*.jpg"))

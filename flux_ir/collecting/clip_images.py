@@ -43,7 +43,8 @@ from flux_ir.collecting.storage import Storage, one_job_at
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import disk_error
-from flux_ir.models.clip import ClipVision, Preprocessing, TokenChoice, choose_tokens, read_pixels
+from flux_ir.models.clip import Preprocessing, TokenChoice, choose_tokens, read_pixels, tokens_of
+from flux_ir.models.clip_towers import ClipVision
 from flux_ir.models.text import TextEncoder
 from flux_ir.recording.statistics import SiteStatistics
 
@@ -92,9 +93,9 @@ class ClipCollection:
     def __init__(self, storage: Storage, settings: ClipSettings, source: ImageSource, networks: Networks) -> None:
         self.storage, self.settings, self.source, self.networks = storage, settings, source, networks
         vision = networks.vision
-        self._shapes = {IMAGE_KEY: (vision.tokens(settings.tokens), vision.d)}
+        self._shapes = {IMAGE_KEY: (tokens_of(vision.params, settings.tokens), vision.params.hidden_size)}
         if networks.text is not None:
-            self._shapes[TEXT_KEY] = (1, int(networks.text.model.config.hidden_size))
+            self._shapes[TEXT_KEY] = (1, networks.text.d)
         size = sum(tokens * d for tokens, d in self._shapes.values()) * settings.store_dtype.itemsize
         self.shard_images = max(1, min(SHARD_IMAGES, SHARD_BYTES // size))
 
@@ -210,8 +211,7 @@ class ClipCollection:
             return 0
         captions = [picture.caption or "" for picture in batch]
         arrays[TEXT_KEY][rows] = networks.text(captions)[:, None].to("cpu", settings.store_dtype)
-        lengths = networks.text.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
-        return sum(len(ids) > networks.text.max_tokens for ids in lengths)
+        return sum(len(ids) > networks.text.max_tokens for ids in networks.text.tokenizer.numbers(captions))
 
     def _publish(
         self, number: int, arrays: dict[str, Tensor], ids: list[str], captions: list[str], statistics: Statistics

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.collecting.storage import Storage, move_aside
-from flux_ir.collecting.workers import borrowed, in_order, replicas
+from flux_ir.collecting.workers import in_order
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding, encode
 
@@ -98,15 +98,11 @@ def _embedded(
             chunk = prompts[start : start + CHUNK]
             yield then(chunk, _embed_chunk(encoders, chunk, fill_to=CHUNK))
         return
-    workers = torch.get_num_threads()
-    # A tokenizer keeps how it pads from one call to the next: every thread needs one of its own.
-    t5s, clips = replicas(encoders.t5, workers), replicas(encoders.clip, workers)
 
     def embed(prompt: str) -> Made:
-        with borrowed(t5s) as t5, borrowed(clips) as clip:
-            return then([prompt], _embed_chunk(TextEncoders(t5, clip), [prompt]))
+        return then([prompt], _embed_chunk(encoders, [prompt]))
 
-    yield from in_order(embed, prompts, workers)
+    yield from in_order(embed, prompts, torch.get_num_threads())
 
 
 def _embed_chunk(encoders: TextEncoders, prompts: Sequence[str], *, fill_to: int = 1) -> list[EmbeddedPrompt]:
@@ -120,8 +116,7 @@ def _embed_chunk(encoders: TextEncoders, prompts: Sequence[str], *, fill_to: int
 
 def used_tokens(encoders: TextEncoders, prompt: str) -> int:
     """How many of T5's tokens are the prompt's, with its end mark: the rest is padding."""
-    ids = encoders.t5.tokenizer(prompt, truncation=True, max_length=encoders.t5.max_tokens)["input_ids"]
-    return len(ids)
+    return encoders.t5.tokenizer.used(prompt, encoders.t5.max_tokens)
 
 
 def _keep(storage: Storage, prompts: Sequence[str], embedded: Sequence[EmbeddedPrompt]) -> Sequence[str]:

@@ -24,9 +24,9 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.layout import RunFolder
 from flux_ir.lens.readout import image_outputs
-from flux_ir.models.pretrained import load_tokenizer
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
+from flux_ir.models.tokenizer import load_tokenizer
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.store import file_bytes
 
@@ -119,7 +119,7 @@ def text_counter(suite: Suite) -> Callable[[str], int]:
 
     @cache
     def count(prompt: str) -> int:
-        return len(tokenizer(prompt, truncation=True, max_length=most)["input_ids"])
+        return tokenizer.used(prompt, most)
 
     return count
 

@@ -15,7 +15,10 @@ from flux_ir.demo.train_autoencoder import held_out_psnr_db
 from flux_ir.demo.train_flow import TextToVelocity
 from flux_ir.layout import complete_file, write_json
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.pretrained import CONFIG_FILE
+from flux_ir.models.t5 import T5Encoder
 from flux_ir.models.text import TextEncoder
+from flux_ir.models.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 
 DEFAULT_STEPS = 8
 PROVENANCE = "provenance.json"
@@ -49,10 +52,16 @@ def save_bf16(model: nn.Module, path: Path) -> None:
 
 
 def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
-    """A transformers folder: configuration, bf16 weights, tokenizer."""
-    encoder.to("cpu", torch.bfloat16)
-    encoder.model.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
+    """A folder that transformers reads too: configuration, bf16 weights, tokenizer."""
+    folder.mkdir()
+    save_bf16(encoder.model, folder / "model.safetensors")
+    kind = {"model_type": "t5" if isinstance(encoder.model, T5Encoder) else "clip_text_model", "dtype": "bfloat16"}
+    tokenizer = encoder.tokenizer
+    special = {"pad_token": tokenizer.padding, "eos_token": tokenizer.end, "unk_token": tokenizer.unknown}
+    numbers = {"pad_token_id": tokenizer.padding_id, "eos_token_id": tokenizer.end_id}
+    write_json(folder / CONFIG_FILE, {**kind, **asdict(encoder.model.params), **numbers})
+    tokenizer.backend.save(str(folder / TOKENIZER_FILE))
+    write_json(folder / TOKENIZER_CONFIG, {**special, "model_max_length": encoder.max_tokens})
 
 
 def provenance(run_dir: Path, folder: Path, psnr_db: float) -> dict[str, object]:

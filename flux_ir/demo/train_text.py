@@ -7,7 +7,7 @@ learning with the flow model.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
@@ -18,11 +18,14 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_ir.demo.checkpoints import Checkpoint
 from flux_ir.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, scenes, vocabulary
+from flux_ir.models.clip_towers import ClipText, ClipTextParams
+from flux_ir.models.t5 import T5Encoder, T5Params
 from flux_ir.models.text import TextEncoder
+from flux_ir.models.tokenizer import PromptTokenizer
 
 TEXT_TOKENS = 20
 TEXT_DIM = 128
@@ -41,49 +44,54 @@ class TextConfig:
     seed: int = 0
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PromptTokenizer:
     """One token per word of the scenes' vocabulary, an end token behind each caption."""
     numbers = {token: i for i, token in enumerate([PAD, END, UNKNOWN, *vocabulary()])}
     tokenizer = Tokenizer(WordLevel(numbers, unk_token=UNKNOWN))
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, numbers[END])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=TEXT_TOKENS
-    )
+    tokenizer.add_special_tokens([PAD, END, UNKNOWN])
+    return PromptTokenizer(tokenizer, end=END, padding=PAD, unknown=UNKNOWN)
 
 
-def build_t5(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    """An untrained T5 encoder, small."""
-    config = T5Config(
+def build_t5(tokenizer: PromptTokenizer) -> TextEncoder:
+    """An untrained T5 encoder, small. How its weights are drawn is transformers' affair."""
+    params = T5Params(
         vocab_size=len(tokenizer),
         d_model=TEXT_DIM,
         d_kv=32,
         d_ff=256,
         num_layers=3,
         num_heads=4,
-        dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.end_id,
     )
-    return TextEncoder(T5EncoderModel(config), tokenizer, TEXT_TOKENS, "last_hidden_state")
+    drawn = T5EncoderModel(T5Config(**asdict(params), pad_token_id=tokenizer.padding_id)).state_dict()
+    with torch.device("meta"):  # draws nothing
+        t5 = T5Encoder(params)
+    t5.load_state_dict({name: drawn[name] for name in t5.state_dict()}, assign=True)
+    return TextEncoder(t5, tokenizer, TEXT_TOKENS)
 
 
-def build_clip(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+def build_clip(tokenizer: PromptTokenizer) -> TextEncoder:
     """An untrained CLIP text encoder, small. Its pooled vector is the state of the end token."""
-    config = CLIPTextConfig(
+    params = ClipTextParams(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_DIM,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.end_id,
     )
-    return TextEncoder(CLIPTextModel(config), tokenizer, TEXT_TOKENS, "pooler_output")
+    config = CLIPTextConfig(**asdict(params), bos_token_id=None, pad_token_id=tokenizer.padding_id)
+    with torch.device("meta"):
+        clip = ClipText(params)
+    # transformers 4 has one more level of names.
+    drawn = {name.removeprefix("text_model."): value for name, value in CLIPTextModel(config).state_dict().items()}
+    clip.load_state_dict({name: drawn[name] for name in clip.state_dict()}, assign=True)
+    return TextEncoder(clip, tokenizer, TEXT_TOKENS)
 
 
 class Describer(nn.Module):

@@ -1,25 +1,26 @@
-"""CLIP as a source of activations: its picture half, stopped before the last layer, and the pixels it looks at.
+"""CLIP as a source of activations: its picture tower, stopped before the last layer, and the pixels it looks at.
 
-The checkpoint is a folder as transformers saves it, or one of the hub's that is fetched once. The text half is that of
-`text`.
+The checkpoint is a folder as transformers saves it, or one of the hub's that is fetched once. The towers themselves are
+in `clip_towers`; the text tower is loaded by `text`.
 """
 
 import re
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
+from flux_ir.models.clip_towers import ClipVision, ClipVisionParams
 from flux_ir.models.hub import Announce
 from flux_ir.models.paths import first_file, shards_present
-from flux_ir.models.pretrained import WEIGHTS, load_pretrained, unreadable
+from flux_ir.models.pretrained import WEIGHTS, load_pretrained, read_params, unreadable
 from flux_ir.models.registry import read_object
 
 TokenChoice = Literal["cls", "patches", "all"]
@@ -45,31 +46,9 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...]
 
 
-class ClipVision(nn.Module):
-    """The picture half of CLIP up to its last layer but one. `forward` gives token vectors, the class token first."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """`model` is a `CLIPVisionModel` of transformers."""
-        super().__init__()
-        inner: Any = getattr(model, "vision_model", model)  # transformers 4 has one more level
-        # hidden_states[-2] is what the last layer is given, so that layer never runs.
-        inner.encoder.layers = inner.encoder.layers[:-1]
-        self.model: Any = model
-        self._patches = int(inner.embeddings.num_patches)
-
-    @property
-    def d(self) -> int:
-        """The width of a token."""
-        return int(self.model.config.hidden_size)
-
-    def tokens(self, choice: TokenChoice) -> int:
-        """How many tokens a picture has: one for its class, one per patch, or both kinds."""
-        return {"cls": 1, "patches": self._patches, "all": 1 + self._patches}[choice]
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Vision `hidden_states[-2]`, [images, 1 + patches, d], of float pixels [images, 3, height, width]."""
-        weight = next(self.model.parameters())
-        return self.model(pixel_values=pixels.to(weight.device, weight.dtype)).last_hidden_state
+def tokens_of(params: ClipVisionParams, choice: TokenChoice) -> int:
+    """How many tokens a picture has: one for its class, one per patch, or both kinds."""
+    return {"cls": 1, "patches": params.patches, "all": 1 + params.patches}[choice]
 
 
 def choose_tokens(tokens: Tensor, choice: TokenChoice) -> Tensor:
@@ -104,11 +83,13 @@ def locate_clip(clip: str, *, announce: Announce | None = None) -> Path:
 
 def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipVision:
     """The picture half of the checkpoint, ready to run. Raises FluxIRError for one that is broken or lacks weights."""
-    from transformers import CLIPVisionModel
-
-    left_out = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    model = load_pretrained(CLIPVisionModel, folder, dtype, what=WHAT, left_out=left_out)
-    return ClipVision(model).to(device).eval().requires_grad_(False)
+    params = read_params(ClipVisionParams, folder, what=WHAT, half="vision_config")
+    last = (f"encoder.layers.{params.num_hidden_layers - 1}.", "post_layernorm.")  # `ClipVision` stops before it
+    other = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    aliases = {"vision_model.": ""}
+    return load_pretrained(
+        ClipVision, params, folder, device, dtype, what=WHAT, aliases=aliases, left_out=(*other, *last)
+    )
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:

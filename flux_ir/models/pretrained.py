@@ -1,14 +1,12 @@
-"""Models of transformers from local files: every weight from the files and no weight left over, and quietly.
+"""Text and picture encoders from files as transformers writes them: every weight from the files, and none left over.
 
-transformers is imported when something is loaded, not before: its models take longer to import than PyTorch. Next:
-`text` and `clip`.
+Next: `text` and `clip`.
 """
 
-import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +18,8 @@ from flux_ir.models.headers import TensorEntry, is_index, plain_weights, read_en
 from flux_ir.models.paths import first_file, weight_names
 from flux_ir.models.registry import read_object
 
-Model = TypeVar("Model", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module)
+Params = TypeVar("Params")
 
 CONFIG_FILE = "config.json"
 WEIGHTS = (*weight_names("model"), "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -29,58 +28,60 @@ _NAMES_SHOWN = 3
 
 
 def load_pretrained(
-    kind: type[Model],
+    kind: Callable[[Params], Network],
+    params: Params,
     path: Path,
+    device: torch.device | str,
     dtype: torch.dtype,
     *,
     what: str,
-    left_out: tuple[str, ...] = (),
+    aliases: Mapping[str, str],
+    left_out: tuple[str, ...],
     prefix: str = "",
-    config: Mapping[str, Any] | None = None,
-) -> Model:
-    """The model with every weight from `path`: transformers alone would draw missing ones at random.
+) -> Network:
+    """The network `kind(params)` with every weight from `path`, ready to run.
 
-    `path` is a folder, or a file of weights, where `prefix` stands before the names of the model's tensors; a file
-    needs a `config`. `left_out` are the starts of names that belong to other halves of the network, such as T5's
-    decoder. `what` is the model's name in errors.
+    `path` is a folder, or a file of weights, where `prefix` stands before the names of the network's tensors.
+    `aliases` are starts of names in files and what stands for them in the network; `left_out` the starts of names, as
+    they would be in the network, of other parts of the checkpoint, such as T5's decoder. `what` is the network's name
+    in errors.
 
-    Raises FluxIRError for files that are broken, lack weights, or have some that the model has no place for, and for
+    Raises FluxIRError for files that are broken, lack weights, or have some that the network has no place for, and for
     quantised ones.
     """
-    weights = first_file(path, WEIGHTS) if path.is_dir() else path
-    if weights is None:
-        raise unreadable(path, f"no weights ({', '.join(WEIGHTS[:2])})", what=what)
-    of_transformers: Any = kind
+    state = _named_as_in_the_network(
+        _state(_weights(path, what), prefix, what=what), aliases, left_out, path, what=what
+    )
+    with torch.device("meta"):  # names and shapes, no memory
+        network = kind(params)
+    _check(network, state, path, what=what)
+    # Into memory of its own: a weight that is only mapped would change, or end the process, with its file.
+    loaded = {name: torch.empty(tensor.shape, device=device, dtype=dtype) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        loaded[name].copy_(tensor)
+    network.load_state_dict(loaded, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def read_params(
+    kind: type[Params], path: Path, *, what: str, config: Mapping[str, Any] | None = None, half: str = ""
+) -> Params:
+    """The shape of a network, from the configuration beside its weights or, for a file without one, from `config`.
+
+    `kind` is a dataclass with the configuration's names. `half`: the part of the configuration that is meant, where it
+    has parts. Raises FluxIRError for a value that `kind` does not take.
+    """
     if config is None:
-        config = read_config(weights.parent, what=what)
-    state = {
-        name: tensor
-        for name, tensor in _state(weights, prefix, what=what).items()
-        if not name.startswith(left_out) and not name.endswith(".position_ids")
-    }
+        config = read_config(_weights(path, what).parent, what=what)
+    own = config.get(half, config)
+    known: Any = kind
+    said = {field.name: own[field.name] for field in fields(known) if own.get(field.name) is not None}
     try:
-        with _quietly():
-            # Nested configurations, CLIP's with both its halves, are sorted out by the class.
-            settings = of_transformers.config_class.from_dict(_of_kind(config, of_transformers))
-            model, told = of_transformers.from_pretrained(
-                None,
-                config=settings,
-                state_dict=state,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise unreadable(path, f"{kind.__name__}: {error}", what=what) from error
-    faults = {
-        "missing": sorted(told["missing_keys"]),
-        "of another shape than config.json says": sorted(str(key[0]) for key in told["mismatched_keys"]),
-        "not of this model": sorted(told["unexpected_keys"]),
-    }
-    if told := [f"{len(names)} weights are {fault} ({_listed(names)})" for fault, names in faults.items() if names]:
-        raise unreadable(path, f"{kind.__name__}: {'; '.join(told)}", what=what)
-    loaded: Model = model
-    return loaded
+        for field in fields(known):
+            _check_type(field, said.get(field.name, field.default))
+        return kind(**said)
+    except FluxIRError as error:
+        raise unreadable(path, f"{CONFIG_FILE}: {error.message}", what=what) from error
 
 
 def read_config(folder: Path, *, what: str) -> dict[str, Any]:
@@ -103,16 +104,6 @@ def weight_entries(path: Path, prefix: str, *, what: str) -> dict[str, TensorEnt
     own = {name.removeprefix(prefix): e for name, e in read_entries(path).items() if name.startswith(prefix)}
     hint = "take one in bfloat16, float16, float32 or float8"
     return plain_weights(own, f"{what} in {path}", hint=hint)
-
-
-def load_tokenizer(folder: Path, *, what: str) -> Any:
-    """The tokenizer of the folder, a transformers one. Raises FluxIRError if there is none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise unreadable(folder, f"the tokenizer: {error}", what=what) from error
 
 
 def unreadable(path: Path, problem: str, *, what: str) -> FluxIRError:
@@ -143,27 +134,49 @@ def _unpickled(file: Path, *, what: str) -> dict[str, Tensor]:
     return state
 
 
-def _of_kind(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    """The part of a configuration that is about this half of a network."""
-    own = kind.config_class.base_config_key
-    return json.loads(json.dumps(config[own] if own and own in config else dict(config)))
+def _weights(path: Path, what: str) -> Path:
+    weights = first_file(path, WEIGHTS) if path.is_dir() else path
+    if weights is None:
+        raise unreadable(path, f"no weights ({', '.join(WEIGHTS[:2])})", what=what)
+    return weights
+
+
+def _check_type(field: Field[Any], value: Any) -> None:
+    """Raises FluxIRError for a value of another type than the field's: JSON may have anything there."""
+    allowed: Any = int | float if field.type is float else field.type
+    if value is not MISSING and not isinstance(value, allowed):
+        raise FluxIRError(f"{field.name} must be a number or word of type {field.type}: got {value!r}")
+
+
+def _named_as_in_the_network(
+    state: Mapping[str, Tensor], aliases: Mapping[str, str], left_out: tuple[str, ...], path: Path, *, what: str
+) -> dict[str, Tensor]:
+    """The tensors by the network's own names. Raises FluxIRError for two different ones that would have one name."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        alias = next((alias for alias in aliases if name.startswith(alias)), "")
+        own = aliases.get(alias, "") + name.removeprefix(alias)
+        if own.startswith(left_out) or own.endswith(".position_ids"):  # positions count up: they are no weights
+            continue
+        if own in named and not torch.equal(named[own], tensor):
+            raise unreadable(path, f"it has two different tensors for {own}, one as {name}", what=what)
+        named[own] = tensor
+    return named
+
+
+def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, *, what: str) -> None:
+    """Raises FluxIRError unless the tensors are those of the network, with its shapes."""
+    blank = network.state_dict()
+    faults = {
+        "missing": sorted(blank.keys() - state.keys()),
+        "of another shape than config.json says": sorted(
+            name for name in blank.keys() & state.keys() if blank[name].shape != state[name].shape
+        ),
+        "not of this model": sorted(state.keys() - blank.keys()),
+    }
+    if told := [f"{len(names)} weights are {fault} ({_listed(names)})" for fault, names in faults.items() if names]:
+        raise unreadable(path, f"{type(network).__name__}: {'; '.join(told)}", what=what)
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Progress and complaints are the caller's: transformers' own bars and reports stay away, and come back after."""
-    from transformers.utils import logging
-
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

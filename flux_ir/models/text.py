@@ -1,20 +1,23 @@
-"""Text encoders: T5 gives every token a vector, CLIP gives the prompt one vector. Both through transformers.
+"""Text encoders with their tokenizers: T5 gives every token a vector, CLIP gives the prompt one vector.
 
-As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask). What encodes no
-prompt does not wait for transformers, whose models take longer to import than PyTorch.
+As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask). The networks are in
+`t5` and `clip_towers`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.pretrained import load_pretrained, load_tokenizer
-from flux_ir.shapes import Pooled, TxtTokens
+from flux_ir.models.clip_towers import ClipText, ClipTextParams
+from flux_ir.models.pretrained import load_pretrained, read_params
+from flux_ir.models.t5 import T5Encoder, T5Params
+from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
+from flux_ir.shapes import Pooled, TokenIds, TxtTokens
 
 CLIP_TOKENS = 77
 _WHAT = "the text encoder"
@@ -34,46 +37,41 @@ class TextEmbedding(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """A text model of transformers with its tokenizer.
+    """A text network with its tokenizer. `forward` gives token vectors (T5) or a pooled vector (CLIP) per prompt."""
 
-    `forward` gives token vectors (T5) or a pooled vector (CLIP) per prompt.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        max_tokens: int,
-        output: Literal["last_hidden_state", "pooler_output"],
-    ) -> None:
+    def __init__(self, model: T5Encoder | ClipText, tokenizer: PromptTokenizer, max_tokens: int) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.output = output
 
-    def token_ids(self, prompts: list[str]) -> Tensor:
+    def token_ids(self, prompts: list[str]) -> TokenIds:
         """Token numbers, int64 [prompts, max_tokens], cut or padded to the fixed length."""
-        encoded = self.tokenizer(
-            prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
-        return encoded["input_ids"]
+        return self.tokenizer.fixed(prompts, self.max_tokens)
 
     def forward(self, prompts: list[str]) -> Tensor:
         device = next(self.model.parameters()).device
-        return getattr(self.model(input_ids=self.token_ids(prompts).to(device)), self.output)
+        return self.model(self.token_ids(prompts).to(device))
 
     @property
     def name(self) -> str:
         """What people call the encoder."""
-        return "T5" if self.output == "last_hidden_state" else "CLIP"
+        return "T5" if isinstance(self.model, T5Encoder) else "CLIP"
+
+    @property
+    def d(self) -> int:
+        """The width of a vector."""
+        return self.model.params.d_model if isinstance(self.model, T5Encoder) else self.model.params.hidden_size
+
+    def length(self, prompt: str) -> int:
+        """How many tokens the whole prompt has, with its end mark."""
+        return len(self.tokenizer.numbers([prompt])[0])
 
     def notes(self, prompt: str) -> list[str]:
         """What a user should know of this prompt: where it is cut, and words that the tokenizer has never seen."""
-        ids = self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
         notes = []
-        if len(ids) > self.max_tokens:
-            notes.append(f"the prompt has {len(ids)} tokens and is cut after {self.max_tokens} for {self.name}")
+        if (length := self.length(prompt)) > self.max_tokens:
+            notes.append(f"the prompt has {length} tokens and is cut after {self.max_tokens} for {self.name}")
         if unknown := self.unknown_words(prompt):
             told = [repr(word[:LONGEST_WORD_TOLD]) for word in unknown[:UNKNOWN_WORDS_TOLD]]
             more = f" and {len(unknown) - len(told)} more" if len(unknown) > len(told) else ""
@@ -85,15 +83,15 @@ class TextEncoder(nn.Module):
 
         Each once, in order.
         """
-        unknown_id = self.tokenizer.unk_token_id
+        unknown_id = self.tokenizer.unknown_id
         words = list(dict.fromkeys(_WORDS.findall(prompt)))
-        if not words or unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
+        if not words or unknown_id is None or unknown_id == self.tokenizer.end_id:
             return []  # byte-level vocabularies such as CLIP's can spell anything
-        ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer.numbers(words, special=False)
         return [word for word, tokens in zip(words, ids, strict=True) if unknown_id in tokens]
 
     def _known_words(self) -> str:
-        words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
+        words = self.tokenizer.words()
         return f". It knows these words: {', '.join(sorted(words))}" if len(words) <= LISTABLE_WORDS else ""
 
 
@@ -114,11 +112,19 @@ def load_t5(
     Raises FluxIRError for files that are broken or quantised, lack weights or have too many, and for the tokenizer of
     another model.
     """
-    from transformers import T5EncoderModel
-
-    left_out = ("decoder.", "lm_head.")
-    t5 = load_pretrained(T5EncoderModel, model, dtype, what=_WHAT, left_out=left_out, config=config, prefix=prefix)
-    return _finished(TextEncoder(t5, _tokenizer(tokenizer_dir, t5), max_tokens, "last_hidden_state"), device)
+    t5 = load_pretrained(
+        T5Encoder,
+        read_params(T5Params, model, what=_WHAT, config=config),
+        model,
+        device,
+        dtype,
+        what=_WHAT,
+        aliases={"encoder.embed_tokens.": "shared."},
+        left_out=("decoder.", "lm_head."),
+        prefix=prefix,
+    )
+    tokenizer = _tokenizer(tokenizer_dir, t5.params)
+    return TextEncoder(t5, tokenizer, max_tokens).eval()
 
 
 def load_clip(
@@ -131,33 +137,33 @@ def load_clip(
     prefix: str = "",
 ) -> TextEncoder:
     """The CLIP text encoder, from what `load_t5` takes. Raises FluxIRError as it does."""
-    from transformers import CLIPTextModel
-
-    left_out = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-    clip: Any = load_pretrained(
-        CLIPTextModel, model, dtype, what=_WHAT, left_out=left_out, config=config, prefix=prefix
+    clip = load_pretrained(
+        ClipText,
+        read_params(ClipTextParams, model, what=_WHAT, config=config, half="text_config"),
+        model,
+        device,
+        dtype,
+        what=_WHAT,
+        aliases={"text_model.": ""},
+        left_out=("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+        prefix=prefix,
     )
-    max_tokens = min(CLIP_TOKENS, clip.config.max_position_embeddings)
-    return _finished(TextEncoder(clip, _tokenizer(tokenizer_dir, clip), max_tokens, "pooler_output"), device)
+    tokenizer = _tokenizer(tokenizer_dir, clip.params)
+    return TextEncoder(clip, tokenizer, min(CLIP_TOKENS, clip.params.max_position_embeddings)).eval()
 
 
-def _tokenizer(folder: Path, model: Any) -> Any:
+def _tokenizer(folder: Path, params: T5Params | ClipTextParams) -> PromptTokenizer:
     """The tokenizer of the folder. Raises FluxIRError if it is another model's: their numbers would be nonsense."""
     tokenizer = load_tokenizer(folder, what=_WHAT)
-    words = model.config.vocab_size
+    words, end = params.vocab_size, params.eos_token_id
     # CLIP was published with 2 as its end of text, which it never was: it is the last of its tokens.
-    ends = {model.config.eos_token_id, words - 1}
-    if len(tokenizer) > words or tokenizer.eos_token_id not in ends:
+    if len(tokenizer) > words or tokenizer.end_id not in (end, words - 1):
         raise FluxIRError(
             f"the tokenizer in {folder} is not that of the text encoder: it has {len(tokenizer)} tokens and ends texts "
-            f"with number {tokenizer.eos_token_id}; the encoder knows {words} and the end {model.config.eos_token_id}",
+            f"with number {tokenizer.end_id}; the encoder knows {words} and the end {end}",
             hint="fetch the tokenizer's folder of the same model",
         )
     return tokenizer
-
-
-def _finished(encoder: TextEncoder, device: torch.device | str) -> TextEncoder:
-    return encoder.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

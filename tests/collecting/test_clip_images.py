@@ -21,6 +21,7 @@ from flux_ir.collecting.image_sources import ShardedImages, check_images, open_i
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.errors import FluxIRError
 from flux_ir.models.clip import Preprocessing
+from flux_ir.models.clip_towers import ClipVisionParams
 from flux_ir.recording.statistics import read_statistics
 
 SIDE_PX, D = 8, 6
@@ -29,15 +30,12 @@ SIDE_PX, D = 8, 6
 class CountingVision(torch.nn.Module):
     """Tokens that say which picture they are of: every value is the mean of its pixels plus the token's number."""
 
-    d = D
+    params = ClipVisionParams(hidden_size=D, num_attention_heads=1, image_size=SIDE_PX, patch_size=SIDE_PX // 2)
 
     def __init__(self, *, stop_after=None):
         super().__init__()
         self.calls, self.stop_after = 0, stop_after
         self.device_of = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-
-    def tokens(self, choice):
-        return {"cls": 1, "patches": 4, "all": 5}[choice]
 
     def forward(self, pixels):
         if self.calls == self.stop_after:

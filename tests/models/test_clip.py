@@ -17,6 +17,7 @@ from flux_ir.models.clip import (
     locate_clip,
     read_pixels,
     read_preprocessing,
+    tokens_of,
 )
 
 SIDE_PX, PATCH_PX, WIDTH, PATCHES = 24, 8, 20, 9
@@ -67,7 +68,7 @@ def test_tokens_are_the_hidden_states_before_the_last_layer(shared_clip, dtype):
     vision = load_vision(shared_clip, "cpu", dtype)
     tokens = vision(pixels)
     assert torch.equal(tokens, expected)
-    assert tokens.shape == (3, 1 + PATCHES, WIDTH) == (3, vision.tokens("all"), vision.d)
+    assert tokens.shape == (3, 1 + PATCHES, WIDTH) == (3, tokens_of(vision.params, "all"), vision.params.hidden_size)
     assert not tokens.requires_grad
 
 
@@ -85,8 +86,8 @@ def test_the_class_token_comes_first_and_the_patches_after(shared_clip):
     assert torch.equal(choose_tokens(tokens, "cls"), tokens[:, :1])
     assert torch.equal(choose_tokens(tokens, "patches"), tokens[:, 1:])
     assert torch.equal(choose_tokens(tokens, "all"), tokens)
-    vision = load_vision(shared_clip, "cpu", torch.float32)
-    assert [vision.tokens(choice) for choice in ("cls", "patches", "all")] == [1, PATCHES, 1 + PATCHES]
+    params = load_vision(shared_clip, "cpu", torch.float32).params
+    assert [tokens_of(params, choice) for choice in ("cls", "patches", "all")] == [1, PATCHES, 1 + PATCHES]
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 41), (24, 24), (9, 70), (25, 24)])
@@ -156,8 +157,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(clip):
     weights = load_file(clip / "model.safetensors")
     name = next(name for name in weights if name.startswith("vision_model") and "layers.1" in name)
     save_file({key: value for key, value in weights.items() if key != name}, clip / "model.safetensors")
-    with pytest.raises(FluxIRError, match=r"the CLIP model in .* CLIPVisionModel: 1 weights are missing"):
+    with pytest.raises(FluxIRError, match=r"the CLIP model in .* ClipVision: 1 weights are missing"):
         load_vision(clip, "cpu", torch.float32)
+
+
+def test_pictures_of_another_size_are_refused(shared_clip):
+    vision = load_vision(shared_clip, "cpu", torch.float32)
+    with pytest.raises(FluxIRError, match="pictures must be 24 x 24 px: got 24 x 16"):
+        vision(torch.zeros(1, 3, 16, 24))
 
 
 def test_a_broken_checkpoint_is_one_error(clip):

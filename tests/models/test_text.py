@@ -11,15 +11,13 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
-    PreTrainedTokenizerFast,
     T5EncoderModel,
     T5ForConditionalGeneration,
 )
-from transformers.utils import logging
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.pretrained import load_tokenizer
 from flux_ir.models.text import TextEncoder, encode, load_clip, load_t5
+from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
 
 MAX_TOKENS = 7
 PROMPTS = ["a red circle", "a large blue square on a white circle", ""]
@@ -56,7 +54,7 @@ def test_the_encoders_give_what_transformers_gives_for_the_padded_prompt(text_fo
 def test_padding_is_attended_to(text_folders):
     t5 = t5_of(text_folders)
     ids = t5.token_ids(["a red circle"])
-    masked = t5.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    masked = T5EncoderModel.from_pretrained(text_folders.t5)(ids, attention_mask=(ids != 0).long()).last_hidden_state
     assert not torch.allclose(t5(["a red circle"])[:, :4], masked[:, :4], atol=1e-3)
 
 
@@ -104,7 +102,7 @@ def test_a_prompt_that_is_cut_is_told_by_each_encoder(text_folders, capfd):
     assert t5_of(text_folders).notes(prompt) == ["the prompt has 3001 tokens and is cut after 7 for T5"]
     assert clip_of(text_folders).notes(prompt) == ["the prompt has 3001 tokens and is cut after 7 for CLIP"]
     assert t5_of(text_folders, max_tokens=3001).notes(prompt) == []
-    assert capfd.readouterr().err == ""  # the tokenizer would warn as well
+    assert capfd.readouterr().err == ""
 
 
 def test_unknown_words_are_told_once_with_the_words_that_are_known(text_folders):
@@ -138,16 +136,15 @@ def test_a_tokenizer_that_can_spell_anything_knows_every_word(text_folders, unkn
     """As CLIP's, whose unknown token is its end of text."""
     vocabulary = {"</s>": 0, "a": 1}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token=unknown)
-    clip = clip_of(text_folders)
-    assert TextEncoder(clip.model, tokenizer, 7, "pooler_output").unknown_words("a cat") == []
+    tokenizer = PromptTokenizer(backend, end="</s>", padding="</s>", unknown=unknown)
+    assert TextEncoder(clip_of(text_folders).model, tokenizer, 7).unknown_words("a cat") == []
 
 
 # ---- Loading
 
 
-def test_loading_is_silent_and_leaves_transformers_as_it_was(folders, capfd):
-    """Also where a folder holds more than the encoder: T5's decoder, CLIP's picture half."""
+def test_loading_is_silent_also_where_a_folder_holds_more_than_the_encoder(folders, capfd):
+    """T5's decoder, CLIP's picture half."""
     t5_config = T5EncoderModel.from_pretrained(folders.t5).config
     t5_config.decoder_start_token_id = 0
     t5_config.is_encoder_decoder = True
@@ -158,18 +155,48 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(folders, capfd):
     whole = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=8))
     whole.save_pretrained(folders.clip)
     capfd.readouterr()
-    logging.enable_progress_bar()
-    verbosity = logging.get_verbosity()
     clip, _ = clip_of(folders), t5_of(folders)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    assert logging.is_progress_bar_enabled()
-    assert logging.get_verbosity() == verbosity
     own = whole.text_model.state_dict()
     read = clip.model.state_dict()
-    assert read
+    assert read.keys() == {name.removeprefix("text_model.") for name in own}
     for name, tensor in read.items():
-        assert torch.equal(tensor, own[name.removeprefix("text_model.")])
+        assert torch.equal(tensor, own[name])
+
+
+def test_both_names_of_the_embedding_are_known_and_may_not_differ(folders):
+    """Older files have T5's embedding twice, or under the name that it has inside the encoder alone."""
+    expected = t5_of(folders)(PROMPTS)
+    weights = load_file(folders.t5 / "model.safetensors")
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"].clone()
+    save_file(weights, folders.t5 / "model.safetensors")
+    assert torch.equal(t5_of(folders)(PROMPTS), expected)
+    shared = weights.pop("shared.weight")
+    save_file(weights, folders.t5 / "model.safetensors")
+    assert torch.equal(t5_of(folders)(PROMPTS), expected)
+    save_file({**weights, "shared.weight": shared + 1}, folders.t5 / "model.safetensors")
+    with pytest.raises(FluxIRError, match=r"two different tensors for shared\.weight"):
+        t5_of(folders)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "change", "message"),
+    [
+        ("t5", {"feed_forward_proj": "gated-silu"}, r"feed_forward_proj must be gated-gelu .* or relu: got gated-silu"),
+        ("t5", {"dense_act_fn": "gelu"}, "must be gated-gelu .with gelu_new. or relu: got relu with gelu"),
+        ("t5", {"is_decoder": True}, "is_decoder must be false"),
+        ("t5", {"d_model": "wide"}, "d_model must be a number or word of type .*int.*: got 'wide'"),
+        ("clip", {"hidden_act": "relu"}, "hidden_act must be quick_gelu or gelu: got relu"),
+        ("clip", {"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads: got 24 and 5"),
+    ],
+)
+def test_a_network_that_is_not_known_is_one_line_that_names_the_option(folders, encoder, change, message):
+    path = getattr(folders, encoder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FluxIRError, match=message) as caught:
+        {"t5": t5_of, "clip": clip_of}[encoder](folders)
+    assert str(path.parent) in caught.value.message
 
 
 def test_weights_that_are_missing_are_never_drawn_at_random(folders):
@@ -177,7 +204,7 @@ def test_weights_that_are_missing_are_never_drawn_at_random(folders):
     gone = "encoder.block.1.layer.0.SelfAttention.q.weight"
     del weights[gone]
     save_file(weights, folders.t5 / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FluxIRError, match=f"T5EncoderModel: 1 weights are missing .{gone}") as caught:
+    with pytest.raises(FluxIRError, match=f"T5Encoder: 1 weights are missing .{gone}") as caught:
         t5_of(folders)
     assert str(folders.t5) in caught.value.message
     assert caught.value.hint == "fetch the whole folder again"
@@ -228,7 +255,7 @@ def test_layers_that_the_configuration_does_not_have_are_an_error(folders):
 
 def test_keys_that_no_text_encoder_has_are_an_error(folders):
     _rewritten(folders.clip / "model.safetensors", lambda weights: weights | {"adapter.down": torch.zeros(2)})
-    with pytest.raises(FluxIRError, match=r"CLIPTextModel: 1 weights are not of this model \(adapter\.down\)"):
+    with pytest.raises(FluxIRError, match=r"ClipText: 1 weights are not of this model \(adapter\.down\)"):
         clip_of(folders)
 
 
