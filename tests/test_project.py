@@ -83,7 +83,7 @@ def test_importing_the_package_does_not_load_torch(module):
 
 
 def test_a_capture_from_prompt_to_picture_never_loads_transformers(tmp_path):
-    """It takes several times as long to import as PyTorch. No command imports it, and the text encoders do not either."""
+    """It takes several times as long to import as PyTorch: neither the commands nor the text encoders import it."""
     modules = sorted(path.stem for path in (ROOT / "flux_ir" / "commands").glob("*.py") if path.stem != "__init__")
     words = ["capture", "--model", "flux-tiny", "--prompt", "a red circle", "--num_steps", "1", "--width", "16"]
     words += ["--height", "16", "--lens", "euler", "--dtype", "float32", "--output_dir", str(tmp_path)]

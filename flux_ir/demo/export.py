@@ -61,7 +61,8 @@ def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     numbers = {"pad_token_id": tokenizer.padding_id, "eos_token_id": tokenizer.end_id}
     write_json(folder / CONFIG_FILE, {**kind, **asdict(encoder.model.params), **numbers})
     tokenizer.backend.save(str(folder / TOKENIZER_FILE))
-    write_json(folder / TOKENIZER_CONFIG, {**special, "model_max_length": encoder.max_tokens})
+    kind_of_tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": encoder.max_tokens}
+    write_json(folder / TOKENIZER_CONFIG, {**kind_of_tokenizer, **special})
 
 
 def provenance(run_dir: Path, folder: Path, psnr_db: float) -> dict[str, object]:

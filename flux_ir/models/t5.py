@@ -174,7 +174,7 @@ def blank_embedding(count: int, dim: int) -> nn.Embedding:
     `nn.Embedding` draws normal numbers, and doing so without memory (on the meta device) imports torch's compiler and
     sympy: three seconds, for nothing.
     """
-    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
+    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)  # type: ignore[no-untyped-call]
 
 
 class FeedForward(nn.Module):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from flux_ir.demo.checkpoints import Checkpoint, step_generator
 from flux_ir.demo.evaluate import BARS, bar_for, main, write_quality
@@ -40,7 +41,7 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import packaged_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
-from flux_ir.models.text import encode
+from flux_ir.models.text import encode, load_clip, load_t5
 
 SMALL_AE = AutoencoderConfig(steps=4, batch=2, crop_px=32)
 SMALL_TEXT = TextConfig(steps=6, batch=8)
@@ -155,6 +156,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets") / "flux-tiny"
     export(autoencoder, start_model(describer(), SMALL_FLOW, SMALL_FLUX), run_dir, folder, psnr_scenes=4)
     return folder
+
+
+@torch.no_grad()
+def test_exported_text_encoders_are_what_transformers_reads(exported: Path) -> None:
+    caption = "a small red ring above a large blue star"
+    t5 = load_t5(exported / "t5", exported / "t5", 20, "cpu", torch.float32)
+    clip = load_clip(exported / "clip", exported / "clip", "cpu", torch.float32)
+    for encoder in ("t5", "clip"):
+        tokenizer = AutoTokenizer.from_pretrained(exported / encoder)
+        ids = tokenizer([caption], padding="max_length", max_length=20, truncation=True, return_tensors="pt")
+        assert torch.equal(t5.token_ids([caption]), ids["input_ids"])
+    ids = t5.token_ids([caption])
+    theirs = T5EncoderModel.from_pretrained(exported / "t5", dtype=torch.float32)(input_ids=ids)
+    assert torch.equal(t5([caption]), theirs.last_hidden_state)
+    theirs = CLIPTextModel.from_pretrained(exported / "clip", dtype=torch.float32)(input_ids=ids)
+    assert torch.equal(clip([caption]), theirs.pooler_output)
 
 
 def test_measured_latents_have_mean_zero_and_variance_one() -> None:

@@ -9,7 +9,7 @@ from flux_ir.models.pretrained import load_pretrained, read_params
 from flux_ir.models.t5 import T5Encoder, T5Params, distance_buckets
 
 DTYPES = [torch.float32, torch.bfloat16]
-# A single vector times a matrix depends on how the matrix lies in memory, so no text of one token. (Prompts are padded.)
+# No text of one token: a single vector times a matrix depends on how the matrix lies in memory. (Prompts are padded.)
 LENGTHS = [2, 7, 77, 300]
 BATCHES = [1, 3]
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTokenizer, T5Tokenizer
@@ -51,6 +52,22 @@ def test_token_numbers_are_those_of_transformers(make, tmp_path):
     assert ours.numbers(PROMPTS, special=False) == theirs(PROMPTS, add_special_tokens=False)["input_ids"]
     assert (len(ours), ours.end_id, ours.unknown_id) == (len(theirs), theirs.eos_token_id, theirs.unk_token_id)
     assert ours.words() == theirs.get_vocab().keys() - set(theirs.all_special_tokens)
+
+
+def test_a_sentencepiece_model_alone_gives_the_numbers_of_sentencepiece(tmp_path):
+    """As google/t5-v1_1-xxl has it: transformers converts it."""
+    sentences = ["a red circle on a white background", "two blue squares and the cat", "it's a large yellow ring"] * 9
+    marks = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    with (tmp_path / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, vocab_size=33, minloglevel=2, **marks
+        )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    tokenizer = load_tokenizer(tmp_path, what="the tokenizer")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    prompts = ["a red circle", "", "two red cats, a RING"]
+    assert tokenizer.numbers(prompts) == [[*processor.encode(prompt), 1] for prompt in prompts]
+    assert (tokenizer.end_id, tokenizer.padding_id, tokenizer.unknown_id) == (1, 0, 2)
 
 
 @pytest.mark.parametrize("form", ["vocab.json", "no names", "older names", "map beside it"])
