@@ -89,6 +89,8 @@ class Recorder:
 
     `sites` are given as `Site` or as text, which may hold patterns (`double.*.img`).
 
+    What is recorded goes to `sink`; without one, to a `MemorySink` of the recorder's own, which is at `recorder.sink`.
+
     `steps` are the steps to record (None: all); the others pass untouched. No hook is left behind, whatever raises.
 
     With `stop_early` the forward of the last of `steps` ends by `RecordingComplete` as soon as its last site is
@@ -104,7 +106,7 @@ class Recorder:
         self,
         model: Flux | Suite,
         sites: SiteNames,
-        sink: Sink,
+        sink: Sink | None = None,
         *,
         steps: Collection[int] | None = None,
         stop_early: bool = False,
@@ -113,7 +115,8 @@ class Recorder:
         chosen = sites_of(sites, flux.params.depth, flux.params.depth_single_blocks)
         if stop_early and not steps:
             raise ValueError("stop_early needs the steps to record: it stops at the last of them")
-        self.model, self.sites, self.sink = flux, tuple(chosen), sink
+        self.model, self.sites = flux, tuple(chosen)
+        self.sink: Sink = MemorySink() if sink is None else sink
         self.steps = None if steps is None else frozenset(steps)
         self._last_step = max(steps) if stop_early and steps else None
         self._hooks: ExitStack | None = None

@@ -256,3 +256,13 @@ def test_what_was_not_recorded_is_refused_with_what_was(tiny_flux, tiny_inputs):
     with pytest.raises(FluxIRError, match=r"double\.1\.img was not recorded at step 0") as caught:
         sink.read("double.1.img", step=0)
     assert caught.value.hint == "the nearest of the sites recorded are double.0.img"
+
+
+def test_without_a_sink_a_recorder_keeps_what_it_records_in_one_of_its_own(tiny_flux, tiny_inputs):
+    model, given = tiny_flux(), MemorySink()
+    with Recorder(model, "double.0.img") as recorder, Recorder(model, "double.0.img", given) as other:
+        model(*tiny_inputs())
+    assert other.sink is given
+    assert recorder.sink is not given
+    assert torch.equal(recorder.sink.read("double.0.img", 0), given.read("double.0.img", 0))
+    assert Recorder(model, "double.0.img").sink is not recorder.sink
