@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux_ir.activations.source import open_source
-    from flux_ir.api.capture import CaptureResult, capture
+    from flux_ir.api.capture import capture
     from flux_ir.api.collect import collect, collect_clip, convert_collection
     from flux_ir.api.evaluate_sae import evaluate_sae
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.export import export
     from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
-    from flux_ir.api.lens import LensResult, read_capture, read_lens
+    from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Begun": "flux_ir.api.progress",
     "capture": "flux_ir.api.capture",
-    "CaptureResult": "flux_ir.api.capture",
+    "CaptureResult": "flux_ir.api.lens",
     "collect": "flux_ir.api.collect",
     "collect_clip": "flux_ir.api.collect",
     "convert_collection": "flux_ir.api.collect",

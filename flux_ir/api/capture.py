@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.lens import LENSES, LensResult, LensWord, decode_run
+from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run
 from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
@@ -71,19 +71,6 @@ class CaptureSettings:
     checkpoint: str | Path | None = None
     ae_checkpoint: str | Path | None = None
     output_dir: str | Path = "output"
-
-
-class CaptureResult(NamedTuple):
-    """Where everything of a generation is."""
-
-    generation_id: str
-    folder: Path
-    picture: Path
-    capture: Path
-    """What was recorded: `read_capture` opens it, and `torch.load` gives a dictionary."""
-    metadata: Path
-    lens: LensResult | None
-    """None: nothing was decoded."""
 
 
 class Job(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import RunFolder, write_json
+from flux_ir.layout import RunFolder, newest_capture, write_json
 from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
@@ -24,7 +24,7 @@ from flux_ir.models.transformer import Flux
 from flux_ir.models.weights import load_autoencoder, load_flux
 from flux_ir.recording.store import Capture, load_capture
 from flux_ir.shapes import Pixels
-from flux_ir.visualize.frames import find_run
+from flux_ir.visualize.frames import find_run, is_run_name
 from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
 
 LensWord = Literal["euler", "x0", "both"]
@@ -43,17 +43,33 @@ class LensResult(NamedTuple):
     """The contact sheet of each lens: steps across, blocks down."""
 
 
-def read_capture(run: str | Path) -> Capture:
-    """Opens a capture: its file, or the folder of its run. Tensors are mapped from the file when they are asked for.
+class CaptureResult(NamedTuple):
+    """Where everything of a generation is."""
+
+    generation_id: str
+    folder: Path
+    picture: Path
+    capture: Path
+    """What was recorded: `read_capture` opens it, and `torch.load` gives a dictionary."""
+    metadata: Path
+    lens: LensResult | None
+    """None: nothing was decoded."""
+
+
+def read_capture(run: str | Path | CaptureResult = "latest", *, output_dir: str | Path = "output") -> Capture:
+    """Opens a capture. Tensors are mapped from the file when they are asked for.
+
+    `run` is what `capture` returned, the path of a capture's file or of the folder of its run, or the name of a run
+    below `output_dir`: its generation id, or "latest" for the newest.
 
     `capture.read("double.3.img", step=2)` is [batch, tokens, d]; `capture.sites`, `capture.steps` and
-    `capture.metadata` say what there is. Raises FluxIRError for a file that is missing, broken, or no capture.
+    `capture.metadata` say what there is. Raises FluxIRError for a run or a file that is missing, broken, or no capture.
     """
-    return load_capture(run)
+    return load_capture(capture_file(run, Path(output_dir)))
 
 
 def read_lens(
-    generation_id: str = "latest",
+    generation_id: str | Path | CaptureResult = "latest",
     *,
     lens: LensWord = "both",
     output_dir: str | Path = "output",
@@ -66,9 +82,8 @@ def read_lens(
 ) -> LensResult:
     """Decode what each block of an earlier run would have drawn, without sampling again.
 
-    The run is the folder `output_dir`/`generation_id`, or the newest there for "latest"; its pictures, lens.json and
-    contact sheets are written anew. The weights are those the capture was made with, unless `checkpoint` and
-    `ae_checkpoint` name others.
+    The run is named as for `read_capture`; its pictures, lens.json and contact sheets are written anew. The
+    weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others.
 
     Raises FluxIRError for a run that is not there or has nothing to decode, before anything heavy where possible.
     """
@@ -77,8 +92,9 @@ def read_lens(
         progress(Note(text))
 
     check_words(read_lens, {"lens": lens, "dtype": dtype})
-    folder = find_run(Path(output_dir), generation_id)
-    capture = load_capture(folder.find_capture())
+    file = capture_file(generation_id, Path(output_dir))
+    folder = RunFolder(file.parent.parent.parent, file.parent.parent.name)
+    capture = load_capture(file)
     readable_sites(capture)
     earlier = earlier_report(folder)
     made_with = read_json(folder.find_metadata()).get("files", {})
@@ -115,6 +131,23 @@ def read_lens(
         batch=decode_batch,
         other_weights=checkpoint is not None,
     )
+
+
+def capture_file(run: object, output_dir: Path) -> Path:
+    """The capture of a run, which is named as for `read_capture`. Raises FluxIRError for what names none."""
+    match run:
+        case CaptureResult():
+            return run.capture
+        case str() if is_run_name(run):
+            return find_run(output_dir, run).find_capture()
+        case str() | Path():
+            path = Path(run).absolute()
+            return newest_capture(path) if path.is_dir() else path
+        case _:
+            raise FluxIRError(
+                f"a run is a path, a generation id, or what capture returned: got {type(run).__name__}",
+                hint='pass the folder of the run, or "latest"',
+            )
 
 
 def decode_run(

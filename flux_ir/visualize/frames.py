@@ -80,6 +80,11 @@ def find_run(output_dir: Path, generation_id: str) -> RunFolder:
     return folder
 
 
+def is_run_name(text: str) -> bool:
+    """Whether `find_run` looks for a run of this name: a generation id, or "latest"."""
+    return text == LATEST or _is_id(text)
+
+
 def run_facts(folder: RunFolder) -> dict[str, Any]:
     """The run's metadata: model, seed, prompt and so on. Empty if the file is gone: it only names what is shown."""
     if not any(folder.intermediates.glob("metadata_*.json")):

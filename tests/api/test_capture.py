@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import flux_ir
+from flux_ir.api.lens import capture_file
 from flux_ir.commands.capture import main
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
@@ -164,8 +165,33 @@ def test_what_cannot_be_captured_leaves_nothing(tmp_path, options):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_read_again_with_the_other_lens(tmp_path):
-    done = capture(tmp_path, "a red circle")
-    again = flux_ir.read_lens(done.generation_id, lens="x0", output_dir=tmp_path)
-    assert again.sheets["x0"].is_file()
-    assert again.numbers == done.lens.numbers
+def test_a_run_is_read_again_however_it_is_named(tmp_path, monkeypatch):
+    done = capture(tmp_path, "a red circle", lens="euler")
+    (tmp_path / "elsewhere" / done.generation_id).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # an id is one of output_dir, whatever lies here
+    written = {path: path.read_bytes() for path in done.folder.rglob("*.jpg")}
+    for run in (done, done.folder, str(done.folder), done.capture, f"../{done.generation_id}"):
+        assert flux_ir.read_capture(run).path.samefile(done.capture)
+    for run in (done.generation_id, "latest"):
+        assert flux_ir.read_capture(run, output_dir=tmp_path).path == done.capture
+    assert flux_ir.read_capture(output_dir=tmp_path).path == done.capture
+    for run in (done, done.capture, done.folder, done.generation_id):
+        again = flux_ir.read_lens(run, lens="euler", output_dir=tmp_path)
+        assert again.numbers == done.lens.numbers
+    assert {path: path.read_bytes() for path in done.folder.rglob("*.jpg")} == written
+    assert flux_ir.read_lens("latest", lens="x0", output_dir=tmp_path).sheets["x0"].is_file()
+
+
+@pytest.mark.parametrize("read", [flux_ir.read_capture, flux_ir.read_lens])
+def test_what_names_no_run_is_one_line(tmp_path, read):
+    for run, says in {
+        "01234567": f"the folder {tmp_path / 'runs'} does not exist, so there is no generation 01234567 in it",
+        "latest": f"there is no generation in {tmp_path / 'runs'}",
+    }.items():
+        with pytest.raises(FluxIRError) as caught:
+            read(run, output_dir=tmp_path / "runs")
+        assert caught.value.message == says
+    with pytest.raises(FluxIRError, match="cannot read the capture"):
+        read(tmp_path / "01234567" / "intermediates" / "capture.pt")
+    with pytest.raises(FluxIRError, match="a run is a path, a generation id, or what capture returned: got int"):
+        capture_file(7, tmp_path)
