@@ -5,22 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_ir.commands.cli.option import REQUIRED, option
+from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Checkpoints, Compute, Readings, Runs
+from flux_ir.commands.cli.shared import Checkpoints, Compute, OneRun, Readings
 
 if TYPE_CHECKING:
     from flux_ir.api.lens import LensResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensOptions(Readings, Compute, Checkpoints, Runs):
+class LensOptions(Readings, Compute, Checkpoints, OneRun):
     """Decode what each block of an existing capture would have drawn, without sampling again.
 
     Pictures, lens.json and the contact sheet of the run are written anew; everything else stays as it is.
     """
 
-    generation_id: str = option(REQUIRED, help="the run: the name of its folder below --output_dir, or latest")
     decode_batch: int | None = option(
         None, help="pictures decoded at once", minimum=1, default_text="as many as fit a fixed number of pixels"
     )

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from flux_ir.commands.cli.option import REQUIRED, flags, option
+from flux_ir.commands.cli.option import flags, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Runs
+from flux_ir.commands.cli.shared import OneRun
 from flux_ir.errors import FluxIRError
 
 WHAT, HOW, WHERE = "what is shown", "how it is shown", "where"
@@ -22,16 +22,13 @@ _MEANS_NOTHING_FOR = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualizeOptions(Runs):
+class VisualizeOptions(OneRun):
     """Make a film, a contact sheet or a page of what each block would have drawn.
 
     Works from the pictures that capture_sample.py and flux-ir lens have decoded; the model is not loaded. The result
     goes into the run's folder.
     """
 
-    generation_id: str = option(
-        REQUIRED, help="the run: the name of its folder below --output_dir, or latest", group=WHAT
-    )
     compare: str | None = option(
         None, help="a second run, shown beside the first", group=WHAT, default_text="one run alone"
     )

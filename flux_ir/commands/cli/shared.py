@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flux_ir.commands.cli.option import Options, option
+from flux_ir.commands.cli.option import REQUIRED, Options, option
 
 PICTURE, KEEP, READ, MACHINE = "the picture", "what is recorded", "what is shown", "model and machine"
 LARGEST_SEED = 2**63 - 1
@@ -85,6 +85,15 @@ class Runs(Options):
     """Where run folders are."""
 
     output_dir: Path = option(Path("output"), help="where the runs' folders are", group=MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRun(Runs):
+    """One of them."""
+
+    generation_id: str = option(
+        REQUIRED, help="the run: the name of its folder below --output_dir, or latest", group=READ
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
