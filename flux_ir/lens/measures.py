@@ -3,8 +3,10 @@
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from flux_ir.errors import FluxIRError
 from flux_ir.shapes import Pixels
 
 EPSILON = 1e-12
@@ -37,3 +39,67 @@ def json_number(value: float | None) -> float | str | None:
     if value is None or math.isfinite(value):
         return None if value is None else float(f"{value:.6g}")
     return str(value)
+
+
+class LinearCKA:
+    """Linear centred kernel alignment (Kornblith et al., 2019) of two places' activations of the same tokens, debiased.
+
+    HSIC is the unbiased estimate of Song et al. (2012, eq. 5): 1 for equal places, whatever rotation or scale is
+    between them, and about 0 for independent ones, below it at times, however few tokens there are for the width.
+    The estimate takes tokens to be independent draws. Of linear kernels all its sums can be had without the kernel's
+    matrix of tokens by tokens, so tokens may come in any number of batches; memory is that of the widths' products.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._offsets: tuple[Tensor, Tensor] | None = None
+        self._pairs: dict[tuple[int, int], _KernelSums] = {}
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """More tokens: row i of `x` [n, d1] and of `y` [n, d2] are the same token at the two places."""
+        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+            raise FluxIRError(
+                f"CKA compares the same tokens at two places: got {list(x.shape)} and {list(y.shape)}",
+                hint="give one row per token, in the same order",
+            )
+        x, y = x.double(), y.double()
+        if self._offsets is None:  # HSIC is that of any shifted values; near zero the sums keep their digits
+            self._offsets = x.mean(0), y.mean(0)
+        sides = [side - offset for side, offset in zip((x, y), self._offsets, strict=True)]
+        for a, b in ((0, 0), (0, 1), (1, 1)):
+            self._pairs.setdefault((a, b), _KernelSums()).add(sides[a], sides[b])
+        self.tokens += len(x)
+
+    def value(self) -> float:
+        """The alignment so far, at most 1. NaN where one place is constant. Raises FluxIRError for too few tokens."""
+        if self.tokens < 4:
+            raise FluxIRError(f"debiased CKA takes 4 tokens or more: got {self.tokens}", hint="read more images")
+        own_x, cross, own_y = (self._pairs[pair].hsic(self.tokens) for pair in ((0, 0), (0, 1), (1, 1)))
+        return cross / math.sqrt(own_x * own_y) if own_x > 0 and own_y > 0 else math.nan
+
+
+class _KernelSums:
+    """What the unbiased HSIC of K = x x^T and L = y y^T, both without their diagonals, is made from."""
+
+    def __init__(self) -> None:
+        self.products = torch.zeros(())  # x^T y
+        self.sums = torch.zeros(()), torch.zeros(())  # of x and of y
+        self.by_other = torch.zeros(()), torch.zeros(())  # sum of x_i L_ii, and of y_i K_ii
+        self.diagonals = torch.zeros(()), torch.zeros(())  # trace of K and of L
+        self.both = torch.zeros(())  # sum of K_ii L_ii
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        k, l = x.square().sum(1), y.square().sum(1)  # noqa: E741 (the paper's name)
+        self.products = self.products + x.T @ y
+        self.sums = self.sums[0] + x.sum(0), self.sums[1] + y.sum(0)
+        self.by_other = self.by_other[0] + l @ x, self.by_other[1] + k @ y
+        self.diagonals = self.diagonals[0] + k.sum(), self.diagonals[1] + l.sum()
+        self.both = self.both + k @ l
+
+    def hsic(self, n: int) -> float:
+        (sum_x, sum_y), (x_by_l, y_by_k), (trace_k, trace_l) = self.sums, self.by_other, self.diagonals
+        trace = self.products.square().sum() - self.both  # of K L
+        all_k, all_l = sum_x @ sum_x - trace_k, sum_y @ sum_y - trace_l  # 1^T K 1
+        middle = sum_x @ self.products @ sum_y - sum_x @ x_by_l - sum_y @ y_by_k + self.both  # 1^T K L 1
+        total = trace + all_k * all_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * middle
+        return float(total / (n * (n - 3)))
