@@ -1,8 +1,9 @@
 """Says what a picture shows by looking at its pixels, and holds that against the scene its caption asked for.
 
-`look` never learns the caption: it finds the background and each object's colour, shape, size and place. `judge`
-compares that with a scene, `tally` counts over many. Colours, silhouettes and places come from `drawing` and `scenes`,
-so on a scene as drawn every verdict is right (tested); what the judge says about a sampled picture rests on that.
+`look` never learns the caption: it finds the background and each object's colour, shape, size and place, and
+`find_objects` also gives the pixels of each. `judge` compares that with a scene, `tally` counts over many. Colours,
+silhouettes and places come from `drawing` and `scenes`, so on a scene as drawn every verdict is right (tested); what
+the judge says about a sampled picture rests on that.
 """
 
 import math
@@ -86,19 +87,33 @@ class Row(NamedTuple):
 
 def look(picture: np.ndarray) -> Sight:
     """What is on a picture, uint8 [side, side, 3]. The corners, which no object reaches, tell the background."""
+    return find_objects(picture)[0]
+
+
+def find_objects(picture: np.ndarray) -> tuple[Sight, np.ndarray]:
+    """What is on a picture, uint8 [side, side, 3], and where: the pixels of each of its objects, in the same order.
+
+    The masks are bool [objects, side, side]; no two of them share a pixel. `match_objects` says which object of a
+    caption each stands for.
+    """
     side = picture.shape[0]
     if picture.shape != (side, side, 3) or picture.dtype != np.uint8:
         raise ValueError(f"a picture is uint8 [side, side, 3], got {picture.dtype} {list(picture.shape)}")
     ends = np.r_[: side // 8, side - side // 8 : side]
     ground = np.median(picture[np.ix_(ends, ends)], axis=(0, 1))
     blobs = _components(_object_mask(picture, ground), round(LEAST_AREA * side * side))
-    return Sight(_nearest_colour(ground), [_describe(picture, blob) for blob in blobs[:MOST_OBJECTS]])
+    masks = np.stack(blobs[:MOST_OBJECTS]) if blobs else np.zeros((0, side, side), dtype=bool)
+    return Sight(_nearest_colour(ground), [_describe(picture, mask) for mask in masks]), masks
 
 
 def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     """Holds what is on the picture, uint8 [side, side, 3], against what the scene's caption asks for."""
-    sight = look(picture)
-    matched = _match(sight.objects, scene)
+    return compare(look(picture), scene)
+
+
+def compare(sight: Sight, scene: Scene) -> Verdict:
+    """Holds what was seen on a picture against what the scene's caption asks for."""
+    matched = tuple(None if found is None else sight.objects[found] for found in match_objects(sight.objects, scene))
     number = len(sight.objects) == len(scene.things)
     return Verdict(
         background=sight.background == scene.background,
@@ -114,6 +129,25 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
             for seen, thing in zip(matched, scene.things, strict=True)
         ),
     )
+
+
+def match_objects(seen: list[Seen], scene: Scene) -> tuple[int | None, ...]:
+    """For each object of the caption the number of the found one that stands for it; None where one is missing.
+
+    Colours decide. Where they cannot (both alike, or neither found) shapes do, then sizes, then the relation asked for.
+    """
+
+    def agreement(candidate: tuple[int | None, ...]) -> tuple[int, int, int, bool]:
+        objects = tuple(None if number is None else seen[number] for number in candidate)
+        pairs = [(s, thing) for s, thing in zip(objects, scene.things, strict=True) if s is not None]
+        colours = sum(s.colour == thing.colour for s, thing in pairs)
+        shapes = sum(s.shape == thing.shape for s, thing in pairs)
+        sizes = sum(s.size == thing.size for s, thing in pairs)
+        return colours, shapes, sizes, _relation_of(objects) == scene.relation
+
+    wanted = len(scene.things)
+    padded: list[int | None] = [*range(len(seen)), *[None] * (wanted - len(seen))]
+    return max(permutations(padded, wanted), key=agreement)
 
 
 def tally(verdicts: Iterable[tuple[Verdict, Scene]]) -> list[Row]:
@@ -156,24 +190,6 @@ _TWO_OBJECTS: dict[str, Cases] = _SHARED | {
 def _everything(verdict: Verdict) -> bool:
     answers = (verdict.background, verdict.number, verdict.relation, *(answer for o in verdict.objects for answer in o))
     return all(answer is not False for answer in answers)
-
-
-def _match(seen: list[Seen], scene: Scene) -> tuple[Seen | None, ...]:
-    """Which found object stands for which object of the caption; None where one is missing.
-
-    Colours decide. Where they cannot (both alike, or neither found) shapes do, then sizes, then the relation asked for.
-    """
-
-    def agreement(candidate: tuple[Seen | None, ...]) -> tuple[int, int, int, bool]:
-        pairs = [(s, thing) for s, thing in zip(candidate, scene.things, strict=True) if s is not None]
-        colours = sum(s.colour == thing.colour for s, thing in pairs)
-        shapes = sum(s.shape == thing.shape for s, thing in pairs)
-        sizes = sum(s.size == thing.size for s, thing in pairs)
-        return colours, shapes, sizes, _relation_of(candidate) == scene.relation
-
-    wanted = len(scene.things)
-    padded: list[Seen | None] = [*seen, *[None] * (wanted - len(seen))]
-    return max(permutations(padded, wanted), key=agreement)
 
 
 def _relation_of(objects: tuple[Seen | None, ...]) -> str | None:

@@ -6,7 +6,8 @@ and for all into training and held-out ones by a hash of the caption. Next: `dra
 
 import hashlib
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,6 +109,20 @@ def held_out_scenes(count: int, seed: int) -> list[Scene]:
     return list(found.values())
 
 
+def parse_caption(caption: str) -> Scene:
+    """The scene a caption names, with every object where and as large as its words say, without jitter.
+
+    Raises ValueError for a sentence that is no caption.
+    """
+    found = _CAPTION.fullmatch(caption)
+    if found is None:
+        raise ValueError(f"not a caption of flux-tiny's world: {caption!r}")
+    if found["place"]:
+        return Scene((_standing(found, "", found["place"]),), None, found["background"])
+    first, second = RELATIONS[found["relation"]]
+    return Scene((_standing(found, "", first), _standing(found, "2", second)), found["relation"], found["background"])
+
+
 def vocabulary() -> list[str]:
     """Every word a caption can hold, in a fixed order."""
     phrases = ["a", *SIZES, *COLOURS, *SHAPES, *PLACES, *RELATIONS, "on a", *BACKGROUNDS, "background"]
@@ -119,3 +134,21 @@ def _thing(rng: random.Random, place: str) -> Thing:
     x, y = (centre + rng.uniform(-PLACE_JITTER, PLACE_JITTER) for centre in PLACES[place])
     radius = RADIUS[size] * (1 + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER))
     return Thing(size, colour, shape, place, x, y, radius)
+
+
+def _standing(found: re.Match[str], number: str, place: str) -> Thing:
+    size, colour, shape = (found[f"{word}{number}"] for word in ("size", "colour", "shape"))
+    return Thing(size, colour, shape, place, *PLACES[place], RADIUS[size])
+
+
+def _words(name: str, words: Iterable[str]) -> str:
+    return f"(?P<{name}>{'|'.join(words)})"
+
+
+_NOUNS = [
+    f"a {_words(f'size{n}', SIZES)} {_words(f'colour{n}', COLOURS)} {_words(f'shape{n}', SHAPES)}" for n in ("", "2")
+]
+_CAPTION = re.compile(
+    f"{_NOUNS[0]} ({_words('place', PLACES)}|{_words('relation', RELATIONS)} {_NOUNS[1]}) "
+    f"on a {_words('background', BACKGROUNDS)} background"
+)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from flux_ir.demo.drawing import RGB, SIDE_PX, draw, silhouette
-from flux_ir.demo.judge import ObjectVerdict, Row, Sight, Verdict, judge, look, tally
+from flux_ir.demo.judge import ObjectVerdict, Row, Sight, Verdict, find_objects, judge, look, match_objects, tally
 from flux_ir.demo.scenes import PLACES, RADIUS, RELATIONS, SHAPES, Scene, Thing, scenes
 
 TRUE_SCENES = list(islice(scenes(7, "train"), 400))
@@ -76,6 +76,38 @@ def test_the_four_measures_of_an_object_are_found_where_they_are() -> None:
     for real in scene.things:
         nearest = min(seen, key=lambda s: abs(s.x - real.x) + abs(s.y - real.y))
         assert (nearest.x, nearest.y, nearest.radius) == pytest.approx((real.x, real.y, real.radius), abs=0.008)
+
+
+def test_the_pixels_of_every_object_are_those_it_was_drawn_on() -> None:
+    for scene in TRUE_SCENES[:60]:
+        sight, masks = find_objects(draw(scene))
+        assert masks.shape == (len(scene.things), SIDE_PX, SIDE_PX)
+        assert masks.sum(0).max() == 1
+        for thing, found in zip(scene.things, match_objects(sight.objects, scene), strict=True):
+            drawn = silhouette(thing)
+            assert (masks[found] ^ drawn).sum() <= 0.05 * drawn.sum(), scene.caption
+            assert not (masks[found] & ~np.asarray(_grown(drawn))).any()
+
+
+def _grown(mask: np.ndarray) -> Image.Image:
+    """The mask and one pixel around it."""
+    return Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(3)).convert("1")
+
+
+def test_a_picture_without_objects_has_no_masks() -> None:
+    sight, masks = find_objects(draw(Scene((), None, "beige")))
+    assert sight == Sight("beige", [])
+    assert masks.shape == (0, SIDE_PX, SIDE_PX)
+
+
+def test_found_objects_are_matched_in_the_order_of_the_caption() -> None:
+    swapped = replace(STAR_AND_RING, things=STAR_AND_RING.things[::-1])
+    seen = look(draw(STAR_AND_RING)).objects
+    assert [o.shape for o in seen] == ["ring", "star"]  # the largest first
+    assert match_objects(seen, STAR_AND_RING) == (1, 0)
+    assert match_objects(seen, swapped) == (0, 1)
+    assert match_objects(seen[:1], STAR_AND_RING) == (None, 0)
+    assert match_objects([], STAR_AND_RING) == (None, None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

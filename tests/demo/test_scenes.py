@@ -19,6 +19,7 @@ from flux_ir.demo.scenes import (
     TWO_OBJECTS_SHARE,
     Scene,
     held_out_scenes,
+    parse_caption,
     scene_at,
     scenes,
     vocabulary,
@@ -138,3 +139,29 @@ def test_a_thing_is_what_its_words_say(many: list[Scene]) -> None:
     for thing in (thing for scene in many for thing in scene.things):
         assert min(RADIUS, key=lambda size: abs(RADIUS[size] - thing.radius)) == thing.size
         assert min(PLACES, key=lambda p: abs(PLACES[p][0] - thing.x) + abs(PLACES[p][1] - thing.y)) == thing.place
+
+
+def test_a_caption_is_read_back_as_the_words_it_was_made_of(many: list[Scene]) -> None:
+    for scene in many:
+        read = parse_caption(scene.caption)
+        assert (read.caption, read.relation, read.background) == (scene.caption, scene.relation, scene.background)
+        for thing, drawn in zip(read.things, scene.things, strict=True):
+            assert (thing.words, thing.place) == (drawn.words, drawn.place)
+            assert (thing.x, thing.y, thing.radius) == pytest.approx((drawn.x, drawn.y, drawn.radius), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "",
+        "a red circle",
+        "a large red circle on a white background",
+        "a large red circle on the left on a white background.",
+        "a large red circle on the left of a small blue star on a white background",
+        "a large red circle left of a small star on a white background",
+        "a large red circle on the left on a red background",
+    ],
+)
+def test_a_sentence_that_is_no_caption_is_refused(sentence: str) -> None:
+    with pytest.raises(ValueError, match="not a caption of flux-tiny's world"):
+        parse_caption(sentence)
