@@ -71,8 +71,10 @@ def _bounds(flag: Flag) -> str:
 
 def _spelling(flag: Flag) -> str:
     if flag.kind is bool and not flag.optional:
-        return f"--[no]{flag.name}"
-    return f"--{flag.name} {placeholder(flag)}".rstrip()
+        return f"--[no]{flag.spelling}"
+    if flag.facts.positional:
+        return placeholder(flag)
+    return f"--{flag.spelling} {placeholder(flag)}".rstrip()
 
 
 def _default_text(flag: Flag) -> str:

@@ -41,6 +41,7 @@ class Facts:
     free_text: bool = False
     default_text: str = ""
     elsewhere: tuple[str, ...] = ()
+    positional: bool = False
 
 
 def option(
@@ -56,6 +57,7 @@ def option(
     free_text: bool = False,
     default_text: str = "",
     elsewhere: tuple[str, ...] = (),
+    positional: bool = False,
 ) -> T:
     """Declares one field of an `Options` dataclass, in place of its bare default.
 
@@ -64,9 +66,13 @@ def option(
     `default` may be `REQUIRED`. `group` is its heading on the help page; `default_text` stands there for a default that
     its value does not explain (`None`: "4 for flux-schnell, else 50"). `free_text` marks prompts and the like: the word
     None is text there, while for every other `X | None` field it means None. `elsewhere` are the names that other
-    programs have for it: whoever types one is told ours.
+    programs have for it: whoever types one is told ours. `positional` allows the value alone, as the first word.
+
+    A field whose flag would be a word of Python's own has an underscore at its end: `from_` is `--from`.
     """
-    facts = Facts(help, unit, group, choices, minimum, maximum, multiple_of, free_text, default_text, elsewhere)
+    facts = Facts(
+        help, unit, group, choices, minimum, maximum, multiple_of, free_text, default_text, elsewhere, positional
+    )
     return field(default=default, metadata={"facts": facts})
 
 
@@ -81,6 +87,11 @@ class Flag:
     choices: tuple[Scalar, ...]
     default: Any
     facts: Facts
+
+    @property
+    def spelling(self) -> str:
+        """The flag as it is typed, without its dashes."""
+        return self.name.rstrip("_")
 
     @property
     def required(self) -> bool:
@@ -142,7 +153,7 @@ class Flag:
             names = [str(choice) for choice in self.choices]
             near = nearest(str(value), names)
             raise FluxIRError(
-                f"--{self.name} must be {_either(names)}: got {value!r}",
+                f"--{self.spelling} must be {_either(names)}: got {value!r}",
                 hint=f"did you mean {near}?" if near else None,
             )
         if self.name == OUTPUT_DIR and "," in str(value):
@@ -168,15 +179,15 @@ class Flag:
             low, high = facts.minimum or 1, facts.maximum or math.inf
             hint = "use " + " or ".join(str(n) for n in (below, below + facts.multiple_of) if low <= n <= high)
         if wanted:
-            raise FluxIRError(f"--{self.name} must be {wanted}: got {value}", hint=hint)
+            raise FluxIRError(f"--{self.spelling} must be {wanted}: got {value}", hint=hint)
 
     def _wrong_type(self, value: object) -> FluxIRError:
         wanted = f"{_MANY[self.kind]} separated by commas" if self.many else _ONE[self.kind]
         if self.optional and not self.facts.free_text:
             wanted += " or None"
-        hints = {int: "write them like 0,2,5 or 0-3", str: f"write --{self.name} NAME,NAME"}
+        hints = {int: "write them like 0,2,5 or 0-3", str: f"write --{self.spelling} NAME,NAME"}
         hint = hints.get(self.kind) if self.many else None
-        return FluxIRError(f"--{self.name} must be {wanted}: got {value!r}", hint=hint)
+        return FluxIRError(f"--{self.spelling} must be {wanted}: got {value!r}", hint=hint)
 
 
 @dataclass(frozen=True)

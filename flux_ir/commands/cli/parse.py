@@ -108,20 +108,26 @@ def check_words(words: Sequence[str], known: Sequence[Flag], *, prog: str) -> li
     with dashes, which is joined to its flag by `=`. A word that looks like a flag is never taken for a value.
     Raises FluxIRError on an unknown, repeated or missing flag, a missing value, and a word that follows no flag.
     """
-    by_name = {flag.name: flag for flag in known}
+    by_name = {flag.spelling: flag for flag in known}
     given: set[str] = set()
     checked: list[str] = []
     rest = list(words)
+    alone = next((flag for flag in known if flag.facts.positional), None)
+    if alone is not None and rest and not rest[0].startswith("-"):
+        rest[:1] = [f"--{alone.spelling}={rest[0]}"]
     while rest:
         word = rest.pop(0)
         spelling, equals, text = word.partition("=")
         flag, negated = _find(word, by_name, prog=prog)
         if flag.name in given:
             hint = "give it once, with commas between its values" if flag.many else "give it once"
-            raise FluxIRError(f"--{flag.name} is given twice", hint=hint)
+            raise FluxIRError(f"--{flag.spelling} is given twice", hint=hint)
         given.add(flag.name)
         if negated and equals:
-            raise FluxIRError(f"{spelling} takes no value: got {text!r}", hint=f"write {spelling}, or --{flag.name}")
+            hint = f"write {spelling}, or --{flag.spelling}"
+            raise FluxIRError(f"{spelling} takes no value: got {text!r}", hint=hint)
+        if flag.name != flag.spelling:  # fire must find the field
+            word = f"--{flag.name}{equals}{text}"
         checked.append(f"--no{flag.name}" if negated else word)
         if negated or equals:
             continue
@@ -131,7 +137,9 @@ def check_words(words: Sequence[str], known: Sequence[Flag], *, prog: str) -> li
         elif flag.kind is not bool:  # fire would read True
             raise _no_value(flag, rest)
     if missing := next((flag for flag in known if flag.required and flag.name not in given), None):
-        raise FluxIRError(f"--{missing.name} is required: {missing.facts.help}", hint=f"{prog} --help lists all flags")
+        raise FluxIRError(
+            f"--{missing.spelling} is required: {missing.facts.help}", hint=f"{prog} --help lists all flags"
+        )
     return checked
 
 
@@ -152,8 +160,8 @@ def _find(word: str, by_name: dict[str, Flag], *, prog: str) -> tuple[Flag, bool
         )
     if ours := next((flag for flag in by_name.values() if name in flag.facts.elsewhere), None):
         raise FluxIRError(
-            f"{spelling}: no such flag; here it is --{ours.name}",
-            hint=f"--{ours.name} {placeholder(ours)}: {ours.facts.help}",
+            f"{spelling}: no such flag; here it is --{ours.spelling}",
+            hint=f"--{ours.spelling} {placeholder(ours)}: {ours.facts.help}",
         )
     near = nearest(name, by_name)
     meant = f"; did you mean --{near}?" if near else ""
@@ -161,10 +169,10 @@ def _find(word: str, by_name: dict[str, Flag], *, prog: str) -> tuple[Flag, bool
 
 
 def _no_value(flag: Flag, rest: Sequence[str]) -> FluxIRError:
-    hint = f"write --{flag.name} {placeholder(flag)}"
+    hint = f"write --{flag.spelling} {placeholder(flag)}"
     if rest and flag.kind is str:
-        hint = f"a text that starts with dashes is written --{flag.name}={shlex.quote(rest[0])}"
-    return FluxIRError(f"--{flag.name} needs a value", hint=hint)
+        hint = f"a text that starts with dashes is written --{flag.spelling}={shlex.quote(rest[0])}"
+    return FluxIRError(f"--{flag.spelling} needs a value", hint=hint)
 
 
 def _looks_like_flag(word: str) -> bool:

@@ -218,3 +218,37 @@ def test_an_error_of_the_options_themselves_is_told_like_any_other(capsys):
                 raise FluxIRError("too wide")
 
     assert refused(capsys, "--width", "17", options=Strict) == ("too wide", "")
+
+
+@dataclass(frozen=True)
+class Journey(Options):
+    """Takes its main value alone, and has a flag that is a word of Python."""
+
+    plan: Path = option(REQUIRED, help="the plan", positional=True)
+    from_: str | None = option(None, help="where to begin")
+
+
+def test_a_value_may_stand_alone_where_the_option_says_so(capsys):
+    got: list[Journey] = []
+    for words in (["a.toml"], ["--plan", "a.toml"], ["--plan=a.toml"]):
+        assert launch(Journey, got.append, words, prog="toy") == 0
+    assert got == [Journey(Path("a.toml"))] * 3
+    assert (
+        refused(capsys, "a.toml", "b.toml", options=Journey)[0]
+        == "'b.toml' follows no flag: every value is given by name"
+    )
+    assert refused(capsys, "a.toml", "--plan", "b", options=Journey)[0] == "--plan is given twice"
+    assert refused(capsys, options=Journey)[0] == "--plan is required: the plan"
+
+
+def test_a_flag_may_be_a_word_of_python(capsys):
+    got: list[Journey] = []
+    for words in (["a", "--from", "here"], ["a", "--from=here"]):
+        assert launch(Journey, got.append, words, prog="toy") == 0
+    assert got == [Journey(Path("a"), "here")] * 2
+    assert refused(capsys, "a", "--form", "here", options=Journey)[0] == "--form: no such flag; did you mean --from?"
+    assert refused(capsys, "a", "--from", options=Journey)[0] == "--from needs a value"
+    launch(Journey, got.append, ["--help"], prog="toy")
+    page = capsys.readouterr().out
+    assert "usage: toy PATH [--flag value ...]" in page
+    assert "--from NAME" in page
