@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
+    from flux_ir.api.study import Studied, run_study
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.visualize import Visualization, create_visualization, explore
     from flux_ir.errors import FluxIRError
@@ -55,9 +56,11 @@ _MODULES = {
     "read_capture": "flux_ir.api.lens",
     "read_lens": "flux_ir.api.lens",
     "Recorder": "flux_ir.recording.recorder",
+    "run_study": "flux_ir.api.study",
     "sample": "flux_ir.api.models",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.splice",
+    "Studied": "flux_ir.api.study",
     "train_sae": "flux_ir.api.train_sae",
     "Trained": "flux_ir.api.train_sae",
     "TrainingRow": "flux_ir.api.train_sae",
@@ -77,6 +80,7 @@ __all__ = [
     "Progress",
     "Recorder",
     "Site",
+    "Studied",
     "Trained",
     "TrainingRow",
     "Visualization",
@@ -96,6 +100,7 @@ __all__ = [
     "open_source",
     "read_capture",
     "read_lens",
+    "run_study",
     "sample",
     "spliced",
     "train_sae",

@@ -18,6 +18,7 @@ VERBS = {
     "train-sae": "train sparse autoencoders on captured activations, or on live ones",
     "evaluate-sae": "measure autoencoders on images not trained on, and splice them into the model",
     "export-sae": "write an autoencoder as another program reads it, or put it on the hub",
+    "study": "run a whole study by one small file: collect, train, measure, say what features mean",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",

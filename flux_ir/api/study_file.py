@@ -1,0 +1,251 @@
+"""What a study's file may say, and all that it leaves to the defaults: read and checked before anything runs.
+
+A table of the file holds the arguments of one function of the Python API; `[prompts]`, `[concepts.pick]` and
+`[concepts.report]` say where prompts come from. Next: `study`, which runs it.
+"""
+
+import inspect
+import json
+import random
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from flux_ir.collecting.prompts import read_prompts
+from flux_ir.demo.captions import PARTS, captions
+from flux_ir.errors import FluxIRError, nearest
+
+Table = dict[str, Any]
+PICK, REPORT = "pick", "report"
+
+
+class StageSpec(NamedTuple):
+    """One stage: the function that does it, and which of its arguments the study itself gives."""
+
+    module: str
+    function: str
+    given: tuple[str, ...]
+    otherwise: Mapping[str, Any] = {}
+    """Defaults of a study that are others than the function's."""
+    own: Mapping[str, Any] = {}
+    """Settings of the study that the function does not have, with their defaults."""
+
+    def load(self) -> Callable[..., Any]:
+        """The function."""
+        return getattr(import_module(self.module), self.function)
+
+
+STAGES = {
+    "collect": StageSpec("flux_ir.api.collect", "collect", ("prompts", "output_dir"), otherwise={"save_images": True}),
+    "train": StageSpec(
+        "flux_ir.api.train_sae", "train_sae", ("captures", "output_dir", "name", "model", "prompts", "repeats", "stop")
+    ),
+    "evaluate": StageSpec("flux_ir.api.evaluate_sae", "evaluate_sae", ("sae", "captures")),
+}
+"""In the order they run. A stage runs if the file has a table of its name."""
+NEEDED = ("prompts", "collect")
+_OF_PROMPTS = {"file": None, "captions": None, "part": None, "alone": None, "sample": None, "seed": 0}
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study as it will run: every setting, also those its file left out."""
+
+    path: Path
+    name: str
+    prompts: dict[str, list[str]]
+    """By what they are for: "train", and with `[concepts]` also "pick" and "report"."""
+    prompt_settings: dict[str, Table]
+    stages: dict[str, Table]
+
+    def to_toml(self) -> str:
+        """The file with every default written out; a setting that is left to the function is a comment."""
+        tables = {"prompts": self.prompt_settings["train"]} | self.stages
+        tables |= {f"concepts.{name}": table for name, table in self.prompt_settings.items() if name != "train"}
+        return f'name = "{self.name}"\n' + "".join(
+            f"\n[{name}]\n" + "".join(_toml_line(key, value) for key, value in table.items())
+            for name, table in tables.items()
+        )
+
+
+def read_study(path: Path | str) -> StudyFile:
+    """Reads a study's file. Raises FluxIRError for tables and settings there are not, wrong values, bad prompts."""
+    path = Path(path)
+    tables = _parse(path)
+    name = tables.pop("name", path.stem)
+    if not isinstance(name, str) or not name.strip() or set(name) & set("/\\,"):
+        raise FluxIRError(f"{path}: name must be the name of a folder, without commas: got {name!r}")
+    _check_tables(path, tables)
+    asked = {"train": tables.pop("prompts")}
+    if "concepts" in tables:
+        for use, seed, part in ((PICK, 202, "A"), (REPORT, 303, "C")):
+            sizes = {"captions": 400, "alone": 200, "seed": seed, "part": part}
+            asked[use] = tables["concepts"].pop(use, sizes)
+    settings = {use: _prompt_settings(path, use, table) for use, table in asked.items()}
+    stages = {stage: _settled(path, stage, tables[stage]) for stage in STAGES if stage in tables}
+    prompts = {use: _prompts(path, use, table) for use, table in settings.items()}
+    _check_disjoint(path, prompts)
+    return StudyFile(path, name, prompts, settings, stages)
+
+
+def _parse(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "name a file such as recipes/runs/flux_tiny.toml"
+        raise FluxIRError(f"cannot read the study {path}: {error.strerror}", hint=hint) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FluxIRError(
+            f"{path} must be TOML: {error}", hint='settings are written k = 16 or site = "double.3.img"'
+        ) from error
+
+
+def _check_tables(path: Path, tables: Table) -> None:
+    known = ("prompts", *STAGES)
+    for name, table in tables.items():
+        if name not in known:
+            near = nearest(name, known)
+            raise FluxIRError(
+                f"{path}: there is no stage {name!r}{f'; did you mean {near}?' if near else ''}",
+                hint=f"the tables of a study are {', '.join(known)}",
+            )
+        if not isinstance(table, dict):
+            raise FluxIRError(
+                f"{path}: {name} must be a table: got {table!r}", hint=f"write [{name}] above its settings"
+            )
+    for name in NEEDED:
+        if name not in tables:
+            raise FluxIRError(f"{path}: a study needs a table [{name}]", hint="see recipes/runs/flux_tiny.toml")
+
+
+def _settled(path: Path, stage: str, table: Table) -> Table:
+    """All settings of a stage, with defaults. Raises FluxIRError for one there is not, and for a wrong value."""
+    spec = STAGES[stage]
+    function = spec.load()
+    parameters = inspect.signature(function).parameters
+    annotations = get_type_hints(function)
+    known = [name for name in parameters if name not in (*spec.given, "progress")]
+    for name, value in table.items():
+        if name in spec.own:
+            continue
+        if name not in known:
+            near = nearest(name, [*known, *spec.own])
+            why = "the study itself gives it" if name in spec.given else "there is no such setting"
+            raise FluxIRError(
+                f"{path}: [{stage}] {name}: {why}{f'; did you mean {near}?' if near else ''}",
+                hint=f"it has the arguments of flux_ir.{spec.function}",
+            )
+        if not _fits(annotations[name], value):
+            raise FluxIRError(
+                f"{path}: [{stage}] {name} must be {_words(annotations[name])}: got {value!r}",
+                hint=f"it is the argument of flux_ir.{spec.function}",
+            )
+    settled: Table = {}
+    for name in known:
+        default = parameters[name].default
+        value = table.get(name, spec.otherwise.get(name, default))
+        settled[name] = list(value) if isinstance(value, tuple) else value
+        if value is inspect.Parameter.empty:
+            raise FluxIRError(f"{path}: [{stage}] needs {name}", hint=f"it is an argument of flux_ir.{spec.function}")
+    return settled | {name: table.get(name, default) for name, default in spec.own.items()}
+
+
+def _prompt_settings(path: Path, use: str, table: Any) -> Table:
+    where = "[prompts]" if use == "train" else f"[concepts.{use}]"
+    if not isinstance(table, dict):
+        raise FluxIRError(f"{path}: {where} must be a table: got {table!r}")
+    for name, value in table.items():
+        if name not in _OF_PROMPTS:
+            near = nearest(name, _OF_PROMPTS)
+            raise FluxIRError(
+                f"{path}: {where} {name}: there is no such setting{f'; did you mean {near}?' if near else ''}",
+                hint=f"prompts have {', '.join(_OF_PROMPTS)}",
+            )
+        wanted: Any = str if name in ("file", "part") else int
+        if not _fits(wanted, value) or (name in ("captions", "sample") and value < 1):
+            raise FluxIRError(
+                f"{path}: {where} {name} must be {'text' if wanted is str else 'a number'}: got {value!r}"
+            )
+    if ("file" in table) == ("captions" in table):
+        raise FluxIRError(
+            f"{path}: {where} must say where prompts come from: a file, or so many captions of flux-tiny",
+            hint='write file = "prompts.txt", or captions = 2000',
+        )
+    if "part" in table and table["part"] not in PARTS:
+        raise FluxIRError(f"{path}: {where} part must be one of {', '.join(PARTS)}: got {table['part']!r}")
+    if "file" in table and (odd := {"part", "alone"} & table.keys()):
+        raise FluxIRError(f"{path}: {where} {min(odd)} is for captions: got a file", hint="leave it out")
+    settled = {name: table.get(name, default) for name, default in _OF_PROMPTS.items()}
+    return settled | ({"file": str((path.parent / table["file"]).resolve())} if "file" in table else {})
+
+
+def _prompts(path: Path, use: str, table: Table) -> list[str]:
+    """The prompts, each once: all of them, or a sample that keeps their order."""
+    if table["file"] is None:
+        try:
+            found = captions(table["captions"], table["seed"], table["part"], table["alone"])
+        except ValueError as error:
+            raise FluxIRError(f"{path}: {use}: {error}") from error
+    else:
+        found = list(dict.fromkeys(read_prompts(Path(table["file"]))))
+    size = table["sample"]
+    if size is None:
+        return found
+    if size > len(found):
+        raise FluxIRError(
+            f"{path}: a sample of {size} prompts needs as many different ones: there are {len(found)}",
+            hint="leave sample out, or give more prompts",
+        )
+    return [found[index] for index in sorted(random.Random(table["seed"]).sample(range(len(found)), size))]
+
+
+def _check_disjoint(path: Path, prompts: Mapping[str, Sequence[str]]) -> None:
+    """Known answers are only worth something on prompts that were not seen before."""
+    seen: dict[str, str] = {}
+    for use, some in prompts.items():
+        for prompt in some:
+            if prompt in seen:
+                raise FluxIRError(
+                    f"{path}: prompts for {seen[prompt]} and for {use} must differ: both have {prompt!r}",
+                    hint='captions of different parts never meet: part = "T" to train, "A" to pick, "C" to report',
+                )
+            seen[prompt] = use
+
+
+def _fits(annotation: Any, value: Any) -> bool:
+    """Whether a value of TOML is of this type."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (UnionType, Union):
+        return any(_fits(one, value) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return isinstance(value, list) and all(_fits(inner[0], element) for element in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return annotation in (str, bool, Path) and isinstance(value, str if annotation is Path else annotation)
+
+
+def _words(annotation: Any) -> str:
+    """What a type is called in a message."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (UnionType, Union):
+        return " or ".join(dict.fromkeys(filter(None, map(_words, inner))))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return f"a list of {_words(inner[0])}"
+    names = {int: "whole number", float: "number", str: "text", Path: "text", bool: "true or false", NoneType: ""}
+    return names.get(annotation, "")
+
+
+def _toml_line(key: str, value: Any) -> str:
+    if value is None:
+        return f"# {key}: the function's own choice\n"
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
