@@ -1,29 +1,20 @@
-"""The page itself: template, style sheet, script, data and, if asked for, every picture, written as one file.
+"""The page of runs: template, style sheet, script, data and, if asked for, every picture, written as one file."""
 
-Nothing is put together at view time and nothing comes from elsewhere: the page works from `file://`, and its content
-security policy allows no script but its own, whatever a prompt contains.
-"""
-
-import json
-import re
-from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import Run, read_run, run_entry
+from flux_ir.explorer.document import filled, joined, policy, safe_json
 from flux_ir.explorer.links import Beside, Inside, Links
 from flux_ir.explorer.sprites import draw_bands, picture_size, plan_sheet
 from flux_ir.layout import complete_file
 
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data
-
-_SLOT = re.compile(r"\{\{(\w+)\}\}")
-_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+STYLES = ("base.css", "explorer.css")
+SCRIPTS = ("shared.js", "explorer.js")
 
 
 def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path, *, single_file: bool = False) -> Path:
@@ -49,12 +40,6 @@ def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path
     return target
 
 
-def safe_json(value: Any) -> str:
-    """JSON in ASCII that can stand in any HTML element: no `</script>`, no `<!--`, no line separator survives in it."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: _UNSAFE[found[0]], text)
-
-
 def _entry(run: Run, links: Links) -> dict[str, Any]:
     plan = plan_sheet(*picture_size(run), len(run.blocks), len(run.steps))
     lenses = {
@@ -69,33 +54,14 @@ def _entry(run: Run, links: Links) -> dict[str, Any]:
 
 
 def _page(data: dict[str, Any], links: Links) -> Iterator[str]:
-    """The text of the page in order. Slots are found in the template alone, so no content is ever taken for one."""
-    style, script = _asset("explorer.css"), _asset("explorer.js")
+    """The text of the page in order."""
+    style, script = joined(STYLES), joined(SCRIPTS)
     slots: dict[str, Iterator[str]] = {
-        "policy": iter([_policy(style, script)]),
+        "policy": iter([policy(style, script)]),
         "style": iter([style]),
         "data": iter([safe_json(data)]),
         "first": links.first(),
         "script": iter([script]),
         "rest": links.rest(),
     }
-    for index, part in enumerate(_SLOT.split(_asset("template.html"))):
-        if index % 2 == 0:
-            yield part
-        else:
-            yield from slots[part]
-
-
-def _policy(style: str, script: str) -> str:
-    return (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "img-src 'self' file: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode('ascii')}'"
-
-
-def _asset(name: str) -> str:
-    return files("flux_ir.explorer").joinpath(name).read_text(encoding="utf-8")
+    return filled("explorer.html", slots)

@@ -9,7 +9,8 @@ import pytest
 
 from flux_ir.commands.explore import ExploreOptions, main
 from flux_ir.errors import FluxIRError
-from flux_ir.explorer.page import safe_json, write_explorer
+from flux_ir.explorer.document import safe_json
+from flux_ir.explorer.page import write_explorer
 
 HOSTILE = (
     "</script><script>alert(1)</script><!-- {{data}} \u2028\u2029 \"'`\\ \U0001f600 \u202e\u05e9\u05dc\u05d5\u05dd &lt;"

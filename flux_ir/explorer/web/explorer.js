@@ -25,25 +25,10 @@ const NUMBERS = [
   ["PSNR, dB", "of the picture against the finished one", (shot) => number(shot, `psnr_${shot.mode}_db`)?.toFixed(1)],
 ];
 
-const element = (id) => document.getElementById(id);
 const { runs } = JSON.parse(element("explorer-data").textContent);
 
 // ---- Small words ---------------------------------------------------------------------------------------------------
 
-function make(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-function draw(tag, attributes, text = "") {
-  const drawn = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) drawn.setAttribute(name, value);
-  drawn.textContent = text;
-  return drawn;
-}
-
-const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
 const spoken = (block) => block.replace(".", " "); // "double.7" as people say it
 const lensesOf = (run) => Object.keys(run.lenses);
 const modesOf = (run) => [...lensesOf(run), "difference"];
@@ -697,10 +682,6 @@ function showRun() {
   showHead();
   buildGrid();
   buildCurves();
-}
-
-function say(text) {
-  element("status").textContent = text;
 }
 
 function move(down, across) {
