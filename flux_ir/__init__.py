@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
+    from flux_ir.api.score_features import score_features
     from flux_ir.api.study import Studied, run_study
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.visualize import Visualization, create_visualization, explore
@@ -58,6 +59,7 @@ _MODULES = {
     "Recorder": "flux_ir.recording.recorder",
     "run_study": "flux_ir.api.study",
     "sample": "flux_ir.api.models",
+    "score_features": "flux_ir.api.score_features",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.splice",
     "Studied": "flux_ir.api.study",
@@ -102,6 +104,7 @@ __all__ = [
     "read_lens",
     "run_study",
     "sample",
+    "score_features",
     "spliced",
     "train_sae",
 ]

@@ -157,6 +157,29 @@ class SampledSource(Protocol):
         """Raises FluxIRError where the files do not say."""
 
 
+class Drawn(NamedTuple):
+    """What is known of the picture of a generation; None: not known."""
+
+    seed: int | None
+    width: int | None
+    """Pixels."""
+    height: int | None
+    picture: Path | None
+    """The picture itself, if it was kept and lies on this machine."""
+
+
+@runtime_checkable
+class DrawnSource(Protocol):
+    """A source whose generations are pictures."""
+
+    @property
+    def generations(self) -> Sequence[Generation]:
+        """As `TokenSource` has them."""
+
+    def drawn(self, generation: int) -> Drawn:
+        """What is known of its picture."""
+
+
 def not_said(file: Path, word: str) -> FluxIRError:
     """What is raised where a file lacks what it takes to run its generations again."""
     return FluxIRError(

@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from flux_ir.activations.blocks import (
+    Drawn,
     Generation,
     Sampling,
     SiteName,
@@ -130,6 +131,13 @@ class CaptureSource:
             )
         except KeyError as error:
             raise not_said(capture.path, error.args[0]) from error
+
+    def drawn(self, generation: int) -> Drawn:
+        """The picture beside the capture, in its run's folder, and what the capture says of it."""
+        capture = self._capture(generation)
+        facts, picture = capture.metadata, capture.path.parents[1] / "img_0.jpg"
+        kept = picture if capture.path.parent.name == "intermediates" and picture.is_file() else None
+        return Drawn(facts.get("seed"), facts.get("width"), facts.get("height"), kept)
 
     def _capture(self, index: int) -> Capture:
         with self._lock:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.activations.blocks import (
+    Drawn,
     Generation,
     Sampling,
     SiteName,
@@ -168,6 +169,19 @@ class ShardSource:
             )
         except (KeyError, ValueError) as error:
             raise not_said(shard.path, str(error.args[0])) from error
+
+    def drawn(self, generation: int) -> Drawn:
+        """Its picture, as `flux-ir collect --save_images` keeps it beside the shards."""
+        number = bisect_right(self._starts, generation) - 1
+        shard, row = self._shards[number], generation - self._starts[number]
+        facts, picture = shard.metadata, None
+        if self._fetch is None:
+            folder = shard.path.parents[1] / "pictures" / shard.path.stem
+            picture = folder / f"{Path(facts['ids'][row]).name}.jpg"
+        seeds = facts.get("seeds")
+        seed = None if seeds is None else seeds[row]
+        kept = picture if picture is not None and picture.is_file() else None
+        return Drawn(seed, facts.get("width"), facts.get("height"), kept)
 
     def _read(
         self, path: Path, shard: ShardFile, key: str, images: range, tokens: range, memory: Memory | None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flux_ir.activations.source import open_source
+from flux_ir.activations.source import TokenSource, open_source
 from flux_ir.api.evaluation_files import BaselineName, EvaluatedSAE, EvaluateSAESettings, write_results
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.splicing import Splicer, recorded_dtype
@@ -129,26 +129,7 @@ class Judge:
         return EvaluatedSAE(folder, sae.config, subject, k, evaluation, baselines, None)
 
     def _load(self, folder: Path) -> SparseAutoencoder:
-        """The autoencoder of a folder, whichever program saved it, of the site that was asked for.
-
-        Raises FluxIRError if neither the autoencoder nor `--site` names a site of the captures.
-        """
-        sae, asked = load_any(folder).to(self.device), self.settings.site
-        if not self.source.sites:
-            if asked is not None:
-                raise FluxIRError(f"these activations have no sites: got --site {asked}", hint="leave --site out")
-            return sae
-        if asked is not None:
-            # Other programs have other names for the models, so theirs cannot be compared with ours.
-            model = sae.config.model if sae.config.model in model_names() else None
-            sae.config = replace(sae.config, site=str(Site.parse(asked)), model=model)
-        elif sae.config.site is None or not _is_site(sae.config.site):
-            named = f"the site {sae.config.site!r}, which FLUX does not have" if sae.config.site else "no site"
-            raise FluxIRError(
-                f"{folder} names {named}, and these captures have sites",
-                hint=f"say which it is of, such as --site {self.source.sites[-1]}",
-            )
-        return sae
+        return load_for(folder, self.source, self.settings.site).to(self.device)
 
     def _check(self, folder: Path, sae: SparseAutoencoder, subject: Subject) -> None:
         """Raise what can be known before anything is computed; say what the numbers will not show."""
@@ -233,6 +214,29 @@ def find_saes(paths: Sequence[Path]) -> list[Path]:
             )
         found |= dict.fromkeys(below)
     return list(found)
+
+
+def load_for(folder: Path, source: TokenSource, asked: str | None) -> SparseAutoencoder:
+    """The autoencoder of a folder, whichever program saved it, of the site that was asked for.
+
+    Raises FluxIRError if neither the autoencoder nor `asked`, which is --site, names a site of the captures.
+    """
+    sae = load_any(folder)
+    if not source.sites:
+        if asked is not None:
+            raise FluxIRError(f"these activations have no sites: got --site {asked}", hint="leave --site out")
+        return sae
+    if asked is not None:
+        # Other programs have other names for the models, so theirs cannot be compared with ours.
+        model = sae.config.model if sae.config.model in model_names() else None
+        sae.config = replace(sae.config, site=str(Site.parse(asked)), model=model)
+    elif sae.config.site is None or not _is_site(sae.config.site):
+        named = f"the site {sae.config.site!r}, which FLUX does not have" if sae.config.site else "no site"
+        raise FluxIRError(
+            f"{folder} names {named}, and these captures have sites",
+            hint=f"say which it is of, such as --site {source.sites[-1]}",
+        )
+    return sae
 
 
 def _is_site(name: str) -> bool:

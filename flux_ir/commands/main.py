@@ -19,6 +19,7 @@ VERBS = {
     "evaluate-sae": "measure autoencoders on images not trained on, and splice them into the model",
     "export-sae": "write an autoencoder as another program reads it, or put it on the hub",
     "study": "run a whole study by one small file: collect, train, measure, say what features mean",
+    "score-features": "what every feature of an autoencoder does, on every token, image and step",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",

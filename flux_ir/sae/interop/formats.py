@@ -56,6 +56,11 @@ def format_of(folder: Path) -> Format:
     return found[0]
 
 
+def weights_file(folder: Path | str) -> Path:
+    """The file of a folder that holds the weights, whichever program saved it. Raises FluxIRError as `format_of`."""
+    return Path(folder) / _WEIGHTS[format_of(Path(folder))]
+
+
 def load_any(folder: Path | str) -> SparseAutoencoder:
     """The autoencoder of a folder, whichever program saved it: ours or sae-lens, sparsify, dictionary_learning, hub.
 

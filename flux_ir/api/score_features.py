@@ -1,0 +1,115 @@
+"""What every feature of an autoencoder does: scores, token maps and a table, in a folder that later stages read."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from flux_ir.activations.remote import as_url
+from flux_ir.activations.source import open_source
+from flux_ir.api.evaluate_sae import load_for
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
+from flux_ir.distributed import Ranks, joined, wait_for_all
+from flux_ir.errors import FluxIRError
+from flux_ir.features.folder import FeatureFolder, open_features
+from flux_ir.features.scores import (
+    Scoring,
+    begin_folder,
+    make_parts,
+    make_table,
+    measure_sample,
+    missing_parts,
+    notes_of,
+    read_sample,
+    settings_of,
+    write_sample,
+)
+from flux_ir.sae.data.held_out import subject_of
+from flux_ir.sae.interop.formats import weights_file
+from flux_ir.sites import Site
+
+
+def score_features(
+    sae: str | Path,
+    captures: str | Path,
+    *,
+    site: str | Site | None = None,
+    name: str | None = None,
+    output_dir: str | Path = "features",
+    device: str | None = None,
+    progress: Watch = unwatched,
+) -> FeatureFolder:
+    """Score every feature of an autoencoder on every token of the activations; goes on with what is there.
+
+    `sae` is the folder of an autoencoder, of whichever program; `captures` is what `open_source` takes, and `site` is
+    for an autoencoder that does not say its own. All generations are scored, at the steps the autoencoder was trained
+    on. The result is the folder `output_dir`/`name`, called as the autoencoder's by default. Under torchrun all
+    processes call this alike and share the work.
+
+    Raises FluxIRError for what a user can mend.
+    """
+    with joined() as ranks:
+        watch = progress if ranks.is_first else unwatched
+        scoring = prepare(Path(sae), captures, site=site, device=ranks.device(device), progress=watch)
+        where = folder_path(Path(sae), name, output_dir)
+        folder = None
+        if ranks.is_first:
+            with phase(watch, "begin"):
+                folder = begin_folder(where, scoring, Path(sae), str(captures))
+                if read_sample(folder) is None:
+                    write_sample(folder, measure_sample(scoring))
+        wait_for_all(ranks)
+        return score(scoring, folder or begin_folder(where, scoring, Path(sae), str(captures)), ranks, watch)
+
+
+def score(scoring: Scoring, folder: FeatureFolder, ranks: Ranks, progress: Watch) -> FeatureFolder:
+    """The parts that are missing, by all processes, and then the table by the first."""
+    if folder.is_done("score", {}):
+        progress(Note(f"the scores in {folder.path} are complete"))
+        return folder
+    for note in notes_of(folder):
+        progress(Note(f"note: {note}"))
+    sample = read_sample(folder)
+    assert sample is not None  # it was read, or written, before
+    for stream in folder.streams:
+        missing = [part for part in missing_parts(folder, stream) if part % ranks.world_size == ranks.rank]
+        made = make_parts(scoring, folder, sample, stream, missing)
+        for _ in follow(progress, f"score {stream}", made, total=len(missing)):
+            pass
+    wait_for_all(ranks)
+    if ranks.is_first:
+        with phase(progress, "table"):
+            norms = scoring.sae.W_dec.detach().cpu().double().norm(dim=1).numpy()
+            folder = make_table(folder, sample, norms)
+        for stream, counts in folder.described["counts"].items():
+            if not counts["alive"]:
+                progress(Note(f"note: all {folder.settings.d_sae} features are dead on these {stream} tokens"))
+    wait_for_all(ranks)
+    return open_features(folder.path)
+
+
+def prepare(
+    sae: Path, captures: str | Path, *, site: str | Site | None, device: torch.device, progress: Watch
+) -> Scoring:
+    """The autoencoder and its activations, checked against each other. What will be missing is noted."""
+    source = open_source(captures)
+    loaded = load_for(sae, source, None if site is None else str(site))
+    subject = subject_of(loaded, source, held_out=0.0)
+    steps = subject.filters.steps_of(source.steps)
+    absent = sorted(set(loaded.config.steps or ()) - set(steps))
+    if absent:
+        progress(Note(f"note: the captures lack the steps {', '.join(map(str, absent))} that {sae} was trained on"))
+    weights = hashlib.sha256(weights_file(sae).read_bytes()).hexdigest()
+    read = subject.filters.half(subject.site)
+    known = settings_of(loaded, weights, source, read, steps)
+    return Scoring(loaded.folded().requires_grad_(False).to(device), source, read, known)
+
+
+def folder_path(sae: Path, name: str | None, output_dir: str | Path) -> Path:
+    """Where the features of an autoencoder go. Raises FluxIRError for a name that leads elsewhere."""
+    name = sae.resolve().name if name is None else name
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="put the rest into --output_dir")
+    if as_url(output_dir) is not None:
+        raise FluxIRError(f"features are written to this machine: got {output_dir}", hint="name a folder")
+    return Path(output_dir) / name

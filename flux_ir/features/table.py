@@ -1,0 +1,245 @@
+"""The numbers of each feature, and of the whole autoencoder, as sums over the parts of the scores in their order.
+
+Sums are float64 and per feature, and entries are added one after the other as they lie in the parts. So the table is a
+function of the parts alone, however often and in how many processes they were made.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flux_ir.features.folder import HISTOGRAM_BINS, FeatureSettings, FeatureTable, ImageRow, ScorePart
+from flux_ir.sae.metrics import Deviation, rounded
+from flux_ir.sites import Stream
+
+CELLS = 16
+"""Rows and columns, at most, into which places are counted for `position_r2`; of text, `CELLS` squared in a row."""
+BINS_PER_OCTAVE = 4
+PIECE_ENTRIES = 1 << 20
+"""Entries in work at a time: about 150 MB."""
+
+Floats = NDArray[np.float64]
+
+
+class Places(NamedTuple):
+    """Where the tokens of some images lie. [images, tokens] each."""
+
+    x: Floats
+    """From the left; 1 is the longer side of the picture. Of text, from its beginning."""
+    y: Floats
+    cell: NDArray[np.int64]
+    sides: Floats
+    """[images, 2]: width and height in the same unit."""
+
+
+class Sums:
+    """What the parts of one stream add up to."""
+
+    def __init__(self, known: FeatureSettings, stream: Stream, edges: Floats) -> None:
+        self.known, self.stream, self.edges = known, stream, edges
+        features, steps = known.d_sae, len(known.steps)
+        self.images = np.zeros(features, np.int64)
+        self.largest = np.zeros(features, np.float32)
+        self.count = np.zeros(features * steps, np.int64)
+        self.total = np.zeros(features * steps)
+        self.squares = np.zeros(features)
+        self.histogram = np.zeros(features * HISTOGRAM_BINS, np.int64)
+        self.centre = np.zeros((2, features))
+        self.spread, self.entropy, self.entropic = np.zeros(features), np.zeros(features), np.zeros(features)
+        self.on_grid = np.zeros(features)
+        self.cells = CELLS**2
+        self.in_cell = np.zeros(features * self.cells)
+        self.cell_tokens = np.zeros(self.cells, np.int64)
+        self.cell_images = 0
+        self.tokens = np.zeros(steps, np.int64)
+        self.error, self.norm = np.zeros(steps), np.zeros(steps)
+        self.centred = np.zeros((steps, known.d_in))
+
+    def add(self, part: ScorePart, images: Sequence[ImageRow]) -> None:
+        """Take in the next part; `images` are its rows of images.jsonl."""
+        counted = part.positions >= 0
+        self.tokens += int(counted.sum())
+        self.error += part.error.sum((0, 2), dtype=np.float64)
+        self.norm += part.norm.sum((0, 2), dtype=np.float64)
+        self.centred += part.centred
+        feature = part.feature.astype(np.int64)
+        np.add.at(self.images, feature, 1)
+        np.maximum.at(self.largest, feature, part.max)
+        places = places_of(part.positions, images, self.stream)
+        if places is not None:
+            np.add.at(self.cell_tokens, places.cell[counted], 1)
+            self.cell_images += len(images)
+        image = np.repeat(np.arange(len(images)), np.diff(part.image_ptr))
+        for rows in _pieces(part.row_ptr):
+            self._add_entries(part, rows, feature[rows], image[rows], places, counted.sum(1))
+
+    def _add_entries(
+        self,
+        part: ScorePart,
+        rows: slice,
+        row_feature: NDArray[np.int64],
+        row_image: NDArray[np.int64],
+        places: Places | None,
+        counted: NDArray[np.int64],
+    ) -> None:
+        steps = len(self.known.steps)
+        lengths = np.diff(part.row_ptr[rows.start : rows.stop + 1])
+        entries = slice(int(part.row_ptr[rows.start]), int(part.row_ptr[rows.stop]))
+        value = part.value[entries].astype(np.float64)
+        step, token = np.divmod(part.place[entries], part.tokens)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        feature, image = row_feature[row], row_image[row]
+        octaves = np.log2(value)
+        bins = np.floor((octaves - math.log2(self.edges[0])) * BINS_PER_OCTAVE).astype(np.int64)
+        np.add.at(self.histogram, feature * HISTOGRAM_BINS + bins.clip(0, HISTOGRAM_BINS - 1), 1)
+        np.add.at(self.squares, feature, value * value)
+        np.add.at(self.count, feature * steps + step, 1)
+        # A map is what a feature does on an image at a step: entries that lie one after the other.
+        starts = np.flatnonzero(np.diff(row * steps + step, prepend=-1))
+        mass = np.add.reduceat(value, starts)
+        of, on = feature[starts], image[starts]
+        np.add.at(self.total, of * steps + step[starts], mass)
+        several = counted[on] > 1
+        surprise = mass * np.log(mass) - np.add.reduceat(value * octaves, starts) * math.log(2)
+        most = np.log(np.maximum(counted[on], 2))
+        np.add.at(self.entropy, of[several], (surprise.clip(0) / most)[several])
+        np.add.at(self.entropic, of[several], mass[several])
+        if places is not None:
+            at = image * part.tokens + token
+            x, y = places.x.ravel()[at], places.y.ravel()[at]
+            moved = [np.add.reduceat(value * axis, starts) for axis in (x, y)]
+            within = np.add.reduceat(value * (x * x + y * y), starts) - (moved[0] ** 2 + moved[1] ** 2) / mass
+            for axis in (0, 1):
+                np.add.at(self.centre[axis], of, moved[axis] / places.sides[on, axis])
+            np.add.at(self.spread, of, within.clip(0))
+            np.add.at(self.on_grid, of, mass)
+            np.add.at(self.in_cell, feature * self.cells + places.cell.ravel()[at], value)
+
+    def table(self, decoder_norms: Floats) -> FeatureTable:
+        """The numbers of each feature; `decoder_norms` [d_sae] are the lengths of the rows of W_dec."""
+        features, steps = self.known.d_sae, len(self.known.steps)
+        count, total = self.count.reshape(features, steps), self.total.reshape(features, steps)
+        tokens, fired, mass = int(self.tokens.sum()), count.sum(1), total.sum(1)
+        energy = self.squares * decoder_norms**2
+        with np.errstate(invalid="ignore", divide="ignore"):  # dead features, and text or arrays without places
+            centre = self.centre / self.on_grid
+            return FeatureTable(
+                count=fired,
+                frequency=fired / max(tokens, 1),
+                images=self.images,
+                mean_active=(mass / np.maximum(fired, 1)).astype(np.float32),
+                max_active=self.largest,
+                share=energy / (energy.sum() or 1.0),
+                step_frequency=count / np.maximum(self.tokens, 1),
+                step_mean=total / np.maximum(self.tokens, 1),
+                histogram=self.histogram.reshape(features, HISTOGRAM_BINS),
+                edges=self.edges,
+                centre_x=centre[0],
+                centre_y=centre[1] if self.stream == "img" else np.full(features, np.nan),
+                spread=np.sqrt(self.spread / self.on_grid),
+                entropy=self.entropy / self.entropic,
+                position_r2=self._position_r2(mass, tokens),
+            )
+
+    def _position_r2(self, mass: Floats, tokens: int) -> Floats:
+        """Adjusted for the number of places, as R squared of a regression is: of noise it is 0 on average.
+
+        The steps of an image are not independent, so they count as one. NaN where there is one image only.
+        """
+        used = self.cell_tokens > 0
+        places, independent = int(used.sum()), int(self.cell_tokens.sum())
+        if places < 2 or independent <= places:
+            return np.full(self.known.d_sae, np.nan)
+        on_step = self.cell_tokens[used] * len(self.known.steps)
+        mean = self.in_cell.reshape(-1, self.cells)[:, used] / on_step
+        overall = mass / tokens
+        between = (np.square(mean - overall[:, None]) * (on_step / on_step.sum())).sum(1)
+        explained = between / (self.squares / tokens - overall**2)
+        return 1 - (1 - explained) * (independent - 1) / (independent - places)
+
+    def deviations(self, sample_mean: torch.Tensor) -> list[Deviation]:
+        """Of the tokens of each step from their own mean; `sample_mean` [steps, d_in] is what was subtracted."""
+        found = []
+        for at, tokens in enumerate(self.tokens.tolist()):
+            deviation = Deviation(self.known.d_in)
+            off = torch.from_numpy(self.centred[at] / max(tokens, 1))
+            deviation.count = tokens
+            deviation.mean = sample_mean[at].double() + off
+            deviation.squares = torch.tensor(self.norm[at] - tokens * float(off.square().sum())).clamp_min(0)
+            found.append(deviation)
+        return found
+
+
+def places_of(positions: NDArray[np.int32], images: Sequence[ImageRow], stream: Stream) -> Places | None:
+    """Where tokens lie; None: on no grid that is known. Text is one row."""
+    if stream == "txt":
+        longest = max(positions.shape[1], int(positions.max(initial=0)) + 1)
+        sizes = np.array([[1, longest]] * len(images))
+    elif any(row.grid is None for row in images):
+        return None
+    else:
+        sizes = np.array([row.grid for row in images])
+    rows, columns = sizes[:, :1], sizes[:, 1:]
+    row, column = np.divmod(positions.clip(0), columns)
+    longer = sizes.max(1, keepdims=True)
+    if stream == "txt":
+        cell = column * CELLS**2 // np.maximum(columns, CELLS**2)
+    else:
+        cell = (row * CELLS // np.maximum(rows, CELLS)) * CELLS + column * CELLS // np.maximum(columns, CELLS)
+    sides = np.concatenate([columns, rows], 1) / longer
+    return Places((column + 0.5) / longer, (row + 0.5) / longer, cell.astype(np.int64), sides)
+
+
+def unexplained(
+    sums: Mapping[Stream, Sums], means: Mapping[Stream, torch.Tensor], steps: Sequence[int]
+) -> dict[str, Any]:
+    """FVU of the whole autoencoder: over everything, per step, per stream and per pair of them, each with its own mean.
+
+    The definition is that of `sae.metrics`; None where it is not defined.
+    """
+    groups = {
+        (step, stream): (float(sums[stream].error[at]), deviation)
+        for stream in sums
+        for (at, step), deviation in zip(enumerate(steps), sums[stream].deviations(means[stream]), strict=True)
+    }
+
+    def fvu(chosen: Sequence[tuple[int, Stream]]) -> float | int | None:
+        merged, error = Deviation(next(iter(sums.values())).known.d_in), 0.0
+        for group in chosen:
+            error += groups[group][0]
+            merged.merge(groups[group][1])
+        squares = float(merged.squares)
+        return rounded(error / squares if squares > 0 else math.nan)
+
+    return {
+        "overall": fvu(list(groups)),
+        "per_step": {str(step): fvu([(step, stream) for stream in sums]) for step in steps},
+        "per_stream": {stream: fvu([(step, stream) for step in steps]) for stream in sums},
+        "per_step_and_stream": {f"{step}.{stream}": fvu([(step, stream)]) for step, stream in groups},
+    }
+
+
+def counts_of(sums: Sums, table: FeatureTable) -> dict[str, int]:
+    """How many tokens there were, and features of each density."""
+    names = ("dead", "rare", "common", "very common")
+    densities = {name.replace(" ", "_"): int((table.density == name).sum()) for name in names}
+    return {
+        "tokens": int(sums.tokens.sum()),
+        "alive": int(table.alive.sum()),
+        **densities,
+        "places": int(table.means_place.sum()),
+    }
+
+
+def _pieces(row_ptr: NDArray[np.int64]) -> Iterator[slice]:
+    """Runs of rows with about `PIECE_ENTRIES` entries each."""
+    rows, first = len(row_ptr) - 1, 0
+    while first < rows:
+        last = int(np.searchsorted(row_ptr, row_ptr[first] + PIECE_ENTRIES, side="right")) - 1
+        last = max(last, first + 1)
+        yield slice(first, last)
+        first = last
