@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Compute
+from flux_ir.commands.cli.shared import MACHINE, MEASURED, Activations, Checkpoints, Compute
 from flux_ir.errors import counted
 
 if TYPE_CHECKING:
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.sae.metrics import Evaluation, Numbers
 
-WHAT, SPLICE = "what is measured", "splice"
+SPLICE = "splice"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSAEOptions(Compute, Checkpoints):
+class EvaluateSAEOptions(Activations, Compute, Checkpoints):
     """Measure autoencoders on the images and prompts they were not trained on: FVU, L0, dead features, cosine.
 
     Every autoencoder's folder gets metrics.json, density.png, fvu_per_step.png and curves.png; several together also
@@ -26,29 +26,30 @@ class EvaluateSAEOptions(Compute, Checkpoints):
     """
 
     sae: tuple[Path, ...] = option(
-        REQUIRED, help="folders of autoencoders, or folders of such folders, as a sweep leaves them", group=WHAT
+        REQUIRED, help="folders of autoencoders, or folders of such folders, as a sweep leaves them", group=MEASURED
     )
-    captures: Path = option(REQUIRED, help="the activations: a collection, captures, or an array", group=WHAT)
     site: str | None = option(
         None,
         help="the site to measure on, for an autoencoder that does not say one of these captures",
-        group=WHAT,
+        group=MEASURED,
         default_text="the one it was trained on",
         elsewhere=("layer", "hook_point", "block"),
     )
     baselines: tuple[Literal["pca", "random", "itda", "neurons"], ...] | None = option(
         ("pca",),
         help="what to compare with, at the same k: PCA, random directions, data points, the model's own neurons",
-        group=WHAT,
+        group=MEASURED,
     )
     max_tokens: int | None = option(
-        None, help="most held-out tokens to read", group=WHAT, minimum=1, default_text="all of them"
+        None, help="most held-out tokens to read", group=MEASURED, minimum=1, default_text="all of them"
     )
-    fit_tokens: int = option(200_000, help="most training tokens that baselines are made from", group=WHAT, minimum=1)
+    fit_tokens: int = option(
+        200_000, help="most training tokens that baselines are made from", group=MEASURED, minimum=1
+    )
     held_out: float = option(
         0.1,
         help="share of the prompts to measure on, for an autoencoder that does not say how it was trained",
-        group=WHAT,
+        group=MEASURED,
         minimum=0.0,
         maximum=0.99,
     )

@@ -3,40 +3,22 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, Device
+from flux_ir.commands.cli.shared import Scored
 
 if TYPE_CHECKING:
     from flux_ir.features.folder import FeatureFolder
 
-WHAT = "what is scored"
-
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreFeaturesOptions(Device):
+class ScoreFeaturesOptions(Scored):
     """Score every feature of an autoencoder on stored activations: images, token maps, and a table of numbers.
 
     The first stage of what features mean; the others read the folder it leaves. Stopped at any moment, the same command
     goes on and ends with the same bytes. torchrun's processes share the work.
     """
-
-    sae: Path = option(REQUIRED, help="the folder of an autoencoder, of whichever program", group=WHAT)
-    captures: Path = option(REQUIRED, help="the activations: a collection, captures, or an array", group=WHAT)
-    site: str | None = option(
-        None,
-        help="the site to score on, for an autoencoder that does not say one of these captures",
-        group=WHAT,
-        default_text="the one it was trained on",
-        elsewhere=("layer", "hook_point", "block"),
-    )
-    name: str | None = option(
-        None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
-    )
-    output_dir: Path = option(Path("features"), help="where the folders of features are", group=MACHINE)
 
 
 def run(options: ScoreFeaturesOptions) -> None:

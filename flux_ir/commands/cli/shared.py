@@ -11,6 +11,7 @@ from typing import Literal
 from flux_ir.commands.cli.option import REQUIRED, Options, option
 
 PICTURE, KEEP, READ, MACHINE = "the picture", "what is recorded", "what is shown", "model and machine"
+MEASURED = "what is measured"
 LARGEST_SEED = 2**63 - 1
 _OF_THE_MODEL = "the model's own"
 
@@ -45,6 +46,31 @@ class Device(Options):
         group=MACHINE,
         default_text="a GPU, under torchrun one for each process; the CPU where there is none",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations(Options):
+    """What an autoencoder is used on."""
+
+    captures: Path = option(REQUIRED, help="the activations: a collection, captures, or an array", group=MEASURED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Activations, Device):
+    """One autoencoder whose features are scored, and the folder of what is found."""
+
+    sae: Path = option(REQUIRED, help="the folder of an autoencoder, of whichever program", group=MEASURED)
+    site: str | None = option(
+        None,
+        help="the site to score on, for an autoencoder that does not say one of these captures",
+        group=MEASURED,
+        default_text="the one it was trained on",
+        elsewhere=("layer", "hook_point", "block"),
+    )
+    name: str | None = option(
+        None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
+    )
+    output_dir: Path = option(Path("features"), help="where the folders of features are", group=MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
