@@ -1,0 +1,233 @@
+"""Which features of two autoencoders are the same one: by direction, or by when they are active. Never by number.
+
+A likeness between all features of one and all of the other is made in blocks of rows, so that 65,536 of each fit into
+memory. Up to 4,096 of each the best one-to-one assignment is that of all pairs (the Hungarian method); above, that of
+the few most alike pairs of each row and each column, which is the same wherever no pair beyond these is in it. The same
+is done with a null that has nothing to do with the first, and what is matched is what the null does not reach. Next:
+`compare`, which reads folders.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csc_array, csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from torch import Tensor
+
+from flux_ir.features.significance import permutation_p, q_values
+
+DENSE_FEATURES = 4096
+"""Up to so many features on either side every pair is looked at."""
+STRATA = 4
+"""Features active on about equally many images are compared with the null of their like: rare ones match by chance."""
+_BLOCK_BYTES = 2**28
+
+Blocks = Iterable[tuple[int, NDArray[np.float32]]]
+"""The likeness of a run of rows to all columns [run, columns], with the first row's number; the rows in order."""
+
+
+class Activations(NamedTuple):
+    """Activations of the same images, or of their tokens, on both sides: sparse float64, a row each, a column per
+    feature.
+    """
+
+    a: csc_array
+    b: csr_array
+    rows_per_image: int
+    groups: NDArray[np.int64]
+    """[images]: which have the same prompt. They are no independent draws, so they stay together."""
+
+
+class Candidates(NamedTuple):
+    """Pairs that may be matched: row, column and likeness of each, by row and then by column, none twice."""
+
+    row: NDArray[np.int64]
+    column: NDArray[np.int64]
+    score: NDArray[np.float32]
+
+
+class Pairs(NamedTuple):
+    """A one-to-one assignment, by row."""
+
+    row: NDArray[np.int64]
+    column: NDArray[np.int64]
+    score: NDArray[np.float32]
+    mutual: NDArray[np.bool_]
+    """Whether each is also the other's most alike."""
+
+
+class Tested(NamedTuple):
+    """How an assignment stands to those of the null."""
+
+    p: NDArray[np.float64]
+    q: NDArray[np.float64]
+    null: NDArray[np.float32]
+    """The likeness of every feature's pair in every draw of the null."""
+
+
+# ---- Likeness
+
+
+def cosines(w_a: Tensor, w_b: Tensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Cosines of the rows of two decoders, [features, d] each of one d."""
+    unit_a, unit_b = (torch.nn.functional.normalize(w.float(), dim=1) for w in (w_a, w_b))
+    step = _block_rows(len(w_b), 4)
+    for start in range(0, len(unit_a), step):
+        yield start, (unit_a[start : start + step] @ unit_b.T).cpu().numpy()
+
+
+def random_directions(like: Tensor, draw: torch.Generator) -> Tensor:
+    """As many random directions, drawn with the second moments of these: a null that knows which way all of them lean.
+
+    (Directions with no leaning at all are easier to beat.)
+    """
+    unit = torch.nn.functional.normalize(like.double(), dim=1)
+    variances, axes = torch.linalg.eigh(unit.T @ unit / len(unit))
+    root = axes * variances.clamp_min(0).sqrt()
+    noise = torch.randn(like.shape, generator=draw, dtype=torch.float64, device=draw.device)
+    return torch.nn.functional.normalize(noise.to(like.device) @ root.T, dim=1).to(like.dtype)
+
+
+def correlations(both: Activations) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Pearson's correlation over all rows, zeros among them, of every feature of one with every feature of the other.
+
+    Exact, from sums of products of what is not zero. A feature that never changes has a correlation of 0.
+    """
+    rows, columns = both.a.shape[1], both.b.shape[1]
+    (mean_a, spread_a), (mean_b, spread_b) = map(_moments, (both.a, both.b))
+    step = _block_rows(columns, 8)
+    for start in range(0, rows, step):
+        run = slice(start, start + step)
+        block = (both.a[:, run].T @ both.b).toarray() / both.a.shape[0]
+        block -= mean_a[run, None] * mean_b
+        scale = spread_a[run, None] * spread_b
+        np.divide(block, scale, out=block, where=scale > 0)
+        block[scale == 0] = 0
+        yield start, block.astype(np.float32)
+
+
+def _moments(values: csr_array | csc_array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of every column."""
+    mean = np.asarray(values.mean(axis=0))
+    variance = np.asarray(values.power(2).mean(axis=0)) - mean**2
+    # What rounding leaves of a constant is no variance.
+    return mean, np.sqrt(np.where(variance > 1e-12 * mean**2, variance, 0))
+
+
+def images_permuted(both: Activations, seed: int) -> Activations:
+    """The same with the images of `b` dealt out anew: prompts change places with all their images, and tokens keep
+    their positions and steps. A null in which a feature of a place is still one.
+    """
+    images = permuted_groups(both.groups, np.random.default_rng(seed))
+    rows = images[:, None] * both.rows_per_image + np.arange(both.rows_per_image)
+    return both._replace(b=both.b[rows.ravel()])
+
+
+def permuted_groups(groups: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
+    """An order in which groups of one size have changed places, and what was together still is."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=groups[order][:1] - 1))
+    sizes = np.diff(np.append(starts, len(groups)))
+    found = np.empty(len(groups), np.int64)
+    for size in np.unique(sizes):
+        members = order[starts[sizes == size][:, None] + np.arange(size)]
+        found[members] = members[draw.permutation(len(members))]
+    return found
+
+
+# ---- Assignment
+
+
+def candidates(blocks: Blocks, columns: int, most: int) -> Candidates:
+    """The `most` most alike columns of every row, and rows of every column. Only likenesses above 0 count."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    best, best_row = torch.zeros(0, columns), torch.zeros(0, columns, dtype=torch.long)
+    for start, likeness in blocks:
+        block = torch.from_numpy(likeness)
+        score, column = block.topk(min(most, columns), dim=1)
+        found.append((torch.arange(start, start + len(block))[:, None].expand_as(column), column, score))
+        score, row = block.topk(min(most, len(block)), dim=0)
+        both, rows = torch.cat([best, score]), torch.cat([best_row, start + row])
+        best, order = both.topk(min(most, len(both)), dim=0)  # the best rows of every column so far
+        best_row = rows.gather(0, order)
+    found.append((best_row, torch.arange(columns).expand_as(best_row), best))
+    rows_of, columns_of, scores = (
+        torch.cat([part.flatten() for part in side]).numpy() for side in zip(*found, strict=True)
+    )
+    _, once = np.unique(rows_of * columns + columns_of, return_index=True)
+    once = once[scores[once] > 0]
+    return Candidates(rows_of[once], columns_of[once], scores[once])
+
+
+def assign(blocks: Blocks, rows: int, columns: int, most: int) -> Pairs:
+    """The one-to-one assignment of the largest sum of likenesses. What nothing is left for stays out of it.
+
+    `most`: candidates of each feature, where there are more than 4,096 on a side.
+    """
+    if max(rows, columns) <= DENSE_FEATURES:
+        every = np.zeros((rows, columns), np.float32)
+        for start, block in blocks:
+            every[start : start + len(block)] = block
+        row, column = linear_sum_assignment(np.maximum(every, 0), maximize=True)
+        best_column, best_row = every.argmax(1) if columns else row, every.argmax(0) if rows else column
+        return _pairs(row, column, every[row, column], best_column, best_row)
+    found = candidates(blocks, columns, most)
+    best_column, best_row = (np.full(count, -1, np.int64) for count in (rows, columns))
+    ascending = np.argsort(found.score, kind="stable")
+    best_column[found.row[ascending]] = found.column[ascending]
+    best_row[found.column[ascending]] = found.row[ascending]
+    row, column, score = _sparse_assignment(found, rows, columns)
+    return _pairs(row, column, score, best_column, best_row)
+
+
+def _pairs(
+    row: NDArray[np.int64],
+    column: NDArray[np.int64],
+    score: NDArray[np.float32],
+    best_column: NDArray[np.int64],
+    best_row: NDArray[np.int64],
+) -> Pairs:
+    above = score > 0
+    row, column, score = row[above], column[above], score[above]
+    return Pairs(row, column, score, (best_column[row] == column) & (best_row[column] == row))
+
+
+def _sparse_assignment(
+    found: Candidates, rows: int, columns: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The assignment among candidates. Every row has a column of its own besides, for staying alone."""
+    # The method wants every row matched and no weight of 0: 1 stands for alone, 2 for a likeness of 1.
+    weights = np.concatenate([1 + found.score.astype(np.float64), np.ones(rows)])
+    row = np.concatenate([found.row, np.arange(rows)])
+    column = np.concatenate([found.column, columns + np.arange(rows)])
+    graph = csr_array((weights, (row, column)), shape=(rows, columns + rows))
+    row, column = min_weight_full_bipartite_matching(graph, maximize=True)
+    paired = column < columns
+    row, column = row[paired].astype(np.int64), column[paired].astype(np.int64)
+    known = np.searchsorted(found.row * columns + found.column, row * columns + column)
+    return row, column, found.score[known]
+
+
+def compare_with_null(pairs: Pairs, nulls: Sequence[Pairs], counts: NDArray[np.int64]) -> Tested:
+    """How often a feature's pair under the null is as alike, with every pair's p and q.
+
+    `counts` [rows]: on how many images each is active. The null of a feature is that of those about as frequent.
+    """
+    scores = np.zeros((len(nulls), len(counts)), np.float32)  # 0: it stayed alone
+    for draw, null in enumerate(nulls):
+        scores[draw, null.row] = null.score
+    p = np.ones(len(pairs.row))
+    edges = np.quantile(counts, np.linspace(0, 1, STRATA + 1)[1:-1]) if len(counts) else np.zeros(0)
+    strata = np.searchsorted(edges, counts, side="left")
+    for stratum in np.unique(strata[pairs.row]):
+        here = strata[pairs.row] == stratum
+        p[here] = permutation_p(pairs.score[here], scores[:, strata == stratum])
+    return Tested(p, q_values(p), scores.ravel())
+
+
+def _block_rows(columns: int, bytes_each: int) -> int:
+    return max(1, _BLOCK_BYTES // max(1, columns * bytes_each))
