@@ -6,6 +6,7 @@ in `clip_towers`; the text tower is loaded by `text`.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
-from flux_ir.models.clip_towers import ClipVision, ClipVisionParams
+from flux_ir.models.clip_towers import ClipPicture, ClipVision, ClipVisionParams
 from flux_ir.models.hub import Announce
 from flux_ir.models.paths import first_file, shards_present
-from flux_ir.models.pretrained import WEIGHTS, load_pretrained, read_params, unreadable
+from flux_ir.models.pretrained import WEIGHTS, load_pretrained, read_config, read_params, unreadable
 from flux_ir.models.registry import read_object
 
 TokenChoice = Literal["cls", "patches", "all"]
@@ -90,6 +91,15 @@ def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     return load_pretrained(
         ClipVision, params, folder, device, dtype, what=WHAT, aliases=aliases, left_out=(*other, *last)
     )
+
+
+def load_picture_tower(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipPicture:
+    """The picture half whole, with its projection, ready to run. Raises FluxIRError likewise."""
+    params = read_params(ClipVisionParams, folder, what=WHAT, half="vision_config")
+    size = read_config(folder, what=WHAT).get("projection_dim", 512)
+    other = ("text_model.", "text_projection.", "logit_scale")
+    kind, aliases = partial(ClipPicture, projection_dim=size), {"vision_model.": ""}
+    return load_pretrained(kind, params, folder, device, dtype, what=WHAT, aliases=aliases, left_out=other)
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:

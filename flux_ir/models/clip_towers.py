@@ -138,6 +138,25 @@ class ClipVision(nn.Module):
         return self.encoder(self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype))))
 
 
+class ClipPicture(nn.Module):
+    """The whole picture tower: pictures in the space that CLIP's pictures and texts share."""
+
+    def __init__(self, params: ClipVisionParams, projection_dim: int) -> None:
+        super().__init__()
+        self.params = params
+        self.embeddings = PatchEmbeddings(params)
+        self.pre_layrnorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
+        self.encoder = ClipLayers(params, params.num_hidden_layers, causal=False)
+        self.post_layernorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
+        self.visual_projection = nn.Linear(params.hidden_size, projection_dim, bias=False)
+
+    def forward(self, pixels: Image) -> Pooled:
+        """One vector per picture, of any length: their cosines are what CLIP was trained on."""
+        weight = self.pre_layrnorm.weight
+        tokens = self.encoder(self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype))))
+        return self.visual_projection(self.post_layernorm(tokens[:, 0]))
+
+
 class PatchEmbeddings(nn.Module):
     """Patches and their positions, behind a class token."""
 

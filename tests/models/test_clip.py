@@ -8,11 +8,12 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.clip import (
     choose_tokens,
+    load_picture_tower,
     load_vision,
     locate_clip,
     read_pixels,
@@ -79,6 +80,23 @@ def test_the_last_layer_is_not_kept(shared_clip):
         if "layers." in name
     }
     assert layers == {"0", "1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_pictures_in_the_shared_space_are_those_of_transformers(shared_clip, dtype):
+    pixels = torch.randn(3, 3, SIDE_PX, SIDE_PX, generator=torch.Generator().manual_seed(1)).to(dtype)
+    theirs = CLIPVisionModelWithProjection.from_pretrained(shared_clip, dtype=dtype, projection_dim=8)
+    ours = load_picture_tower(shared_clip, "cpu", dtype)(pixels)
+    assert torch.equal(ours, theirs(pixel_values=pixels).image_embeds)
+    assert ours.shape == (3, 8)
+
+
+def test_a_tower_without_its_projection_has_no_place_in_the_shared_space(clip):
+    weights = load_file(clip / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "visual" not in name}, clip / "model.safetensors")
+    with pytest.raises(FluxIRError, match=r"1 weights are missing \(visual_projection.weight\)"):
+        load_picture_tower(clip, "cpu", torch.float32)
 
 
 def test_the_class_token_comes_first_and_the_patches_after(shared_clip):
