@@ -14,12 +14,12 @@ Grid = NDArray[np.floating]
 """Values of a feature, [rows, columns] of tokens, never negative."""
 Bytes = NDArray[np.uint8]
 
-STOPS = ((58, 8, 110), (165, 30, 140), (232, 72, 85), (253, 160, 40), (255, 242, 150))
+STOPS = ((70, 20, 160), (180, 30, 150), (238, 68, 72), (255, 150, 0), (255, 228, 20))
 """The colours from just above 0 to the top of the scale, evenly spaced. Lightness grows all the way."""
 _PLACES = np.linspace(0, len(STOPS) - 1, 256)
 COLOURS = np.stack([np.interp(_PLACES, range(len(STOPS)), channel) for channel in zip(*STOPS, strict=True)], axis=1)
 """The same in 256 levels, [256, 3]."""
-OPACITY = 0.75
+OPACITY = 0.8
 """Of the strongest colour."""
 
 

@@ -1,0 +1,104 @@
+"""What a feature does to the output: how far the velocity moves per unit of its activation.
+
+The decoder is linear, so at token t the derivative by the activation of feature f is that by the token, along the
+feature's direction: dv / dz_f = (dv / dx_t) W_dec[f]. With random signs u the mean of (u . dv / dz_f)^2 is the squared
+length of that column of the Jacobian (Hutchinson, 1990), so a few gradients of u . v serve all features at once.
+
+Choosing features by what the output does, and not by what they respond to, is what makes them good ones to steer with
+(Arad et al., 2025).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flux_ir.models.transformer import Flux
+from flux_ir.recording.intervention import Intervention
+from flux_ir.sampling.denoise import per_sample
+from flux_ir.sampling.generate import Inputs
+from flux_ir.shapes import Tokens
+from flux_ir.sites import Site
+
+SIGN_VECTORS = 8
+"""More change the numbers by less than the choice of generations does: each is one backward pass."""
+
+
+def gradients(
+    model: Flux,
+    site: Site,
+    inputs: Inputs,
+    t_curr: float,
+    guidance: float,
+    *,
+    generator: torch.Generator,
+    sign_vectors: int = SIGN_VECTORS,
+) -> Iterator[Tokens]:
+    """The gradients of u . v by what `site` puts out, [batch, tokens, d], one for each vector u of random signs.
+
+    `inputs.img` is the state at `t_curr`, from which one forward is run. The pictures of a batch do not see each other,
+    so each row is the gradient of its own picture's velocity v.
+    """
+    added: list[Tensor] = []
+
+    def watch(value: Tokens, step: int) -> Tokens:
+        added.append(torch.zeros_like(value, requires_grad=True))
+        return value + added[0]
+
+    # A block's output moves as its update does; the update itself is read as a difference, which has no gradient here.
+    place = replace(site, part=None) if site.part == "update" else site
+    img = inputs.img
+    with torch.enable_grad(), Intervention(model, {place: watch}):
+        velocity = model(
+            img,
+            inputs.img_ids,
+            inputs.txt,
+            inputs.txt_ids,
+            per_sample(t_curr, img),
+            inputs.y,
+            per_sample(guidance, img),
+        )
+    for left in reversed(range(sign_vectors)):
+        signs = torch.randint(0, 2, velocity.shape, generator=generator).to(velocity) * 2 - 1
+        yield torch.autograd.grad(velocity, added[0], signs, retain_graph=left > 0)[0]
+
+
+class EffectMeter:
+    """Adds up the squares of u . dv / dz_f over tokens and sign vectors, for all features at once."""
+
+    def __init__(self, W_dec: Float[Tensor, "d_sae d"]) -> None:
+        self.W_dec = W_dec.detach().float()
+        d_sae, d = self.W_dec.shape
+        self._second_moment = torch.zeros(d, d, dtype=torch.float64)
+        self._rows = 0
+        self._squares, self._active = np.zeros(d_sae), np.zeros(d_sae, np.int64)
+
+    def add(
+        self, gradient: Float[Tensor, "tokens d"], token: NDArray[np.int64], feature: NDArray[np.int64]
+    ) -> None:
+        """Take in one gradient of u . v. Feature `feature[i]` is active on token `token[i]`, a row of `gradient`."""
+        gradient = gradient.float()
+        self._second_moment += (gradient.T @ gradient).double().cpu()
+        self._rows += len(gradient)
+        at, of = (torch.from_numpy(numbers).to(gradient.device) for numbers in (token, feature))
+        for some in torch.arange(len(token), device=gradient.device).split(max(1, 2**24 // gradient.shape[1])):
+            moved = (gradient[at[some]] * self.W_dec[of[some]]).sum(dim=1).double().square().cpu().numpy()
+            self._squares += np.bincount(feature[some.cpu().numpy()], moved, minlength=len(self._squares))
+        self._active += np.bincount(feature, minlength=len(self._active))
+
+    def everywhere(self) -> NDArray[np.float64]:
+        """Root mean square over all tokens, active or not [latent units per unit of flow time and of activation]:
+        the square root of w^T E[g g^T] w for every row w of W_dec.
+        """
+        moment = (self._second_moment / max(1, self._rows)).float().to(self.W_dec.device)
+        squares = torch.cat([((part @ moment) * part).sum(dim=1) for part in self.W_dec.split(8192)])
+        return np.sqrt(np.maximum(squares.double().cpu().numpy(), 0))
+
+    def where_active(self) -> NDArray[np.float64]:
+        """The same over the tokens that each feature is active on; NaN for a feature that is active on none."""
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(self._squares / np.where(self._active, self._active, np.nan))
