@@ -77,9 +77,7 @@ class EffectMeter:
         self._rows = 0
         self._squares, self._active = np.zeros(d_sae), np.zeros(d_sae, np.int64)
 
-    def add(
-        self, gradient: Float[Tensor, "tokens d"], token: NDArray[np.int64], feature: NDArray[np.int64]
-    ) -> None:
+    def add(self, gradient: Float[Tensor, "tokens d"], token: NDArray[np.int64], feature: NDArray[np.int64]) -> None:
         """Take in one gradient of u . v. Feature `feature[i]` is active on token `token[i]`, a row of `gradient`."""
         gradient = gradient.float()
         self._second_moment += (gradient.T @ gradient).double().cpu()

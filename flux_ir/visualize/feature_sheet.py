@@ -118,9 +118,7 @@ def _captions_px(lines: Sequence[FeatureLine]) -> int:
     return SMALL_PX + 6 + (2 * (TINY_PX + 2) if says else 0)
 
 
-def _draw_panel(
-    page: Image.Image, pen: ImageDraw.ImageDraw, line: FeatureLine, x: int, y: int, opacity: float
-) -> None:
+def _draw_panel(page: Image.Image, pen: ImageDraw.ImageDraw, line: FeatureLine, x: int, y: int, opacity: float) -> None:
     """Name, label, numbers and legend of a feature, one below the other."""
     room = PANEL_PX - 2 * GAP_PX
     pen.text((x, y), _cut(line.name, _font(NAME_PX), room), INK, _font(NAME_PX))

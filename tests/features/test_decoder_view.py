@@ -70,7 +70,9 @@ def test_activity_together_is_counted_as_sets_are(draw, block_values):
     found = active_together(read, 13, most=4, block_values=block_values)
     sets = [set(active[:, f].nonzero().flatten().tolist()) for f in range(13)]
     for f in range(13):
-        meets = [(len(sets[f] & sets[g]) / len(sets[f] | sets[g]), g) for g in range(13) if g != f and sets[f] & sets[g]]
+        meets = [
+            (len(sets[f] & sets[g]) / len(sets[f] | sets[g]), g) for g in range(13) if g != f and sets[f] & sets[g]
+        ]
         expected = sorted(meets, key=lambda pair: (-pair[0], pair[1]))[:4]
         lacking = 4 - len(expected)
         assert found.feature[f].tolist() == [g for _, g in expected] + [-1] * lacking
