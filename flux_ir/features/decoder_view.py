@@ -29,9 +29,9 @@ class Neighbours(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_by_cosine(W_dec: Float[Tensor, "d_sae d"], most: int = NEIGHBOURS) -> Neighbours:
-    """The features whose decoder rows have the largest cosine with each feature's own. Rows of length 0 are near none."""
-    units, there = normalize(W_dec.float(), dim=1), W_dec.norm(dim=1) > 0
+def nearest_by_cosine(decoder: Float[Tensor, "d_sae d"], most: int = NEIGHBOURS) -> Neighbours:
+    """The features whose decoder rows have the largest cosine with each feature's; rows of length 0 are near none."""
+    units, there = normalize(decoder.float(), dim=1), decoder.norm(dim=1) > 0
     found = []
     for block in _blocks(len(units)):
         cosine = units[block.start : block.stop] @ units.T
@@ -43,15 +43,15 @@ def nearest_by_cosine(W_dec: Float[Tensor, "d_sae d"], most: int = NEIGHBOURS) -
 
 @torch.no_grad()
 def best_cosine(
-    W_dec: Float[Tensor, "d_sae d"], other: Float[Tensor, "_d_sae d"]
+    decoder: Float[Tensor, "d_sae d"], other: Float[Tensor, "_d_sae d"]
 ) -> tuple[Float[Tensor, "d_sae"], Int[Tensor, "d_sae"]]:
     """The largest cosine of each row with a row of another dictionary, and the number of that row: seed stability, if
     the other was trained alike with another seed. NaN and -1 for rows of length 0.
     """
     theirs = normalize(other.float(), dim=1)
     cosines, rows = [], []
-    for block in _blocks(len(W_dec), columns=len(other)):
-        own = W_dec[block.start : block.stop].float()
+    for block in _blocks(len(decoder), columns=len(other)):
+        own = decoder[block.start : block.stop].float()
         best = (normalize(own, dim=1) @ theirs.T).max(dim=1)
         silent = own.norm(dim=1) == 0
         cosines.append(best.values.masked_fill(silent, torch.nan))
@@ -61,21 +61,21 @@ def best_cosine(
 
 @torch.no_grad()
 def encoder_decoder_cosine(
-    encoder: Float[Tensor, "d_sae d"], W_dec: Float[Tensor, "d_sae d"]
+    encoder: Float[Tensor, "d_sae d"], decoder: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "d_sae"]:
     """How nearly each feature reads the direction that it writes; NaN where one of the two is 0."""
-    encoder, W_dec = encoder.float(), W_dec.float()
-    lengths = encoder.norm(dim=1) * W_dec.norm(dim=1)
-    return ((encoder * W_dec).sum(dim=1) / torch.where(lengths > 0, lengths, torch.nan)).cpu()
+    encoder, decoder = encoder.float(), decoder.float()
+    lengths = encoder.norm(dim=1) * decoder.norm(dim=1)
+    return ((encoder * decoder).sum(dim=1) / torch.where(lengths > 0, lengths, torch.nan)).cpu()
 
 
 class Active(NamedTuple):
     """Which features are active on which of some images or tokens: pair by pair, each once."""
 
-    count: int
-    """Of the images or tokens."""
+    items: int
+    """How many images or tokens there are."""
     item: Int[Tensor, "pairs"]
-    """From 0 to `count` - 1."""
+    """Which of them, from 0."""
     feature: Int[Tensor, "pairs"]
 
 
@@ -98,7 +98,7 @@ def active_together(
     items = 0
     for part in read():
         count += torch.bincount(part.feature.long(), minlength=d_sae)
-        items += part.count
+        items += part.items
     if items > 2**24:
         raise FluxIRError(
             f"activity together is counted over at most {2**24} images or tokens: got {items}",
@@ -108,7 +108,7 @@ def active_together(
     for block in _blocks(d_sae, block_values=block_values):
         both = torch.zeros(len(block), d_sae, device=device)
         for part in read():
-            dense = torch.zeros(part.count, d_sae, device=device)
+            dense = torch.zeros(part.items, d_sae, device=device)
             dense[part.item.long().to(device), part.feature.long().to(device)] = 1
             both.addmm_(dense[:, block.start : block.stop].T, dense)
         either = totals[block.start : block.stop, None] + totals - both

@@ -70,9 +70,10 @@ def gradients(
 class EffectMeter:
     """Adds up the squares of u . dv / dz_f over tokens and sign vectors, for all features at once."""
 
-    def __init__(self, W_dec: Float[Tensor, "d_sae d"]) -> None:
-        self.W_dec = W_dec.detach().float()
-        d_sae, d = self.W_dec.shape
+    def __init__(self, decoder: Float[Tensor, "d_sae d"]) -> None:
+        """`decoder`: the rows of W_dec."""
+        self.decoder = decoder.detach().float()
+        d_sae, d = self.decoder.shape
         self._second_moment = torch.zeros(d, d, dtype=torch.float64)
         self._rows = 0
         self._squares, self._active = np.zeros(d_sae), np.zeros(d_sae, np.int64)
@@ -83,8 +84,8 @@ class EffectMeter:
         self._second_moment += (gradient.T @ gradient).double().cpu()
         self._rows += len(gradient)
         at, of = (torch.from_numpy(numbers).to(gradient.device) for numbers in (token, feature))
-        for some in torch.arange(len(token), device=gradient.device).split(max(1, 2**24 // gradient.shape[1])):
-            moved = (gradient[at[some]] * self.W_dec[of[some]]).sum(dim=1).double().square().cpu().numpy()
+        for some in torch.split(torch.arange(len(token), device=gradient.device), max(1, 2**24 // gradient.shape[1])):
+            moved = (gradient[at[some]] * self.decoder[of[some]]).sum(dim=1).double().square().cpu().numpy()
             self._squares += np.bincount(feature[some.cpu().numpy()], moved, minlength=len(self._squares))
         self._active += np.bincount(feature, minlength=len(self._active))
 
@@ -92,8 +93,8 @@ class EffectMeter:
         """Root mean square over all tokens, active or not [latent units per unit of flow time and of activation]:
         the square root of w^T E[g g^T] w for every row w of W_dec.
         """
-        moment = (self._second_moment / max(1, self._rows)).float().to(self.W_dec.device)
-        squares = torch.cat([((part @ moment) * part).sum(dim=1) for part in self.W_dec.split(8192)])
+        moment = (self._second_moment / max(1, self._rows)).float().to(self.decoder.device)
+        squares = torch.cat([((part @ moment) * part).sum(dim=1) for part in torch.split(self.decoder, 8192)])
         return np.sqrt(np.maximum(squares.double().cpu().numpy(), 0))
 
     def where_active(self) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
-"""Contact sheets of features: one feature a line, its pictures beside it with its map over them, by one scale a line."""
+"""Contact sheets of features: a feature a line, its pictures beside it with its map over them, by one scale a line."""
 
 from collections.abc import Sequence
 from io import BytesIO
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,7 +166,7 @@ def _draw_example(
 
 def number_lines(numbers: Sequence[tuple[str, float, str]]) -> list[str]:
     """Numbers as a panel says them: name, value and unit; those that are not known (NaN) are left out."""
-    return [f"{name} {short_number(value)}{unit}" for name, value, unit in numbers if value == value]  # noqa: PLR0124
+    return [f"{name} {short_number(value)}{unit}" for name, value, unit in numbers if not isnan(value)]
 
 
 def _font(size_px: int) -> Font:
