@@ -1,0 +1,227 @@
+"""AUROC of many features at once, exact: the chance that a positive scores above a negative, ties counting half.
+
+Features of an SAE are nearly all zero, so the zeros are counted and only the rest is sorted, once for all questions: an
+answer costs one pass over the positives' features. For a question with positives P among everyone I that counts,
+
+    U(P, I) = U(P, negatives) + U(P, P),    U(P, P) = |P|^2 / 2,
+
+so that questions which count the same tokens share the pass over I. Next: `concepts`.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+_POOLED = 2**24  # numbers held at once
+
+
+class Codes(NamedTuple):
+    """Features of tokens (or of pictures), without those that are zero; sorted by token."""
+
+    token: np.ndarray
+    """int32 [entries], ascending."""
+    feature: np.ndarray
+    """int32 [entries]; a feature occurs once per token."""
+    value: np.ndarray
+    """float32 [entries]."""
+    tokens: int
+    features: int
+
+    def pooled(self, tokens_per_image: int) -> "Codes":
+        """The largest value of each feature on each picture. Values must be positive: zero is what is left out."""
+        images = self.tokens // tokens_per_image
+        ends = np.searchsorted(self.token, np.arange(images + 1) * tokens_per_image)
+        parts: list[tuple[np.ndarray, ...]] = []
+        for first in range(0, images, each := max(1, _POOLED // self.features)):
+            last = min(first + each, images)
+            rows = slice(ends[first], ends[last])
+            place = (self.token[rows] // tokens_per_image - first).astype(np.int64) * self.features + self.feature[rows]
+            largest = torch.zeros((last - first) * self.features)
+            largest.scatter_reduce_(0, torch.from_numpy(place), torch.from_numpy(self.value[rows]), "amax")
+            found = np.flatnonzero(largest.numpy())
+            image, feature = np.divmod(found, self.features)
+            parts.append(((image + first).astype(np.int32), feature.astype(np.int32), largest.numpy()[found]))
+        token, feature, value = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Codes(token, feature, value, images, self.features)
+
+    def column(self, feature: int) -> np.ndarray:
+        """One feature of every token: float32 [tokens]."""
+        scores = np.zeros(self.tokens, dtype=np.float32)
+        mine = self.feature == feature
+        scores[self.token[mine]] = self.value[mine]
+        return scores
+
+
+class Ranked:
+    """Codes sorted by feature and value: what every question is answered from."""
+
+    def __init__(self, codes: Codes) -> None:
+        self.tokens, self.features = codes.tokens, codes.features
+        if not np.isfinite(codes.value).all():
+            raise ValueError("scores must be finite to be ranked")
+        key = codes.feature.astype(np.uint64) << np.uint64(32) | _ordered_bits(codes.value)
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        self._token = codes.token[order]
+        # Where the entries of each feature begin, and how many of them lie below zero.
+        self._first = np.searchsorted(key, np.arange(codes.features + 1, dtype=np.uint64) << np.uint64(32))
+        zero = np.arange(codes.features, dtype=np.uint64) << np.uint64(32) | _ordered_bits(np.zeros(1, np.float32))
+        self._zero = np.searchsorted(key, zero)
+        # Where the entries that tie with each one begin and end.
+        new = np.append(np.diff(key) != 0, True) if len(key) else np.zeros(0, dtype=bool)
+        ends = np.flatnonzero(new) + 1
+        if len(ends) == len(key):
+            self._tie_first, self._tie_end = None, None
+        else:
+            group = np.cumsum(new) - new
+            self._tie_first = np.concatenate([[0], ends[:-1]])[group]
+            self._tie_end = ends[group]
+        # By token: where its entries are in that order, and whose features they are.
+        self._place = np.empty(len(order), dtype=np.int64)
+        self._place[order] = np.arange(len(order))
+        self._feature = codes.feature
+        self._of_token = np.searchsorted(codes.token, np.arange(codes.tokens + 1))
+        self._counted: np.ndarray | None = None
+        self._below = np.zeros(1, dtype=np.int64)
+
+    def auroc(self, positive: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """AUROC of every feature, float64 [features]; NaN without a positive or without a negative.
+
+        `positive` and `counted` are bool [tokens]: the negatives are who counts and is not positive.
+        """
+        if self._counted is None or not np.array_equal(counted, self._counted):
+            self._counted = counted.copy()
+            self._below = _running(counted[self._token])
+        below, first, everyone = self._below, self._first, int(counted.sum())
+        rows = _rows(self._of_token, np.flatnonzero(positive))
+        place, feature = self._place[rows], self._feature[rows]
+        if self._tie_first is None or self._tie_end is None:
+            among = 0.5 * (below[place] + below[place + 1])
+        else:
+            among = 0.5 * (below[self._tie_first[place]] + below[self._tie_end[place]])
+        # An entry also beats, or is beaten by, everyone who has no entry, which is to score zero.
+        listed = below[first[1:]] - below[first[:-1]]
+        unlisted = everyone - listed
+        negative_values = below[self._zero] - below[first[:-1]]
+        above_zero = place >= self._zero[feature]
+        positives = int(positive.sum())
+        sum_among = np.bincount(feature, weights=among, minlength=self.features)
+        mine = np.bincount(feature, minlength=self.features)
+        mine_above = np.bincount(feature[above_zero], minlength=self.features)
+        sum_among -= mine * below[first[:-1]]
+        unlisted_positives = positives - mine
+        u = sum_among + mine_above * unlisted + unlisted_positives * (negative_values + 0.5 * unlisted)
+        return _share(u - 0.5 * positives**2, positives, everyone - positives)
+
+
+def dense_codes(values: np.ndarray) -> Codes:
+    """All scores of tokens, float32 [tokens, features], as codes in which nothing is left out."""
+    tokens, features = values.shape
+    return Codes(
+        np.repeat(np.arange(tokens, dtype=np.int32), features),
+        np.tile(np.arange(features, dtype=np.int32), tokens),
+        np.ascontiguousarray(values, dtype=np.float32).reshape(-1),
+        tokens,
+        features,
+    )
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray, counted: np.ndarray) -> float:
+    """AUROC of one score: all three [tokens]. NaN without a positive or without a negative."""
+    return weighted_auroc(scores, positive, counted, np.ones((1, len(scores))))[0]
+
+
+def weighted_auroc(
+    scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, weights: Iterable[np.ndarray]
+) -> list[float]:
+    """AUROC of one score where each token counts as often as it has weight, for several weightings [tokens]."""
+    who = np.flatnonzero(counted)
+    who = who[np.argsort(scores[who], kind="stable")]
+    ordered, is_positive = scores[who], positive[who]
+    if not np.isfinite(ordered).all():
+        raise ValueError("scores must be finite to be ranked")
+    starts = np.flatnonzero(np.append(True, np.diff(ordered) != 0)) if len(who) else np.zeros(0, dtype=np.int64)
+    found = []
+    for weight in weights:
+        mine = weight[who]
+        positives, everyone = (_sums(mine * is_positive, starts), _sums(mine, starts))
+        negatives = everyone - positives
+        below = np.cumsum(negatives) - 0.5 * negatives
+        total = positives.sum(), negatives.sum()
+        found.append(float(positives @ below / (total[0] * total[1])) if min(total) > 0 else float("nan"))
+    return found
+
+
+class Operating(NamedTuple):
+    """What a threshold comes to: `threshold` inf where no threshold is precise enough."""
+
+    threshold: float
+    precision: float | None
+    """None: nothing reaches the threshold."""
+    recall: float
+
+
+def precise_threshold(scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, precision: float = 0.95) -> float:
+    """The threshold that finds the most positives while this share of what reaches it is positive; inf: there is none.
+
+    Scores that tie stand or fall together.
+    """
+    who = np.flatnonzero(counted)
+    who = who[np.argsort(-scores[who], kind="stable")]
+    ordered, hits = scores[who], np.cumsum(positive[who])
+    last_of_tie = np.append(np.diff(ordered) != 0, True) if len(who) else np.zeros(0, dtype=bool)
+    enough = last_of_tie & (hits >= precision * np.arange(1, len(who) + 1)) & (hits > 0)
+    return float(ordered[np.flatnonzero(enough)[-1]]) if enough.any() else float("inf")
+
+
+def at_threshold(scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, threshold: float) -> Operating:
+    """Precision and recall of scores that reach a threshold."""
+    reached = counted & (scores >= threshold)
+    hits = int((reached & positive).sum())
+    return Operating(threshold, hits / int(reached.sum()) if reached.any() else None, hits / max(1, positive.sum()))
+
+
+def bootstrap(
+    scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, group: np.ndarray, *, draws: int, seed: int
+) -> tuple[float, float]:
+    """The middle 95 % of the AUROC over draws of groups (prompts) with replacement. `group` is [tokens], from 0 on."""
+    found = np.array(weighted_auroc(scores, positive, counted, _drawn(group, draws, seed)))
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _drawn(group: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    generator, groups = np.random.default_rng(seed), int(group.max()) + 1
+    for _ in range(draws):
+        yield np.bincount(generator.integers(groups, size=groups), minlength=groups)[group]
+
+
+def _ordered_bits(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 as integers that sort as the values do: uint64. Both zeros are one."""
+    bits = (values + np.float32(0)).view(np.uint32)
+    flipped = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+    return flipped.astype(np.uint64)
+
+
+def _running(flags: np.ndarray) -> np.ndarray:
+    """How many flags are set before each place: int64 [len + 1]."""
+    counts = np.zeros(len(flags) + 1, dtype=np.int64)
+    np.cumsum(flags, out=counts[1:])
+    return counts
+
+
+def _rows(first: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The rows of these tokens, where the rows of token t are first[t] to first[t + 1]."""
+    starts, lengths = first[tokens], first[tokens + 1] - first[tokens]
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return np.add.reduceat(values, starts) if len(starts) else np.zeros(0)
+
+
+def _share(u: np.ndarray, positives: int, negatives: int) -> np.ndarray:
+    return u / (positives * negatives) if positives and negatives else np.full(len(u), np.nan)
