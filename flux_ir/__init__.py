@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.export import export
     from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
+    from flux_ir.api.find_examples import find_examples
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
@@ -45,6 +46,7 @@ _MODULES = {
     "export": "flux_ir.api.export",
     "export_sae": "flux_ir.api.export_sae",
     "ExportedSAE": "flux_ir.api.export_sae",
+    "find_examples": "flux_ir.api.find_examples",
     "FluxIRError": "flux_ir.errors",
     "Intervention": "flux_ir.recording.intervention",
     "LensResult": "flux_ir.api.lens",
@@ -97,6 +99,7 @@ __all__ = [
     "explore",
     "export",
     "export_sae",
+    "find_examples",
     "load_model",
     "load_sae",
     "open_source",

@@ -57,6 +57,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("evaluate_sae", "evaluate_sae"),
         ("export_sae", "export_sae"),
         ("score_features", "score_features"),
+        ("find_examples", "find_examples"),
         ("lens", "read_lens"),
         ("study", "run_study"),
         ("visualize", "create_visualization"),

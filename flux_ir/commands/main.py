@@ -20,6 +20,7 @@ VERBS = {
     "export-sae": "write an autoencoder as another program reads it, or put it on the hub",
     "study": "run a whole study by one small file: collect, train, measure, say what features mean",
     "score-features": "what every feature of an autoencoder does, on every token, image and step",
+    "find-examples": "images that show what each feature responds to: strong, weak, random, silent",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",

@@ -224,6 +224,40 @@ class FeatureTable:
         return names[np.where(self.count == 0, 0, 1 + np.digitize(self.frequency, [RARE, COMMON]))]
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Images by their numbers, [d_sae, most] of each kind, -1 where there are no more; one of each prompt in a row.
+
+    Beside each: its S, and where the largest value is. `quantile` is [d_sae, Q, M].
+    """
+
+    top: NDArray[np.int32]
+    """The strongest."""
+    top_value: NDArray[np.float32]
+    top_token: NDArray[np.int32]
+    """Position in its stream."""
+    top_step: NDArray[np.int16]
+    """By the sampler's number."""
+    quantile: NDArray[np.int32]
+    """At random of each of Q equal shares of the images it fires on, the strongest share first."""
+    quantile_value: NDArray[np.float32]
+    quantile_token: NDArray[np.int32]
+    quantile_step: NDArray[np.int16]
+    quantile_edges: NDArray[np.float32]
+    """[d_sae, Q - 1]: S between the shares."""
+    quantile_count: NDArray[np.int64]
+    """[d_sae, Q]: images in each share."""
+    random: NDArray[np.int32]
+    """At random of all images it fires on."""
+    random_value: NDArray[np.float32]
+    random_token: NDArray[np.int32]
+    random_step: NDArray[np.int16]
+    silent: NDArray[np.int32]
+    """Images on which it never fires, most like its strongest ones by what else fires on them."""
+    silent_value: NDArray[np.float32]
+    """How alike: a cosine."""
+
+
 class FeatureFolder:
     """One such folder, as it is on the disk now. Raises FluxIRError for what is not there yet, naming the stage."""
 
@@ -355,6 +389,12 @@ class FeatureFolder:
         self.check_done("score")
         columns = self.columns("table.safetensors", stream)
         return FeatureTable(**{field.name: columns[field.name] for field in fields(FeatureTable)})
+
+    def examples(self, stream: Stream = "img") -> Examples:
+        """The images that show what each feature responds to. Raises FluxIRError if they were not looked for."""
+        self.check_done("examples")
+        columns = self.columns("examples.safetensors", stream)
+        return Examples(**{field.name: columns[field.name] for field in fields(Examples)})
 
     def columns(self, file: str, stream: Stream = "img") -> dict[str, NDArray[Any]]:
         """The arrays of one stream of a file of this folder (`examples.safetensors`), memory-mapped, by name."""

@@ -74,6 +74,13 @@ class Scored(Activations, Device):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesFolder(Options):
+    """The features of one autoencoder."""
+
+    features: Path = option(REQUIRED, help="the folder of features that flux-ir score-features left", group=MEASURED)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compute(Device):
     """Where a model is run, and in which precision."""
 

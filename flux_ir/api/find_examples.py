@@ -1,0 +1,85 @@
+"""Pictures that show what each feature responds to: the strongest, weaker ones, random ones, and silent look-alikes."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from flux_ir.api.progress import Note, Watch, follow, unwatched
+from flux_ir.distributed import Ranks, joined, wait_for_all
+from flux_ir.features.examples import FILE, FIRST, SECOND, ExampleSettings, Search
+from flux_ir.features.folder import FeatureFolder, open_features, read_tensors, write_tensors
+from flux_ir.sites import Stream
+
+PARTIAL = "partial"
+"""The folder that processes leave their findings in for each other; gone when the stage is complete."""
+
+
+def find_examples(
+    features: str | Path | FeatureFolder,
+    *,
+    top: int = 24,
+    quantiles: int = 5,
+    per_quantile: int = 8,
+    random: int = 8,
+    silent: int = 8,
+    seed: int = 0,
+    progress: Watch = unwatched,
+) -> FeatureFolder:
+    """Find, for every feature, the images that show what it responds to; nothing is done where they are there.
+
+    `features` is the folder that `score_features` left. There are `top` of the strongest, `per_quantile` of each of
+    `quantiles` equal shares of the images it fires on, `random` of all of these, and `silent` ones that look alike but
+    on which it does not fire; each row has one image of a prompt. `seed` is that of the draws. Under torchrun all
+    processes call this alike and share the work.
+
+    Raises FluxIRError for a folder that is not scored, and numbers below 1.
+    """
+    settings = ExampleSettings(
+        top=top, quantiles=quantiles, per_quantile=per_quantile, random=random, silent=silent, seed=seed
+    )
+    with joined() as ranks:
+        watch = progress if ranks.is_first else unwatched
+        scored = open_features(features.path if isinstance(features, FeatureFolder) else features)
+        scored.check_done("score")
+        if scored.is_done("examples", asdict(settings), after=["score"]):
+            watch(Note(f"the examples in {scored.path} are complete"))
+            return scored
+        arrays: dict[str, NDArray[Any]] = {}
+        for stream in scored.streams:
+            arrays |= _search(scored, stream, settings, ranks, watch).arrays()
+        if ranks.is_first:
+            write_tensors(scored.path / FILE, arrays, {"settings": scored.settings.digest})
+            scored.mark_done("examples", asdict(settings), after=["score"])
+            shutil.rmtree(scored.path / PARTIAL, ignore_errors=True)
+        wait_for_all(ranks)
+        return open_features(scored.path)
+
+
+def _search(folder: FeatureFolder, stream: Stream, settings: ExampleSettings, ranks: Ranks, progress: Watch) -> Search:
+    """Both passes over this process's parts; what the others found is put in after each."""
+    search, own = Search(folder, stream, settings), range(ranks.rank, folder.parts, ranks.world_size)
+    for number in follow(progress, f"examples {stream}, 1 of 2", own, total=len(own)):
+        search.first(folder.part(stream, number))
+    _exchange(search, f"{stream}-first", FIRST, ranks)
+    search.turn()
+    for number in follow(progress, f"examples {stream}, 2 of 2", own, total=len(own)):
+        search.second(folder.part(stream, number))
+    _exchange(search, f"{stream}-second", SECOND, ranks)
+    return search
+
+
+def _exchange(search: Search, name: str, what: tuple[Sequence[str], Sequence[str]], ranks: Ranks) -> None:
+    """What each process found becomes what all found, through files beside the result."""
+    if ranks.world_size == 1:
+        return
+    folder = search.folder.path / PARTIAL
+    write_tensors(folder / f"{name}-{ranks.rank}.safetensors", search.state(*what))
+    wait_for_all(ranks)
+    for rank in range(ranks.world_size):
+        if rank != ranks.rank:
+            search.merge(read_tensors(folder / f"{name}-{rank}.safetensors")[0], *what)
+    wait_for_all(ranks)
