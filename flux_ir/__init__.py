@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.export import export
     from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
+    from flux_ir.api.features import Features, analyse_features, read_features
     from flux_ir.api.find_examples import find_examples
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "analyse_features": "flux_ir.api.features",
     "Begun": "flux_ir.api.progress",
     "capture": "flux_ir.api.capture",
     "CaptureResult": "flux_ir.api.lens",
@@ -46,6 +48,7 @@ _MODULES = {
     "export": "flux_ir.api.export",
     "export_sae": "flux_ir.api.export_sae",
     "ExportedSAE": "flux_ir.api.export_sae",
+    "Features": "flux_ir.api.features",
     "find_examples": "flux_ir.api.find_examples",
     "FluxIRError": "flux_ir.errors",
     "Intervention": "flux_ir.recording.intervention",
@@ -57,6 +60,7 @@ _MODULES = {
     "open_source": "flux_ir.activations.source",
     "Progress": "flux_ir.api.progress",
     "read_capture": "flux_ir.api.lens",
+    "read_features": "flux_ir.api.features",
     "read_lens": "flux_ir.api.lens",
     "Recorder": "flux_ir.recording.recorder",
     "run_study": "flux_ir.api.study",
@@ -76,6 +80,7 @@ __all__ = [
     "CaptureResult",
     "EvaluatedSAE",
     "ExportedSAE",
+    "Features",
     "FluxIRError",
     "Intervention",
     "LensResult",
@@ -88,6 +93,7 @@ __all__ = [
     "Trained",
     "TrainingRow",
     "Visualization",
+    "analyse_features",
     "capture",
     "collect",
     "collect_clip",
@@ -104,6 +110,7 @@ __all__ = [
     "load_sae",
     "open_source",
     "read_capture",
+    "read_features",
     "read_lens",
     "run_study",
     "sample",

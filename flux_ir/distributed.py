@@ -68,12 +68,19 @@ class Ranks:
         return 0 if self.store is None else self.store.add(name, more)
 
 
+_JOINED: list[Ranks] = []  # the job that this process is part of, while it is
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Joins the job that torchrun's variables describe for as long as the `with` lasts. Without them: one process.
 
-    Tensors on CPUs are summed by gloo, those on GPUs by nccl. Raises FluxIRError for variables that make no sense.
+    Within another `with` of this kind it is the same job. Tensors on CPUs are summed by gloo, those on GPUs by nccl.
+    Raises FluxIRError for variables that make no sense.
     """
+    if _JOINED:
+        yield _JOINED[-1]
+        return
     ranks = _from_environment()
     if ranks is None:
         yield Ranks()
@@ -83,8 +90,10 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE)
     try:
         own = PrefixStore("flux_ir", store)
-        yield Ranks(ranks.rank, ranks.world_size, ranks.local_rank, own)
+        _JOINED.append(Ranks(ranks.rank, ranks.world_size, ranks.local_rank, own))
+        yield _JOINED[-1]
     finally:
+        _JOINED.clear()
         dist.destroy_process_group()
 
 

@@ -56,6 +56,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("train_sae", "train_sae"),
         ("evaluate_sae", "evaluate_sae"),
         ("export_sae", "export_sae"),
+        ("features", "analyse_features"),
         ("score_features", "score_features"),
         ("find_examples", "find_examples"),
         ("lens", "read_lens"),

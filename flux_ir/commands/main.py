@@ -19,6 +19,7 @@ VERBS = {
     "evaluate-sae": "measure autoencoders on images not trained on, and splice them into the model",
     "export-sae": "write an autoencoder as another program reads it, or put it on the hub",
     "study": "run a whole study by one small file: collect, train, measure, say what features mean",
+    "features": "find out what the features of an autoencoder mean: all stages into one folder",
     "score-features": "what every feature of an autoencoder does, on every token, image and step",
     "find-examples": "images that show what each feature responds to: strong, weak, random, silent",
     "lens": "decode an existing capture again, without sampling",

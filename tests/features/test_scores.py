@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import flux_ir
+from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import open_features
 from tests.features.conftest import STEPS, dense_of
 
@@ -98,3 +99,8 @@ def test_the_same_command_again_changes_no_byte_and_missing_parts_are_made_again
     (folder / "features.json").unlink()
     flux_ir.score_features(*words, output_dir=folder.parent)
     assert bytes_of(folder) == before
+
+
+def test_a_stream_that_was_not_scored_is_refused(small):
+    with pytest.raises(FluxIRError, match="holds features of img tokens: got txt"):
+        flux_ir.read_features(small / "features" / "img", "txt")

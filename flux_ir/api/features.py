@@ -1,0 +1,179 @@
+"""What the features of an autoencoder mean: all stages into one folder, and that folder for a notebook."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flux_ir.api.find_examples import find_examples
+from flux_ir.api.progress import Watch, unwatched
+from flux_ir.api.score_features import score_features
+from flux_ir.distributed import joined, wait_for_all
+from flux_ir.errors import FluxIRError
+from flux_ir.features.folder import FeatureFolder, open_features
+from flux_ir.sites import Site, Stream
+
+ExampleKind = Literal["top", "quantile", "random", "silent"]
+
+
+class Stage(NamedTuple):
+    """A stage after scoring. It leaves everything as it is where its result for these settings is there."""
+
+    name: str
+    run: Callable[[FeatureFolder, Watch], object]
+    shared: bool = False
+    """Whether all processes of a job work at it together; else the first does, and the others wait."""
+
+
+STAGES = (Stage("examples", lambda folder, progress: find_examples(folder, progress=progress), shared=True),)
+"""In their order, with the defaults of their functions."""
+
+
+def analyse_features(
+    sae: str | Path,
+    captures: str | Path,
+    *,
+    site: str | Site | None = None,
+    name: str | None = None,
+    output_dir: str | Path = "features",
+    device: str | None = None,
+    progress: Watch = unwatched,
+) -> FeatureFolder:
+    """Score the features of an autoencoder and find out what they mean: every stage that is not there yet.
+
+    Arguments are those of `score_features`; every stage is a function too, with settings of its own: here they have
+    their defaults. The result is one folder, which `read_features` and `flux-ir explore-features` show. Under torchrun
+    all processes call this alike.
+
+    Raises FluxIRError for what a user can mend.
+    """
+    with joined() as ranks:
+        folder = score_features(
+            sae, captures, site=site, name=name, output_dir=output_dir, device=device, progress=progress
+        )
+        for stage in STAGES:
+            if stage.shared or ranks.is_first:
+                stage.run(open_features(folder.path), progress if ranks.is_first else unwatched)
+            wait_for_all(ranks)
+        return open_features(folder.path)
+
+
+def read_features(features: str | Path | FeatureFolder, stream: Stream | None = None) -> "Features":
+    """The folder of features as a notebook wants it: one stream of it, image tokens if there are any.
+
+    Raises FluxIRError for a folder that is none, is not scored, or lacks the stream.
+    """
+    folder = features if isinstance(features, FeatureFolder) else open_features(features)
+    return Features(folder, stream or folder.streams[0])
+
+
+class Example(NamedTuple):
+    """An image beside a feature."""
+
+    image: int
+    """Its number in the source."""
+    value: float
+    """The largest activation on it; of a silent look-alike, how alike it is."""
+    token: int | None
+    """The position of that activation in its stream."""
+    step: int | None
+    prompt: str
+
+
+class Features:
+    """The features of one stream of an autoencoder. What is large is read when it is asked for."""
+
+    def __init__(self, folder: FeatureFolder, stream: Stream) -> None:
+        self.folder, self.stream = folder, stream
+        self._scores = folder.table(stream)
+
+    def __repr__(self) -> str:
+        known, alive = self.folder.settings, int(self._scores.alive.sum())
+        where = f"{known.site or 'an array'}" + (f" of {known.model}" if known.model else "")
+        return f"<Features of {where}, {self.stream} tokens: {alive} of {known.d_sae} alive, {known.images} images>"
+
+    def __len__(self) -> int:
+        return self.folder.settings.d_sae
+
+    @cached_property
+    def table(self) -> Mapping[str, NDArray[Any]]:
+        """Every number of every feature by its name, [d_sae] or [d_sae, ...]; also those of later stages."""
+        columns = self.folder.columns("table.safetensors", self.stream)
+        columns |= {name: getattr(self._scores, name) for name in ("alive", "density", "means_place")}
+        if (self.folder.path / "selection.safetensors").is_file():
+            columns |= self.folder.columns("selection.safetensors", self.stream)
+        return columns
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row per feature; what has a value per step becomes a column per step.
+
+        Raises FluxIRError without pandas.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError as error:
+            raise FluxIRError("a DataFrame needs pandas", hint="pip install 'flux-ir[analysis]'") from error
+        return pandas.DataFrame(flat_columns(self.folder, self.table))
+
+    def examples(self, feature: int, kind: ExampleKind = "top") -> list[Example]:
+        """The images of one kind: the strongest, of each share from strong to weak, at random, or silent ones."""
+        self._check(feature)
+        found = self.folder.examples(self.stream)
+        images, values = getattr(found, kind)[feature].ravel(), getattr(found, f"{kind}_value")[feature].ravel()
+        nowhere = np.full(len(images), -1)
+        tokens, steps = (getattr(found, f"{kind}_{name}", None) for name in ("token", "step"))
+        at = nowhere if tokens is None else tokens[feature].ravel()
+        step = nowhere if steps is None else steps[feature].ravel()
+        return [
+            Example(
+                int(images[row]),
+                float(values[row]),
+                int(at[row]) if at[row] >= 0 else None,
+                int(step[row]) if step[row] >= 0 else None,
+                self.folder.images[int(images[row])].prompt,
+            )
+            for row in np.flatnonzero(images >= 0)
+        ]
+
+    def scores(self, feature: int) -> NDArray[np.float32]:
+        """S of every image, [images]: its largest activation there, 0 where it is silent."""
+        self._check(feature)
+        images, values = self.folder.scores_of(feature, self.stream)
+        found = np.zeros(self.folder.settings.images, np.float32)
+        found[images] = values
+        return found
+
+    def map(self, feature: int, image: int) -> dict[int, NDArray[np.float32]]:
+        """What the feature does on an image, [rows, columns] by step; NaN where no token was kept."""
+        self._check(feature)
+        return dict(zip(self.folder.steps, self.folder.map(feature, image, self.stream), strict=True))
+
+    def picture(self, image: int) -> Image.Image:
+        """The picture of a generation. Raises FluxIRError if none was kept."""
+        path = self.folder.picture(image)
+        if path is None:
+            raise FluxIRError(
+                f"there is no picture of image {image} beside {self.folder.captures}",
+                hint="collect with --save_images, or capture whole runs",
+            )
+        return Image.open(path)
+
+    def _check(self, feature: int) -> None:
+        if not 0 <= feature < len(self):
+            raise FluxIRError(f"features are numbered 0 to {len(self) - 1}: got {feature}", hint="name another")
+
+
+def flat_columns(folder: FeatureFolder, table: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The table as columns of one value per feature: `step_mean_5` is that of step 5. Histograms are left out."""
+    flat: dict[str, NDArray[Any]] = {"feature": np.arange(folder.settings.d_sae)}
+    for name, column in table.items():
+        if column.ndim == 1 and len(column) == folder.settings.d_sae:
+            flat[name] = column
+        elif name.startswith("step_"):
+            flat |= {f"{name}_{step}": column[:, at] for at, step in enumerate(folder.steps)}
+    return flat
