@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from flux_ir.activations.source import open_source
     from flux_ir.api.capture import capture
     from flux_ir.api.collect import collect, collect_clip, convert_collection
+    from flux_ir.api.compare_features import Comparison, compare_features
     from flux_ir.api.evaluate_sae import evaluate_sae
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.export import export
@@ -38,6 +39,8 @@ _MODULES = {
     "CaptureResult": "flux_ir.api.lens",
     "collect": "flux_ir.api.collect",
     "collect_clip": "flux_ir.api.collect",
+    "compare_features": "flux_ir.api.compare_features",
+    "Comparison": "flux_ir.api.compare_features",
     "convert_collection": "flux_ir.api.collect",
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
@@ -78,6 +81,7 @@ _MODULES = {
 __all__ = [
     "Begun",
     "CaptureResult",
+    "Comparison",
     "EvaluatedSAE",
     "ExportedSAE",
     "Features",
@@ -97,6 +101,7 @@ __all__ = [
     "capture",
     "collect",
     "collect_clip",
+    "compare_features",
     "convert_collection",
     "create_visualization",
     "decode",

@@ -104,6 +104,7 @@ def titles(judged: "Sequence[EvaluatedSAE]") -> list[str]:
 def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
     """One line per autoencoder and per baseline, and one per splice, under headings."""
     from flux_ir.api.evaluation_files import NAMES, place_of
+    from flux_ir.commands.report import aligned
     from flux_ir.sae.config import HAS_K
 
     head = ("", "site", "features", "k", "L0", "FVU", "cosine", "dead")
@@ -117,7 +118,7 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
         for name, (rank, found) in one.baselines.items():
             rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))
             rows += _without_outliers(found)
-    lines = _aligned(rows)
+    lines = aligned(rows)
     for title, one in zip(names, judged, strict=True):
         lines += outlier_notes(title, one.evaluation)
     spliced: list[tuple[str, ...]] = [("spliced in", "velocity MSE", "of zero", "of mean", "picture [dB]")]
@@ -126,7 +127,7 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
             recovered = [_share(row[f"recovered_from_{anchor}"]) for anchor in ("zero", "mean")]
             decibels = "" if row["image_psnr_db"] is None else f"{row['image_psnr_db']:.1f}"
             spliced.append((f"{title}: {name}", f"{row['velocity_mse']:.3g}", *recovered, decibels))
-    return lines + (["", *_aligned(spliced)] if len(spliced) > 1 else [])
+    return lines + (["", *aligned(spliced)] if len(spliced) > 1 else [])
 
 
 def _without_outliers(found: "Evaluation") -> list[tuple[str, ...]]:
@@ -154,15 +155,6 @@ def _numbers(numbers: "Numbers") -> tuple[str, str, str, str]:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}%"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns with two spaces between: the first to the left, the others to the right."""
-    columns = []
-    for place, column in enumerate(zip(*rows, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
-    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

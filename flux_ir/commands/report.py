@@ -97,6 +97,15 @@ class Report:
             self.results.print(Text(f"{name:<{widths[0]}}  {amount:>{widths[1]}}  {note}".rstrip()))
 
 
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns with two spaces between: the first to the left, the others to the right."""
+    columns = []
+    for place, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if place else cell.ljust(width) for cell in column])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
 def bytes_at(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     files = [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]

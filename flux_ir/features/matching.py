@@ -80,16 +80,17 @@ def cosines(w_a: Tensor, w_b: Tensor) -> Iterator[tuple[int, NDArray[np.float32]
         yield start, (unit_a[start : start + step] @ unit_b.T).cpu().numpy()
 
 
-def random_directions(like: Tensor, draw: torch.Generator) -> Tensor:
-    """As many random directions, drawn with the second moments of these: a null that knows which way all of them lean.
+def random_directions(like: Tensor, seeds: Iterable[int]) -> Iterator[Tensor]:
+    """For each seed as many random directions, drawn with the second moments of these.
 
-    (Directions with no leaning at all are easier to beat.)
+    So the null knows which way all of them lean. (Directions with no leaning at all are easier to beat.)
     """
     unit = torch.nn.functional.normalize(like.double(), dim=1)
     variances, axes = torch.linalg.eigh(unit.T @ unit / len(unit))
     root = axes * variances.clamp_min(0).sqrt()
-    noise = torch.randn(like.shape, generator=draw, dtype=torch.float64, device=draw.device)
-    return torch.nn.functional.normalize(noise.to(like.device) @ root.T, dim=1).to(like.dtype)
+    for seed in seeds:
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        yield torch.nn.functional.normalize(noise @ root.T, dim=1).to(like.dtype)
 
 
 def correlations(both: Activations) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 from flux_ir.layout import complete_file
 from flux_ir.sae.metrics import Density
@@ -69,6 +71,13 @@ class Run(NamedTuple):
     family: str
     l0: float
     fvu: float
+
+
+class ScatterGroup(NamedTuple):
+    """Points of one colour: [n, 2], x and y."""
+
+    name: str
+    points: NDArray[np.floating[Any]]
 
 
 # ---- The figures
@@ -184,6 +193,34 @@ def pareto_front(runs: Sequence[Run]) -> list[Run]:
         if not front or run.fvu < front[-1].fvu:
             front.append(run)
     return front
+
+
+def scatter(
+    path: Path,
+    groups: Sequence[ScatterGroup],
+    title: str,
+    *,
+    x: str,
+    y: str,
+    subtitle: str = "",
+    shares: bool = False,
+) -> None:
+    """A point for each feature, the first groups below the others. `shares` are drawn in percent, with the diagonal."""
+    with _figure(path, 5.6, 4.6, title, subtitle) as figure:
+        axes = figure.add_subplot()
+        for place, group in enumerate(groups):
+            colour = (FAINT, BLUE, VERMILION)[place] if len(groups) == 3 else (BLUE, SOFT)[place % 2]
+            colour = "#b9b9b9" if colour == FAINT else colour
+            count = f"{group.name} ({len(group.points):,})"
+            axes.plot(*group.points.T, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.7, label=count)
+        _value_axis(axes, [float(value) for group in groups for value in group.points[:, 1]], y, percent=shares)
+        axes.set_xlabel(x)
+        if shares:
+            axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.7, zorder=0)
+            axes.set_xlim(0, 1.02)
+            axes.set_ylim(0, 1.02)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value)))
+        axes.legend(loc="best", frameon=False, fontsize=8, labelcolor="linecolor")
 
 
 # ---- How they are drawn

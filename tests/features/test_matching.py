@@ -142,7 +142,8 @@ def test_what_is_the_same_is_beyond_the_null_and_what_is_independent_is_not():
 def test_random_directions_lean_as_the_decoder_does():
     draw = torch.Generator().manual_seed(0)
     w = torch.randn(2000, 6, generator=draw) * torch.tensor([9.0, 1, 1, 1, 1, 1])
-    like = random_directions(w, draw)
+    like, other = random_directions(w, (0, 1))
+    assert not torch.equal(like, other)
     torch.testing.assert_close(like.norm(dim=1), torch.ones(2000))
     assert like[:, 0].abs().mean() > 2 * like[:, 1].abs().mean()
     assert (like - torch.nn.functional.normalize(w, dim=1)).abs().max() > 0.1

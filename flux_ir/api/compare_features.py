@@ -1,0 +1,436 @@
+"""The features of two folders side by side: which are the same, which have moved, and how alike the activations are."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csc_array, csr_array
+
+from flux_ir.activations.source import open_source
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
+from flux_ir.errors import FluxIRError, counted
+from flux_ir.features.compare import (
+    MOST_ROWS,
+    Alignment,
+    Change,
+    Common,
+    activations_of,
+    align,
+    common_generations,
+    image_scores,
+    no_common_generations,
+    paired_change,
+    paired_steps,
+    site_of,
+)
+from flux_ir.features.folder import FeatureFolder, digest_of, open_features
+from flux_ir.features.matching import (
+    Pairs,
+    Tested,
+    assign,
+    compare_with_null,
+    correlations,
+    cosines,
+    images_permuted,
+    random_directions,
+)
+from flux_ir.features.significance import q_values
+from flux_ir.layout import complete_file
+from flux_ir.lens.measures import json_number
+from flux_ir.sae.interop.formats import load_any, weights_file
+from flux_ir.sae.plots import ScatterGroup, scatter
+from flux_ir.sites import Stream
+
+By = Literal["auto", "activations", "decoder"]
+Level = Literal["image", "token"]
+RESULT, PICTURE = "compare.json", "compare.png"
+VERSION = 1
+NULL_SCORES, MOST_DRAWS = 20_000, 100
+"""The null is drawn until it has at least so many pairs, but not more often than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """What a comparison depends on, besides its two folders."""
+
+    by: By = "auto"
+    level: Level = "image"
+    stream: Stream | None = None
+    candidates: int = 16
+    min_images: int = 10
+    max_images: int = 20_000
+    permutations: int = 10_000
+    fdr: float = 0.05
+    cka_tokens: int = 20_000
+    seed: int = 0
+
+
+class Comparison(NamedTuple):
+    """What was found, as compare.json holds it."""
+
+    path: Path
+    """compare.json; compare.png is beside it."""
+    content: Mapping[str, Any]
+
+    @property
+    def matched(self) -> list[tuple[int, int]]:
+        """The features that are the same one, beyond the null: numbers in the first folder and in the second."""
+        pairs = self.content["pairs"]
+        return [(a, b) for a, b, q in zip(pairs["a"], pairs["b"], pairs["q"], strict=True) if q <= self.content["fdr"]]
+
+
+def compare_features(
+    features: str | Path,
+    other: str | Path,
+    *,
+    by: By = "auto",
+    level: Level = "image",
+    stream: Stream | None = None,
+    candidates: int = 16,
+    min_images: int = 10,
+    max_images: int = 20_000,
+    permutations: int = 10_000,
+    fdr: float = 0.05,
+    cka_tokens: int = 20_000,
+    seed: int = 0,
+    name: str | None = None,
+    progress: Watch = unwatched,
+) -> Comparison:
+    """Match the features of two scored folders, one to one, and say which are the same and which have moved.
+
+    `by` activations: correlation of S over the same generations (`level` image), or of every token of them. `by`
+    decoder: cosine of the directions, of one width. Auto: activations, if both folders have generations of one prompt,
+    seed and size. The assignment has the largest sum of likenesses; above 4,096 features, among the `candidates` most
+    alike of each. A pair is matched if, at the rate `fdr`, the null (images permuted; random directions) has none as
+    alike. Features active on fewer than `min_images` images are left out.
+
+    Where the generations are the same, pairs are also tested for a change of frequency and of mean activation, by
+    `permutations`, and CKA of the activations themselves is measured on about `cka_tokens` tokens (0: not at all).
+
+    Written to compare/`name` in the first folder, by default called as the second. Raises FluxIRError for what a user
+    can mend.
+    """
+    settings = CompareSettings(
+        by=by,
+        level=level,
+        stream=stream,
+        candidates=candidates,
+        min_images=min_images,
+        max_images=max_images,
+        permutations=permutations,
+        fdr=fdr,
+        cka_tokens=cka_tokens,
+        seed=seed,
+    )
+    a, b = open_features(features), open_features(other)
+    for folder in (a, b):
+        folder.check_done("score")
+    where = _result_folder(a, b, name)
+    digest = digest_of([VERSION, a.settings.digest, b.settings.digest, asdict(settings)])
+    if (known := _read(where / RESULT)) is not None and known.get("digest") == digest and (where / PICTURE).is_file():
+        progress(Note(f"the comparison in {where} is complete"))
+        return Comparison(where / RESULT, known)
+    content = {"version": VERSION, "digest": digest} | _Comparing(a, b, settings, progress).result()
+    _draw(where / PICTURE, content)
+    with complete_file(where / RESULT) as beside:
+        beside.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return Comparison(where / RESULT, content)
+
+
+def _result_folder(a: FeatureFolder, b: FeatureFolder, name: str | None) -> Path:
+    name = b.path.resolve().name if name is None else name
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="it is made below compare/")
+    return a.path / "compare" / name
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    try:
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+class _Comparing:
+    """One comparison, step by step."""
+
+    def __init__(self, a: FeatureFolder, b: FeatureFolder, settings: CompareSettings, progress: Watch) -> None:
+        self.folders, self.settings, self.progress = (a, b), settings, progress
+        self.streams = (_stream(a, settings.stream), _stream(b, settings.stream))
+        self.common = common_generations(a, b)
+        self.by = self._measure()
+        self.common = self._thinned(self.common)
+        self.decoders = self._decoders()
+
+    def result(self) -> dict[str, Any]:
+        """All that compare.json holds but for its version and digest."""
+        same = len(self.common.a) > 1
+        scores = [
+            image_scores(*each) if same else None
+            for each in zip(self.folders, self.streams, self.common[:2], strict=True)
+        ]
+        usable = [self._usable(side, score) for side, score in enumerate(scores)]
+        pairs, tested = self._match(usable, scores)
+        changes = self._changes(pairs, tested.q <= self.settings.fdr, scores) if same else {}
+        folders = [self._described(side, usable[side], pairs, tested) for side in (0, 1)]
+        return {
+            "a": folders[0],
+            "b": folders[1],
+            "by": self.by,
+            "level": self.settings.level if self.by == "activations" else None,
+            "fdr": self.settings.fdr,
+            "generations": len(self.common.a),
+            "settings": asdict(self.settings),
+            "null": {
+                "kind": "images permuted" if self.by == "activations" else "random directions of the same covariance",
+                "draws": self._draws(len(usable[0])),
+                **{f"quantile_{q}": json_number(float(np.quantile(tested.null, q))) for q in (0.5, 0.95, 0.99)},
+            },
+            "pairs": {
+                "a": pairs.row.tolist(),
+                "b": pairs.column.tolist(),
+                "likeness": _numbers(pairs.score),
+                "mutual": pairs.mutual.tolist(),
+                "p": _numbers(tested.p),
+                "q": _numbers(tested.q),
+            },
+            "changes": {
+                measure: {name: _numbers(values) for name, values in change._asdict().items()}
+                for measure, change in changes.items()
+            },
+            "cka": [
+                one._asdict() | {"cka": json_number(one.cka), "permuted": json_number(one.permuted)}
+                for one in self._cka()
+            ],
+        }
+
+    # What is compared
+
+    def _measure(self) -> Literal["activations", "decoder"]:
+        """By what. Raises FluxIRError where that cannot be."""
+        (a, b), same = self.folders, len(self.common.a) > 1
+        widths = a.settings.d_in, b.settings.d_in
+        by = self.settings.by
+        if by == "auto":
+            by = "activations" if same or widths[0] != widths[1] else "decoder"
+        if by == "activations" and not same:
+            error = no_common_generations(a, b)
+            if widths[0] != widths[1]:  # then directions cannot be compared either
+                raise FluxIRError(error.message, hint="collect the same prompts with the same --seed and size")
+            raise error
+        if by == "decoder" and widths[0] != widths[1]:
+            raise FluxIRError(
+                f"directions are compared where activations are of one width: {a.path} has {widths[0]} and {b.path} "
+                f"has {widths[1]}",
+                hint="compare what they do on the same generations, with --by activations",
+            )
+        return by
+
+    def _thinned(self, common: Common) -> Common:
+        n, most = len(common.a), self.settings.max_images
+        if self.by == "activations" and self.settings.level == "token":
+            (a, _), pairs = self.folders, paired_steps(*self.folders)
+            most = min(most, max(2, MOST_ROWS // (max(1, len(pairs)) * a.settings.tokens[self.streams[0]])))
+        for folder in self.folders:
+            if n and (left := folder.settings.images - n):
+                self.progress(Note(f"note: {counted(left, 'generation')} of {folder.path} are not in the other folder"))
+        if n > most:
+            self.progress(Note(f"note: {most} of {n} generations are compared, evenly spaced"))
+        return common.thinned(most)
+
+    def _decoders(self) -> list[torch.Tensor] | None:
+        """Both decoders. None where a folder is gone, and nothing needs it but units of mean activation."""
+        found = []
+        for folder in self.folders:
+            if not folder.sae.is_dir() and self.by == "activations":
+                self.progress(
+                    Note(f"note: {folder.sae} is gone: mean activations are in the units of each autoencoder")
+                )
+                return None
+            weights = hashlib.sha256(weights_file(folder.sae).read_bytes()).hexdigest()
+            if weights != folder.settings.weights:
+                raise FluxIRError(
+                    f"the autoencoder {folder.sae} must be the one that was scored: {folder.path} is of other weights",
+                    hint="score it again, into another folder",
+                )
+            found.append(load_any(folder.sae).W_dec.detach())
+        return found
+
+    def _usable(self, side: int, scores: csr_array | None) -> NDArray[np.int64]:
+        """The numbers of the features that are active on enough images to be compared."""
+        images = self.folders[side].table(self.streams[side]).images if scores is None else _active(scores)
+        usable = np.flatnonzero(images >= self.settings.min_images)
+        if not len(usable):
+            raise FluxIRError(
+                f"features are compared that are active on {self.settings.min_images} images or more: "
+                f"{self.folders[side].path} has none",
+                hint="lower --min_images, or collect more generations",
+            )
+        return usable
+
+    def _draws(self, features: int) -> int:
+        return min(-(-NULL_SCORES // features), MOST_DRAWS)
+
+    # Which are the same
+
+    def _match(self, usable: Sequence[NDArray[np.int64]], scores: Sequence[csr_array | None]) -> tuple[Pairs, Tested]:
+        rows, columns, most = len(usable[0]), len(usable[1]), self.settings.candidates
+        seeds = [self.settings.seed + 1 + draw for draw in range(self._draws(rows))]
+        nulls: Iterable[Pairs]
+        if self.by == "activations":
+            with phase(self.progress, "read"):
+                tokens = self.settings.level == "token"
+                every = activations_of(*self.folders, self.streams, self.common, tokens=tokens)
+                both = every._replace(a=every.a[:, usable[0]], b=csr_array(every.b[:, usable[1]]))
+            with phase(self.progress, "match"):
+                pairs = assign(correlations(both), rows, columns, most)
+            nulls = (assign(correlations(images_permuted(both, seed)), rows, columns, most) for seed in seeds)
+        else:
+            assert self.decoders is not None
+            w_a, w_b = (w[torch.from_numpy(use)] for w, use in zip(self.decoders, usable, strict=True))
+            with phase(self.progress, "match"):
+                pairs = assign(cosines(w_a, w_b), rows, columns, most)
+            draws = random_directions(w_b, seeds)
+            nulls = (assign(cosines(w_a, drawn), rows, columns, most) for drawn in draws)
+        counts = np.zeros(rows, np.int64)  # a direction's likeness does not depend on how often it is active
+        if self.by == "activations" and scores[0] is not None:
+            counts = _active(scores[0])[usable[0]]
+        tested = compare_with_null(pairs, list(follow(self.progress, "null", nulls, len(seeds))), counts)
+        return pairs._replace(row=usable[0][pairs.row], column=usable[1][pairs.column]), tested
+
+    # Which have moved
+
+    def _changes(
+        self, pairs: Pairs, matched: NDArray[np.bool_], scores: Sequence[csr_array | None]
+    ) -> dict[str, Change]:
+        """Of the share of images each pair is active on, and of its mean activation (as a length in raw space).
+
+        Only what is matched is tested.
+        """
+        sides: dict[str, list[csc_array]] = {"frequency": [], "mean": []}
+        with phase(self.progress, "changes"):
+            for side, numbers in enumerate((pairs.row, pairs.column)):
+                folder, stream, score = self.folders[side], self.streams[side], scores[side]
+                assert score is not None
+                active = score[:, numbers]
+                active.data[:] = 1
+                mean = image_scores(folder, stream, self.common[side], mean=True)[:, numbers]
+                if self.decoders is not None:
+                    mean = mean * self.decoders[side].norm(dim=1).double().numpy()[numbers]
+                sides["frequency"].append(csc_array(active))
+                sides["mean"].append(csc_array(mean))
+            found = {}
+            for measure, (a, b) in sides.items():
+                change = paired_change(
+                    a, b, self.common.groups, permutations=self.settings.permutations, seed=self.settings.seed
+                )
+                found[measure] = change._replace(q=q_values(np.where(matched, change.p, np.nan)))
+            return found
+
+    # How alike the activations are
+
+    def _cka(self) -> list[Alignment]:
+        if not self.settings.cka_tokens or len(self.common.a) < 2:
+            return []
+        a, b = self.folders
+        if (a.settings.captures, a.settings.site) == (b.settings.captures, b.settings.site):
+            return []  # they are the same
+        sources = []
+        for folder in self.folders:
+            try:
+                sources.append(open_source(folder.captures))
+            except FluxIRError as error:
+                self.progress(Note(f"note: no CKA: {error.message}"))
+                return []
+            if sources[-1].identity != folder.settings.captures:
+                self.progress(Note(f"note: no CKA: {folder.captures} is not what was scored in {folder.path}"))
+                return []
+        sites = site_of(a, self.streams[0]), site_of(b, self.streams[1])
+        images = max(4, self.settings.cka_tokens // a.settings.tokens[self.streams[0]])
+        found, pairs = [], paired_steps(a, b)
+        if not pairs:
+            self.progress(Note("note: no CKA: the two have no step in common"))
+        for steps in follow(self.progress, "CKA", pairs, len(pairs)):
+            common = self.common.thinned(images)
+            one = align((sources[0], sources[1]), sites, common, steps, seed=self.settings.seed)
+            if one is None:
+                self.progress(Note("note: no CKA: the two have not the same tokens"))
+                return []
+            found.append(one)
+        return found
+
+    def _described(
+        self, side: int, usable: NDArray[np.int64], pairs: Pairs, tested: Tested
+    ) -> dict[str, str | int | list[int] | None]:
+        folder = self.folders[side]
+        matched = (pairs.row, pairs.column)[side][tested.q <= self.settings.fdr]
+        return {
+            "features": folder.path.resolve().name,
+            "model": folder.settings.model,
+            "site": folder.settings.site,
+            "stream": self.streams[side],
+            "steps": list(folder.steps),
+            "d_sae": folder.settings.d_sae,
+            "compared": len(usable),
+            "unmatched": np.setdiff1d(usable, matched).tolist(),
+        }
+
+
+def _stream(folder: FeatureFolder, asked: Stream | None) -> Stream:
+    if asked is not None and asked not in folder.streams:
+        raise FluxIRError(
+            f"{folder.path} holds features of {' and '.join(folder.streams)} tokens: got --stream {asked}",
+            hint=f"leave --stream out, or ask for {folder.streams[0]}",
+        )
+    return folder.streams[0] if asked is None else asked
+
+
+def _active(scores: csr_array) -> NDArray[np.int64]:
+    """On how many images each feature is active."""
+    return np.bincount(scores.indices, minlength=scores.shape[1]).astype(np.int64)
+
+
+def _numbers(values: NDArray[np.floating[Any]]) -> list[float | str | None]:
+    return [json_number(None if math.isnan(value) else float(value)) for value in values]
+
+
+def _draw(path: Path, content: Mapping[str, Any]) -> None:
+    """Each pair by its frequency on the two sides; where generations differ, by its likeness and its rank."""
+    pairs, q = content["pairs"], np.array(content["pairs"]["q"], np.float64)
+    matched = q <= content["fdr"]
+    names = [f"{content[side]['features']}, {content[side]['site'] or 'an array'}" for side in ("a", "b")]
+    subtitle = f"{int(matched.sum())} of {content['a']['compared']} features matched by {content['by']}"
+    if not content["changes"]:
+        order = np.argsort(-np.array(pairs["likeness"]), kind="stable")
+        points = np.stack([np.arange(1, len(order) + 1), np.array(pairs["likeness"])[order]], 1)
+        groups = [
+            ScatterGroup("matched", points[matched[order]]),
+            ScatterGroup("as under the null", points[~matched[order]]),
+        ]
+        scatter(path, groups, f"{names[0]} and {names[1]}", x="features by rank", y="likeness", subtitle=subtitle)
+        return
+    change = content["changes"]["frequency"]
+    points = np.stack([np.array(change["a"]), np.array(change["b"])], 1)
+    moved = matched & (np.array(change["q"], np.float64) <= content["fdr"])
+    groups = [
+        ScatterGroup("as under the null", points[~matched]),
+        ScatterGroup("matched", points[matched & ~moved]),
+        ScatterGroup("matched, and more or less frequent", points[moved]),
+    ]
+    scatter(
+        path,
+        groups,
+        "The same features on both sides",
+        x=f"share of images active on: {names[0]}",
+        y=f"share of images active on: {names[1]}",
+        subtitle=subtitle,
+        shares=True,
+    )
