@@ -14,7 +14,6 @@ score over all n! permutations are in closed form (those of Mantel's test, 1967)
 drawn permutations that score at least as high, itself included (Phipson & Smyth, 2010).
 """
 
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,25 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.features.contrast import Parts, image_of_rows
+from flux_ir.features.folder import ScorePart
 
 MEMORY_BYTES = 2**29
 """What the sums of permutations may take; those of one permutation, [d_sae, d_embedding], are taken in any case."""
 _TIE = 1e-9  # scores of equal embeddings differ by rounding only
-
-
-class ImageScores(NamedTuple):
-    """The features of images that lie one after the other, by number: one row for each pair that is active."""
-
-    images: range
-    image: Int[Tensor, "rows"]
-    """Which image, counted from `images.start`."""
-    feature: Int[Tensor, "rows"]
-    value: Float[Tensor, "rows"]
-    """The largest activation of the feature on the image, above 0."""
-
-
-Scores = Callable[[], Iterable[ImageScores]]
-"""Reads the images of a collection from the first to the last, part by part, as often as it is called."""
 
 
 class Coherence(NamedTuple):
@@ -64,7 +50,7 @@ class _Scale(NamedTuple):
 
 @torch.no_grad()
 def coherence(
-    scores: Scores,
+    parts: Parts,
     embeddings: Float[Tensor, "images d"],
     d_sae: int,
     *,
@@ -82,10 +68,10 @@ def coherence(
     """
     units = _unit_rows(embeddings).to(device)
     n, d = units.shape
-    scale = _scale_of(scores, n, d_sae, device)
+    scale = _scale_of(parts, n, d_sae, device)
     powers = torch.zeros(4, d_sae, dtype=torch.float64, device=device)
     observed = torch.zeros(d_sae, d, dtype=torch.float64, device=device)
-    for part in scores():
+    for part in parts():
         a = _scaled(part, scale, d_sae, device)
         observed.addmm_(a, units[part.images.start : part.images.stop])
         powers += torch.stack([a.pow(power).sum(dim=1) for power in range(1, 5)])
@@ -96,7 +82,7 @@ def coherence(
     while left:
         count = min(left, max(1, memory_bytes // (8 * d_sae * d)))
         orders = torch.stack([torch.randperm(n, generator=draw) for _ in range(count)])
-        permuted += _at_least(score, scores, units, orders, scale, powers)
+        permuted += _at_least(score, parts, units, orders, scale, powers)
         left -= count
     p = (1 + permuted).double() / (1 + permutations) if permutations else torch.full_like(score, torch.nan)
     z = (score - _mean_cosine(units)) / _deviation(powers, units)
@@ -105,12 +91,12 @@ def coherence(
 
 
 def _at_least(
-    score: Tensor, scores: Scores, units: Tensor, orders: Tensor, scale: _Scale, powers: Tensor
+    score: Tensor, parts: Parts, units: Tensor, orders: Tensor, scale: _Scale, powers: Tensor
 ) -> Int[Tensor, "d_sae"]:
     """How many of these permutations give each feature its score or a higher one."""
     d_sae, d = len(score), units.shape[1]
     sums = torch.zeros(d_sae, len(orders) * d, dtype=torch.float64, device=units.device)
-    for part in scores():
+    for part in parts():
         met = units[orders[:, part.images.start : part.images.stop].to(units.device)]  # [permutations, images, d]
         sums.addmm_(_scaled(part, scale, d_sae, units.device), met.transpose(0, 1).flatten(1))
     lengths = sums.view(d_sae, len(orders), d).square().sum(dim=2)
@@ -129,15 +115,15 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
     return rows / lengths
 
 
-def _scale_of(scores: Scores, images: int, d_sae: int, device: torch.device | str) -> _Scale:
+def _scale_of(parts: Parts, images: int, d_sae: int, device: torch.device | str) -> _Scale:
     active = torch.zeros(d_sae, dtype=torch.int64)
     smallest, largest = torch.full((d_sae,), torch.inf), torch.zeros(d_sae)
     read = 0
-    for part in scores():
-        features = part.feature.long()
+    for part in parts():
+        features, values = torch.from_numpy(part.feature.astype("i8")), torch.from_numpy(part.max.copy())
         active += torch.bincount(features, minlength=d_sae)
-        smallest.scatter_reduce_(0, features, part.value, "amin")
-        largest.scatter_reduce_(0, features, part.value, "amax")
+        smallest.scatter_reduce_(0, features, values, "amin")
+        largest.scatter_reduce_(0, features, values, "amax")
         read += len(part.images)
     if read != images:
         raise FluxIRError(
@@ -148,13 +134,14 @@ def _scale_of(scores: Scores, images: int, d_sae: int, device: torch.device | st
     return _Scale(*(column.to(device) for column in (active, smallest.double(), largest.double())))
 
 
-def _scaled(part: ImageScores, scale: _Scale, d_sae: int, device: torch.device | str) -> Float[Tensor, "d_sae images"]:
+def _scaled(part: ScorePart, scale: _Scale, d_sae: int, device: torch.device | str) -> Float[Tensor, "d_sae images"]:
     """Min-max scaled activations of the images of a part: dense, since products with dense parts are the faster ones
     from about one active feature in a hundred on, and a part is small.
     """
-    features, images = part.feature.long().to(device), part.image.long().to(device)
+    features, images = (torch.from_numpy(numbers.astype("i8")) for numbers in (part.feature, image_of_rows(part)))
+    features, images = features.to(device), images.to(device)
     low, high = scale.smallest[features], scale.largest[features]
-    values = (part.value.double().to(device) - low) / (high - low)  # NaN for a feature that is the same everywhere
+    values = (torch.from_numpy(part.max.copy()).double().to(device) - low) / (high - low)  # NaN for a feature that is the same everywhere
     return torch.zeros(d_sae, len(part.images), dtype=torch.float64, device=device).index_put_(
         (features, images), values
     )

@@ -7,19 +7,8 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.features.coherence import ImageScores, coherence
-
-
-def as_parts(activations, part=3):
-    """Dense activations [images, features] as parts of so many images."""
-
-    def read():
-        for start in range(0, len(activations), part):
-            rows = activations[start : start + part]
-            image, feature = rows.nonzero(as_tuple=True)
-            yield ImageScores(range(start, start + len(rows)), image, feature, rows[image, feature])
-
-    return read
+from flux_ir.features.coherence import coherence
+from tests.features.dense import parts_of
 
 
 def by_the_loop(activations, embeddings):
@@ -51,7 +40,7 @@ def test_the_closed_form_is_the_pairwise_loop(draw):
     activations[[2, 11], 6] = torch.tensor([5.0, 1e-3])
     activations[4, 7] = 1.0
     embeddings = torch.randn(23, 6, generator=draw) + 0.5
-    found = coherence(as_parts(activations), embeddings, 9)
+    found = coherence(parts_of(activations), embeddings, 9)
     expected = by_the_loop(activations, embeddings)
     assert expected.isnan().tolist() == [False] * 7 + [True] * 2
     torch.testing.assert_close(found.score, expected, rtol=0, atol=1e-6, equal_nan=True)
@@ -62,8 +51,8 @@ def test_the_closed_form_is_the_pairwise_loop(draw):
 def test_the_length_of_parts_and_the_unit_of_activations_change_nothing(draw):
     activations = torch.rand(10, 4, generator=draw) * (torch.rand(10, 4, generator=draw) < 0.6)
     embeddings = torch.randn(10, 5, generator=draw)
-    one = coherence(as_parts(activations, part=10), embeddings, 4, permutations=19)
-    other = coherence(as_parts(activations * 8, part=1), embeddings * 3, 4, permutations=19, memory_bytes=1)
+    one = coherence(parts_of(activations, part=10), embeddings, 4, permutations=19)
+    other = coherence(parts_of(activations * 8, part=1), embeddings * 3, 4, permutations=19, memory_bytes=1)
     for first, second in zip(one, other, strict=True):
         torch.testing.assert_close(first, second)
 
@@ -74,7 +63,7 @@ def test_z_is_measured_by_the_mean_and_deviation_over_all_permutations(draw, n):
     activations[0] = 0
     activations[1, 1] = 0  # with n = 2 nothing is left
     embeddings = torch.randn(n, 4, generator=draw)
-    found = coherence(as_parts(activations), embeddings, 3)
+    found = coherence(parts_of(activations), embeddings, 3)
     every = torch.stack([by_the_loop(activations, embeddings[list(order)]) for order in permutations(range(n))])
     deviation = every.std(dim=0, correction=0)
     expected = (found.score - every.mean(dim=0)) / torch.where(deviation > 1e-9, deviation, torch.nan)
@@ -89,7 +78,7 @@ def test_p_is_the_share_of_permutations_that_score_as_high(draw):
     activations[5] = 1e-6
     embeddings = torch.randn(6, 3, generator=draw)
     embeddings[1] = embeddings[0]
-    found = coherence(as_parts(activations), embeddings, 2, permutations=2000, generator=draw)
+    found = coherence(parts_of(activations), embeddings, 2, permutations=2000, generator=draw)
     every = torch.stack([by_the_loop(activations, embeddings[list(order)]) for order in permutations(range(6))])
     share = (every >= by_the_loop(activations, embeddings) - 1e-9).double().mean(dim=0)
     torch.testing.assert_close(found.p, share, rtol=0, atol=0.04)
@@ -101,7 +90,7 @@ def test_no_p_is_zero_and_a_feature_without_meaning_has_no_small_ones(draw):
     activations[:40, 0] = 1 + torch.rand(40, generator=draw)  # chooses the images that are alike
     for feature in range(1, 60):
         activations[torch.randperm(100, generator=draw)[:20], feature] = 1 + torch.rand(20, generator=draw)
-    found = coherence(as_parts(activations), embeddings, 60, permutations=99, generator=draw)
+    found = coherence(parts_of(activations), embeddings, 60, permutations=99, generator=draw)
     assert found.p[0].item() == pytest.approx(1 / 100)
     assert found.z[0] > 10
     assert 0.35 < found.p[1:].mean() < 0.65
@@ -110,16 +99,16 @@ def test_no_p_is_zero_and_a_feature_without_meaning_has_no_small_ones(draw):
 
 def test_the_same_seed_draws_the_same_permutations(draw):
     activations, embeddings = torch.rand(12, 5, generator=draw), torch.randn(12, 3, generator=draw)
-    twice = [coherence(as_parts(activations), embeddings, 5, permutations=20) for _ in range(2)]
+    twice = [coherence(parts_of(activations), embeddings, 5, permutations=20) for _ in range(2)]
     assert torch.equal(twice[0].p, twice[1].p)
 
 
 def test_embeddings_that_say_nothing_are_refused(draw):
     activations, embeddings = torch.rand(4, 2, generator=draw), torch.randn(4, 3, generator=draw)
     with pytest.raises(FluxIRError, match="got 3 embeddings for 4 images"):
-        coherence(as_parts(activations), embeddings[:3], 2)
+        coherence(parts_of(activations), embeddings[:3], 2)
     for wrong in (0.0, math.nan):
         broken = embeddings.clone()
         broken[2] = wrong
         with pytest.raises(FluxIRError, match="of some length: that of image 2 is not"):
-            coherence(as_parts(activations), broken, 2)
+            coherence(parts_of(activations), broken, 2)
