@@ -141,7 +141,9 @@ def _scaled(part: ScorePart, scale: _Scale, d_sae: int, device: torch.device | s
     features, images = (torch.from_numpy(numbers.astype("i8")) for numbers in (part.feature, image_of_rows(part)))
     features, images = features.to(device), images.to(device)
     low, high = scale.smallest[features], scale.largest[features]
-    values = (torch.from_numpy(part.max.copy()).double().to(device) - low) / (high - low)  # NaN for a feature that is the same everywhere
+    values = (torch.from_numpy(part.max.copy()).double().to(device) - low) / (
+        high - low
+    )  # NaN for a feature that is the same everywhere
     return torch.zeros(d_sae, len(part.images), dtype=torch.float64, device=device).index_put_(
         (features, images), values
     )
