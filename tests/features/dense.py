@@ -1,5 +1,7 @@
 """Parts of scores made of dense activations, as the scoring pass would have left them."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from flux_ir.features.folder import ScorePart
@@ -15,7 +17,7 @@ def part_of(activations, start, steps, positions):
     value = activations[image, place // tokens, place % tokens, feature].astype(np.float32)
     first = np.flatnonzero(np.diff(image * 10**6 + feature, prepend=-1))
     row_ptr = np.append(first, len(image)).astype(np.int64)
-    best = [lo + int(np.argmax(value[lo:hi])) for lo, hi in zip(row_ptr, row_ptr[1:], strict=False)]
+    best = [lo + int(np.argmax(value[lo:hi])) for lo, hi in pairwise(row_ptr)]
     largest = np.array(best, np.int64)
     everything = activations.shape[1] * tokens
     return ScorePart(

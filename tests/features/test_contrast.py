@@ -130,7 +130,7 @@ def test_contrasts_without_two_sides_are_refused(contrast, message):
 
 def test_lists_with_prompts_that_were_not_collected_are_refused(tmp_path):
     (tmp_path / "list.txt").write_text("a green circle\na red circle\n")
-    with pytest.raises(FluxIRError, match="1 prompt of .* were not collected, such as 'a green circle'"):
+    with pytest.raises(FluxIRError, match=r"1 prompt of .* were not collected, such as 'a green circle'"):
         sides_of(images_of(PROMPTS), [str(tmp_path / "list.txt")])
 
 
