@@ -184,7 +184,16 @@ def _evaluate(run: _Run, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]
     return {"evaluate": tuple(folder / "metrics.json" for folder in run.found["train"])}
 
 
-_WORK: dict[str, Work] = {"collect": _collect, "train": _train, "evaluate": _evaluate}
+def _features(run: _Run, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+    folder, analyse = run.place("features", "features"), STAGES["features"].load()
+    found = [
+        analyse(sae, run.found["collect"][0], **settings, output_dir=folder, progress=run.progress)
+        for sae in run.found["train"]
+    ]
+    return {"features": tuple(one.path for one in found)}
+
+
+_WORK: dict[str, Work] = {"collect": _collect, "train": _train, "evaluate": _evaluate, "features": _features}
 
 
 def _but(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ STAGES = {
         "flux_ir.api.train_sae", "train_sae", ("captures", "output_dir", "name", "model", "prompts", "repeats", "stop")
     ),
     "evaluate": StageSpec("flux_ir.api.evaluate_sae", "evaluate_sae", ("sae", "captures")),
+    "features": StageSpec("flux_ir.api.features", "analyse_features", ("sae", "captures", "name", "output_dir")),
 }
 """In the order they run. A stage runs if the file has a table of its name."""
 NEEDED = ("prompts", "collect")

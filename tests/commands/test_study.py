@@ -28,6 +28,8 @@ expansion = 2
 batch_tokens = 64
 
 [evaluate]
+
+[features]
 """
 
 
@@ -52,11 +54,12 @@ def changed(studied, tmp_path, old: str, new: str) -> Path:
 
 def test_a_study_goes_through_its_stages_into_one_folder(studied):
     folder, result = studied
-    assert [stage.stage for stage in result.stages] == ["collect", "train", "evaluate"]
+    assert [stage.stage for stage in result.stages] == ["collect", "train", "evaluate", "features"]
     assert result.folder == folder / "studies" / "small"
-    captures, saes, numbers = (stage.folders[0] for stage in result.stages)
+    captures, saes, numbers, features = (stage.folders[0] for stage in result.stages)
     assert len(flux_ir.open_source(captures).generations) == 6
     assert flux_ir.load_sae(saes).config.k == 4
+    assert len(flux_ir.read_features(features)) == 2 * 192
     assert json.loads(numbers.read_text())["overall"]["tokens"] > 0
 
 
@@ -65,7 +68,7 @@ def test_the_same_study_again_does_nothing_and_changes_no_byte(studied, capsys):
     before = files(folder)
     assert main([str(folder / "small.toml"), "--output_dir", str(folder / "studies")]) == 0
     assert files(folder) == before
-    assert capsys.readouterr().out.count("there already") == 3
+    assert capsys.readouterr().out.count("there already") == 4
 
 
 def test_the_file_it_writes_has_every_default_and_is_a_study_itself(studied, tmp_path):
