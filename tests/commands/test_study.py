@@ -150,3 +150,13 @@ def test_unknown_stages_and_files_are_refused(studied, tmp_path, capsys):
         flux_ir.run_study(folder / "small.toml", only="tarin")
     with pytest.raises(FluxIRError, match="--from and --only both choose stages"):
         flux_ir.run_study(folder / "small.toml", only="train", from_="train")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[2] / "recipes" / "runs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_recipes_can_be_read(recipe, tmp_path):
+    text = recipe.read_text()
+    (tmp_path / recipe.name).write_text(text)
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(20000)))
+    assert {"collect", "train", "evaluate", "features"} <= read_study(tmp_path / recipe.name).stages.keys()
