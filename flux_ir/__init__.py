@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flux_ir.api.compare_features import Comparison, compare_features
     from flux_ir.api.evaluate_sae import evaluate_sae
     from flux_ir.api.evaluation_files import EvaluatedSAE
+    from flux_ir.api.explore_features import explore_features
     from flux_ir.api.export import export
     from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
     from flux_ir.api.features import Features, analyse_features, read_features
@@ -48,6 +49,7 @@ _MODULES = {
     "evaluate_sae": "flux_ir.api.evaluate_sae",
     "EvaluatedSAE": "flux_ir.api.evaluation_files",
     "explore": "flux_ir.api.visualize",
+    "explore_features": "flux_ir.api.explore_features",
     "export": "flux_ir.api.export",
     "export_sae": "flux_ir.api.export_sae",
     "ExportedSAE": "flux_ir.api.export_sae",
@@ -108,6 +110,7 @@ __all__ = [
     "encode_prompt",
     "evaluate_sae",
     "explore",
+    "explore_features",
     "export",
     "export_sae",
     "find_examples",

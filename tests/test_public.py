@@ -60,6 +60,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("score_features", "score_features"),
         ("find_examples", "find_examples"),
         ("compare_features", "compare_features"),
+        ("explore_features", "explore_features"),
         ("lens", "read_lens"),
         ("study", "run_study"),
         ("visualize", "create_visualization"),

@@ -26,6 +26,7 @@ VERBS = {
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",
+    "explore-features": "write pages to look at features with: a list of all of them, and a page for each",
 }
 """What every verb does. Its flags and its `main` are in the module of its name, in this room."""
 
