@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flux_ir.api.explore_features import explore_features
 from flux_ir.api.find_examples import find_examples
-from flux_ir.api.progress import Watch, unwatched
+from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.api.score_features import score_features
 from flux_ir.distributed import joined, wait_for_all
 from flux_ir.errors import FluxIRError
@@ -30,7 +31,18 @@ class Stage(NamedTuple):
     """Whether all processes of a job work at it together; else the first does, and the others wait."""
 
 
-STAGES = (Stage("examples", lambda folder, progress: find_examples(folder, progress=progress), shared=True),)
+def _pages(folder: FeatureFolder, progress: Watch) -> None:
+    """The pages, of maps and prompts alone where there are no pictures: too late to collect again."""
+    has_pictures = any(row.picture is not None for row in folder.images) and "://" not in folder.captures
+    if not has_pictures:
+        progress(Note("note: these captures have no pictures, so the pages show maps and prompts alone"))
+    explore_features(folder, pictures=has_pictures, progress=progress)
+
+
+STAGES = (
+    Stage("examples", lambda folder, progress: find_examples(folder, progress=progress), shared=True),
+    Stage("pages", _pages),
+)
 """In their order, with the defaults of their functions."""
 
 

@@ -48,7 +48,13 @@ _LATER: Mapping[str, tuple[str, Unit, str]] = {
     "coherence_q": ("coherence q", "number", "The same as a false discovery rate over all features."),
     "stability": ("stability", "number", "Cosine of the nearest feature of an autoencoder of another seed."),
     "effect": ("effect", "number", "How much it changes what the network puts out, per unit of activation."),
-    "contrast": ("contrast", "number", "How much stronger it is on one side of the contrast than on the other."),
+    "contrast": ("contrast", "number", "How much it differs between the prompts of a contrast, and how surely."),
+    "contrast_difference": ("contrast diff.", "number", "Mean difference between the prompts of a contrast."),
+    "contrast_p": ("contrast p", "number", "How often chance makes such a difference."),
+    "contrast_q": ("contrast q", "number", "The same as a false discovery rate over all features."),
+    "region": ("region", "number", "Mean activation inside the region asked for minus outside."),
+    "step_variance": ("step variance", "number", "Variance over steps of its largest activation."),
+    "effect_active": ("effect active", "number", "The same over the tokens it is active on alone."),
     "encoder_decoder_cosine": ("enc·dec", "number", "Cosine of what it reads and what it writes."),
 }
 SHOWN = ("coherence", "stability", "frequency", "max_active", "images", "position_r2")

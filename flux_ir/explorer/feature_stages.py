@@ -9,6 +9,9 @@ from flux_ir.explorer.feature_records import Group, Panels
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.sites import Stream
 
+LATER = ("selection.safetensors", "decoder.safetensors")
+"""Files of numbers that there may be beside the table."""
+
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
     """The examples of every feature, a group per kind, and of quantiles one for each."""
@@ -38,8 +41,19 @@ def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
 
 
 def read_later(folder: FeatureFolder, stream: Stream) -> dict[str, NDArray[Any]]:
-    """Numbers per feature of the stages that have been run, by name."""
-    return {}
+    """Numbers per feature that later stages found, [d_sae] each, by name; what is known of no feature is left out."""
+    found: dict[str, NDArray[Any]] = {}
+    for file in LATER:
+        if (folder.path / file).is_file():
+            found |= folder.columns(file, stream)
+    return {
+        name: array
+        for name, array in found.items()
+        if array.ndim == 1
+        and len(array) == folder.settings.d_sae
+        and array.dtype.kind == "f"
+        and np.isfinite(array).any()
+    }
 
 
 def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
