@@ -300,10 +300,8 @@ class _Encoded(NamedTuple):
 
     number: int
     images: range
-    image: NDArray[np.int64]
-    """[entries]: counted within `images`."""
-    place: NDArray[np.int64]
-    """[entries]: number of the step times the tokens, plus the token."""
+    at: NDArray[np.int64]
+    """[entries]: number of the image times the places of one, plus the place as `ScorePart` counts it."""
     feature: NDArray[np.int64]
     value: NDArray[np.float32]
     error: NDArray[np.float32]
@@ -343,14 +341,13 @@ def _encode(
             made = _Entries(len(images), len(known.steps), tokens, known.d_in)
             for at, step in enumerate(known.steps):
                 read = scoring.read(images, step, stream)
-                made.begin(read)
+                made.begin(at, read)
                 rows = read.rows(scoring.device)
                 for batch in torch.split(rows, at_once):
                     found = scoring.sae.encode_sparse(batch)
                     x_hat = sparse_decode(found.values, found.indices, scoring.sae.W_dec, scoring.sae.b_dec)
                     centred = batch - means[at]
                     made.add(
-                        at,
                         found.values.cpu().numpy(),
                         found.indices.cpu().numpy(),
                         (batch - x_hat).square().sum(1).cpu().numpy(),
@@ -361,47 +358,42 @@ def _encode(
 
 
 class _Entries:
-    """Collects what batches give, of some images of one stream."""
+    """Collects what batches give, of some images of one stream. A place is an image, a step and a token."""
 
     def __init__(self, images: int, steps: int, tokens: int, d_in: int) -> None:
-        self.tokens = tokens
-        self.error = np.zeros((images, steps, tokens), np.float32)
-        self.norm = np.zeros((images, steps, tokens), np.float32)
+        self.shape = (images, steps, tokens)
+        self.error, self.norm = (np.zeros(images * steps * tokens, np.float32) for _ in range(2))
         self.positions = np.full((images, tokens), -1, np.int32)
         self.centred = np.zeros((steps, d_in))
         self._parts: list[tuple[NDArray[Any], ...]] = []
 
-    def begin(self, read: Tokens) -> None:
-        """The next step: its tokens come in this order."""
+    def begin(self, step: int, read: Tokens) -> None:
+        """A step, by its number among those that are scored: its tokens come next, in their order."""
         self.positions[:, : read.positions.shape[1]] = np.where(read.counted, read.positions, -1)
-        self._image, self._token = np.nonzero(read.counted)
-        self._done = 0
+        image, token = np.nonzero(read.counted)
+        _, steps, tokens = self.shape
+        self._step, self._coming = step, (image * steps + step) * tokens + token
 
     def add(
         self,
-        at: int,
         values: NDArray[np.float32],
         indices: NDArray[np.int64],
         error: NDArray[np.float32],
         norm: NDArray[np.float32],
         centred: NDArray[np.float32],
     ) -> None:
-        rows = slice(self._done, self._done + len(values))
-        image, token = self._image[rows], self._token[rows]
-        self._done = rows.stop
-        self.error[image, at, token], self.norm[image, at, token] = error, norm
-        self.centred[at] += centred
+        """The next tokens of this step."""
+        at, self._coming = self._coming[: len(values)], self._coming[len(values) :]
+        self.error[at], self.norm[at] = error, norm
+        self.centred[self._step] += centred
         entries = np.flatnonzero(values)
-        row = entries // values.shape[1]
-        self._parts.append(
-            (image[row], at * self.tokens + token[row], indices.ravel()[entries], values.ravel()[entries])
-        )
+        self._parts.append((at[entries // values.shape[1]], indices.ravel()[entries], values.ravel()[entries]))
 
     def taken(self, number: int, images: range) -> _Encoded:
-        image, place, feature, value = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        return _Encoded(
-            number, images, image, place, feature, value, self.error, self.norm, self.positions, self.centred
-        )
+        """All of it. `number` is that of the part."""
+        at, feature, value = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        error, norm = self.error.reshape(self.shape), self.norm.reshape(self.shape)
+        return _Encoded(number, images, at, feature, value, error, norm, self.positions, self.centred)
 
 
 class _Rows(NamedTuple):
@@ -420,16 +412,15 @@ def _sorted(known: FeatureSettings, made: _Encoded) -> _Rows:
     One sort of whole numbers, image and feature in front and the entry's own number behind, is several times as fast as
     any that returns an order.
     """
-    entries = len(made.value)
+    entries, places = len(made.value), len(known.steps) * made.positions.shape[1]
     bits = max(entries, 1).bit_length()
-    order = np.sort(((made.image * known.d_sae + made.feature) << bits) | np.arange(entries))
+    order = np.sort(((made.at // places * known.d_sae + made.feature) << bits) | np.arange(entries))
     key, order = order >> bits, order & ((1 << bits) - 1)
-    value, place = made.value[order], made.place[order]
-    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    value, place = made.value[order], made.at[order] % places
+    starts = _starts(key)
     lengths = np.diff(starts, append=entries)
     image, feature = np.divmod(key[starts], known.d_sae)
     tensors = _row_scores(known, made, value, place, starts, lengths, image)
-    places = len(known.steps) * made.positions.shape[1]
     tensors |= {
         "feature": feature.astype(np.uint16 if known.d_sae <= 1 << 16 else np.int32),
         "place": place.astype(np.uint16 if places <= 1 << 16 else np.int32),
@@ -456,8 +447,10 @@ def _row_scores(
         empty = np.zeros(0, np.float32)
         return {"max": empty, "mean": empty, "at_token": empty.astype(np.int32), "at_step": empty.astype(np.int16)}
     largest = np.maximum.reduceat(value, starts)
-    numbers = np.where(value == np.repeat(largest, lengths), np.arange(len(value)), len(value))
-    step, token = np.divmod(place[np.minimum.reduceat(numbers, starts)], made.positions.shape[1])
+    row = np.repeat(np.arange(len(starts)), lengths)
+    largest_at = np.flatnonzero(value == largest[row])
+    first = largest_at[_starts(row[largest_at])]
+    step, token = np.divmod(place[first], made.positions.shape[1])
     counted = (made.positions >= 0).sum(1) * len(known.steps)
     return {
         "max": largest,
@@ -465,6 +458,11 @@ def _row_scores(
         "at_token": made.positions[image, token],
         "at_step": np.array(known.steps, np.int16)[step],
     }
+
+
+def _starts(key: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run of equal keys begins."""
+    return np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1]) if len(key) else np.zeros(0, np.int64)
 
 
 def _joined(folder: FeatureFolder, found: Iterable[tuple[int, _Rows]]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
