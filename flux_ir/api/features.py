@@ -1,6 +1,6 @@
 """What the features of an autoencoder mean: all stages into one folder, and that folder for a notebook."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -51,6 +51,8 @@ def analyse_features(
     captures: str | Path,
     *,
     site: str | Site | None = None,
+    steps: Sequence[int] | None = None,
+    pictures: str | Path | None = None,
     name: str | None = None,
     output_dir: str | Path = "features",
     device: str | None = None,
@@ -66,7 +68,15 @@ def analyse_features(
     """
     with joined() as ranks:
         folder = score_features(
-            sae, captures, site=site, name=name, output_dir=output_dir, device=device, progress=progress
+            sae,
+            captures,
+            site=site,
+            steps=steps,
+            pictures=pictures,
+            name=name,
+            output_dir=output_dir,
+            device=device,
+            progress=progress,
         )
         for stage in STAGES:
             if stage.shared or ranks.is_first:

@@ -1,6 +1,8 @@
 """What every feature of an autoencoder does: scores, token maps and a table, in a folder that later stages read."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +36,8 @@ def score_features(
     captures: str | Path,
     *,
     site: str | Site | None = None,
+    steps: Sequence[int] | None = None,
+    pictures: str | Path | None = None,
     name: str | None = None,
     output_dir: str | Path = "features",
     device: str | None = None,
@@ -42,24 +46,26 @@ def score_features(
     """Score every feature of an autoencoder on every token of the activations; goes on with what is there.
 
     `sae` is the folder of an autoencoder, of whichever program; `captures` is what `open_source` takes, and `site` is
-    for an autoencoder that does not say its own. All generations are scored, at the steps the autoencoder was trained
-    on. The result is the folder `output_dir`/`name`, called as the autoencoder's by default. Under torchrun all
-    processes call this alike and share the work.
+    for an autoencoder that does not say its own. All generations are scored, at `steps`: those the autoencoder was
+    trained on by default. `pictures` is the folder that CLIP's activations were collected from. The result is the
+    folder `output_dir`/`name`, called as the autoencoder's by default. Under torchrun all processes call this alike and
+    share the work.
 
     Raises FluxIRError for what a user can mend.
     """
     with joined() as ranks:
         watch = progress if ranks.is_first else unwatched
-        scoring = prepare(Path(sae), captures, site=site, device=ranks.device(device), progress=watch)
         where = folder_path(Path(sae), name, output_dir)
-        folder = None
+        scoring = prepare(Path(sae), captures, site=site, steps=steps, device=ranks.device(device), progress=watch)
         if ranks.is_first:
             with phase(watch, "begin"):
-                folder = begin_folder(where, scoring, Path(sae), str(captures))
-                if read_sample(folder) is None:
-                    write_sample(folder, measure_sample(scoring))
+                begun = begin_folder(
+                    where, scoring, Path(sae), str(captures), None if pictures is None else Path(pictures)
+                )
+                if read_sample(begun) is None:
+                    write_sample(begun, measure_sample(scoring))
         wait_for_all(ranks)
-        return score(scoring, folder or begin_folder(where, scoring, Path(sae), str(captures)), ranks, watch)
+        return score(scoring, open_features(where), ranks, watch)
 
 
 def score(scoring: Scoring, folder: FeatureFolder, ranks: Ranks, progress: Watch) -> FeatureFolder:
@@ -89,11 +95,28 @@ def score(scoring: Scoring, folder: FeatureFolder, ranks: Ranks, progress: Watch
 
 
 def prepare(
-    sae: Path, captures: str | Path, *, site: str | Site | None, device: torch.device, progress: Watch
+    sae: Path,
+    captures: str | Path,
+    *,
+    site: str | Site | None,
+    steps: Sequence[int] | None,
+    device: torch.device,
+    progress: Watch,
 ) -> Scoring:
     """The autoencoder and its activations, checked against each other. What will be missing is noted."""
     source = open_source(captures)
     loaded = load_for(sae, source, None if site is None else str(site))
+    if steps is not None:
+        if not steps or not set(steps) <= set(source.steps):
+            raise FluxIRError(
+                f"--steps must be among those captured, {', '.join(map(str, source.steps))}: got "
+                f"{', '.join(map(str, steps)) or 'none'}",
+                hint="leave it out for those the autoencoder was trained on",
+            )
+        chosen = sorted(set(steps))
+        loaded.config = replace(loaded.config, steps=tuple(chosen))
+        filters = dict(loaded.metadata.get("filters") or {}) | {"steps": chosen}
+        loaded.metadata = loaded.metadata | {"filters": filters}
     subject = subject_of(loaded, source, held_out=0.0)
     steps = subject.filters.steps_of(source.steps)
     absent = sorted(set(loaded.config.steps or ()) - set(steps))

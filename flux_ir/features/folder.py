@@ -317,7 +317,7 @@ class FeatureFolder:
     def picture(self, image: int) -> Path | None:
         """The picture of a generation, if there is one on this machine."""
         name = self.images[image].picture
-        path = None if name is None or "://" in self.captures else Path(self.captures) / name
+        path = None if name is None or "://" in self.captures else (Path(self.captures) / name).resolve()
         return path if path is not None and path.is_file() else None
 
     # Scores

@@ -152,20 +152,24 @@ def settings_of(
     )
 
 
-def begin_folder(path: Path, scoring: Scoring, sae: Path, captures: str) -> FeatureFolder:
+def begin_folder(path: Path, scoring: Scoring, sae: Path, captures: str, pictures: Path | None = None) -> FeatureFolder:
     """The folder with what is known before the pass: features.json and images.jsonl.
 
-    Raises FluxIRError for a folder that holds the features of something else.
+    `pictures` is a folder of pictures called as the generations are. Raises FluxIRError for a folder that holds the
+    features of something else.
     """
     if (path / "features.json").is_file():
         found = open_features(path)
         _check_same(found, scoring.settings)
-        return found
+        if pictures is None:
+            return found
     paths = {"sae": _relative(str(sae), path), "captures": _relative(captures, path)}
     known = asdict(scoring.settings)
-    rows = list(image_rows(scoring, captures))
+    rows = list(image_rows(scoring, captures, pictures))
     with complete_file(path / "images.jsonl") as beside, beside.open("w", encoding="utf-8", newline="\n") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if (path / "features.json").is_file():
+        return open_features(path)
     versions = {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__}
     described = {"format": FORMAT, "version": VERSION, "settings": known, "paths": paths, "versions": versions}
     write_json(path / "features.json", {**described, "stages": {}})
@@ -193,10 +197,10 @@ def _relative(where: str, folder: Path) -> str:
         return Path(where).resolve().as_posix()
 
 
-def image_rows(scoring: Scoring, captures: str) -> Iterator[dict[str, Any]]:
-    """A row of images.jsonl for every generation."""
-    source, steps = scoring.source, scoring.settings.steps
-    folder = captures if Path(captures).is_dir() else str(Path(captures).parent)
+def image_rows(scoring: Scoring, captures: str, pictures: Path | None) -> Iterator[dict[str, Any]]:
+    """A row of images.jsonl for every generation. Raises FluxIRError if `pictures` holds none of their pictures."""
+    source, steps, found = scoring.source, scoring.settings.steps, 0
+    folder = Path(captures) if Path(captures).is_dir() else Path(captures).parent
     for run in source.runs:
         used: Sequence[int | None] = [None] * len(run)
         if scoring.site is not None:
@@ -204,10 +208,19 @@ def image_rows(scoring: Scoring, captures: str) -> Iterator[dict[str, Any]]:
         for index, used_txt in zip(run, used, strict=True):
             known = source.generations[index]
             drawn = source.drawn(index) if isinstance(source, DrawnSource) else Drawn(None, None, None, None)
+            picture = drawn.picture
+            if pictures is not None and (pictures / known.id).is_file():
+                picture, found = pictures / known.id, found + 1
             row = {"index": index, "id": known.id, "prompt": known.prompt, "seed": drawn.seed}
             row |= {"width": drawn.width, "height": drawn.height, "grid": _grid(scoring, drawn)}
-            row |= {"picture": None if drawn.picture is None else _relative(str(drawn.picture), Path(folder))}
-            yield row | {"used_txt": used_txt}
+            row |= {"picture": None if picture is None else _relative(str(picture), folder), "used_txt": used_txt}
+            yield row
+    if pictures is not None and not found:
+        raise FluxIRError(
+            f"--pictures must hold files called as the generations are, such as {source.generations[0].id}: "
+            f"there are none in {pictures}",
+            hint="name the folder that flux-ir collect-clip read; what flux-ir collect keeps is found by itself",
+        )
 
 
 def _grid(scoring: Scoring, drawn: Drawn) -> list[int] | None:

@@ -66,14 +66,14 @@ def small(tmp_path_factory):
     """A collection of ten images of 4 x 3 tokens and seven text tokens, three of them used, and its scores."""
     folder = tmp_path_factory.mktemp("features")
     write_collection(folder / "captures", 5, sites=("double.0.img", "single.1"), img_tokens=12)
-    _say_sizes(folder / "captures", 64, 48)
+    say_sizes(folder / "captures", 64, 48)
     for name, site in (("img", "double.0.img"), ("whole", "single.1")):
         save_small_sae(folder / "saes" / name, site)
         flux_ir.score_features(folder / "saes" / name, folder / "captures", output_dir=folder / "features")
     return folder
 
 
-def _say_sizes(folder, height, width):
+def say_sizes(folder, height, width):
     """Write the sizes of the pictures into the shards' headers, as `collect` does."""
     for path in sorted((folder / "shards").iterdir()):
         content = path.read_bytes()

@@ -4,11 +4,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import flux_ir
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import open_features
-from tests.features.conftest import STEPS, dense_of
+from flux_ir.features.scores import notes_of
+from flux_ir.sae.base import SAEConfig, make_sae, save_sae
+from tests.activations.conftest import write_collection
+from tests.features.conftest import STEPS, D, dense_of, save_small_sae, say_sizes
 
 CASES = [("img", "double.0.img", "img"), ("whole", "single.1", "img"), ("whole", "single.1", "txt")]
 every_case = pytest.mark.parametrize(("name", "site", "stream"), CASES)
@@ -104,3 +110,69 @@ def test_the_same_command_again_changes_no_byte_and_missing_parts_are_made_again
 def test_a_stream_that_was_not_scored_is_refused(small):
     with pytest.raises(FluxIRError, match="holds features of img tokens: got txt"):
         flux_ir.read_features(small / "features" / "img", "txt")
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """Tokens of 3 x 4 patches, some of them left out, in which feature 0 means a place and feature 1 none.
+
+    Feature 0 fires on the right-most column alone, 1 on one random token of an image, 2 on all tokens alike.
+    """
+    folder = tmp_path_factory.mktemp("placed")
+    draw = np.random.default_rng(0)
+    kept = [0, 1, 3, 4, 6, 7, 8, 11]  # of 12
+    write_collection(folder / "captures", 20, sites=("double.0.img",), steps=(0,), img_tokens=12, places=kept)
+    say_sizes(folder / "captures", 48, 64)
+    for number in range(20):
+        path = folder / "captures" / "shards" / f"{number:06d}.safetensors"
+        values = torch.zeros(2, 8, D)
+        values[:, [position % 4 == 3 for position in kept], 0] = 2
+        values[[0, 1], draw.integers(0, 8, 2), 1] = 3
+        values[:, :, 2] = 1
+        with safe_open(path, "pt") as opened:
+            others = {key: opened.get_tensor(key) for key in ("state/step_0", "img_positions")}
+            save_file(others | {"double.0.img/step_0": values.bfloat16()}, path, opened.metadata())
+    sae = make_sae(SAEConfig("l1", D, D, site="double.0.img", model="tiny", steps=(0,)))
+    with torch.no_grad():
+        sae.encoder.copy_(torch.eye(D))
+        sae.W_dec.copy_(torch.eye(D))
+        sae.b_enc.zero_()
+    save_sae(sae, folder / "sae")
+    return flux_ir.score_features(folder / "sae", folder / "captures", output_dir=folder), kept
+
+
+def test_spatial_numbers_are_those_of_the_maps_that_are_there(placed):
+    folder, kept = placed
+    table = folder.table()
+    assert folder.images[0].grid == (3, 4)
+    assert table.means_place[:3].tolist() == [True, False, False]
+    assert table.position_r2[0] == pytest.approx(1)
+    assert abs(table.position_r2[1]) < 0.2
+    rows, columns = np.divmod(kept, 4)
+    right = columns == 3
+    assert table.centre_x[0] == pytest.approx(3.5 / 4)
+    assert table.centre_y[0] == pytest.approx(((rows[right] + 0.5) / 3).mean())
+    assert table.centre_x[2] == pytest.approx(((columns + 0.5) / 4).mean())
+    assert table.spread[0] == pytest.approx(rows[right].std() / 4)  # in units of the longer side
+    assert table.spread[1] == pytest.approx(0, abs=1e-6)
+    assert table.spread[2] == pytest.approx(np.sqrt(rows.var() + columns.var()) / 4)
+    assert table.entropy[0] == pytest.approx(np.log(3) / np.log(8))
+    assert table.entropy[1:3] == pytest.approx([0, 1], abs=1e-6)
+    (found,) = folder.map(0, 5)
+    assert np.isnan(found).sum() == 4
+    assert (found[:, 3] == 2).all()
+
+
+def test_maps_with_holes_are_noted(placed):
+    assert any("not all tokens of the images were kept" in note for note in notes_of(placed[0]))
+
+
+@pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu", "gated"])
+def test_autoencoders_with_any_number_of_active_features_are_scored(small, tmp_path, architecture):
+    save_small_sae(tmp_path / "sae", "double.0.img", architecture=architecture)
+    folder = flux_ir.score_features(tmp_path / "sae", small / "captures", output_dir=tmp_path, name="found")
+    z = dense_of(tmp_path / "sae", small / "captures", "double.0.img", "img").z
+    assert folder.table().count.tolist() == (z > 0).sum((0, 1, 2)).tolist()
+    assert len(set((z > 0).sum(3).ravel())) > 2
+    for image in (0, 9):
+        np.testing.assert_allclose(folder.map(7, image).reshape(2, -1), z[image, :, :, 7], rtol=1e-4, atol=1e-6)

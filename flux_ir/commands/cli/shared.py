@@ -67,6 +67,20 @@ class Scored(Activations, Device):
         default_text="the one it was trained on",
         elsewhere=("layer", "hook_point", "block"),
     )
+    steps: tuple[int, ...] | None = option(
+        None,
+        help="the steps to score at, counted from 0",
+        group=MEASURED,
+        minimum=0,
+        default_text="those the autoencoder was trained on",
+        elsewhere=("timestep", "timesteps"),
+    )
+    pictures: Path | None = option(
+        None,
+        help="the folder of pictures that CLIP's activations were collected from, to show them",
+        group=MEASURED,
+        default_text="what flux-ir collect or capture kept",
+    )
     name: str | None = option(
         None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
     )
