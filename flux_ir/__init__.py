@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
     from flux_ir.api.features import Features, analyse_features, read_features
     from flux_ir.api.find_examples import find_examples
+    from flux_ir.api.label_features import label_features
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
@@ -57,6 +58,7 @@ _MODULES = {
     "find_examples": "flux_ir.api.find_examples",
     "FluxIRError": "flux_ir.errors",
     "Intervention": "flux_ir.recording.intervention",
+    "label_features": "flux_ir.api.label_features",
     "LensResult": "flux_ir.api.lens",
     "load_model": "flux_ir.api.models",
     "load_sae": "flux_ir.api.export_sae",
@@ -114,6 +116,7 @@ __all__ = [
     "export",
     "export_sae",
     "find_examples",
+    "label_features",
     "load_model",
     "load_sae",
     "open_source",

@@ -59,6 +59,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("features", "analyse_features"),
         ("score_features", "score_features"),
         ("find_examples", "find_examples"),
+        ("label_features", "label_features"),
         ("compare_features", "compare_features"),
         ("explore_features", "explore_features"),
         ("lens", "read_lens"),

@@ -22,6 +22,7 @@ VERBS = {
     "features": "find out what the features of an autoencoder mean: all stages into one folder",
     "score-features": "what every feature of an autoencoder does, on every token, image and step",
     "find-examples": "images that show what each feature responds to: strong, weak, random, silent",
+    "label-features": "words that lift each feature, and a short description judged on other images",
     "compare-features": "match the features of two sites, steps, autoencoders or models, and say what has moved",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",

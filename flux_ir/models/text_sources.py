@@ -136,6 +136,19 @@ def encoder_on_disk(
     return _shipped_encoder(spec, encoder) or _cached_encoder(spec, encoder)
 
 
+def tokenizer_on_disk(spec: ModelSpec, encoder: Encoder) -> Path | None:
+    """The folder of an encoder's tokenizer, in the places where `encoder_on_disk` looks; its weights need not be there.
+
+    None: it is not on this machine.
+    """
+    named = named_path(None, "", ENCODER_ENV[encoder]) or named_path(None, "", spec.transformer_env)
+    if named is None:
+        return _tokenizer_beside(spec, encoder, None)
+    if named.path.is_dir() and first_file(named.path, _TOKENIZERS):
+        return named.path
+    return _tokenizer_beside(spec, encoder, model_folder(named.path))
+
+
 def _named_encoder(spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None) -> EncoderSource:
     if named.path.is_file():
         return _single_file(spec, encoder, named.path, named.origin, announce)
@@ -184,9 +197,9 @@ def _prefix(encoder: Encoder, file: Path) -> str | None:
     return next((prefix for prefix in ("", _INSIDE[encoder]) if prefix + _MARKS[encoder] in names), None)
 
 
-def _tokenizer_beside(spec: ModelSpec, encoder: Encoder, folder: Path) -> Path | None:
+def _tokenizer_beside(spec: ModelSpec, encoder: Encoder, folder: Path | None) -> Path | None:
     """The folder of the tokenizer beside a single file, in the package, or in the hub's cache."""
-    folders = [folder / tokenizer for _, tokenizer in _FOLDERS[encoder]]
+    folders = [] if folder is None else [folder / tokenizer for _, tokenizer in _FOLDERS[encoder]]
     if spec.assets is not None:
         folders.append(spec.assets / encoder)
     open_repo_id = _open_repo_id(spec, encoder)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import packaged_spec
 from flux_ir.models.text import load_clip, load_t5
-from flux_ir.models.text_sources import locate_text
+from flux_ir.models.text_sources import locate_text, tokenizer_on_disk
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 REPO = "black-forest-labs/FLUX.1-schnell"
@@ -98,6 +98,25 @@ def test_absent_encoders_are_announced_before_they_are_fetched(tiny_spec):
     with pytest.raises(FluxIRError, match="HF_HUB_OFFLINE forbids fetching it"):
         locate_text(tiny_spec(), announce=fetched.append)
     assert fetched == [f"downloading text_encoder/ and tokenizer/ from {REPO}"]
+
+
+def test_a_tokenizer_is_found_without_the_weights_of_its_encoder(tiny_spec, root, hub_cache, monkeypatch):
+    assert tokenizer_on_disk(tiny_spec(), "t5") is None
+    shutil.rmtree(root / "text_encoder_2")
+    monkeypatch.setenv("FLUX_MODEL", str(root))
+    assert tokenizer_on_disk(tiny_spec(), "t5") == root / "tokenizer_2"
+    monkeypatch.setenv("FLUX_T5", str(root / "tokenizer"))
+    assert tokenizer_on_disk(tiny_spec(), "t5") == root / "tokenizer"
+    for variable in ("FLUX_MODEL", "FLUX_T5"):
+        monkeypatch.delenv(variable)
+    assert tokenizer_on_disk(tiny_spec(), "t5") is None
+    snapshot = hub_cache(REPO, root)
+    assert tokenizer_on_disk(tiny_spec(), "t5") == snapshot / "tokenizer_2"
+
+
+def test_the_tokenizer_of_a_packaged_model_is_in_the_package(packaged_folder):
+    spec = packaged_spec("flux-tiny", packaged_folder)
+    assert tokenizer_on_disk(spec, "t5") == packaged_folder / "t5"
 
 
 # ---- What a folder's configuration says

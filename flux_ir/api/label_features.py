@@ -1,0 +1,294 @@
+"""Words that lift each feature, the tokens of the text it fires on, and a label that was judged on other images."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from flux_ir.api.progress import Note, Watch, phase, unwatched
+from flux_ir.errors import FluxIRError, counted
+from flux_ir.features.folder import FeatureFolder, digest_of, open_features
+from flux_ir.features.labels import (
+    LABELS_FILE,
+    Candidates,
+    Description,
+    Verdict,
+    describe,
+    description_text,
+    judge,
+    judged_images,
+    sides_of,
+    sources_of,
+    together,
+)
+from flux_ir.features.words import (
+    STAGE,
+    WORDS_FILE,
+    Levels,
+    Phrases,
+    PromptTokens,
+    find_tokenizer,
+    levels_of,
+    lift,
+    phrases_of,
+    prompt_numbers_of,
+    prompt_tokens,
+    shortened,
+    strong_prompts,
+    token_lists,
+)
+from flux_ir.layout import complete_file
+from flux_ir.sites import Stream
+
+WORDS_KEPT = 12
+"""Words of each feature."""
+MOST_PHRASES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """What words and labels depend on, besides the scores."""
+
+    min_count: int = 5
+    fdr: float = 0.05
+    min_score: float = 0.7
+    seed: int = 0
+    concepts: str | None = None
+    """A digest of the file's content; None: there is none."""
+    tokenizer: str | None = None
+
+
+def label_features(
+    features: str | Path | FeatureFolder,
+    *,
+    min_count: int = 5,
+    fdr: float = 0.05,
+    min_score: float = 0.7,
+    concepts: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    seed: int = 0,
+    progress: Watch = unwatched,
+) -> FeatureFolder:
+    """Find what lifts each feature, and describe it; nothing is done where that is there for these settings.
+
+    `features` is the folder that `score_features` left. words.json gets, of each feature, the words and phrases that
+    are more often in prompts of its strong images than in others: in `min_count` prompts at least, and significant at
+    the rate `fdr` over all features and words; of text tokens also the tokens it fires on, by the model's `tokenizer`
+    (a folder; None: the model's own, if it is on this machine). labels.json gets a description of each feature, made of
+    such words and of `concepts` (a JSON file: {"concept": [ids of the generations that have it]}), which is a label if
+    its balanced accuracy on images of other prompts, half of them silent look-alikes, is beyond chance at the rate
+    `fdr` and at least `min_score`.
+
+    Raises FluxIRError for a folder that is not scored, and files that cannot be read.
+    """
+    folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
+    folder.check_done("score")
+    settings = LabelSettings(
+        min_count=min_count,
+        fdr=fdr,
+        min_score=min_score,
+        seed=seed,
+        concepts=None if concepts is None else _content(Path(concepts)),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+    )
+    if folder.is_done(STAGE, asdict(settings), after=["score"]):
+        progress(Note(f"the words and labels in {folder.path} are complete"))
+        return folder
+    groups, prompts = _prompts(folder)
+    phrases = phrases_of(prompts, min_count=min_count, most=MOST_PHRASES)
+    if not phrases.texts:
+        progress(Note(f"note: no word is in {min_count} prompts and not in all, so prompts say nothing of features"))
+    told = [_by_image(phrases, groups)]
+    if concepts is not None:
+        told.append(read_concepts(Path(concepts), folder))
+    candidates = together(told)
+    words: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
+    for stream in folder.streams:
+        with phase(progress, f"words {stream}"):
+            levels = levels_of(folder, stream)
+            words[stream] = _lifting(folder, stream, levels, groups, phrases, settings)
+            if stream == "txt":
+                words[stream]["tokens"] = _tokens(folder, Path(tokenizer) if tokenizer else None, progress)
+        with phase(progress, f"labels {stream}"):
+            labels[stream] = _labels(folder, stream, levels, groups, candidates, settings)
+        if not any(row["text"] for row in labels[stream]):
+            progress(
+                Note(f"note: no description of a feature of {stream} tokens was better than chance on other images")
+            )
+    _write(folder.path / WORDS_FILE, {"version": 1, "streams": words})
+    _write(folder.path / LABELS_FILE, {"version": 1, "settings": asdict(settings), "streams": labels})
+    return folder.mark_done(STAGE, asdict(settings), after=["score"])
+
+
+def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
+    """The concepts of a JSON file, {"concept": [ids of the generations that have it]}, as candidates.
+
+    Raises FluxIRError for any other file, and for ids that the folder does not have.
+    """
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        concepts = {str(name): [str(one) for one in ids] for name, ids in said.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise FluxIRError(
+            f"{path} must be a JSON object of concepts, each with a list of ids: {error}",
+            hint='write {"red": ["0123456789abcdef", ...]}; images.jsonl has the ids',
+        ) from error
+    numbers = {row.id: row.index for row in folder.images}
+    unknown = [one for ids in concepts.values() for one in ids if one not in numbers]
+    if unknown:
+        raise FluxIRError(
+            f"{path} names {counted(len(unknown), 'generation')} that {folder.path} lacks, such as {unknown[0]}",
+            hint="images.jsonl has the ids",
+        )
+    row = np.array([numbers[one] for ids in concepts.values() for one in ids], np.int64)
+    column = np.repeat(np.arange(len(concepts)), [len(ids) for ids in concepts.values()])
+    has = csr_array((np.ones(len(row), np.float32), (row, column)), shape=(len(numbers), len(concepts)))
+    has.data[:] = 1  # an id may be there twice
+    return Candidates(list(concepts), ["concepts"] * len(concepts), has)
+
+
+# ---- The parts
+
+
+def _prompts(folder: FeatureFolder) -> tuple[NDArray[np.int64], list[str]]:
+    """The number of each image's prompt, and every prompt once, by its number."""
+    every = [row.prompt for row in folder.images]
+    groups = prompt_numbers_of(every)
+    return groups, [every[first] for first in np.unique(groups, return_index=True)[1]]
+
+
+def _by_image(phrases: Phrases, groups: NDArray[np.int64]) -> Candidates:
+    return Candidates(phrases.texts, ["words"] * len(phrases.texts), csr_array(phrases.has[groups]))
+
+
+def _lifting(
+    folder: FeatureFolder,
+    stream: Stream,
+    levels: Levels,
+    groups: NDArray[np.int64],
+    phrases: Phrases,
+    settings: LabelSettings,
+) -> dict[str, Any]:
+    """What words.json holds of a stream."""
+    strong = strong_prompts(folder, stream, levels, groups)
+    found = lift(phrases, strong, min_count=settings.min_count, fdr=settings.fdr)
+    kept = shortened(found, phrases.texts, WORDS_KEPT)
+    features: dict[str, list[list[float]]] = {}
+    for feature, word, pmi, both, q in zip(kept.feature, kept.word, kept.pmi, kept.both, kept.q, strict=True):
+        row = [int(word), _digits(float(pmi)), int(both), _digits(float(q))]
+        features.setdefault(str(int(feature)), []).append(row)
+    return {
+        "prompts": strong.shape[0],
+        "words": phrases.texts,
+        "with_word": np.asarray(phrases.has.sum(axis=0)).astype(int).tolist(),
+        "strong": np.asarray(strong.sum(axis=0)).astype(int).tolist(),
+        "threshold": [None if math.isinf(value) else _digits(float(value)) for value in levels.strong],
+        "columns": ["word", "pmi", "both", "q"],
+        "features": features,
+    }
+
+
+def _tokens(folder: FeatureFolder, tokenizer: Path | None, progress: Watch) -> dict[str, Any] | None:
+    """What it holds of text tokens; None: nobody can say what they are."""
+    known = find_tokenizer(folder.settings.model, tokenizer)
+    if known is None:
+        progress(Note("note: the model's tokenizer is not on this machine, so tokens of the text have no names"))
+        return None
+    length = folder.settings.tokens["txt"]
+    tokens = prompt_tokens(known, [row.prompt for row in folder.images], length)
+    _check_used(folder, tokens)
+    lists = token_lists(folder, tokens)
+    features = {}
+    for feature, row in enumerate(lists.token):
+        kept = [
+            [int(token), int(lists.fired[feature, at]), int(lists.of[feature, at]), _digits(lists.mean[feature, at])]
+            for at, token in enumerate(row)
+            if token >= 0
+        ]
+        if kept:
+            features[str(feature)] = kept
+    return {
+        "strings": tokens.strings,
+        "end": tokens.end,
+        "padding": tokens.padding,
+        "columns": ["token", "fired", "of", "mean"],
+        "on_end": [_digits(float(share)) for share in lists.on_end],
+        "on_padding": [_digits(float(share)) for share in lists.on_padding],
+        "features": features,
+    }
+
+
+def _check_used(folder: FeatureFolder, tokens: PromptTokens) -> None:
+    """Raises FluxIRError if the texts end elsewhere than they did when they were captured: another tokenizer."""
+    used = (tokens.ids != tokens.padding).sum(1)
+    for row in folder.images:
+        if row.used_txt is not None and row.used_txt != used[row.index]:
+            raise FluxIRError(
+                f"the tokenizer must be the one of the captures: it makes {used[row.index]} tokens of "
+                f"{row.prompt[:60]!r}, which had {row.used_txt}",
+                hint="name the folder of the T5 tokenizer that was used with --tokenizer",
+            )
+
+
+def _labels(
+    folder: FeatureFolder,
+    stream: Stream,
+    levels: Levels,
+    groups: NDArray[np.int64],
+    candidates: Candidates,
+    settings: LabelSettings,
+) -> list[dict[str, Any]]:
+    """What labels.json holds of a stream: a row for every feature that could be described and judged."""
+    own, others = sides_of(folder, stream, levels, groups, judged_images(folder), seed=settings.seed)
+    described = describe(candidates, own)
+    return list(_rows(candidates, described, judge(candidates, described, others), settings))
+
+
+def _rows(
+    candidates: Candidates, described: Description, verdict: Verdict, settings: LabelSettings
+) -> Iterator[dict[str, Any]]:
+    for feature in np.flatnonzero(np.isfinite(verdict.score)).tolist():
+        text = description_text(candidates, described, feature)
+        good = (
+            verdict.q[feature] <= settings.fdr
+            and verdict.low[feature] > 0.5
+            and verdict.score[feature] >= settings.min_score
+        )
+        yield {
+            "feature": feature,
+            "text": text if good else None,
+            "candidate": text,
+            "source": sources_of(candidates, described, feature),
+            "score": _digits(verdict.score[feature]),
+            "low": _digits(verdict.low[feature]),
+            "high": _digits(verdict.high[feature]),
+            "q": _digits(verdict.q[feature]),
+            "score_silent": _digits(verdict.score_silent[feature]),
+            "score_described": _digits(described.score[feature]),
+            "strong": [int(column[feature]) for column in verdict.strong],
+            "alike": [int(column[feature]) for column in verdict.alike],
+            "silent": [int(column[feature]) for column in verdict.silent],
+        }
+
+
+def _content(path: Path) -> str:
+    try:
+        return digest_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FluxIRError(f"{path} cannot be read: {error}", hint="name a JSON file of concepts") from error
+
+
+def _digits(value: float | np.floating[Any]) -> float:
+    return float(f"{value:.4g}")
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with complete_file(path) as beside:
+        beside.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,340 @@
+"""Words and features: which words of the prompts lift a feature, and which tokens of the text it fires on.
+
+A word lifts a feature if prompts with it are more often among those of the feature's strong images than they are among
+all. How much more is PMI, in bits, always beside its counts: of few prompts it says little. Whether it is more than
+chance is Fisher's exact test, over prompts and not over images: those of one prompt are no independent draws. Next:
+`labels`, which makes the best description of these words and judges it.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csc_array, csr_array
+from scipy.stats import hypergeom
+
+from flux_ir.errors import FluxIRError
+from flux_ir.features.examples import prompt_numbers
+from flux_ir.features.folder import FeatureFolder
+from flux_ir.features.significance import q_values
+from flux_ir.models.registry import ModelSpec, get_spec, model_names
+from flux_ir.models.text_sources import tokenizer_on_disk
+from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
+from flux_ir.sites import Stream
+
+STAGE, WORDS_FILE = "labels", "words.json"
+LONGEST = 3
+"""Words of a phrase, at most."""
+STRONG_SHARE, LEAST_STRONG, MOST_STRONG = 0.2, 50, 1000
+"""A feature's strong images are the strongest fifth of those it fires on; at least 50 if there are, at most 1,000."""
+OCTAVES, BINS_PER_OCTAVE = 16, 16
+"""Below the largest S of a feature: how finely images are ranked."""
+TOKENS_KEPT = 12
+"""Tokens of the text that are listed of each feature."""
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_ARTICLES = {"a", "an", "the"}
+_SMALL = _ARTICLES | {"and", "as", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "or", "to", "with"}
+_PAIRS_AT_ONCE = 1 << 22
+_MORE_BITS, _FAR = 0.5, 1.5
+
+
+class Phrases(NamedTuple):
+    """Words and short phrases of prompts."""
+
+    texts: list[str]
+    has: csr_array
+    """[prompts, phrases]: 1 where the prompt has the phrase."""
+
+
+class Levels(NamedTuple):
+    """What counts as a strong image of a feature, and what as a silent one: two bounds of S, [d_sae] each."""
+
+    strong: NDArray[np.float64]
+    """S of a strong image is at least this; infinity for a feature that never fires."""
+    silent: NDArray[np.float64]
+    """S of a silent image is at most this: 0, or the weakest fifth, if the feature fires on more than four fifths."""
+
+
+class Lift(NamedTuple):
+    """Pairs of a feature and a word, by feature and then by p, the surest first."""
+
+    feature: NDArray[np.int64]
+    word: NDArray[np.int64]
+    pmi: NDArray[np.float64]
+    """Bits: log2 of how much more frequent the word is in prompts of the feature's strong images than in all."""
+    both: NDArray[np.int64]
+    """Prompts with the word and a strong image."""
+    strong: NDArray[np.int64]
+    """Prompts with a strong image."""
+    with_word: NDArray[np.int64]
+    """Prompts with the word."""
+    p: NDArray[np.float64]
+    q: NDArray[np.float64]
+
+
+# ---- Words of the prompts
+
+
+def phrases_of(prompts: Sequence[str], *, min_count: int, most: int, longest: int = LONGEST) -> Phrases:
+    """The words and phrases of at most `longest` words that at least `min_count` of the prompts have, but not all.
+
+    A phrase has no article at its ends, no punctuation inside, and more than small words ("of", "on the"). Of phrases
+    that exactly the same prompts have, one stands for all: that of the most other words. The `most` most frequent are
+    kept.
+    """
+    rows: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        for phrase in _phrases_in(prompt, longest):
+            rows.setdefault(phrase, []).append(number)
+    kept = {phrase: found for phrase, found in rows.items() if min_count <= len(found) < len(prompts)}
+    stands_for: dict[tuple[int, ...], str] = {}
+    for phrase, found in kept.items():
+        best = stands_for.setdefault(tuple(found), phrase)
+        if _readable(phrase) > _readable(best):
+            stands_for[tuple(found)] = phrase
+    texts = sorted(stands_for.values(), key=lambda phrase: (-len(rows[phrase]), phrase))[:most]
+    column = np.repeat(np.arange(len(texts)), [len(rows[text]) for text in texts])
+    row = np.concatenate([np.array(rows[text], np.int64) for text in texts]) if texts else np.zeros(0, np.int64)
+    ones = np.ones(len(row), np.float32)
+    return Phrases(texts, csr_array((ones, (row, column)), shape=(len(prompts), len(texts))))
+
+
+def _phrases_in(prompt: str, longest: int) -> set[str]:
+    found = set()
+    for part in re.split(r"[^\w\s'\u2019-]+", prompt.lower()):
+        words = _WORD.findall(part)
+        for size in range(1, longest + 1):
+            for start in range(len(words) - size + 1):
+                phrase = words[start : start + size]
+                if not _ARTICLES & {phrase[0], phrase[-1]} and not _SMALL.issuperset(phrase):
+                    found.add(" ".join(phrase))
+    return found
+
+
+def _readable(phrase: str) -> tuple[int, bool, int, str]:
+    """What makes one phrase stand for others: other words than small ones, at its end too, and few of these."""
+    words = phrase.split()
+    return sum(word not in _SMALL for word in words), words[-1] not in _SMALL, -len(words), phrase
+
+
+# ---- Which images count
+
+
+def levels_of(folder: FeatureFolder, stream: Stream) -> Levels:
+    """The bounds of every feature, to a sixteenth of an octave, from one pass over S."""
+    table, n = folder.table(stream), folder.settings.images
+    largest, wanted = np.zeros(len(table.images), np.float64), _strong_counts(table.images)
+    for part in folder.scores(stream):
+        np.maximum.at(largest, part.feature, part.max)
+    histogram = np.zeros((len(largest), OCTAVES * BINS_PER_OCTAVE), np.int32)
+    for part in folder.scores(stream):
+        octaves = np.log2(largest[part.feature] / part.max)  # below the feature's largest
+        bins = np.minimum(octaves * BINS_PER_OCTAVE, histogram.shape[1] - 1).astype(np.int64)
+        np.add.at(histogram, (part.feature, bins), 1)
+    at_least = np.cumsum(histogram, axis=1)
+    edge = (at_least < wanted[:, None]).sum(1) + 1
+    strong = np.where(table.images > 0, largest * 2.0 ** (-edge / BINS_PER_OCTAVE), np.inf)
+    weak = np.maximum(STRONG_SHARE * n - (n - table.images), 0)  # how many of those it fires on count as silent
+    edge = (at_least <= (table.images - weak)[:, None]).sum(1)
+    silent = np.where(weak > 0, largest * 2.0 ** (-edge / BINS_PER_OCTAVE), 0)
+    return Levels(strong, np.minimum(silent, np.nextafter(strong, 0)))
+
+
+def _strong_counts(images: NDArray[np.int64]) -> NDArray[np.int64]:
+    share = np.ceil(STRONG_SHARE * images).astype(np.int64)
+    return np.minimum(np.clip(share, LEAST_STRONG, MOST_STRONG), images)
+
+
+def strong_prompts(folder: FeatureFolder, stream: Stream, levels: Levels, groups: NDArray[np.int64]) -> csr_array:
+    """[prompts, d_sae]: 1 where the feature is strong on an image of the prompt. `groups` are the images' prompts."""
+    rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for part in folder.scores(stream):
+        entry = np.flatnonzero(part.max >= levels.strong[part.feature])
+        image = part.images.start + np.searchsorted(part.image_ptr, entry, side="right") - 1
+        rows.append(groups[image])
+        columns.append(part.feature[entry].astype(np.int64))
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    once = np.unique(row * folder.settings.d_sae + column)
+    shape = (int(groups.max()) + 1, folder.settings.d_sae)
+    return csr_array((np.ones(len(once)), np.divmod(once, folder.settings.d_sae)), shape=shape)
+
+
+# ---- Words that lift a feature
+
+
+def lift(phrases: Phrases, strong: csr_array, *, min_count: int, fdr: float) -> Lift:
+    """The words that lift each feature more than chance, at the rate `fdr` over all features and words.
+
+    `strong` [prompts, d_sae] says which prompts have a strong image. A word counts that at least `min_count` of a
+    feature's strong prompts have.
+    """
+    n, features = strong.shape
+    with_word = np.asarray(phrases.has.sum(axis=0)).astype(np.int64)
+    strong_of = np.asarray(strong.sum(axis=0)).astype(np.int64)
+    found: list[tuple[NDArray[Any], ...]] = []
+    words_of = csr_array(phrases.has.T)
+    step = max(1, _PAIRS_AT_ONCE // max(1, len(phrases.texts)))
+    by_feature = csc_array(strong)
+    for start in range(0, features, step):
+        both_of = (words_of @ by_feature[:, start : start + step]).tocoo()
+        word, feature = both_of.coords[0].astype(np.int64), both_of.coords[1].astype(np.int64) + start
+        both = np.rint(both_of.data).astype(np.int64)
+        share = with_word[word] * strong_of[feature] / n
+        pmi = np.log2(both / share)
+        variance = share * (1 - with_word[word] / n) * (n - strong_of[feature]) / max(1, n - 1)
+        # The exact test is slow: pairs are left out that are far from any list.
+        kept = (both >= min_count) & (both - share > _FAR * np.sqrt(variance))
+        word, feature, both, pmi = word[kept], feature[kept], both[kept], pmi[kept]
+        p = hypergeom.sf(both - 1, n, with_word[word], strong_of[feature])
+        kept = p <= fdr  # others cannot be on the list
+        found.append((feature[kept], word[kept], pmi[kept], both[kept], p[kept]))
+    feature, word, pmi, both, p = (np.concatenate(column) for column in zip(*found, strict=True))
+    q = q_values(p, tests=max(1, int((strong_of > 0).sum()) * len(phrases.texts)))
+    kept = np.flatnonzero(q <= fdr)
+    order = kept[np.lexsort((word[kept], -pmi[kept], p[kept], feature[kept]))]
+    feature, word = feature[order], word[order]
+    return Lift(feature, word, pmi[order], both[order], strong_of[feature], with_word[word], p[order], q[order])
+
+
+def shortened(found: Lift, texts: Sequence[str], most: int) -> Lift:
+    """At most so many words of each feature. A phrase is left out where one of its words, before it on the list, lifts
+    as much: within half a bit.
+    """
+    kept: list[int] = []
+    ends = np.flatnonzero(np.diff(found.feature)) + 1
+    for rows in np.split(np.arange(len(found.feature)), ends):
+        chosen: list[int] = []
+        for place in rows.tolist():
+            padded = f" {texts[found.word[place]]} "
+            says_more = all(
+                found.pmi[place] > found.pmi[other] + _MORE_BITS
+                for other in chosen
+                if f" {texts[found.word[other]]} " in padded
+            )
+            if says_more and len(chosen) < most:
+                chosen.append(place)
+        kept += chosen
+    return Lift._make(column[kept] for column in found)
+
+
+# ---- Tokens of the text
+
+
+class PromptTokens(NamedTuple):
+    """Every token of every image's text, by number in `strings`."""
+
+    strings: list[str]
+    ids: NDArray[np.int64]
+    """[images, tokens]."""
+    end: int
+    """The number of what ends a text."""
+    padding: int
+
+
+class TokenLists(NamedTuple):
+    """What tokens of the text each feature fires on, by how much of its activation they have: the most first."""
+
+    token: NDArray[np.int64]
+    """[d_sae, kept]: number of the string; -1: there are no more."""
+    fired: NDArray[np.int64]
+    """How often it fires on this token, over all steps."""
+    of: NDArray[np.int64]
+    """How often the token is there."""
+    mean: NDArray[np.float64]
+    """Mean activation where it fires."""
+    on_end: NDArray[np.float64]
+    """[d_sae]: share of its activation that lies on ends of texts."""
+    on_padding: NDArray[np.float64]
+    """[d_sae]: and on padding (which is scored only where it is not known where prompts end)."""
+
+
+def find_tokenizer(model: str | None, tokenizer: Path | None) -> PromptTokenizer | None:
+    """The T5 tokenizer of a model, on this machine: that of the folder, if one is named. None: there is none."""
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer, what="the tokenizer")
+    spec: ModelSpec | None = get_spec(model) if model in model_names() else None
+    folder = None if spec is None else tokenizer_on_disk(spec, "t5")
+    return None if folder is None else load_tokenizer(folder, what="the tokenizer")
+
+
+def prompt_tokens(tokenizer: PromptTokenizer, prompts: Sequence[str], length: int) -> PromptTokens:
+    """The texts as the model was told them: cut or padded to `length` tokens, their end marked."""
+    groups = prompt_numbers_of(prompts)
+    firsts = np.unique(groups, return_index=True)[1]
+    ids = tokenizer.fixed([prompts[first] for first in firsts], length).numpy()
+    numbers, compact = np.unique(np.append(ids, [tokenizer.end_id, tokenizer.padding_id]), return_inverse=True)
+    backend = tokenizer.backend
+    strings = [str(backend.id_to_token(int(number))).replace("\u2581", " ") for number in numbers]
+    return PromptTokens(strings, compact[:-2].reshape(ids.shape)[groups], int(compact[-2]), int(compact[-1]))
+
+
+def token_lists(folder: FeatureFolder, tokens: PromptTokens) -> TokenLists:
+    """For each feature of text tokens, the tokens it fires on. Memory: a number for each such pair."""
+    d_sae, words, steps = folder.settings.d_sae, len(tokens.strings), len(folder.steps)
+    count, total = (csr_array((d_sae, words), dtype=np.float64) for _ in range(2))
+    there = np.zeros(words, np.int64)
+    for part in folder.scores("txt"):
+        images = np.arange(part.images.start, part.images.stop)
+        known = part.positions >= 0
+        at = np.where(known, tokens.ids[images[:, None], np.where(known, part.positions, 0)], -1)
+        there += steps * np.bincount(at[known], minlength=words)
+        image = np.repeat(np.arange(len(images)), np.diff(part.row_ptr[part.image_ptr]))
+        feature = np.repeat(part.feature.astype(np.int64), np.diff(part.row_ptr))
+        token = at[image, part.place.astype(np.int64) % part.tokens]
+        values = np.asarray(part.value, np.float64)
+        count += csr_array((np.ones(len(token)), (feature, token)), shape=(d_sae, words))
+        total += csr_array((values, (feature, token)), shape=(d_sae, words))
+    sums = np.maximum(np.asarray(total.sum(axis=1)), np.finfo(np.float64).tiny)
+    shares = [np.asarray(csc_array(total)[:, [token]].sum(axis=1)) / sums for token in (tokens.end, tokens.padding)]
+    found = np.full((d_sae, TOKENS_KEPT), -1, np.int64)
+    counts, means = np.zeros(found.shape, np.int64), np.zeros(found.shape)
+    count.sort_indices()
+    total.sort_indices()
+    for number in range(d_sae):
+        row = slice(total.indptr[number], total.indptr[number + 1])
+        order = np.argsort(-total.data[row], kind="stable")[:TOKENS_KEPT]
+        found[number, : len(order)] = total.indices[row][order]
+        counts[number, : len(order)] = count.data[row][order]
+        means[number, : len(order)] = total.data[row][order] / count.data[row][order]
+    return TokenLists(found, counts, np.where(found >= 0, there[found], 0), means, *shares)
+
+
+def prompt_numbers_of(prompts: Sequence[str]) -> NDArray[np.int64]:
+    """[images]: the number of each image's prompt, from 0; every image without one counts as a prompt of its own."""
+    return np.unique(prompt_numbers(prompts), return_inverse=True)[1].astype(np.int64)
+
+
+# ---- What is on the disk
+
+
+def read_words(folder: FeatureFolder, stream: Stream = "img") -> list[list[tuple[str, float, int]]] | None:
+    """Of each feature the words that lift it: word, PMI [bits], and how many prompts have it and a strong image.
+
+    None: flux-ir label-features has not been run.
+    """
+    found = read_result(folder, WORDS_FILE)
+    if found is None:
+        return None
+    texts, rows = found["streams"][stream]["words"], found["streams"][stream]["features"]
+    return [
+        [(texts[word], pmi, both) for word, pmi, both, *_ in rows.get(str(feature), [])]
+        for feature in range(folder.settings.d_sae)
+    ]
+
+
+def read_result(folder: FeatureFolder, file: str) -> Mapping[str, Any] | None:
+    """A file of the stage of words and labels; None: it has not been run. Raises FluxIRError for one that is broken."""
+    if STAGE not in folder.stages:
+        return None
+    try:
+        found: Mapping[str, Any] = json.loads((folder.path / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FluxIRError(
+            f"{folder.path / file} cannot be read: {error}", hint="run flux-ir label-features again"
+        ) from error
+    return found
