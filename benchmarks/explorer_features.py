@@ -333,6 +333,7 @@ def measure(page: Page, index: Path) -> None:
     report("searching", [page.evaluate(TO_FOUND, text) for text in ("red", "max>3", "blue star", "density<1%")])
     page.evaluate(TO_FOUND, "")
     heaps = [heap_mb(session)]
+    page.wait_for_timeout(500)  # until the address has been written
     page.goto(f"{index.as_uri()}#feature=40000&sort=-max_active")
     page.wait_for_selector(".shot")
     shown, complete = [], []

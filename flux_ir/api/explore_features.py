@@ -5,7 +5,11 @@ from pathlib import Path
 
 from flux_ir.api.progress import Note, Progress, Watch, unwatched
 from flux_ir.explorer.feature_pages import PagesSettings, page_digest, write_pages
+from flux_ir.explorer.feature_stages import made_of
 from flux_ir.features.folder import FeatureFolder, open_features
+
+AFTER = ("score", "examples")
+"""The stages that there must be."""
 
 
 def explore_features(
@@ -27,15 +31,16 @@ def explore_features(
     """
     settings = PagesSettings(pictures=pictures, patch_features=patch_features, thumbnail_px=thumbnail_px)
     folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
-    folder.check_done("examples")
-    known, before = {**asdict(settings), "page": page_digest()}, [name for name in folder.stages if name != "pages"]
+    for stage in AFTER:
+        folder.check_done(stage)
+    known = {**asdict(settings), "page": page_digest(), "made_of": made_of(folder)}
     page = folder.path / "pages" / "index.html"
-    if folder.is_done("pages", known, after=before) and page.is_file():
+    if folder.is_done("pages", known, after=AFTER) and page.is_file():
         progress(Note(f"the pages in {page.parent} are complete"))
         return page
     for stage, done, total in write_pages(folder, settings):
         if done == 1:
             progress(Progress(stage, 0, total))
         progress(Progress(stage, done, total))
-    folder.mark_done("pages", known, after=before)
+    folder.mark_done("pages", known, after=AFTER)
     return page

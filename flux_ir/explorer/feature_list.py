@@ -55,9 +55,12 @@ _LATER: Mapping[str, tuple[str, Unit, str]] = {
     "region": ("region", "number", "Mean activation inside the region asked for minus outside."),
     "step_variance": ("step variance", "number", "Variance over steps of its largest activation."),
     "effect_active": ("effect active", "number", "The same over the tokens it is active on alone."),
+    "label_score": ("label", "number", "How well its description tells its pictures from look-alikes: .5 is chance."),
+    "on_end": ("on end", "share", "Share of its activation that lies on the ends of texts."),
+    "on_padding": ("on padding", "share", "Share of its activation that lies on the padding behind texts."),
     "encoder_decoder_cosine": ("enc·dec", "number", "Cosine of what it reads and what it writes."),
 }
-SHOWN = ("coherence", "stability", "frequency", "max_active", "images", "position_r2")
+SHOWN = ("label_score", "coherence", "stability", "frequency", "max_active", "images", "position_r2")
 """The columns that the list shows first, of those that there are."""
 SORT = ("coherence", "max_active")
 """What the list is sorted by first: the first of these that is known."""

@@ -35,7 +35,7 @@ from flux_ir.explorer.feature_pictures import (
     write_script,
 )
 from flux_ir.explorer.feature_records import Group, Panels, shard_records
-from flux_ir.explorer.feature_stages import read_groups, read_later, read_panels
+from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels
 from flux_ir.features.folder import COMMON, PLACE_R2, RARE, FeatureFolder, digest_of
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sites import Stream
@@ -168,8 +168,8 @@ def _pictured(folder: FeatureFolder, images: NDArray[np.int64]) -> list[int]:
 
 
 def _digest(folder: FeatureFolder, settings: PagesSettings) -> str:
-    stages = {name: stage["digest"] for name, stage in folder.stages.items() if name != "pages"}
-    return digest_of([SCHEMA, folder.settings.digest, stages, asdict(settings)])
+    before = [folder.stages[name]["digest"] for name in ("score", "examples")]
+    return digest_of([SCHEMA, folder.settings.digest, before, made_of(folder), asdict(settings)])
 
 
 def _begin(target: Path, digest: str, *parts: str) -> None:
@@ -207,12 +207,14 @@ def _write_list(
     value = {"columns": feature_list.columns_text(shown.columns)}
     value |= feature_list.first_pictures(folder, stream, visible, top.token)
     write_script(pages / f"list-{stream}.js", f"list-{stream}", value)
-    labels = [str(shown.panels.labels.get(feature, {}).get("text", "")) for feature in range(folder.settings.d_sae)]
-    words: list[str]
-    if shown.panels.words is None:
-        words = list(feature_list.common_words(folder, top.image))
-    else:
-        words = [", ".join(word for word, *_ in row[:4]) for row in shown.panels.words]
+    labels = [shown.panels.labels.get(feature, {}).get("text") or "" for feature in range(folder.settings.d_sae)]
+    lifting = shown.panels.rows.get("words")
+    words = list(feature_list.common_words(folder, top.image))
+    if lifting is not None:
+        words = [
+            ", ".join(word for word, *_ in lifting.get(feature, ())[:4]) or words[feature]
+            for feature in range(len(words))
+        ]
     write_script(pages / f"texts-{stream}.js", f"texts-{stream}", {"labels": labels, "words": words})
     write_script(pages / f"words-{stream}.js", f"words-{stream}", feature_list.prompt_words(folder, top.image))
 
@@ -297,11 +299,11 @@ def _facts(folder: FeatureFolder) -> list[str]:
 
 def _missing(streams: Mapping[Stream, Shown]) -> list[str]:
     """A sentence for every stage that has not been run."""
-    panels = [shown.panels for shown in streams.values()]
+    rows = {name for shown in streams.values() for name in shown.panels.rows}
     named = {column.name for shown in streams.values() for column in shown.columns}
     stages = {
         "Coherence and stability: flux-ir select-features.": "coherence" in named,
-        "Neighbours and what it draws: flux-ir draw-features.": any(one.nearest is not None for one in panels),
-        "Words and a label: flux-ir label-features.": any(one.words is not None for one in panels),
+        "Neighbours and what it draws: flux-ir draw-features.": {"nearest", "draws"} <= rows,
+        "Words and a label: flux-ir label-features.": "words" in rows,
     }
     return [sentence for sentence, is_there in stages.items() if not is_there]

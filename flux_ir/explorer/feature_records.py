@@ -6,7 +6,7 @@ largest value; then on grids twice, four and eight times as coarse. `docs/file-f
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,23 +54,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Panels:
-    """What the page shows beside the pictures. Each is by feature, or None where its stage has not been run."""
+    """What the page of a feature shows beside the pictures, [d_sae] or [d_sae, ...]."""
 
     largest: NDArray[np.floating[Any]]
     """The largest activation: the one scale of all maps of the feature."""
     histogram: NDArray[np.int64]
     step_frequency: NDArray[np.float64]
     step_mean: NDArray[np.float64]
-    words: Sequence[Sequence[tuple[str, float, int]]] | None = None
-    """The word, its PMI [bits], in how many images both are."""
-    nearest: Sequence[Sequence[tuple[int, float]]] | None = None
-    """By the cosine of their directions."""
-    together: Sequence[Sequence[tuple[int, float]]] | None = None
-    """By the Jaccard index of the images they fire on."""
-    labels: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    draws: Mapping[int, Sequence[tuple[str, str]]] | None = None
-    """Address and caption of pictures."""
-    steering: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[int, Sequence[Sequence[Any]]]]
+    """Lists by their name in the record, then by feature: words, tokens, nearest, together, draws, steering. A name is
+    there if its stage has been run."""
+    labels: Mapping[int, Mapping[str, Any]]
 
 
 def shard_records(
@@ -80,20 +74,18 @@ def shard_records(
     for start in range(0, folder.settings.d_sae, BATCH):
         features = range(start, min(start + BATCH, folder.settings.d_sae))
         examples = flattened(groups, features)
-        records = [_panels_of(panels, feature) for feature in features]
-        used = np.array([len(_json(record)) for record in records]) + 64 * len(groups)
-        used += _EXAMPLE_BYTES * np.bincount(examples.owner, minlength=len(features))
-        maps, pools = finest_maps(
-            folder, stream, examples, panels.largest[features.start : features.stop], limit - used
-        )
-        for place, record in enumerate(records):
-            record["pool"] = int(pools[place])
-            record["groups"] = list(_described(groups, features[place], examples, place, maps, folder.steps))
+        maps: list[list[str]] = [[] for _ in examples.image]  # parts of the records, filled once their size is known
+        records = [
+            _panels_of(panels, feature)
+            | {"pool": 1, "groups": list(_described(groups, feature, examples, place, maps))}
+            for place, feature in enumerate(features)
+        ]
+        room = limit - np.array([len(_json(record)) for record in records], np.int64)
+        scale = panels.largest[features.start : features.stop]
+        for record, pool in zip(records, fill_maps(maps, folder, stream, examples, scale, room), strict=True):
+            record["pool"] = int(pool)
         for first in range(0, len(records), SHARD):
             yield [_json(record) for record in records[first : first + SHARD]]
-
-
-_EXAMPLE_BYTES = 34  # without its map: a number of an image, a value, a token, a step, and what stands between
 
 
 class Examples(NamedTuple):
@@ -125,21 +117,26 @@ def flattened(groups: Sequence[Group], features: range) -> Examples:
     return Examples(owner, group, owner + features.start, chosen, value, token, step, has_map)
 
 
-def finest_maps(
-    folder: FeatureFolder, stream: Stream, examples: Examples, scale: NDArray[np.floating], room: NDArray[np.int64]
-) -> tuple[list[list[str]], NDArray[np.int64]]:
-    """The maps of each example, and the pool of each feature, as fine as there is room for [bytes, by feature].
+def fill_maps(
+    maps: Sequence[list[str]],
+    folder: FeatureFolder,
+    stream: Stream,
+    examples: Examples,
+    scale: NDArray[np.floating[Any]],
+    room: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Put into `maps`, by example, maps as fine as there is room for [bytes, by feature]; gives each feature's pool.
 
     `scale` [features] is what the strongest value of a map stands for. An example has a map per step of the folder, or
     one of its own step, or none.
     """
-    shapes = [folder.grid(int(image), stream) for image in examples.image]
-    grids = Grids(*(np.array([shape[side] for shape in shapes], np.int64) for side in (0, 1)))
+    images, which = np.unique(examples.image, return_inverse=True)
+    shapes = np.array([folder.grid(int(image), stream) for image in images], np.int64).reshape(-1, 2)[which]
+    grids = Grids(shapes[:, 0], shapes[:, 1])
     own_step = np.searchsorted(folder.steps, examples.step)
     mapped = np.flatnonzero(examples.has_map)
     entries = read_entries(folder, stream, examples.feature[mapped], examples.image[mapped])
     entries = entries._replace(example=mapped[entries.example])
-    maps: list[list[str]] = [[] for _ in examples.image]
     pools, waiting = np.ones(len(room), np.int64), np.ones(len(room), np.bool_)
     for number, (every_step, pool) in enumerate(FINENESS):
         here = waiting[examples.owner]
@@ -156,10 +153,12 @@ def finest_maps(
         fits = waiting & ((sizes <= room) | (number == len(FINENESS) - 1))
         for example, texts_of in found.items():
             if fits[examples.owner[example]]:
-                maps[example] = texts_of
+                maps[example].extend(texts_of)
         pools[fits] = pool
         waiting &= ~fits
-    return maps, pools
+        if not waiting.any():
+            break
+    return pools
 
 
 def _panels_of(panels: Panels, feature: int) -> dict[str, Any]:
@@ -172,16 +171,9 @@ def _panels_of(panels: Panels, feature: int) -> dict[str, Any]:
         },
         "label": panels.labels.get(feature),
     }
-    for name in ("words", "nearest", "together"):
-        by_feature = getattr(panels, name)
-        if by_feature is not None:
-            record[name] = [
-                [_rounded(part) if isinstance(part, float) else part for part in row] for row in by_feature[feature]
-            ]
-    if panels.draws is not None:
-        record["draws"] = panels.draws.get(feature, [])
-    if feature in panels.steering:
-        record["steering"] = panels.steering[feature]
+    for name, by_feature in panels.rows.items():
+        rows = by_feature.get(feature, ())
+        record[name] = [[_rounded(part) if isinstance(part, float) else part for part in row] for row in rows]
     return record
 
 
@@ -191,7 +183,6 @@ def _described(
     examples: Examples,
     place: int,
     maps: Sequence[list[str]],
-    steps: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     """The groups of one feature, as the record has them."""
     first, last = np.searchsorted(examples.owner, [place, place + 1])

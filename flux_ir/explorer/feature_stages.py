@@ -1,16 +1,21 @@
 """What the stages left in a folder of features, as the pages take it; what is not there yet is None."""
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flux_ir.errors import FluxIRError
 from flux_ir.explorer.feature_records import Group, Panels
-from flux_ir.features.folder import FeatureFolder
+from flux_ir.features.folder import FeatureFolder, digest_of
 from flux_ir.sites import Stream
 
-LATER = ("selection.safetensors", "decoder.safetensors")
-"""Files of numbers that there may be beside the table."""
+NUMBERS = ("selection.safetensors", "decoder.safetensors")
+WORDS, LABELS, DRAWS = "words.json", "labels.json", "draws"
 
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
@@ -42,21 +47,88 @@ def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
 
 def read_later(folder: FeatureFolder, stream: Stream) -> dict[str, NDArray[Any]]:
     """Numbers per feature that later stages found, [d_sae] each, by name; what is known of no feature is left out."""
-    found: dict[str, NDArray[Any]] = {}
-    for file in LATER:
+    d_sae, found = folder.settings.d_sae, dict[str, NDArray[Any]]()
+    for file in NUMBERS:
         if (folder.path / file).is_file():
             found |= folder.columns(file, stream)
-    return {
-        name: array
-        for name, array in found.items()
-        if array.ndim == 1
-        and len(array) == folder.settings.d_sae
-        and array.dtype.kind == "f"
-        and np.isfinite(array).any()
-    }
+    if labels := _read(folder.path / LABELS, stream):
+        found["label_score"] = np.full(d_sae, np.nan, np.float32)
+        found["label_score"][[row["feature"] for row in labels]] = [row["score"] for row in labels]
+    tokens = (_read(folder.path / WORDS, stream) or {}).get("tokens") or {}
+    found |= {name: np.asarray(tokens[name], np.float32) for name in ("on_end", "on_padding") if name in tokens}
+    numbers = {name: array for name, array in found.items() if array.shape == (d_sae,) and array.dtype.kind == "f"}
+    return {name: array for name, array in numbers.items() if np.isfinite(array).any()}
 
 
 def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
     """What the page of a feature shows beside its pictures."""
     table = folder.table(stream)
-    return Panels(table.max_active, table.histogram, table.step_frequency, table.step_mean)
+    rows: dict[str, Mapping[int, Sequence[Sequence[Any]]]] = {}
+    if words := _read(folder.path / WORDS, stream):
+        texts = words["words"]
+        rows["words"] = {
+            int(feature): [(texts[word], float(pmi), both) for word, pmi, both, _ in some]
+            for feature, some in words["features"].items()
+        }
+        if tokens := words.get("tokens"):
+            strings = tokens["strings"]
+            rows["tokens"] = {
+                int(feature): [(strings[token], float(mean), fired, of) for token, fired, of, mean in some]
+                for feature, some in tokens["features"].items()
+            }
+    if (folder.path / "decoder.safetensors").is_file():
+        known = folder.columns("decoder.safetensors", stream)
+        for name, value in (("nearest", "nearest_cosine"), ("together", "together_jaccard")):
+            rows[name] = _Neighbours(known[name], known[value])
+    if stream == folder.streams[0] and (folder.path / DRAWS).is_dir():
+        rows["draws"] = _draws(folder.path / DRAWS)
+    labels = {int(row["feature"]): row for row in _read(folder.path / LABELS, stream) or []}
+    return Panels(table.max_active, table.histogram, table.step_frequency, table.step_mean, rows, labels)
+
+
+def made_of(folder: FeatureFolder) -> str:
+    """What stands for all that is read here besides the scores and the examples."""
+    files = [folder.path / name for name in (*NUMBERS, WORDS, LABELS)]
+    digests = [sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in files]
+    return digest_of([digests, sorted(path.name for path in (folder.path / DRAWS).glob("*.png"))])
+
+
+class _Neighbours(Mapping[int, Sequence[Sequence[Any]]]):
+    """Other features of each, as rows of a number and how near it is; they stay arrays until they are needed."""
+
+    def __init__(self, feature: NDArray[Any], likeness: NDArray[Any]) -> None:
+        self.feature, self.likeness = feature, likeness
+
+    def __getitem__(self, feature: int) -> list[tuple[int, float]]:
+        there = self.feature[feature] >= 0
+        pairs = zip(self.feature[feature][there].tolist(), self.likeness[feature][there].tolist(), strict=True)
+        return [(int(other), float(value)) for other, value in pairs]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.feature)))
+
+    def __len__(self) -> int:
+        return len(self.feature)
+
+
+def _draws(folder: Path) -> dict[int, list[tuple[str, str]]]:
+    """The pictures of what features draw, {feature}.png: what is read out and the icon side by side, or the icon."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for path in folder.glob("*.png"):
+        if path.stem.isdecimal():
+            found[int(path.stem)] = [(f"../{DRAWS}/{path.name}", "read out by the last layer, and as an icon")]
+            if (folder / "untouched.png").is_file():
+                found[int(path.stem)].append((f"../{DRAWS}/untouched.png", "the empty prompt without it"))
+    return found
+
+
+def _read(path: Path, stream: Stream) -> Any:
+    """What a JSON file says of a stream; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["streams"].get(stream)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FluxIRError(
+            f"{path} is not what flux-ir label-features writes: {error}", hint="delete it, and label again"
+        ) from error

@@ -183,3 +183,26 @@ def _examples(array: np.ndarray, steps: Sequence[int], top: int) -> dict[str, np
     found["silent"] = np.where(np.take_along_axis(best, last, axis=1) > 0, -1, last).astype(np.int32)
     found["silent_value"] = np.full(last.shape, 0.5, np.float32)
     return found
+
+
+def add_later_stages(folder: FeatureFolder) -> None:
+    """What the later stages leave, of image tokens: a label, words, neighbours, numbers, and what feature 1 draws."""
+    d_sae, path = folder.settings.d_sae, folder.path
+    numbers = {"img/coherence": np.linspace(0.9, 0.1, d_sae, dtype=np.float32), "img/stability": np.full(d_sae, np.nan)}
+    numbers |= {"img/stability_feature": np.full(d_sae, -1, np.int32)}
+    write_tensors(path / "selection.safetensors", numbers)
+    nearest = np.stack([np.roll(np.arange(d_sae), -1), np.full(d_sae, -1)], axis=1).astype(np.int64)
+    likeness = np.stack([np.linspace(0.5, 0.9, d_sae), np.full(d_sae, np.nan)], axis=1).astype(np.float32)
+    decoder = {"img/nearest": nearest, "img/nearest_cosine": likeness, "img/together": nearest[:, ::-1]}
+    decoder |= {"img/together_jaccard": likeness[:, ::-1], "img/encoder_decoder_cosine": likeness[:, 0]}
+    write_tensors(path / "decoder.safetensors", decoder)
+    words = {"words": ["red", "blue thing"], "columns": ["word", "pmi", "both", "q"]}
+    words["features"] = {"1": [[1, 2.5, 7, 0.01], [0, 1.25, 3, 0.04]]}
+    write_json(path / "words.json", {"version": 1, "streams": {"img": words}})
+    good = {"feature": 1, "text": "blue <b>things</b>", "candidate": "blue <b>things</b>", "source": "words"}
+    good |= {"score": 0.91, "low": 0.84, "high": 0.96}
+    poor = good | {"feature": 2, "text": None, "candidate": "red", "score": 0.55}
+    write_json(path / "labels.json", {"version": 1, "streams": {"img": [good, poor]}})
+    for name, width in (("1", 32), ("untouched", 16)):
+        (path / "draws").mkdir(exist_ok=True)
+        Image.new("RGB", (width, 16), (200, 30, 30)).save(path / "draws" / f"{name}.png")

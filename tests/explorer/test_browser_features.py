@@ -13,7 +13,7 @@ from playwright.sync_api import ConsoleMessage, Page, expect
 from flux_ir.explorer.feature_pages import PagesSettings, write_pages
 from flux_ir.visualize.heatmap import COLOURS
 from tests.explorer.browsing import needs_chromium, pixel, press, settled_address
-from tests.explorer.feature_folder import make_feature_folder, picture_colour, random_values
+from tests.explorer.feature_folder import add_later_stages, make_feature_folder, picture_colour, random_values
 
 pytestmark = needs_chromium
 
@@ -353,3 +353,26 @@ def test_text_tokens_are_coloured_by_value(visit, tmp_path):
     page.locator("#feature-streams button", has_text="image").click()
     page.locator(".shot").first.wait_for()
     assert settled_address(page) == "#feature=2"
+
+
+def test_labels_words_neighbours_and_drawings_are_shown_and_lead_on(visit, tmp_path, known):
+    folder = make_feature_folder(tmp_path / "all", {"img": known})
+    add_later_stages(folder)
+    for _ in write_pages(folder, PagesSettings()):
+        pass
+    page = visit("#feature=1", path=folder.path)
+    expect(page.locator("#feature-name")).to_have_text("blue <b>things</b>")
+    expect(page.locator("#feature-facts")).to_contain_text("label from words, score 0.910 (0.840 to 0.960)")
+    drawn = page.locator(".draws img").evaluate_all("all => all.map((image) => image.naturalWidth)")
+    assert drawn == [32, 16]
+    page.locator(".panel", has_text="Nearest directions").locator(".feature-link").click()
+    assert shown(page) == 2
+    expect(page.locator("#about")).to_contain_text("no better than the bar for a label: red, score 0.550")
+    page.go_back()
+    assert shown(page) == 1
+    page.locator(".ranked a", has_text="blue thing").click()
+    expect(page.locator("#find")).to_have_value('"blue thing"')
+    page.wait_for_timeout(300)
+    assert listed(page) == [1]
+    assert find(page, "is:labelled") == [1]
+    assert find(page, "") == [0, 1, 2, 3, 4, 5]  # by coherence, as it is known

@@ -1,6 +1,7 @@
 """What the pages of features hold, against brute force on given activations; no browser."""
 
 import json
+import re
 from base64 import b64decode
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flux_ir.explorer.feature_pages import PagesSettings, write_pages
 from flux_ir.explorer.feature_records import shard_records
 from flux_ir.explorer.feature_stages import read_groups, read_panels
 from flux_ir.features.folder import open_features
-from tests.explorer.feature_folder import make_feature_folder, random_values
+from tests.explorer.feature_folder import add_later_stages, make_feature_folder, random_values
 
 GRID, STEPS = (2, 3), (2, 5)
 
@@ -266,3 +267,32 @@ def test_the_command_writes_pages_prints_the_page_and_does_nothing_the_second_ti
 def test_wrong_words_end_with_one_line(words, error, capsys):
     assert main(words) == 2
     assert error in capsys.readouterr().err
+
+
+def test_what_later_stages_found_is_shown_and_pages_follow_it(folder):
+    write(folder)
+    add_later_stages(folder)
+    pages = write(folder)
+    found = record(pages, 1)
+    assert found["words"] == [["blue thing", 2.5, 7], ["red", 1.25, 3]]
+    assert found["nearest"] == [[2, pytest.approx(0.5 + 0.4 / 69, rel=1e-3)]]
+    assert found["draws"][0][0] == "../draws/1.png"
+    assert found["label"]["score"] == 0.91
+    assert record(pages, 2)["draws"] == record(pages, 2)["words"] == []
+    texts = script(pages / "texts-img.js")
+    assert texts["labels"][:3] == ["", "blue <b>things</b>", ""]
+    assert texts["words"][1] == "blue thing, red"
+    (data,) = re.findall('id="pages-data">(.*?)</script>', (pages / "index.html").read_text(encoding="utf-8"))
+    columns = json.loads(data)["of"]["img"]["columns"]
+    names = [column["name"] for column in columns]
+    assert {"coherence", "encoder_decoder_cosine", "label_score"} < set(names)
+    assert not {"stability", "stability_feature"} & set(names)  # nobody knows it
+    numbers = np.frombuffer(b64decode(script(pages / "list-img.js")["columns"]), "<f4").reshape(len(names), 70)
+    assert numbers[names.index("coherence")] == pytest.approx(np.linspace(0.9, 0.1, 70))
+    assert np.isnan(numbers[names.index("label_score")]).sum() == 68
+
+
+def test_a_file_of_a_stage_that_is_none_is_named(folder):
+    (folder.path / "labels.json").write_text("[]")
+    with pytest.raises(FluxIRError, match=r"labels\.json is not what flux-ir label-features writes"):
+        write(folder)

@@ -73,9 +73,12 @@ function showFeatureHead() {
   element("to-list").href = addressOf({ feature: null, picture: null, token: null, step: null });
 }
 
-function labelFacts({ source, score }) {
-  const judged = score === null || score === undefined ? "not judged" : `score ${shortNumber(score)}`;
-  return source ? `label from ${source}, ${judged}` : `label, ${judged}`;
+/** How good a label is: how well it tells the feature's pictures from look-alikes that nobody had described. */
+function labelFacts({ source, score, low, high }) {
+  const from = source ? `label from ${source}` : "label";
+  if (!Number.isFinite(score)) return from;
+  const range = Number.isFinite(low) ? ` (${shortNumber(low)} to ${shortNumber(high)})` : "";
+  return `${from}, score ${shortNumber(score)}${range}`;
 }
 
 function showControls() {
@@ -135,7 +138,9 @@ function showAbout() {
       panel("How strong, how often", histogramChart(record), numberList(STRENGTH)),
       pages.steps.length > 1 && panel("Over the steps", profileChart(record), profileNote()),
       placePanel(record, facts),
+      tokensPanel(record),
       wordsPanel(record),
+      labelPanel(record),
       neighboursPanel("Nearest directions", record.nearest, "cosine"),
       neighboursPanel("Fires together with", record.together, "Jaccard"),
       drawsPanel(record),
@@ -216,6 +221,31 @@ function wordsPanel(record) {
     textContent: "How much more often than by chance [PMI, bits], and in how many pictures.",
   });
   return panel("Words that lift it", make("ul", { className: "ranked" }, ...rows), note);
+}
+
+/** A description that did not do well enough to be a label, and how well it did. */
+function labelPanel({ label }) {
+  if (!label || label.text || !label.candidate) return null;
+  const note = make("p", { className: "note" }, "The best description, no better than the bar for a label: ");
+  note.append(make("b", { textContent: label.candidate }), `, score ${shortNumber(label.score)} where chance is .5.`);
+  return panel("No label", note);
+}
+
+/** Of a feature of text tokens: the tokens it fires on, by their share of its activation. */
+function tokensPanel(record) {
+  if (!record.tokens?.length) return null;
+  const most = Math.max(...record.tokens.map(([, mean]) => mean), 1e-9);
+  const rows = record.tokens.map(([token, mean, fired, of]) => {
+    const counts = make("span", { className: "small", textContent: `${grouped(fired)} of ${grouped(of)}` });
+    const name = make("b", { className: "token-name", textContent: token });
+    return make("li", {}, name, valueBar(mean, most), counts);
+  });
+  const note = "Bar: mean activation. How often it fires on the token, of how often the token is there.";
+  return panel(
+    "Tokens it fires on",
+    make("ul", { className: "ranked" }, ...rows),
+    make("p", { className: "note", textContent: note }),
+  );
 }
 
 const quoted = (word) => (/[\s<>="]|^-|^is:/.test(word) ? `"${word.replaceAll('"', "")}"` : word);

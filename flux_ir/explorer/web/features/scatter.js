@@ -92,18 +92,18 @@ function drawDots(width, height) {
   const canvas = element("scatter-canvas");
   const [columns, rows] = [(canvas.width = Math.round(width * ratio)), (canvas.height = Math.round(height * ratio))];
   const cover = [new Float32Array(columns * rows), new Float32Array(columns * rows)];
-  const stamp = dotStamp((pages.d_sae > 8000 ? 1.1 : 2) * ratio);
+  const stamp = dotStamp(clamp(3.4 - 0.46 * Math.log10(pages.d_sae), 1.1, 3) * ratio);
   for (let feature = 0; feature < pages.d_sae; feature += 1)
     if (isInside(feature)) press(cover[Number(positions[feature] >= 0)], stamp, feature, columns, rows, ratio);
   const picture = new ImageData(columns, rows);
-  const everything = order.length === pages.d_sae;
   const colours = [channels(colourNamed("--dot")), channels(colourNamed("--accent"))];
-  const strength = pages.d_sae > 8000 ? [0.35, 0.5] : [0.5, everything ? 0.75 : 1.2];
+  const crowd = cover.map((group) => Math.log1p(group.reduce((most, share) => Math.max(most, share), 1)));
   for (let at = 0; at < columns * rows; at += 1) {
     const group = cover[1][at] > 0.2 || !cover[0][at] ? 1 : 0;
-    const alpha = 1 - Math.exp(-2 * strength[group] * cover[group][at]);
+    if (!cover[group][at]) continue;
+    const alpha = 0.25 + (0.75 * Math.log1p(cover[group][at])) / crowd[group];
     for (let channel = 0; channel < 3; channel += 1) picture.data[4 * at + channel] = colours[group][channel];
-    picture.data[4 * at + 3] = Math.round(255 * alpha);
+    picture.data[4 * at + 3] = Math.round(255 * alpha * Math.min(1, cover[group][at]));
   }
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
@@ -166,7 +166,11 @@ const tidy = (value) =>
 
 /** Three to six round places within a scale. */
 function ticks({ low, high, log }) {
-  if (log && high - low > 1.5) return whole(low, high, Math.max(1, Math.round((high - low) / 5)));
+  if (log && high - low > 1.2) {
+    const decades = whole(Math.floor(low), high, Math.max(1, Math.round((high - low) / 5)));
+    const places = high - low < 3 ? decades.flatMap((place) => [place, place + Math.log10(3)]) : decades;
+    return places.filter((place) => place >= low && place <= high);
+  }
   const unit = 10 ** Math.floor(Math.log10(high - low));
   const step = [0.1, 0.2, 0.25, 0.5, 1].map((part) => part * unit).find((size) => (high - low) / size <= 5) ?? unit;
   return whole(low / step, high / step, 1).map((place) => place * step);
