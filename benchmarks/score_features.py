@@ -25,7 +25,8 @@ from flux_ir.api.progress import unwatched
 from flux_ir.api.score_features import score, score_features
 from flux_ir.commands.report import peak_host_bytes
 from flux_ir.distributed import Ranks
-from flux_ir.features.scores import CHUNK_TOKENS, Scoring, begin_folder, measure_sample, settings_of, write_sample
+from flux_ir.features.scores import CHUNK_TOKENS
+from flux_ir.features.scoring import Scoring, begin_folder, measure_sample, settings_of, write_sample
 from flux_ir.sae.base import SAEConfig, SparseAutoencoder, make_sae, save_sae
 from flux_ir.sites import Site
 

@@ -14,13 +14,11 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.distributed import Ranks, joined, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, open_features
-from flux_ir.features.scores import (
+from flux_ir.features.scores import make_parts, make_table, missing_parts
+from flux_ir.features.scoring import (
     Scoring,
     begin_folder,
-    make_parts,
-    make_table,
     measure_sample,
-    missing_parts,
     notes_of,
     read_sample,
     settings_of,

@@ -1,1 +1,1 @@
-"""What the features of a trained autoencoder mean. Read `folder` first, then `scores`, which fills it."""
+"""What the features of a trained autoencoder mean. Read `folder` first, then `scoring` and `scores`, which fill it."""

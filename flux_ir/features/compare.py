@@ -19,7 +19,7 @@ from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, ImageRow, ScorePart
 from flux_ir.features.matching import Activations, permuted_groups
-from flux_ir.features.scores import half_of
+from flux_ir.features.scoring import half_of
 from flux_ir.features.significance import q_values
 from flux_ir.lens.measures import LinearCKA
 from flux_ir.sites import Site, Stream

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import flux_ir
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import open_features
-from flux_ir.features.scores import notes_of
+from flux_ir.features.scoring import notes_of
 from flux_ir.sae.base import SAEConfig, make_sae, save_sae
 from tests.activations.conftest import write_collection
 from tests.features.conftest import STEPS, D, dense_of, save_small_sae, say_sizes

@@ -1,0 +1,276 @@
+"""What is scored: an autoencoder beside stored activations, and what has to be known before the pass.
+
+That is what the scores depend on, a row for each generation, and a sample of the tokens. Next: `scores`, the pass.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flux_ir.activations.blocks import Drawn, DrawnSource, TokenSource
+from flux_ir.errors import FluxIRError
+from flux_ir.features.folder import (
+    FORMAT,
+    HISTOGRAM_BINS,
+    VERSION,
+    FeatureFolder,
+    FeatureSettings,
+    open_features,
+    read_tensors,
+    write_tensors,
+)
+from flux_ir.features.table import BINS_PER_OCTAVE
+from flux_ir.layout import complete_file, write_json
+from flux_ir.sae.config import HAS_K
+from flux_ir.sae.data.filters import Filters, SiteKey, all_finite
+from flux_ir.sae.metrics import Deviation
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sites import Stream
+
+SAMPLE_IMAGES = 64
+OCTAVES_BELOW = 12
+"""Of the histograms, below the length of a token's deviation; there are 16 in all."""
+PIXELS_PER_TOKEN = 16
+
+SAMPLE_FILE = Path("scores", "sample.safetensors")
+
+
+class Sample(NamedTuple):
+    """What has to be known before the pass: from up to 64 images, evenly spaced over the source."""
+
+    mean: Mapping[Stream, Tensor]
+    """[steps, d_in]: the mean token of each step."""
+    edges: NDArray[np.float64]
+    """[65]: of the histograms. Powers of 2 and three between them, around the length of a token's deviation."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """An autoencoder, folded, without gradients and on its device, and the activations it is used on."""
+
+    sae: SparseAutoencoder
+    source: TokenSource
+    site: SiteKey
+    settings: FeatureSettings
+
+    @property
+    def device(self) -> torch.device:
+        return self.sae.W_dec.device
+
+    def runs(self, images: range, most: int) -> Iterator[range]:
+        """These images in pieces of at most so many, none of which crosses a run of the source."""
+        for run in self.source.runs:
+            first, last = max(run.start, images.start), min(run.stop, images.stop)
+            for start in range(first, last, most):
+                yield range(start, min(start + most, last))
+
+    def read(self, images: range, step: int, stream: Stream) -> "Tokens":
+        """Their tokens of one stream at a step. Raises FluxIRError for values that are not finite."""
+        run = self.source.read_run(images, half_of(self.site, stream), step)
+        if not all_finite(run.values) or (run.scale is not None and not all_finite(run.scale)):
+            wrong = (~torch.isfinite(run.floats())).flatten(1).any(1).nonzero()[0]
+            known = self.source.generations[images[int(wrong)]]
+            raise FluxIRError(
+                f"activations must be finite numbers: {self.site or 'the array'} at step {step} holds NaN or infinity "
+                f"in generation {known.id}" + (f" of {known.path}" if known.path else ""),
+                hint="the network overflowed there or the file is damaged: capture it again",
+            )
+        used = Filters().used(run)
+        counted = np.ones(run.positions.shape, np.bool_) if used is None else used.numpy()
+        return Tokens(run.floats(), run.positions.numpy(), counted)
+
+
+class Tokens(NamedTuple):
+    """Tokens of one stream, of some images at one step."""
+
+    values: Tensor
+    """[images, tokens, d_in]."""
+    positions: NDArray[np.int32]
+    counted: NDArray[np.bool_]
+    """[images, tokens]: not padding, as far as that is known."""
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The values of those that count, float32."""
+        flat = self.values.flatten(0, 1)
+        chosen = flat if self.counted.all() else flat[torch.from_numpy(self.counted.ravel())]
+        return chosen.to(device, torch.float32)
+
+
+def half_of(site: SiteKey, stream: Stream) -> SiteKey:
+    """What holds the tokens of one stream of a site."""
+    return replace(site, stream=stream) if site is not None and site.stream is None else site
+
+
+# The beginning
+
+
+def settings_of(
+    sae: SparseAutoencoder, weights: str, source: TokenSource, site: SiteKey, steps: Sequence[int]
+) -> FeatureSettings:
+    """What the scores depend on. `weights` is the digest of the autoencoder's folder."""
+    config = sae.config
+    streams: tuple[Stream, ...] = ("img",)
+    if site is not None:
+        streams = ("img", "txt") if site.stream is None else (site.stream,)
+    return FeatureSettings(
+        weights=weights,
+        architecture=config.architecture,
+        d_in=config.d_in,
+        d_sae=config.d_sae,
+        k=config.k if config.architecture in HAS_K else None,
+        captures=source.identity,
+        model=source.model,
+        site=None if site is None else str(site),
+        streams=streams,
+        steps=tuple(steps),
+        images=len(source.generations),
+        tokens={stream: source.tokens(half_of(site, stream)) for stream in streams},
+    )
+
+
+def begin_folder(path: Path, scoring: Scoring, sae: Path, captures: str, pictures: Path | None = None) -> FeatureFolder:
+    """The folder with what is known before the pass: features.json and images.jsonl.
+
+    `pictures` is a folder of pictures called as the generations are. Raises FluxIRError for a folder that holds the
+    features of something else.
+    """
+    if (path / "features.json").is_file():
+        found = open_features(path)
+        _check_same(found, scoring.settings)
+        if pictures is None:
+            return found
+    paths = {"sae": _relative(str(sae), path), "captures": _relative(captures, path)}
+    known = asdict(scoring.settings)
+    rows = list(image_rows(scoring, captures, pictures))
+    with complete_file(path / "images.jsonl") as beside, beside.open("w", encoding="utf-8", newline="\n") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if (path / "features.json").is_file():
+        return open_features(path)
+    versions = {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__}
+    described = {"format": FORMAT, "version": VERSION, "settings": known, "paths": paths, "versions": versions}
+    write_json(path / "features.json", {**described, "stages": {}})
+    return open_features(path)
+
+
+def _check_same(found: FeatureFolder, asked: FeatureSettings) -> None:
+    there, here = asdict(found.settings), asdict(asked)
+    words = {"weights": "weights of the autoencoder", "captures": "content of the captures"}
+    for name, value in here.items():
+        if there[name] != value:
+            raise FluxIRError(
+                f"{found.path} holds features with another {words.get(name, name)}: {there[name]}, not {value}",
+                hint="name another folder with --name, or delete that one",
+            )
+
+
+def _relative(where: str, folder: Path) -> str:
+    """A path as it is said in the folder, so that both may be moved together; a URL as it is."""
+    if "://" in where:
+        return where
+    try:
+        return Path(os.path.relpath(Path(where).resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive
+        return Path(where).resolve().as_posix()
+
+
+def image_rows(scoring: Scoring, captures: str, pictures: Path | None) -> Iterator[dict[str, Any]]:
+    """A row of images.jsonl for every generation. Raises FluxIRError if `pictures` holds none of their pictures."""
+    source, steps, found = scoring.source, scoring.settings.steps, 0
+    folder = Path(captures) if Path(captures).is_dir() else Path(captures).parent
+    for run in source.runs:
+        used: Sequence[int | None] = [None] * len(run)
+        if scoring.site is not None:
+            used = source.read_run(run, half_of(scoring.site, scoring.settings.streams[0]), steps[0], range(1)).used_txt
+        for index, used_txt in zip(run, used, strict=True):
+            known = source.generations[index]
+            drawn = source.drawn(index) if isinstance(source, DrawnSource) else Drawn(None, None, None, None)
+            picture = drawn.picture
+            if pictures is not None and (pictures / known.id).is_file():
+                picture, found = pictures / known.id, found + 1
+            row = {"index": index, "id": known.id, "prompt": known.prompt, "seed": drawn.seed}
+            row |= {"width": drawn.width, "height": drawn.height, "grid": _grid(scoring, drawn)}
+            row |= {"picture": None if picture is None else _relative(str(picture), folder), "used_txt": used_txt}
+            yield row
+    if pictures is not None and not found:
+        raise FluxIRError(
+            f"--pictures must hold files called as the generations are, such as {source.generations[0].id}: "
+            f"there are none in {pictures}",
+            hint="name the folder that flux-ir collect-clip read; what flux-ir collect keeps is found by itself",
+        )
+
+
+def _grid(scoring: Scoring, drawn: Drawn) -> list[int] | None:
+    """Rows and columns of the image tokens: FLUX has one for 16 x 16 pixels."""
+    if scoring.site is None or "img" not in scoring.settings.streams or drawn.width is None or drawn.height is None:
+        return None
+    return [drawn.height // PIXELS_PER_TOKEN, drawn.width // PIXELS_PER_TOKEN]
+
+
+def notes_of(folder: FeatureFolder) -> Iterator[str]:
+    """What the numbers will lack, a sentence each."""
+    known, images = folder.settings, folder.images
+    if known.images == 1:
+        yield "there is one image, so nothing can be said of what features mean: give more"
+    if "txt" in known.streams and (unknown := sum(row.used_txt is None for row in images)):
+        yield f"of {unknown} of {known.images} prompts it is not known where they end: their padding is counted too"
+    if "img" not in known.streams:
+        return
+    if known.tokens["img"] == 1:
+        yield "each image has one token, so there are no maps"
+    elif any(row.grid is None for row in images):
+        yield "it is not known where the tokens lie in their images, so centre, spread and place are left out"
+    elif any(row.grid is not None and row.grid[0] * row.grid[1] > known.tokens["img"] for row in images):
+        yield "not all tokens of the images were kept, so maps have holes, and spatial numbers are of what is there"
+
+
+# The sample
+
+
+def measure_sample(scoring: Scoring) -> Sample:
+    """The mean of each step and stream, and how long tokens are around it."""
+    known = scoring.settings
+    chosen = np.unique(np.linspace(0, known.images - 1, SAMPLE_IMAGES).round().astype(int)).tolist()
+    mean: dict[Stream, Tensor] = {}
+    squares, count = 0.0, 0
+    for stream in known.streams:
+        deviations = []
+        for step in known.steps:
+            deviation = Deviation(known.d_in)
+            for image in chosen:
+                tokens = scoring.read(range(image, image + 1), step, stream)
+                deviation.add(tokens.rows(torch.device("cpu")))
+            squares, count = squares + float(deviation.squares), count + deviation.count
+            deviations.append(deviation.mean.float())
+        mean[stream] = torch.stack(deviations)
+    rows = scoring.sae.W_dec.detach().norm(dim=1).double().median().item()
+    length = math.sqrt(squares / max(count, 1)) / (rows or 1.0)
+    octave = round(math.log2(length)) if length > 0 else 0
+    edges = 2.0 ** (octave - OCTAVES_BELOW + np.arange(HISTOGRAM_BINS + 1) / BINS_PER_OCTAVE)
+    return Sample(mean, edges)
+
+
+def write_sample(folder: FeatureFolder, sample: Sample) -> None:
+    """Keep it: a run that goes on uses it as it is."""
+    means = {f"{stream}/mean": mean.numpy() for stream, mean in sample.mean.items()}
+    write_tensors(folder.path / SAMPLE_FILE, {"edges": sample.edges, **means}, {"settings": folder.settings.digest})
+
+
+def read_sample(folder: FeatureFolder) -> Sample | None:
+    """The sample that was kept; None: there is none yet."""
+    if not (folder.path / SAMPLE_FILE).is_file():
+        return None
+    tensors, said = read_tensors(folder.path / SAMPLE_FILE)
+    if said.get("settings") != folder.settings.digest:
+        return None
+    means = {stream: torch.from_numpy(tensors[f"{stream}/mean"].copy()) for stream in folder.streams}
+    return Sample(means, np.array(tensors["edges"]))
