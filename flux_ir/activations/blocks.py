@@ -180,6 +180,17 @@ class DrawnSource(Protocol):
         """What is known of its picture."""
 
 
+@runtime_checkable
+class NoisySource(Protocol):
+    """A source that kept what every step began with."""
+
+    def noisy(self, images: range, step: int) -> Tensor:
+        """The packed noisy latents before a step, [images, tokens, channels], of the image tokens that were kept.
+
+        `images` lie within one of the source's runs. Raises FluxIRError for what is not there.
+        """
+
+
 def not_said(file: Path, word: str) -> FluxIRError:
     """What is raised where a file lacks what it takes to run its generations again."""
     return FluxIRError(

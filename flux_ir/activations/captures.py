@@ -8,6 +8,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from flux_ir.activations.blocks import (
     Drawn,
     Generation,
@@ -138,6 +140,10 @@ class CaptureSource:
         facts, picture = capture.metadata, capture.path.parents[1] / "img_0.jpg"
         kept = picture if capture.path.parent.name == "intermediates" and picture.is_file() else None
         return Drawn(facts.get("seed"), facts.get("width"), facts.get("height"), kept)
+
+    def noisy(self, images: range, step: int) -> Tensor:
+        """The packed latents before a step, of one generation: [1, tokens, channels]."""
+        return self._capture(images.start).context(step).img
 
     def _capture(self, index: int) -> Capture:
         with self._lock:

@@ -31,7 +31,7 @@ from flux_ir.activations.blocks import (
 )
 from flux_ir.activations.downloads import CACHE_BYTES, Downloads
 from flux_ir.activations.remote import open_filesystem
-from flux_ir.activations.shards import POSITIONS_KEY, ShardFile, parse_shard, read_shard, scale_key, site_key
+from flux_ir.activations.shards import POSITIONS_KEY, ShardFile, parse_shard, read_shard, scale_key, site_key, state_key
 from flux_ir.activations.spans import Memory, Span, SpanReader
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
@@ -182,6 +182,18 @@ class ShardSource:
         seed = None if seeds is None else seeds[row]
         kept = picture if picture is not None and picture.is_file() else None
         return Drawn(seed, facts.get("width"), facts.get("height"), kept)
+
+    def noisy(self, images: range, step: int) -> Tensor:
+        """The packed latents before a step, of images of one shard: [images, tokens, channels]."""
+        number = bisect_right(self._starts, images.start) - 1
+        shard, start, key = self._shards[number], self._starts[number], state_key(step)
+        if key not in shard.tensors:
+            raise FluxIRError(
+                f"{shard.path} holds no noisy latents of step {step}", hint="collect them: flux-ir collect keeps them"
+            )
+        path = shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
+        rows = range(images.start - start, images.stop - start)
+        return self._read(path, shard, key, rows, range(shard.tensors[key].shape[1]), None)
 
     def _read(
         self, path: Path, shard: ShardFile, key: str, images: range, tokens: range, memory: Memory | None

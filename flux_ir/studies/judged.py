@@ -13,8 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from flux_ir.activations.blocks import Generation, TokenSource
-from flux_ir.collecting.collection import EXTRAS
+from flux_ir.activations.blocks import DrawnSource, Generation, TokenSource
 from flux_ir.demo.judge import Sight, compare, find_objects, match_objects
 from flux_ir.demo.scenes import Scene, parse_caption
 from flux_ir.errors import FluxIRError
@@ -50,13 +49,13 @@ class Judged:
         return Judged(self.images[kept], scenes, self.cover[kept], agrees)
 
 
-Follow = Callable[[Sequence[Generation]], Iterator[Generation]]
+Follow = Callable[[Sequence[Path]], Iterator[Path]]
 
 
 def judge_collection(source: TokenSource, folder: Path | None = None, follow: Follow = iter) -> Judged:
     """What the judge saw on every picture of a collection; from `folder` if it was asked before, else kept there.
 
-    `follow` goes through the generations, and may tell how far it is.
+    `follow` goes through the pictures, and may tell how far it is.
 
     Raises FluxIRError for captions that flux-tiny does not know, for generations without a picture, and for pictures
     that are not square.
@@ -65,17 +64,8 @@ def judge_collection(source: TokenSource, folder: Path | None = None, follow: Fo
     path = None if folder is None else folder / f"judged_{source.identity}.safetensors"
     found = _read(path) if path is not None and path.is_file() else None
     if found is None:
-        missing = [picture for g in source.generations if not (picture := picture_of(g)).is_file()]
-        if missing:
-            raise FluxIRError(
-                f"every generation must have its picture: {len(missing)} of {len(scenes)} have none, such as "
-                f"{missing[0]}",
-                hint="collect with --save_images, or give --labels FILE",
-            )
-        pixels, right = zip(
-            *(_look(generation, scene) for generation, scene in zip(follow(source.generations), scenes, strict=True)),
-            strict=True,
-        )
+        looked = zip(follow(pictures_of(source)), scenes, strict=True)
+        pixels, right = zip(*(_look(picture, scene) for picture, scene in looked), strict=True)
         found = np.stack(pixels), np.array(right, dtype=bool)
         if path is not None:
             with complete_file(path) as beside:
@@ -89,12 +79,19 @@ def judge_collection(source: TokenSource, folder: Path | None = None, follow: Fo
     )
 
 
-def picture_of(generation: Generation) -> Path:
-    """Where the picture of a generation of a collection lies, if it was kept."""
-    if generation.path is None:
-        raise FluxIRError("only collections have pictures: got an array", hint="name what flux-ir collect made")
-    folder, suffix = EXTRAS["image"]
-    return generation.path.parents[1] / folder / generation.path.stem / f"{generation.id}{suffix}"
+def pictures_of(source: TokenSource) -> list[Path]:
+    """The pictures of a source's generations. Raises FluxIRError if one has none."""
+    drawn = [
+        source.drawn(image).picture if isinstance(source, DrawnSource) else None
+        for image in range(len(source.generations))
+    ]
+    if missing := [image for image, picture in enumerate(drawn) if picture is None]:
+        raise FluxIRError(
+            f"every generation must have its picture: {len(missing)} of {len(drawn)} have none, such as generation "
+            f"{source.generations[missing[0]].id}",
+            hint="collect with --save_images, or give --labels FILE",
+        )
+    return [picture for picture in drawn if picture is not None]
 
 
 def agreement(sight: Sight, scene: Scene) -> tuple[bool, ...]:
@@ -140,9 +137,8 @@ def _scene(generation: Generation) -> Scene:
         ) from error
 
 
-def _look(generation: Generation, scene: Scene) -> tuple[np.ndarray, tuple[bool, ...]]:
+def _look(path: Path, scene: Scene) -> tuple[np.ndarray, tuple[bool, ...]]:
     """The pixels of each patch that the caption's objects cover, uint16 [2, tokens], and in what they agree."""
-    path = picture_of(generation)
     with Image.open(path) as file:
         picture = np.asarray(file.convert("RGB"))
     height, width = picture.shape[:2]

@@ -52,7 +52,8 @@ def write_collection(
                     contents[key], contents[scale_key(key)] = parts.values, parts.scale
                 else:
                     contents[key] = stored.to(dtype)
-            contents[state_key(step)] = torch.zeros(per_shard, len(places or range(img_tokens)), 64).bfloat16()
+            latents = [torch.full((len(places or range(img_tokens)), 64), image + step / 4) for image in images]
+            contents[state_key(step)] = torch.stack(latents).bfloat16()
         if places is not None:
             contents["img_positions"] = torch.tensor([places] * per_shard, dtype=torch.int32)
         tensors = {key: ShardTensor(value.dtype, tuple(value.shape)) for key, value in contents.items()}

@@ -30,6 +30,8 @@ def test_a_folder_of_captures_is_a_source(tmp_path, write):
     alone = open_source(tmp_path / "b.pt")
     assert len(alone.generations) == 1
     check_block(alone.read(0, source.sites[0], 0), values[1], source.sites[0], 0)
+    assert torch.equal(alone.noisy(range(1), 2), source.noisy(range(1, 2), 2))
+    assert alone.noisy(range(1), 2).shape[:2] == (1, IMG)
 
 
 def test_a_folder_of_runs_and_a_run_are_sources(tmp_path, write):

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 import torch
 
+from flux_ir.activations.blocks import NoisySource
 from flux_ir.activations.shard_source import CACHE_FOLDER, MAX_CACHE_BYTES
 from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter
 from flux_ir.activations.source import TokenSource, open_source
@@ -52,6 +53,17 @@ def test_a_collection_gives_every_generation_in_order(collection):
                 assert block.generation == f"{number:016x}"
                 assert block.prompt == f"prompt {number // 2}"
                 assert list(block.values.shape) == [source.tokens(site), source.d(site)]
+
+
+def test_what_a_step_began_with_comes_with_its_images(collection):
+    source = open_source(collection(places=[1, 4])[0])
+    assert isinstance(source, NoisySource)
+    for step in source.steps:
+        latents = source.noisy(range(2, 4), step)
+        assert latents.shape == (2, 2, 64)
+        assert [latent.unique().tolist() for latent in latents] == [[2 + step / 4], [3 + step / 4]]
+    with pytest.raises(FluxIRError, match="holds no noisy latents of step 1"):
+        source.noisy(range(2), 1)
 
 
 @pytest.mark.parametrize("page_cache", [True, False])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, run_of
+from flux_ir.activations.blocks import Drawn, Generation, TokenBlock, TokenRun, run_of
 from flux_ir.demo.drawing import draw, silhouette
 from flux_ir.demo.scenes import COLOURS, Scene, scenes
 from flux_ir.sae.base import SAEConfig, SparseAutoencoder, make_sae
@@ -38,7 +38,7 @@ def of_colour(scene: Scene, colour: str) -> np.ndarray:
 
 
 @dataclass
-class DrawnSource:
+class TrueScenes:
     """Channels 0 to 7 of a token are the shares of the eight colours on its patch, the others noise."""
 
     folder: Path
@@ -71,6 +71,10 @@ class DrawnSource:
     def identity(self):
         return f"{self.seed:016x}"
 
+    def drawn(self, image):
+        picture = self.folder / "pictures" / "000000" / f"{self.generations[image].id}.jpg"
+        return Drawn(image, 128, 128, picture if picture.is_file() else None)
+
     def d(self, site):
         return D
 
@@ -88,9 +92,9 @@ class DrawnSource:
         return TokenRun(parts[0], None, parts[1], 0, [None] * len(images))
 
 
-def drawn(folder: Path, count: int, seed: int) -> DrawnSource:
+def drawn(folder: Path, count: int, seed: int) -> TrueScenes:
     """So many scenes as drawn; those of even seeds share no caption with those of odd ones."""
-    return DrawnSource(folder, list(islice(scenes(seed, "held_out" if seed % 2 else "train"), count)), seed)
+    return TrueScenes(folder, list(islice(scenes(seed, "held_out" if seed % 2 else "train"), count)), seed)
 
 
 def channels() -> SparseAutoencoder:

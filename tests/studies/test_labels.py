@@ -11,7 +11,7 @@ from flux_ir.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES, parse_captio
 from flux_ir.errors import FluxIRError
 from flux_ir.studies.judged import Judged, judge_collection
 from flux_ir.studies.labels import IN_ALL, POSITIVE, Comparison, Question, check_apart, known_answers
-from tests.studies.drawn import DrawnSource, drawn, of_colour, true_cover
+from tests.studies.drawn import TrueScenes, drawn, of_colour, true_cover
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_what_the_judge_saw_is_kept_and_not_looked_at_again(tmp_path):
 
 
 def test_prompts_that_are_no_captions_are_refused(tmp_path):
-    source = DrawnSource(tmp_path, list(islice(scenes(0, "train"), 2)))
+    source = TrueScenes(tmp_path, list(islice(scenes(0, "train"), 2)))
     source.generations[1] = replace(source.generations[1], prompt="a cat")
     with pytest.raises(
         FluxIRError, match=r"labels come from the captions of flux-tiny's world: got 'a cat'.*--labels FILE"
