@@ -1,20 +1,73 @@
 """What features of an autoencoder know, where the answer is known: the best one of each concept, and how good it is.
 
-A feature is picked on one set of pictures and reported on another that shares no prompt with it.
-Next: `rows`, which says what else is compared with it.
+A feature is picked on one set of pictures and reported on another that shares no prompt with it. Beside it stand rows
+of other readers (`rows`), and a null: the same pick under label maps that were permuted between pictures.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from torch import Tensor
 
+from flux_ir.sae.architectures import make_sae
+from flux_ir.sae.config import HAS_K, SAEConfig
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.studies.auroc import auroc
-from flux_ir.studies.labels import Comparison, check_apart
+from flux_ir.studies.labels import LEVELS, NEGATIVES, Comparison, Labels, check_apart
 from flux_ir.studies.part import FeatureBoard, Part
+from flux_ir.studies.rows import (
+    Answer,
+    Bench,
+    FeatureRows,
+    Space,
+    best_directions,
+    best_of,
+    mean_differences,
+    principal_axes,
+    probes,
+    random_directions,
+)
 
 LEAST_POSITIVES = 200
 """Below so many positives (or negatives) to report on there is no number; to pick with, half of them are enough."""
+RowName = Literal[
+    "sae",
+    "k_sparse_1",
+    "k_sparse_2",
+    "k_sparse_5",
+    "untrained",
+    "neurons",
+    "pca",
+    "random",
+    "mean_difference",
+    "input_axes",
+    "input_probe",
+    "probe",
+    "shuffled",
+    "null",
+]
+ROWS: tuple[RowName, ...] = get_args(RowName)
+ROW_TITLES: dict[RowName, str] = {
+    "sae": "best feature",
+    "k_sparse_1": "1 feature",
+    "k_sparse_2": "2 features",
+    "k_sparse_5": "5 features",
+    "untrained": "untrained",
+    "neurons": "neuron",
+    "pca": "PCA axis",
+    "random": "random",
+    "mean_difference": "mean diff.",
+    "input_axes": "noisy input",
+    "input_probe": "its probe",
+    "probe": "full probe",
+    "shuffled": "shuffled",
+    "null": "null 95 %",
+}
+OF_THE_SAE: tuple[RowName, ...] = ("sae", "k_sparse_1", "k_sparse_2", "k_sparse_5", "null")
+"""The rows that depend on the autoencoder; others are the same for all that read one site."""
 
 
 class BestFeature(NamedTuple):
@@ -54,11 +107,177 @@ def best_features(
 def askable(pick: Part, report: Part, least_positives: int = LEAST_POSITIVES) -> list[Comparison]:
     """The comparisons with so many positives and so many negatives to report on, and half of them to pick with."""
     there = {one for one in report.comparisons() if min(report.counts(one)) >= least_positives}
-    return [one for one in pick.comparisons() if one in there and 2 * min(pick.counts(one)) >= least_positives]
+    asked = [one for one in pick.comparisons() if one in there and 2 * min(pick.counts(one)) >= least_positives]
+    # Those of one level and one kind of negatives count the same tokens, so that the pass over these is shared.
+    return sorted(asked, key=lambda one: (LEVELS.index(one.question.level), NEGATIVES.index(one.negatives)))
 
 
-def best_of(aurocs: np.ndarray) -> tuple[int, int, float]:
-    """The one furthest from chance, the sign that puts it above, and its AUROC with that sign."""
-    apart = np.abs(np.nan_to_num(aurocs, nan=0.5) - 0.5)
-    feature = int(apart.argmax())
-    return feature, 1 if aurocs[feature] >= 0.5 else -1, 0.5 + float(apart[feature])
+@dataclass(frozen=True)
+class Readers:
+    """All rows of one autoencoder at one site and step. What several of them share is made once."""
+
+    bench: Bench
+    sae: SparseAutoencoder
+    neurons: Callable[[Part], Tensor] | None
+    """Gives the neurons of every token of a part; None: there are none."""
+    null_draws: int
+    k: int
+    """Features per token, of the untrained autoencoder too."""
+
+    def available(self) -> dict[RowName, str | None]:
+        """Every row, and why there is none of it; None: there is."""
+        noisy = self.bench.pick.has_noisy and self.bench.report.has_noisy
+        missing: dict[RowName, str | None] = dict.fromkeys(ROWS)
+        if self.neurons is None:
+            missing["neurons"] = "these captures have no neurons of this block: collect them too, or give --run_model"
+        if not noisy:
+            missing["input_axes"] = missing["input_probe"] = "these captures have no noisy latents of these tokens"
+        if not self.null_draws:
+            missing["null"] = "no draws were asked for"
+        return missing
+
+    def candidates(self, row: RowName) -> int | None:
+        """How many a row picks from, each with both signs; None: it picks from none."""
+        sizes: dict[RowName, Callable[[], int]] = {
+            "sae": lambda: self.sae.config.d_sae,
+            "null": lambda: self.sae.config.d_sae,
+            "untrained": lambda: self.sae.config.d_sae,
+            "random": lambda: self.sae.config.d_sae,
+            "neurons": lambda: self._neurons.pick.shape[1],
+            "pca": lambda: self._space.pick.shape[1],
+            "input_axes": lambda: self._noisy.pick.shape[1],
+        }
+        return sizes[row]() if row in sizes else None
+
+    def row(self, name: RowName) -> Iterator[Answer]:
+        """One row's answer to every comparison."""
+        d, count = self._space.pick.shape[1], self.sae.config.d_sae
+        match name:
+            case "sae":
+                return self._features.best(fewer=(d,))
+            case "k_sparse_1" | "k_sparse_2" | "k_sparse_5":
+                return self._features.k_sparse(int(name.removeprefix("k_sparse_")))
+            case "untrained":
+                return FeatureRows(self.bench, self._untrained()).best(fewer=(d,))
+            case "neurons":
+                return best_directions(self.bench, self._neurons, None)
+            case "pca":
+                return best_directions(self.bench, self._space, principal_axes(self._space.pick))
+            case "random":
+                return best_directions(self.bench, self._space, random_directions(d, count, self.bench.seed))
+            case "mean_difference":
+                return mean_differences(self.bench, self._space)
+            case "input_axes":
+                return best_directions(self.bench, self._noisy, None)
+            case "input_probe":
+                return probes(self.bench, self._noisy)
+            case "probe":
+                return probes(self.bench, self._space)
+            case "shuffled":
+                return probes(self.bench, self._space, shuffled=True)
+            case "null":
+                raise ValueError("the null is asked for by `null`")
+
+    def null(self, follow: Callable[[Sequence[int]], Iterable[int]] = iter) -> dict[Comparison, np.ndarray]:
+        """AUROC where there is nothing to find: [draws, 2], on the set that picked and on the other one."""
+        found: dict[Comparison, list[tuple[float, float]]] = {one: [] for one in self.bench.comparisons}
+        for draw in follow(range(self.null_draws)):
+            for comparison, picked_on, reported in self._features.null(draw):
+                found[comparison].append((picked_on, reported))
+        return {comparison: np.array(pairs) for comparison, pairs in found.items()}
+
+    @cached_property
+    def _features(self) -> FeatureRows:
+        return FeatureRows(self.bench, self.sae)
+
+    @cached_property
+    def _space(self) -> Space:
+        return Space(self.bench.pick.values(), self.bench.report.values())
+
+    @cached_property
+    def _noisy(self) -> Space:
+        return Space(self.bench.pick.noisy(), self.bench.report.noisy())
+
+    @cached_property
+    def _neurons(self) -> Space:
+        assert self.neurons is not None
+        return Space(self.neurons(self.bench.pick), self.neurons(self.bench.report))
+
+    def _untrained(self) -> SparseAutoencoder:
+        """One with as many features as the autoencoder, so many of them per token, as training would start it."""
+        config = SAEConfig("topk", self._space.pick.shape[1], self.sae.config.d_sae, k=self.k, seed=self.bench.seed)
+        return make_sae(config, sample=self._space.pick[:: max(1, len(self._space.pick) // 100_000)].float())
+
+
+def features_per_token(sae: SparseAutoencoder, part: Part) -> int:
+    """The k of an autoencoder; of one that has none, the nearest whole number to its L0 on a part."""
+    if sae.config.architecture in HAS_K and sae.config.k is not None:
+        return sae.config.k
+    codes = part.codes(sae)
+    return min(max(1, round(len(codes.token) / codes.tokens)), sae.config.d_sae)
+
+
+def limited(labels: Labels, most: int, seed: int) -> Labels:
+    """At most so many pictures, of prompts that are drawn by chance; all pictures of a prompt, or none."""
+    if len(labels.images) <= most:
+        return labels
+    order = np.random.default_rng(seed).permutation(int(labels.groups.max()) + 1)
+    sizes = np.bincount(labels.groups)[order]
+    chosen = order[np.cumsum(sizes) <= most]
+    return labels.chosen(np.isin(labels.groups, chosen))
+
+
+# ---- As JSON
+
+
+def answers_as_json(answers: Iterable[Answer]) -> list[dict[str, Any]]:
+    """One object per answer."""
+    return [
+        {
+            **comparison_as_json(one.comparison),
+            "picked_on": round(one.picked_on, 5),
+            "auroc": round(one.auroc, 5),
+            "interval": None if one.interval is None else [round(end, 5) for end in one.interval],
+            "recall": round(one.recall, 5),
+            "precision": None if one.precision is None else round(one.precision, 5),
+            "chosen": _rounded(one.chosen),
+        }
+        for one in answers
+    ]
+
+
+def null_as_json(found: dict[Comparison, np.ndarray]) -> list[dict[str, Any]]:
+    """The 95th percentile of every comparison: what one pick in twenty exceeds where there is nothing to find."""
+    return [
+        {
+            **comparison_as_json(comparison),
+            "picked_on": round(float(np.quantile(pairs[:, 0], 0.95)), 5),
+            "auroc": round(float(np.quantile(pairs[:, 1], 0.95)), 5),
+            "mean": round(float(pairs[:, 1].mean()), 5),
+        }
+        for comparison, pairs in found.items()
+    ]
+
+
+def comparison_as_json(comparison: Comparison) -> dict[str, str]:
+    """Its words."""
+    return {**comparison.question._asdict(), "negatives": comparison.negatives}
+
+
+def questions_as_json(pick: Part, report: Part, asked: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Every comparison with its counts in both sets, by shape too, and whether there were enough for a number."""
+    known, rows = set(asked), []
+    for comparison in dict.fromkeys([*pick.comparisons(), *report.comparisons()]):
+        counts = {
+            name: dict(zip(("positives", "negatives"), part.counts(comparison), strict=True))
+            for name, part in (("pick", pick), ("report", report))
+        }
+        by_shape = report.labels.by_shape.get(comparison.question) or None
+        rows.append({**comparison_as_json(comparison), **counts, "by_shape": by_shape, "asked": comparison in known})
+    return rows
+
+
+def _rounded(chosen: Any) -> Any:
+    if isinstance(chosen, float):
+        return round(chosen, 6)
+    return {key: _rounded(value) for key, value in chosen.items()} if isinstance(chosen, dict) else chosen

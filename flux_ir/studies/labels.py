@@ -8,7 +8,7 @@ patches would be others. Labels of any other model come from files: `label_files
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -83,7 +83,9 @@ class Labels:
     dropped: Mapping[str, int]
     """How many pictures were left out of everything, or of the questions of a kind, by reason."""
     by_shape: Mapping[Question, Mapping[str, int]]
-    """The positives of a question by the shape they are of, where objects have shapes. Of all pictures kept."""
+    """The positives of a question by the shape they are of, where that is known and all pictures are kept."""
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Labels that are numbers, by name: float64 [images], NaN where one is not known."""
 
     def of(self, question: Question) -> np.ndarray:
         """The bits of one question: uint8 [images, tokens], or [images]."""
@@ -92,9 +94,14 @@ class Labels:
 
     def chosen(self, kept: np.ndarray) -> "Labels":
         """The labels of some of the pictures: bool [images]."""
+        if kept.all():
+            return self
         prompts = tuple(prompt for prompt, stays in zip(self.prompts, kept, strict=True) if stays)
         images, tokens, pictures = self.images[kept], self.tokens[:, kept], self.pictures[:, kept]
-        return replace(self, images=images, prompts=prompts, tokens=tokens, pictures=pictures)
+        numbers = {name: values[kept] for name, values in self.numbers.items()}
+        return replace(
+            self, images=images, prompts=prompts, tokens=tokens, pictures=pictures, by_shape={}, numbers=numbers
+        )
 
     def split(self, comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
         """Who is positive and who counts at all (positives and negatives): bool, shaped as `of` says."""
@@ -114,6 +121,22 @@ class Labels:
         """int64 [images]: the number of each image's prompt, in the order they first occur."""
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self.prompts))}
         return np.array([numbers[prompt] for prompt in self.prompts], dtype=np.int64)
+
+
+def permuted(labels: Labels, seed: int | Sequence[int]) -> np.ndarray:
+    """A draw of which picture gets the label map of which other, as `Part.flags` takes it: int64 [images].
+
+    Prompts are permuted and not single pictures, since pictures of one prompt are much alike: prompts with equally many
+    pictures change places, their first pictures with each other, their second ones, and so on.
+    """
+    draw, order = np.random.default_rng(seed), np.arange(len(labels.images))
+    _, count = np.unique(labels.groups, return_counts=True)
+    of_group = np.argsort(labels.groups, kind="stable")
+    starts = np.cumsum(count) - count
+    for size in np.unique(count):
+        alike = of_group[starts[count == size][:, None] + np.arange(size)]  # [prompts, pictures]
+        order[alike] = alike[draw.permutation(len(alike))]
+    return order
 
 
 def split(bits: np.ndarray, negatives: Negatives) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +221,7 @@ class _Table:
                     positive, negative = share > MOST, share < LEAST
                     surface = 1 - self.covered > MOST if of_ground else (self.cover > MOST).any(1)
                     all_there, rivals = positive | negative, positive | (negative & surface)
-                yield Question(kind, concept, level), _bits(positive, all_there & usable, rivals & usable)
+                yield Question(kind, concept, level), make_bits(positive, all_there & usable, rivals & usable)
 
     def images(self) -> Iterator[tuple[Question, np.ndarray]]:
         """The questions about whole pictures. The hard ones are asked of pictures of two objects alone.
@@ -217,7 +240,7 @@ class _Table:
                     positive, all_there, rivals = self.relation == value, everyone, ~self.alone
                 else:
                     positive, all_there, rivals = self.background == value, everyone, nobody
-                yield Question(kind, concept, "image"), _bits(positive, all_there & usable, rivals & usable)
+                yield Question(kind, concept, "image"), make_bits(positive, all_there & usable, rivals & usable)
 
     def by_shape(self, question: Question, bits: np.ndarray) -> dict[str, int]:
         """The positives of a question by the shape of the object they are of; none for backgrounds and relations."""
@@ -243,7 +266,7 @@ class _Table:
         return ((self.cover > INTERIOR) & (self.object[kind] == value)[:, :, None]).any(1)
 
 
-def _bits(positive: np.ndarray, in_all: np.ndarray, in_hard: np.ndarray) -> np.ndarray:
+def make_bits(positive: np.ndarray, in_all: np.ndarray, in_hard: np.ndarray) -> np.ndarray:
     """Labels of these: whoever counts nowhere is no positive either."""
     counts = in_all * np.uint8(IN_ALL) + in_hard * np.uint8(IN_HARD)
     return (counts + (positive & (counts > 0)) * np.uint8(POSITIVE)).astype(np.uint8)

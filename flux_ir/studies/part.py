@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.activations.blocks import TokenRun, TokenSource
+from flux_ir.activations.blocks import NoisySource, TokenRun, TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site
@@ -76,10 +76,37 @@ class Part:
         groups = self.labels.groups
         return np.repeat(groups, self.tokens_per_image) if comparison.question.of_tokens else groups
 
+    def reads(self) -> Iterator[tuple[range, range, np.ndarray]]:
+        """What to read together: which labelled pictures, in which generations, and where among these they are."""
+        images = self.labels.images
+        for whole in self.source.runs:
+            for start in range(whole.start, whole.stop, _IMAGES_AT_ONCE):
+                stop = min(start + _IMAGES_AT_ONCE, whole.stop)
+                first, last = (int(place) for place in np.searchsorted(images, [start, stop]))
+                if last > first:
+                    read = range(int(images[first]), int(images[last - 1]) + 1)
+                    yield range(first, last), read, images[first:last] - read.start
+
     def blocks(self) -> Iterator[tuple[range, Tensor]]:
         """Some pictures after another: their numbers among the labelled ones, and their tokens [images, tokens, d]."""
         for rows, run, kept in self._runs():
             yield rows, run.floats()[torch.from_numpy(kept)].float()
+
+    def values(self) -> Tensor:
+        """All tokens of the labelled pictures, as stored: [images * tokens, d]."""
+        return torch.cat([run.floats()[torch.from_numpy(kept)].flatten(0, 1) for _, run, kept in self._runs()])
+
+    @property
+    def has_noisy(self) -> bool:
+        """Whether the source kept what each patch began the step with."""
+        return self.has_patches and isinstance(self.source, NoisySource)
+
+    def noisy(self) -> Tensor:
+        """The noisy latents that each token began the step with: [images * tokens, channels]."""
+        if not isinstance(self.source, NoisySource):
+            raise ValueError("this source kept no noisy latents")
+        parts = [self.source.noisy(read, self.step)[torch.from_numpy(kept)] for _, read, kept in self.reads()]
+        return torch.cat(parts).flatten(0, 1)
 
     def codes(self, sae: SparseAutoencoder) -> Codes:
         """The features of every token, those that are not zero."""
@@ -112,16 +139,9 @@ class Part:
         return np.concatenate(parts).astype(np.int64)
 
     def _runs(self) -> Iterator[tuple[range, TokenRun, np.ndarray]]:
-        """Generations read together: which labelled pictures are among them, and where in the run these are."""
-        images = self.labels.images
-        for whole in self.source.runs:
-            for start in range(whole.start, whole.stop, _IMAGES_AT_ONCE):
-                stop = min(start + _IMAGES_AT_ONCE, whole.stop)
-                first, last = (int(place) for place in np.searchsorted(images, [start, stop]))
-                if last > first:
-                    read = range(int(images[first]), int(images[last - 1]) + 1)
-                    run = self.source.read_run(read, self.site, self.step)
-                    yield range(first, last), run, images[first:last] - read.start
+        """Tokens read together, as `reads` says."""
+        for rows, read, kept in self.reads():
+            yield rows, self.source.read_run(read, self.site, self.step), kept
 
 
 class FeatureBoard:
@@ -138,10 +158,15 @@ class FeatureBoard:
 
     def aurocs(self, comparison: Comparison, order: np.ndarray | None = None) -> np.ndarray:
         """AUROC of every feature; with `order` under other label maps, as `Part.flags` says."""
-        of_tokens, of_pictures = self._ranked
-        ranked = of_tokens if comparison.question.of_tokens else of_pictures
-        return ranked.auroc(*self.part.flags(comparison, order))
+        return self._of(comparison).auroc(*self.part.flags(comparison, order))
+
+    def auroc_of(self, comparison: Comparison, feature: int, order: np.ndarray | None = None) -> float:
+        """AUROC of one feature."""
+        return self._of(comparison).auroc_of(feature, *self.part.flags(comparison, order))
 
     def scores(self, comparison: Comparison, feature: int) -> np.ndarray:
         """One feature of every token, or picture: float32."""
         return (self.codes if comparison.question.of_tokens else self.pooled).column(feature)
+
+    def _of(self, comparison: Comparison) -> Ranked:
+        return self._ranked[0] if comparison.question.of_tokens else self._ranked[1]

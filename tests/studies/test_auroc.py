@@ -46,7 +46,10 @@ def test_sparse_and_dense_codes_agree_with_every_pair(seed, signed):
         return
     expected = [pairs(column, positive, counted) for column in values.T]
     for codes in (sparse(values), dense_codes(values)):
-        np.testing.assert_allclose(Ranked(codes).auroc(positive, counted), expected, rtol=0, atol=1e-12)
+        ranked = Ranked(codes)
+        np.testing.assert_allclose(ranked.auroc(positive, counted), expected, rtol=0, atol=1e-12)
+        alone = [ranked.auroc_of(feature, positive, counted) for feature in range(values.shape[1])]
+        np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose([auroc(column, positive, counted) for column in values.T], expected, atol=1e-12)
 
 
@@ -119,6 +122,20 @@ def test_the_bootstrap_draws_whole_groups():
     assert low < pairs(of_group[group], positive, everyone) < high
     assert high - low > 3 * (one_by_one[1] - one_by_one[0])  # 20 copies of a number know no more than one
     assert bootstrap(of_group[group], positive, everyone, group, draws=400, seed=0) == (low, high)
+
+
+def test_the_bootstrap_of_many_negatives_stays_around_the_auroc_of_all():
+    rng = np.random.default_rng(2)
+    group, positive = np.arange(60_000) // 100, rng.random(60_000) < 0.02
+    scores, everyone = rng.normal(size=60_000) + 2 * positive, np.ones(60_000, bool)
+    low, high = bootstrap(scores, positive, everyone, group, draws=50, seed=0)
+    exact = auroc(scores, positive, everyone)
+    assert low < exact < high < low + 0.03
+
+
+def test_sums_of_features_over_some_tokens():
+    values, positive, _ = draw(6)
+    np.testing.assert_allclose(sparse(values).sums(positive), values[positive].sum(0))
 
 
 def test_the_threshold_finds_the_most_at_the_precision_asked_for():

@@ -10,7 +10,7 @@ import pytest
 from flux_ir.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES, parse_caption, scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.studies.judged import Judged, judge_collection
-from flux_ir.studies.labels import IN_ALL, POSITIVE, Comparison, Question, check_apart, known_answers
+from flux_ir.studies.labels import IN_ALL, POSITIVE, Comparison, Question, check_apart, known_answers, permuted
 from tests.studies.drawn import TrueScenes, drawn, of_colour, true_cover
 
 
@@ -203,3 +203,19 @@ def test_some_of_the_pictures(labels):
     for question in labels.questions:
         np.testing.assert_array_equal(fewer.of(question), labels.of(question)[kept])
     assert len(set(fewer.groups.tolist())) == len(set(fewer.prompts))
+
+
+def test_a_permutation_moves_prompts_as_a_whole(labels):
+    prompts = tuple(f"prompt {number}" for number in (0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5))
+    some = replace(labels.chosen(np.arange(60) < 12), prompts=prompts)
+    seen = set()
+    for seed in range(40):
+        order = permuted(some, seed)
+        assert sorted(order) == list(range(12))
+        moved = [prompts[i] for i in order]
+        for start in (0, 4, 8):  # three prompts with three pictures, three with one
+            assert order[start : start + 3].tolist() in ([0, 1, 2], [4, 5, 6], [8, 9, 10])
+        assert {moved[i] for i in (3, 7, 11)} == {"prompt 1", "prompt 3", "prompt 5"}
+        seen.add(tuple(order))
+    assert len(seen) > 20
+    np.testing.assert_array_equal(permuted(some, 3), permuted(some, 3))

@@ -1,0 +1,324 @@
+"""What concepts are read with: features, neurons, directions, probes. Each is made on one set and judged on another.
+
+Whoever picks the best of many has as many candidates as the others, each with both signs, and picks them in the same
+way, so that what is compared is what there is to pick from. Next: `concepts`, the study made of these rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux_ir.sae.baselines import PCA, Covariance
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.studies.auroc import at_threshold, auroc, bootstrap, precise_threshold
+from flux_ir.studies.labels import Comparison, permuted
+from flux_ir.studies.part import FeatureBoard, Part
+from flux_ir.studies.probes import Probe, balanced, fit_probe
+
+PRECISION = 0.95
+"""At which the recall is told; the threshold is picked along with everything else."""
+SCREENED_TOKENS, FINALISTS = 65_536, 5
+"""Dense candidates are ranked on so many tokens of the set that picks, and the best few again on all of them."""
+_NUMBERS = 2**25  # held at once
+
+
+class Answer(NamedTuple):
+    """How well one row tells one concept."""
+
+    comparison: Comparison
+    picked_on: float
+    """AUROC on the set that picked or fitted."""
+    auroc: float
+    """AUROC on the other one."""
+    interval: tuple[float, float] | None
+    """The middle 95 % over draws of the reported prompts; None: not asked for."""
+    recall: float
+    """The share of positives above the threshold."""
+    precision: float | None
+    """Of what is above it; None: nothing is."""
+    chosen: Mapping[str, Any]
+    """What was picked: a feature and its sign, a penalty."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The two sets, and what is asked about them."""
+
+    pick: Part
+    report: Part
+    comparisons: Sequence[Comparison]
+    draws: int
+    """Of the bootstrap; 0: no intervals."""
+    seed: int = 0
+
+    def answer(self, comparison: Comparison, pick: np.ndarray, report: np.ndarray, chosen: Mapping[str, Any]) -> Answer:
+        """What scores come to: those of every token, or picture, of the two sets."""
+        there, here = self.pick.flags(comparison), self.report.flags(comparison)
+        threshold = precise_threshold(pick, *there, PRECISION)
+        reached = at_threshold(report, *here, threshold)
+        interval = None
+        if self.draws:
+            groups = self.report.groups(comparison)
+            interval = bootstrap(report, *here, groups, draws=self.draws, seed=self.seed)
+        worth = auroc(pick, *there), auroc(report, *here)
+        return Answer(comparison, *worth, interval, reached.recall, reached.precision, chosen)
+
+
+# ---- Features of an autoencoder
+
+
+class FeatureRows:
+    """The rows that read the features of one autoencoder."""
+
+    def __init__(self, bench: Bench, sae: SparseAutoencoder) -> None:
+        self.bench = bench
+        self.there, self.here = (FeatureBoard(part, sae) for part in (bench.pick, bench.report))
+
+    @property
+    def candidates(self) -> int:
+        return self.there.codes.features
+
+    @cached_property
+    def _aurocs(self) -> dict[Comparison, np.ndarray]:
+        """Of every feature on the set that picks."""
+        return {comparison: self.there.aurocs(comparison) for comparison in self.bench.comparisons}
+
+    def best(self, fewer: Sequence[int] = ()) -> Iterator[Answer]:
+        """The feature that is best on the set that picks.
+
+        For each of `fewer` also what the best of so many features, drawn by chance, is expected to come to.
+        """
+        for comparison, aurocs in self._aurocs.items():
+            feature, sign, _ = best_of(aurocs)
+            there, here = (sign * board.scores(comparison, feature) for board in (self.there, self.here))
+            chosen: dict[str, Any] = {"feature": feature, "sign": sign}
+            if few := {str(count): self._best_of_fewer(comparison, count) for count in fewer if count < len(aurocs)}:
+                chosen["expected_of_fewer"] = few
+            yield self.bench.answer(comparison, there, here, chosen)
+
+    def k_sparse(self, k: int) -> Iterator[Answer]:
+        """Logistic regression on the k features whose means differ most between positives and negatives."""
+        for comparison in self.bench.comparisons:
+            positive, counted = self.bench.pick.flags(comparison)
+            codes = self.there.codes if comparison.question.of_tokens else self.there.pooled
+            means = [codes.sums(side) / side.sum() for side in (positive, counted & ~positive)]
+            features = np.sort(np.argsort(-np.abs(means[0] - means[1]), kind="stable")[:k])
+            there, here = (
+                torch.from_numpy(np.stack([board.scores(comparison, int(f)) for f in features], axis=1))
+                for board in (self.there, self.here)
+            )
+            probe = fitted(self.bench, comparison, there)
+            chosen = {"features": features.tolist(), "penalty": probe.penalty}
+            yield self.bench.answer(comparison, probe.scores(there), probe.scores(here), chosen)
+
+    def null(self, draw: int) -> Iterator[tuple[Comparison, float, float]]:
+        """The best feature once more, with label maps permuted between pictures of either set: `picked_on`, `auroc`.
+
+        Every draw picks anew and reports what it picked, so its numbers are what a pick comes to where there is nothing
+        to find. Every number of a draw has its own permutation, positions kept.
+        """
+        bench = self.bench
+        orders = [
+            permuted(part.labels, (bench.seed, draw, side)) for side, part in enumerate((bench.pick, bench.report))
+        ]
+        for comparison in bench.comparisons:
+            feature, sign, picked_on = best_of(self.there.aurocs(comparison, orders[0]))
+            found = self.here.auroc_of(comparison, feature, orders[1])
+            yield comparison, picked_on, found if sign > 0 else 1 - found
+
+    def _best_of_fewer(self, comparison: Comparison, count: int) -> float:
+        """The AUROC to expect of the best of `count` features: over all draws of so many, without a draw.
+
+        With features ranked by what they come to on the set that picks, the one of rank r is the best of a draw with
+        probability C(F - r - 1, count - 1) / C(F, count).
+        """
+        aurocs = self._aurocs[comparison]
+        order, features = np.argsort(-np.abs(aurocs - 0.5), kind="stable"), len(aurocs)
+        total, reached, chance = 0.0, 0.0, count / features
+        for rank, feature in enumerate(order[: features - count + 1]):
+            found = self.here.auroc_of(comparison, int(feature))
+            total += chance * (found if aurocs[feature] >= 0.5 else 1 - found)
+            reached += chance
+            if reached > 1 - 1e-4:
+                break
+            chance *= (features - rank - count) / (features - rank - 1)
+        return total / reached
+
+
+def best_of(aurocs: np.ndarray) -> tuple[int, int, float]:
+    """The one furthest from chance, the sign that puts it above, and its AUROC with that sign."""
+    apart = np.abs(np.nan_to_num(aurocs, nan=0.5) - 0.5)
+    feature = int(apart.argmax())
+    return feature, 1 if aurocs[feature] >= 0.5 else -1, 0.5 + float(apart[feature])
+
+
+# ---- Directions
+
+
+class Space(NamedTuple):
+    """Tokens of both sets in one space: activations, neurons, or noisy inputs. [images * tokens, d], as stored."""
+
+    pick: Tensor
+    report: Tensor
+
+
+def best_directions(bench: Bench, space: Space, directions: Tensor | None) -> Iterator[Answer]:
+    """The best of many directions, [d, n], or of the axes of the space (None).
+
+    A picture's number is its largest token's, along the direction or against it.
+    """
+    for of_tokens in (True, False):
+        asked = [one for one in bench.comparisons if one.question.of_tokens == of_tokens]
+        finals = _screened(bench, space.pick, directions, asked)
+        for comparison, finalists in zip(asked, finals, strict=True):
+            there = _columns(bench.pick, space.pick, directions, finalists, of_tokens=of_tokens)
+            flags = bench.pick.flags(comparison)
+            aurocs = np.array([auroc(column, *flags) for column in there.T])
+            place, sign, _ = best_of(aurocs) if of_tokens else (int(aurocs.argmax()), 1, 0.0)
+            chosen, along = finalists[place]
+            here = _columns(bench.report, space.report, directions, [finalists[place]], of_tokens=of_tokens)[:, 0]
+            picked = {"candidate": chosen, "sign": sign * along}
+            yield bench.answer(comparison, sign * there[:, place], sign * here, picked)
+
+
+def _screened(
+    bench: Bench, tokens: Tensor, directions: Tensor | None, asked: Sequence[Comparison]
+) -> list[list[tuple[int, int]]]:
+    """For every comparison the few candidates, with their signs, of the largest difference in mean rank."""
+    if not asked:
+        return []
+    part, of_tokens = bench.pick, asked[0].question.of_tokens
+    each = part.tokens_per_image
+    every = -(-len(tokens) // SCREENED_TOKENS) if of_tokens else 1  # of the pictures, so many apart
+    images = np.arange(0, part.images, every)
+    rows = (images[:, None] * each + np.arange(each)).reshape(-1) if of_tokens else images
+    sides = []
+    for comparison in asked:
+        positive, counted = (flags[rows] for flags in part.flags(comparison))
+        sides.append(positive / max(1, positive.sum()) - (counted & ~positive) / max(1, (counted & ~positive).sum()))
+    weights = torch.from_numpy(
+        np.stack(sides)
+    ).float()  # [comparisons, rows]: mean over positives less that of the rest
+    count = (directions if directions is not None else tokens).shape[1]
+    gaps = torch.zeros(len(asked), 1 if of_tokens else 2, count)
+    at_once = max(1, _NUMBERS // max(1, len(rows)))
+    for first in range(0, count, at_once):
+        chosen = range(first, min(first + at_once, count))
+        signs = (1,) if of_tokens else (1, -1)
+        for number, sign in enumerate(signs):
+            columns = torch.from_numpy(
+                _columns(part, tokens, directions, [(c, sign) for c in chosen], of_tokens=of_tokens, images=images)
+            ).T.contiguous()
+            gaps[:, number, chosen.start : chosen.stop] = weights @ _ranks(columns).T
+    finals = []
+    for gap in gaps:
+        order = (gap.abs() if of_tokens else gap).flatten().argsort(descending=True, stable=True)[:FINALISTS]
+        finals.append([(int(o) % count, -1 if int(o) >= count else 1) for o in order])
+    return finals
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value in its row, the mean one where values tie (bfloat16 has few): float32, as `values`."""
+    ordered, order = values.sort(1)
+    place = torch.arange(values.shape[1]).expand_as(order)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = torch.where(new, place, 0).cummax(1).values
+    ends = torch.where(new.roll(-1, 1), place, values.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.empty_like(values).scatter_(1, order, 0.5 * (first + ends))
+
+
+def _columns(
+    part: Part,
+    tokens: Tensor,
+    directions: Tensor | None,
+    chosen: Sequence[tuple[int, int]],
+    *,
+    of_tokens: bool,
+    images: np.ndarray | None = None,
+) -> np.ndarray:
+    """Some candidates of all tokens, or pictures, of a part, or of some of its pictures: float32 [rows, chosen]."""
+    each = part.tokens_per_image
+    which = torch.arange(part.images) if images is None else torch.from_numpy(images)
+    numbers = torch.tensor([number for number, _ in chosen])
+    signs = torch.tensor([float(sign) for _, sign in chosen])
+    found = []
+    for some in torch.split(which, max(1, _NUMBERS // (each * max(len(chosen), tokens.shape[1])))):
+        block = tokens.reshape(-1, each, tokens.shape[1])[some]
+        values = block[:, :, numbers].float() if directions is None else block.float() @ directions[:, numbers]
+        values *= signs
+        found.append(values.flatten(0, 1) if of_tokens else values.amax(1))
+    return torch.cat(found).numpy()
+
+
+def principal_axes(tokens: Tensor) -> Tensor:
+    """All principal axes of tokens [n, d]: [d, d], a column each."""
+    covariance = Covariance(tokens.shape[1])
+    for some in torch.split(tokens, 2**16):
+        covariance.add(some.float())
+    return PCA.of(covariance, tokens.shape[1]).W_dec.T.contiguous()
+
+
+def random_directions(d: int, count: int, seed: int) -> Tensor:
+    """Directions uniform on the sphere: [d, count]."""
+    drawn = torch.randn(count, d, generator=torch.Generator().manual_seed(seed))
+    return (drawn / drawn.norm(dim=1, keepdim=True)).T.contiguous()
+
+
+# ---- Probes
+
+
+def probes(bench: Bench, space: Space, *, shuffled: bool = False) -> Iterator[Answer]:
+    """A linear probe on all of a space. `shuffled`: fitted on label maps that were permuted between pictures.
+
+    A picture is given to it as the mean, the largest and the smallest of its tokens, dimension by dimension.
+    """
+    order = permuted(bench.pick.labels, (bench.seed, 1)) if shuffled else None
+    for of_tokens in (True, False):
+        asked = [one for one in bench.comparisons if one.question.of_tokens == of_tokens]
+        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image)
+        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image)
+        for comparison in asked:
+            probe = fitted(bench, comparison, there, order)
+            scores = [_scores(probe, tokens) for tokens in (there, here)]
+            yield bench.answer(comparison, scores[0], scores[1], {"penalty": probe.penalty})
+
+
+def mean_differences(bench: Bench, space: Space) -> Iterator[Answer]:
+    """The direction from the mean of the negatives to that of the positives."""
+    for of_tokens in (True, False):
+        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image)
+        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image)
+        for comparison in [one for one in bench.comparisons if one.question.of_tokens == of_tokens]:
+            positive, counted = bench.pick.flags(comparison)
+            means = [_mean(there, np.flatnonzero(side)) for side in (positive, counted & ~positive)]
+            line = Probe(means[0] - means[1], 0.0, 0.0)
+            yield bench.answer(comparison, _scores(line, there), _scores(line, here), {})
+
+
+def fitted(bench: Bench, comparison: Comparison, x: Tensor, order: np.ndarray | None = None) -> Probe:
+    """A probe fitted on the set that picks: on all tokens or pictures that count, or as many as `balanced` draws."""
+    positive, counted = bench.pick.flags(comparison, order)
+    rows = balanced(positive, counted, bench.seed)
+    return fit_probe(x[torch.from_numpy(rows)].float(), positive[rows], bench.pick.groups(comparison)[rows])
+
+
+def pooled(tokens: Tensor, tokens_per_image: int) -> Tensor:
+    """The mean, the largest and the smallest of every picture's tokens, dimension by dimension: [images, 3 d]."""
+    blocks = torch.split(tokens.reshape(-1, tokens_per_image, tokens.shape[1]), 64)
+    parts = [torch.cat([b.mean(1), b.amax(1), b.amin(1)], dim=1) for b in (block.float() for block in blocks)]
+    return torch.cat(parts)
+
+
+def _mean(tokens: Tensor, rows: np.ndarray) -> Tensor:
+    some = torch.split(torch.from_numpy(rows), 2**16)
+    return torch.stack([tokens[part].double().sum(0) for part in some]).sum(0).float() / max(1, len(rows))
+
+
+def _scores(probe: Probe, tokens: Tensor) -> np.ndarray:
+    return np.concatenate([probe.scores(some) for some in torch.split(tokens, 2**16)])
