@@ -12,11 +12,14 @@ from PIL import Image
 
 from flux_ir.api.explore_features import explore_features
 from flux_ir.api.find_examples import find_examples
+from flux_ir.api.label_features import label_features
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.api.score_features import score_features
 from flux_ir.distributed import joined, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, open_features
+from flux_ir.features.labels import read_labels
+from flux_ir.features.words import read_words
 from flux_ir.sites import Site, Stream
 
 ExampleKind = Literal["top", "quantile", "random", "silent"]
@@ -41,6 +44,7 @@ def _pages(folder: FeatureFolder, progress: Watch) -> None:
 
 STAGES = (
     Stage("examples", lambda folder, progress: find_examples(folder, progress=progress), shared=True),
+    Stage("labels", lambda folder, progress: label_features(folder, progress=progress)),
     Stage("pages", _pages),
 )
 """In their order, with the defaults of their functions."""
@@ -174,6 +178,25 @@ class Features:
         """What the feature does on an image, [rows, columns] by step; NaN where no token was kept."""
         self._check(feature)
         return dict(zip(self.folder.steps, self.folder.map(feature, image, self.stream), strict=True))
+
+    @cached_property
+    def labels(self) -> Mapping[int, str]:
+        """The label of every feature that has one. Raises FluxIRError if `label_features` has not been run."""
+        found = read_labels(self.folder, self.stream)
+        if found is None:
+            self.folder.check_done("labels")
+        return {feature: str(row["text"]) for feature, row in (found or {}).items()}
+
+    def words(self, feature: int) -> list[tuple[str, float, int]]:
+        """The words that lift a feature, the surest first: word, PMI [bits], prompts with it and a strong image."""
+        self._check(feature)
+        if self._words is None:
+            self.folder.check_done("labels")
+        return (self._words or [])[feature]
+
+    @cached_property
+    def _words(self) -> list[list[tuple[str, float, int]]] | None:
+        return read_words(self.folder, self.stream)
 
     def picture(self, image: int) -> Image.Image:
         """The picture of a generation. Raises FluxIRError if none was kept."""

@@ -436,7 +436,9 @@ class FeatureFolder:
     def check_done(self, stage: str) -> None:
         """Raises FluxIRError if a stage has not been completed."""
         if stage not in self.stages:
-            verb = {"score": "score-features", "examples": "find-examples"}.get(stage, "features")
+            verb = {"score": "score-features", "examples": "find-examples", "labels": "label-features"}.get(
+                stage, "features"
+            )
             raise FluxIRError(
                 f"the stage {stage} is not complete in {self.path}", hint=f"run flux-ir {verb}: it goes on there"
             )

@@ -234,3 +234,20 @@ def test_few_images_have_no_labels_and_text_of_an_unknown_model_no_names(small, 
     assert sum("no description of a feature" in text for text in said) == 2
     assert any("the model's tokenizer is not on this machine" in text for text in said)
     assert json.loads((copy / "words.json").read_text())["streams"]["txt"]["tokens"] is None
+
+
+def test_notebooks_and_pages_have_them(folder):
+    with pytest.raises(FluxIRError, match="the stage labels is not complete") as told:
+        _ = flux_ir.read_features(folder).labels
+    assert told.value.hint == "run flux-ir label-features: it goes on there"
+    flux_ir.label_features(folder)
+    features = flux_ir.read_features(folder.path)
+    assert features.labels[RED_SQUARE] == "red square"
+    assert features.words(RED)[0][:1] == ("red",)
+    assert features.words(DEAD) == []
+    with pytest.raises(FluxIRError, match="features are numbered 0 to 15"):
+        features.words(16)
+    flux_ir.find_examples(folder.path)
+    page = flux_ir.explore_features(folder.path, pictures=False)
+    assert '"red square"' in (page.parent / "texts-img.js").read_text()
+    assert "label-features" not in page.read_text()
