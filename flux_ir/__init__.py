@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.explore_features import explore_features
     from flux_ir.api.export import export
+    from flux_ir.api.export_features import export_features
     from flux_ir.api.export_sae import ExportedSAE, export_sae, load_sae
     from flux_ir.api.features import Features, analyse_features, read_features
     from flux_ir.api.find_examples import find_examples
@@ -52,6 +53,7 @@ _MODULES = {
     "explore": "flux_ir.api.visualize",
     "explore_features": "flux_ir.api.explore_features",
     "export": "flux_ir.api.export",
+    "export_features": "flux_ir.api.export_features",
     "export_sae": "flux_ir.api.export_sae",
     "ExportedSAE": "flux_ir.api.export_sae",
     "Features": "flux_ir.api.features",
@@ -114,6 +116,7 @@ __all__ = [
     "explore",
     "explore_features",
     "export",
+    "export_features",
     "export_sae",
     "find_examples",
     "label_features",

@@ -58,6 +58,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("export_sae", "export_sae"),
         ("features", "analyse_features"),
         ("score_features", "score_features"),
+        ("export_features", "export_features"),
         ("find_examples", "find_examples"),
         ("label_features", "label_features"),
         ("compare_features", "compare_features"),

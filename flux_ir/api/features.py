@@ -131,8 +131,9 @@ class Features:
         """Every number of every feature by its name, [d_sae] or [d_sae, ...]; also those of later stages."""
         columns = self.folder.columns("table.safetensors", self.stream)
         columns |= {name: getattr(self._scores, name) for name in ("alive", "density", "means_place")}
-        if (self.folder.path / "selection.safetensors").is_file():
-            columns |= self.folder.columns("selection.safetensors", self.stream)
+        for file in ("selection.safetensors", "decoder.safetensors"):
+            if (self.folder.path / file).is_file():
+                columns |= self.folder.columns(file, self.stream)
         return columns
 
     def to_pandas(self) -> Any:

@@ -24,6 +24,7 @@ VERBS = {
     "find-examples": "images that show what each feature responds to: strong, weak, random, silent",
     "label-features": "words that lift each feature, and a short description judged on other images",
     "compare-features": "match the features of two sites, steps, autoencoders or models, and say what has moved",
+    "export-features": "the table of features as CSV or Parquet, or all of them as Neuronpedia imports them",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",

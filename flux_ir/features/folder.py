@@ -39,7 +39,7 @@ PLACE_R2 = 0.5
 """A feature means a place if its position explains more than this share of its variance."""
 
 _DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U8": "u1", "I8": "i1"}
-_OPEN_PARTS = 16
+_OPEN_PARTS = 128  # mapped, so of no cost but a descriptor each
 
 Arrays = Mapping[str, NDArray[Any]]
 
