@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flux_ir.api.capture import capture
     from flux_ir.api.collect import collect, collect_clip, convert_collection
     from flux_ir.api.compare_features import Comparison, compare_features
+    from flux_ir.api.draw_features import DrawnFeatures, draw_features
     from flux_ir.api.evaluate_sae import evaluate_sae
     from flux_ir.api.evaluation_files import EvaluatedSAE
     from flux_ir.api.explore_features import explore_features
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
     from flux_ir.api.progress import Begun, Note, Progress
     from flux_ir.api.score_features import score_features
+    from flux_ir.api.select_features import select_features
     from flux_ir.api.study import Studied, run_study
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.visualize import Visualization, create_visualization, explore
@@ -48,6 +50,8 @@ _MODULES = {
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
     "encode_prompt": "flux_ir.api.models",
+    "draw_features": "flux_ir.api.draw_features",
+    "DrawnFeatures": "flux_ir.api.draw_features",
     "evaluate_sae": "flux_ir.api.evaluate_sae",
     "EvaluatedSAE": "flux_ir.api.evaluation_files",
     "explore": "flux_ir.api.visualize",
@@ -75,6 +79,7 @@ _MODULES = {
     "run_study": "flux_ir.api.study",
     "sample": "flux_ir.api.models",
     "score_features": "flux_ir.api.score_features",
+    "select_features": "flux_ir.api.select_features",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.splice",
     "Studied": "flux_ir.api.study",
@@ -88,6 +93,7 @@ __all__ = [
     "Begun",
     "CaptureResult",
     "Comparison",
+    "DrawnFeatures",
     "EvaluatedSAE",
     "ExportedSAE",
     "Features",
@@ -111,6 +117,7 @@ __all__ = [
     "convert_collection",
     "create_visualization",
     "decode",
+    "draw_features",
     "encode_prompt",
     "evaluate_sae",
     "explore",
@@ -129,6 +136,7 @@ __all__ = [
     "run_study",
     "sample",
     "score_features",
+    "select_features",
     "spliced",
     "train_sae",
 ]

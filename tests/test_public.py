@@ -61,6 +61,8 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("export_features", "export_features"),
         ("find_examples", "find_examples"),
         ("label_features", "label_features"),
+        ("select_features", "select_features"),
+        ("draw_features", "draw_features"),
         ("compare_features", "compare_features"),
         ("explore_features", "explore_features"),
         ("lens", "read_lens"),

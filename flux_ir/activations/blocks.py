@@ -156,6 +156,9 @@ class SampledSource(Protocol):
     def sampling(self, generation: int) -> Sampling:
         """Raises FluxIRError where the files do not say."""
 
+    def state(self, generation: int, step: int) -> Tensor | None:
+        """The packed latent that a step began with, [img_tokens, channels]; None where not all of it was kept."""
+
 
 class Drawn(NamedTuple):
     """What is known of the picture of a generation; None: not known."""

@@ -134,6 +134,11 @@ class CaptureSource:
         except KeyError as error:
             raise not_said(capture.path, error.args[0]) from error
 
+    def state(self, generation: int, step: int) -> Tensor | None:
+        """The packed latent that a step began with; None where only some tokens were kept."""
+        capture = self._capture(generation)
+        return None if capture.img_positions is not None else capture.context(step).img[0]
+
     def drawn(self, generation: int) -> Drawn:
         """The picture beside the capture, in its run's folder, and what the capture says of it."""
         capture = self._capture(generation)

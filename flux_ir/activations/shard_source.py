@@ -170,6 +170,16 @@ class ShardSource:
         except (KeyError, ValueError) as error:
             raise not_said(shard.path, str(error.args[0])) from error
 
+    def state(self, generation: int, step: int) -> Tensor | None:
+        """The packed latent that a step began with; None where only some tokens were kept."""
+        number = bisect_right(self._starts, generation) - 1
+        shard, row = self._shards[number], generation - self._starts[number]
+        tensor = shard.tensors.get(state_key(step))
+        if tensor is None or POSITIONS_KEY in shard.tensors:
+            return None
+        path = shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
+        return self._read(path, shard, state_key(step), range(row, row + 1), range(tensor.shape[1]), None)[0]
+
     def drawn(self, generation: int) -> Drawn:
         """Its picture, as `flux-ir collect --save_images` keeps it beside the shards."""
         number = bisect_right(self._starts, generation) - 1

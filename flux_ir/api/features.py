@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flux_ir.api.draw_features import draw_features
 from flux_ir.api.explore_features import explore_features
 from flux_ir.api.find_examples import find_examples
 from flux_ir.api.label_features import label_features
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.api.score_features import score_features
+from flux_ir.api.select_features import select_features
 from flux_ir.distributed import joined, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, open_features
@@ -44,7 +46,9 @@ def _pages(folder: FeatureFolder, progress: Watch) -> None:
 
 STAGES = (
     Stage("examples", lambda folder, progress: find_examples(folder, progress=progress), shared=True),
+    Stage("select", lambda folder, progress: select_features(folder, progress=progress)),
     Stage("labels", lambda folder, progress: label_features(folder, progress=progress)),
+    Stage("draw", lambda folder, progress: draw_features(folder, progress=progress)),
     Stage("pages", _pages),
 )
 """In their order, with the defaults of their functions."""

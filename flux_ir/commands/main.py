@@ -23,6 +23,8 @@ VERBS = {
     "score-features": "what every feature of an autoencoder does, on every token, image and step",
     "find-examples": "images that show what each feature responds to: strong, weak, random, silent",
     "label-features": "words that lift each feature, and a short description judged on other images",
+    "select-features": "which features deserve a look: coherent, stable, of a word, of a region, of most effect",
+    "draw-features": "contact sheets of features with maps, their neighbours, and what each draws by itself",
     "compare-features": "match the features of two sites, steps, autoencoders or models, and say what has moved",
     "export-features": "the table of features as CSV or Parquet, or all of them as Neuronpedia imports them",
     "lens": "decode an existing capture again, without sampling",

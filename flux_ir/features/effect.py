@@ -8,7 +8,7 @@ Choosing features by what the output does, and not by what they respond to, is w
 (Arad et al., 2025).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -17,12 +17,16 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flux_ir.activations.blocks import SampledSource
+from flux_ir.features.folder import FeatureFolder
+from flux_ir.features.scores import half_of
+from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sampling.denoise import per_sample
-from flux_ir.sampling.generate import Inputs
-from flux_ir.shapes import Tokens
-from flux_ir.sites import Site
+from flux_ir.sampling.generate import Inputs, noise_for, prepare, sample
+from flux_ir.shapes import PackedLatent, Tokens
+from flux_ir.sites import Site, Stream
 
 SIGN_VECTORS = 8
 """More change the numbers by less than the choice of generations does: each is one backward pass."""
@@ -101,3 +105,51 @@ class EffectMeter:
         """The same over the tokens that each feature is active on; NaN for a feature that is active on none."""
         with np.errstate(invalid="ignore"):
             return np.sqrt(self._squares / np.where(self._active, self._active, np.nan))
+
+
+def generations_for(folder: FeatureFolder, count: int) -> list[int]:
+    """Generations to measure on: evenly spaced over the images, of different prompts; fewer if there are fewer."""
+    first_of: dict[str, int] = {}
+    for row in folder.images:
+        first_of.setdefault(row.prompt, row.index)
+    chosen = np.unique(np.linspace(0, len(first_of) - 1, count).round().astype(int))
+    return [list(first_of.values())[place] for place in chosen]
+
+
+def add_generation(
+    meters: Mapping[Stream, EffectMeter],
+    model: Flux,
+    folder: FeatureFolder,
+    source: SampledSource,
+    image: int,
+    text: TextEmbedding,
+    generator: torch.Generator,
+) -> None:
+    """Take one generation into the meter of each stream, at every step that was scored: one forward at each, from the
+    state that was stored, or that its seed leads to where none was.
+    """
+    assert folder.settings.site is not None
+    site, made = Site.parse(folder.settings.site), source.sampling(image)
+    device, dtype = model.img_in.weight.device, model.dtype
+    noise = noise_for([made.seed], made.height, made.width, device, dtype)
+    inputs = prepare(noise, text, made.height, made.width)
+    for step in folder.steps:
+        state = source.state(image, step)
+        img = _sampled_to(model, inputs, made.timesteps, made.guidance, step) if state is None else state[None]
+        here = inputs._replace(img=img.to(device, dtype))
+        for stream, meter in meters.items():
+            part = folder.part_of(image, stream)
+            positions = part.positions[image - part.images.start]
+            there, active = positions >= 0, part.token_features(image, step)
+            token = (np.cumsum(there) - 1)[np.repeat(np.arange(part.tokens), np.diff(active.ptr))]
+            rows = torch.from_numpy(positions[there].astype(np.int64)).to(device)
+            of_stream = half_of(site, stream)
+            assert of_stream is not None
+            t_curr = made.timesteps[step]
+            for gradient in gradients(model, of_stream, here, t_curr, made.guidance, generator=generator):
+                meter.add(gradient[0, rows], token, active.feature)
+
+
+def _sampled_to(model: Flux, inputs: Inputs, timesteps: tuple[float, ...], guidance: float, step: int) -> PackedLatent:
+    """The state that a step begins with, from noise on."""
+    return next(one.before for one in sample(model, inputs, list(timesteps), guidance) if one.number == step)

@@ -50,7 +50,7 @@ class FeatureLine(NamedTuple):
     examples: Sequence[Example]
 
 
-def draw_features(
+def draw_feature_sheet(
     title: str,
     subtitle: str,
     lines: Sequence[FeatureLine],

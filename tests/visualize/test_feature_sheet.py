@@ -12,7 +12,7 @@ from flux_ir.visualize.feature_sheet import (
     PANEL_PX,
     Example,
     FeatureLine,
-    draw_features,
+    draw_feature_sheet,
     number_lines,
 )
 from flux_ir.visualize.heatmap import overlay
@@ -46,7 +46,7 @@ def cells_of(page, expected):
 @pytest.mark.parametrize("smooth", [False, True])
 def test_every_picture_has_its_map_over_it_by_the_scale_of_its_line(tmp_path, smooth):
     lines = [line(1), line(2, top=8.0)]
-    size = draw_features("a title", "a subtitle", lines, tmp_path / "sheet.png", cell_px=CELL, smooth=smooth)
+    size = draw_feature_sheet("a title", "a subtitle", lines, tmp_path / "sheet.png", cell_px=CELL, smooth=smooth)
     page = drawn(tmp_path / "sheet.png")
     assert page.shape == (size[1], size[0], 3)
     rows = []
@@ -60,7 +60,7 @@ def test_every_picture_has_its_map_over_it_by_the_scale_of_its_line(tmp_path, sm
 
 
 def test_plain_pictures_stand_above_those_with_maps(tmp_path):
-    draw_features("t", "s", [line(1)], tmp_path / "sheet.png", cell_px=CELL, plain=True)
+    draw_feature_sheet("t", "s", [line(1)], tmp_path / "sheet.png", cell_px=CELL, plain=True)
     page = drawn(tmp_path / "sheet.png")
     plain = picture(31).resize((96, 64))
     ((x, y),) = cells_of(page, np.asarray(plain))
@@ -72,7 +72,7 @@ def test_plain_pictures_stand_above_those_with_maps(tmp_path):
 def test_pictures_of_other_forms_keep_theirs_in_the_middle_of_the_cell(tmp_path):
     tall = Image.new("RGB", (20, 40), (10, 200, 10))
     examples = [Example(picture(5), None, "1", ""), Example(tall, None, "2", "")]
-    draw_features("t", "s", [FeatureLine("f", "", [], None, examples)], tmp_path / "sheet.png", cell_px=CELL)
+    draw_feature_sheet("t", "s", [FeatureLine("f", "", [], None, examples)], tmp_path / "sheet.png", cell_px=CELL)
     page = drawn(tmp_path / "sheet.png")
     found = (page == (10, 200, 10)).all(axis=2)
     ys, xs = np.nonzero(found)
@@ -84,7 +84,7 @@ def test_pictures_of_other_forms_keep_theirs_in_the_middle_of_the_cell(tmp_path)
 def test_what_is_not_known_leaves_its_place_empty(tmp_path):
     """No picture, no map, no scale, no label."""
     lonely = FeatureLine("feature 7", "", [], None, [Example(None, None, "", "")])
-    draw_features("t", "s", [lonely, line(1, examples=1)], tmp_path / "sheet.png", cell_px=CELL)
+    draw_feature_sheet("t", "s", [lonely, line(1, examples=1)], tmp_path / "sheet.png", cell_px=CELL)
     page = drawn(tmp_path / "sheet.png")
     (corner,) = cells_of(page, np.asarray(overlay(picture(30).resize((96, 64)), MAP, 4.0)))
     above = page[MARGIN_PX + 60 : corner[1] - 3 * GAP_PX, corner[0] : corner[0] + 96]
@@ -95,7 +95,7 @@ def test_long_texts_are_cut_where_their_room_ends(tmp_path):
     long = "a very long text that goes on and on " * 9
     own = [Example(picture(9), MAP, long, long)]
     wide = FeatureLine(long, long, [long], 4.0, own)
-    draw_features(long, long, [wide], tmp_path / "sheet.png", cell_px=CELL)
+    draw_feature_sheet(long, long, [wide], tmp_path / "sheet.png", cell_px=CELL)
     page = drawn(tmp_path / "sheet.png").astype(int)
     inked = np.abs(page - PAGE).max(axis=2) > 60
     assert not inked[:, : MARGIN_PX - 1].any()
@@ -106,7 +106,7 @@ def test_long_texts_are_cut_where_their_room_ends(tmp_path):
 
 def test_the_same_lines_give_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
-        draw_features("t", "s", [line(1)], tmp_path / name, cell_px=CELL)
+        draw_feature_sheet("t", "s", [line(1)], tmp_path / name, cell_px=CELL)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -118,5 +118,5 @@ def test_numbers_that_are_not_known_are_left_out():
 @pytest.mark.parametrize("count", [0, 201])
 def test_a_sheet_has_a_line_and_not_too_many(tmp_path, count):
     with pytest.raises(FluxIRError, match=f"a sheet shows 1 to 200 features: got {count}"):
-        draw_features("t", "s", [line(1, examples=1)] * count, tmp_path / "sheet.png")
+        draw_feature_sheet("t", "s", [line(1, examples=1)] * count, tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()
