@@ -403,7 +403,7 @@ class Selecting:
         if settings.permutations:
             self._note_power(lists)
         after = [stage for stage in ("score", "examples") if stage in folder.stages]
-        folder.mark_done("select", {"groups": self.selection.groups, "lists": known}, after=after)
+        folder.mark_done("select", {"groups": dict(sorted(self.selection.groups.items())), "lists": known}, after=after)
         return lists
 
     def _note_power(self, lists: dict[Stream, list[Ranked]]) -> None:

@@ -6,7 +6,7 @@ stopped goes on. Next: `coherence`, which compares the images of a feature by th
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
@@ -28,6 +28,7 @@ BATCH = 32
 """Images that go through a network together."""
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Makes the embeddings of images."""
 

@@ -221,4 +221,5 @@ def _floats(values: NDArray[Any]) -> list[float]:
 
 
 def _as_json(settings: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(settings))
+    """As a file gives them back, in its order."""
+    return json.loads(json.dumps(settings, sort_keys=True))
