@@ -24,7 +24,7 @@ from flux_ir.features.decoder_view import Active, active_together, encoder_decod
 from flux_ir.features.drawings import UNTOUCHED, Canvas, Studio, draw_missing, is_drawn, token_length
 from flux_ir.features.folder import FeatureFolder, ScorePart, digest_of, open_features, read_tensors, write_tensors
 from flux_ir.features.heatmaps import draw_overlay, scale_of, sheet_line
-from flux_ir.features.scores import Scoring, half_of
+from flux_ir.features.scoring import Scoring, half_of
 from flux_ir.features.selection import Ranked, Selection, ranked, read_lists
 from flux_ir.layout import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
@@ -173,7 +173,12 @@ class Drawing:
         """Neighbours, then what each draws, then the sheets, which show all of it."""
         folder, features = self.folder, self.chosen.features
         scoring = prepare(
-            folder.sae, folder.captures, site=folder.settings.site, device=self.device, progress=self.progress
+            folder.sae,
+            folder.captures,
+            site=folder.settings.site,
+            steps=folder.steps,
+            device=self.device,
+            progress=self.progress,
         )
         self._neighbours(scoring)
         draws = self._draws(scoring)

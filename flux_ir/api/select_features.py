@@ -40,7 +40,7 @@ from flux_ir.features.embeddings import (
     read_embeddings,
 )
 from flux_ir.features.folder import FeatureFolder, digest_of, open_features
-from flux_ir.features.scores import Scoring
+from flux_ir.features.scoring import Scoring
 from flux_ir.features.selection import Ranked, Selection, make_lists, write_lists
 from flux_ir.features.significance import q_values
 from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
@@ -201,7 +201,12 @@ class Selecting:
         """The autoencoder and the activations as they were scored."""
         folder = self.folder
         scoring = prepare(
-            folder.sae, folder.captures, site=folder.settings.site, device=self.device, progress=self.progress
+            folder.sae,
+            folder.captures,
+            site=folder.settings.site,
+            steps=folder.steps,
+            device=self.device,
+            progress=self.progress,
         )
         if scoring.settings.digest != folder.settings.digest:
             raise FluxIRError(

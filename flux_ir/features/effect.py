@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import SampledSource
 from flux_ir.features.folder import FeatureFolder
-from flux_ir.features.scores import half_of
+from flux_ir.features.scoring import half_of
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Intervention

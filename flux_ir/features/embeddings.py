@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, digest_of, read_tensors, write_tensors
-from flux_ir.features.scores import Scoring
+from flux_ir.features.scoring import Scoring
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.clip import Preprocessing, read_pixels
 from flux_ir.models.clip_towers import ClipPicture
