@@ -48,7 +48,9 @@ class DrawFeaturesOptions(FeaturesFolder, Checkpoints, Compute):
     strength: float = option(1.0, help="of the icon, in units of k times the feature's mean activation", group=DRAWS)
     batch_size: int = option(8, help="features that go through the model together", group=DRAWS, minimum=1)
     seed: int = option(0, help="of the noise that all icons begin with", group=DRAWS, minimum=0)
-    model: str | None = option(None, help="the model to run", group=MACHINE, default_text="the one that was captured")
+    model: str | None = option(
+        None, help="the model that draws", group=MACHINE, default_text="the one that was captured"
+    )
 
 
 def run(options: DrawFeaturesOptions) -> None:

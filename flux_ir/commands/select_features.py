@@ -64,7 +64,9 @@ class SelectFeaturesOptions(FeaturesFolder, Checkpoints, Device):
     effect_images: int = option(
         4, help="generations to measure effects on; 0: none, and no model is run", group=EFFECT, minimum=0
     )
-    model: str | None = option(None, help="the model to run", group=EFFECT, default_text="the one that was captured")
+    model: str | None = option(
+        None, help="the model to measure effects in", group=EFFECT, default_text="the one that was captured"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = option("float32", help="what the model computes in", group=EFFECT)
 
     most: int = option(50, help="features of a list, at most", group=LISTS, minimum=1)
