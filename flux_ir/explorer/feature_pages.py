@@ -35,7 +35,7 @@ from flux_ir.explorer.feature_pictures import (
     write_script,
 )
 from flux_ir.explorer.feature_records import Group, Panels, shard_records
-from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels
+from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels, token_strings
 from flux_ir.features.folder import COMMON, PLACE_R2, RARE, FeatureFolder, digest_of
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sites import Stream
@@ -192,7 +192,7 @@ def _write_patches(folder: FeatureFolder, pages: Path, image: int, top: int) -> 
 def _write_images(folder: FeatureFolder, pages: Path, images: NDArray[np.int64]) -> None:
     shown = np.zeros(len(folder.images), np.bool_)
     shown[images] = True
-    for number, rows in enumerate(image_shards(folder, shown, tokens=[])):
+    for number, rows in enumerate(image_shards(folder, shown, token_strings(folder))):
         write_script(pages / "images" / f"{number:04d}.js", f"images/{number:04d}", rows)
 
 

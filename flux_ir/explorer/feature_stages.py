@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.feature_records import Group, Panels
 from flux_ir.features.folder import FeatureFolder, digest_of
+from flux_ir.features.words import STAGE, find_tokenizer, prompt_tokens
 from flux_ir.sites import Stream
 
 NUMBERS = ("selection.safetensors", "decoder.safetensors")
@@ -84,6 +85,18 @@ def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
         rows["draws"] = _draws(folder.path / DRAWS)
     labels = {int(row["feature"]): row for row in _read(folder.path / LABELS, stream) or []}
     return Panels(table.max_active, table.histogram, table.step_frequency, table.step_mean, rows, labels)
+
+
+def token_strings(folder: FeatureFolder) -> list[list[str]]:
+    """The tokens of the text of every image, up to its end; empty where they are not scored, or have no names here."""
+    if "txt" not in folder.streams:
+        return []
+    asked = folder.stages.get(STAGE, {"settings": {}})["settings"].get("tokenizer")
+    known = find_tokenizer(folder.settings.model, None if asked is None else Path(asked))
+    if known is None:
+        return []
+    tokens = prompt_tokens(known, [row.prompt for row in folder.images], folder.settings.tokens["txt"])
+    return [[tokens.strings[number] for number in row if number != tokens.padding] for row in tokens.ids.tolist()]
 
 
 def made_of(folder: FeatureFolder) -> str:
