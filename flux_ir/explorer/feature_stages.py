@@ -1,6 +1,5 @@
 """What the stages left in a folder of features, as the pages take it; what is not there yet is None."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flux_ir.errors import FluxIRError
 from flux_ir.explorer.feature_records import Group, Panels
 from flux_ir.features.folder import FeatureFolder, digest_of
-from flux_ir.features.words import STAGE, find_tokenizer, prompt_tokens
+from flux_ir.features.labels import LABELS_FILE
+from flux_ir.features.words import STAGE, WORDS_FILE, find_tokenizer, prompt_tokens, read_result
 from flux_ir.sites import Stream
 
 NUMBERS = ("selection.safetensors", "decoder.safetensors")
-WORDS, LABELS, DRAWS = "words.json", "labels.json", "draws"
+DRAWS = "draws"
 
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
@@ -52,10 +51,10 @@ def read_later(folder: FeatureFolder, stream: Stream) -> dict[str, NDArray[Any]]
     for file in NUMBERS:
         if (folder.path / file).is_file():
             found |= folder.columns(file, stream)
-    if labels := _read(folder.path / LABELS, stream):
+    if labels := _read(folder, LABELS_FILE, stream):
         found["label_score"] = np.full(d_sae, np.nan, np.float32)
         found["label_score"][[row["feature"] for row in labels]] = [row["score"] for row in labels]
-    tokens = (_read(folder.path / WORDS, stream) or {}).get("tokens") or {}
+    tokens = (_read(folder, WORDS_FILE, stream) or {}).get("tokens") or {}
     found |= {name: np.asarray(tokens[name], np.float32) for name in ("on_end", "on_padding") if name in tokens}
     numbers = {name: array for name, array in found.items() if array.shape == (d_sae,) and array.dtype.kind == "f"}
     return {name: array for name, array in numbers.items() if np.isfinite(array).any()}
@@ -65,7 +64,7 @@ def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
     """What the page of a feature shows beside its pictures."""
     table = folder.table(stream)
     rows: dict[str, Mapping[int, Sequence[Sequence[Any]]]] = {}
-    if words := _read(folder.path / WORDS, stream):
+    if words := _read(folder, WORDS_FILE, stream):
         texts = words["words"]
         rows["words"] = {
             int(feature): [(texts[word], float(pmi), both) for word, pmi, both, _ in some]
@@ -83,7 +82,7 @@ def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
             rows[name] = _Neighbours(known[name], known[value])
     if stream == folder.streams[0] and (folder.path / DRAWS).is_dir():
         rows["draws"] = _draws(folder.path / DRAWS)
-    labels = {int(row["feature"]): row for row in _read(folder.path / LABELS, stream) or []}
+    labels = {int(row["feature"]): row for row in _read(folder, LABELS_FILE, stream) or []}
     return Panels(table.max_active, table.histogram, table.step_frequency, table.step_mean, rows, labels)
 
 
@@ -101,7 +100,7 @@ def token_strings(folder: FeatureFolder) -> list[list[str]]:
 
 def made_of(folder: FeatureFolder) -> str:
     """What stands for all that is read here besides the scores and the examples."""
-    files = [folder.path / name for name in (*NUMBERS, WORDS, LABELS)]
+    files = [folder.path / name for name in (*NUMBERS, WORDS_FILE, LABELS_FILE)]
     digests = [sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in files]
     return digest_of([digests, sorted(path.name for path in (folder.path / DRAWS).glob("*.png"))])
 
@@ -135,13 +134,7 @@ def _draws(folder: Path) -> dict[int, list[tuple[str, str]]]:
     return found
 
 
-def _read(path: Path, stream: Stream) -> Any:
-    """What a JSON file says of a stream; None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["streams"].get(stream)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FluxIRError(
-            f"{path} is not what flux-ir label-features writes: {error}", hint="delete it, and label again"
-        ) from error
+def _read(folder: FeatureFolder, file: str, stream: Stream) -> Any:
+    """What words.json or labels.json says of a stream; None where there is none."""
+    found = read_result(folder, file)
+    return None if found is None else found["streams"].get(stream)

@@ -185,7 +185,7 @@ def _examples(array: np.ndarray, steps: Sequence[int], top: int) -> dict[str, np
     return found
 
 
-def add_later_stages(folder: FeatureFolder) -> None:
+def add_later_stages(folder: FeatureFolder) -> FeatureFolder:
     """What the later stages leave, of image tokens: a label, words, neighbours, numbers, and what feature 1 draws."""
     d_sae, path = folder.settings.d_sae, folder.path
     numbers = {"img/coherence": np.linspace(0.9, 0.1, d_sae, dtype=np.float32), "img/stability": np.full(d_sae, np.nan)}
@@ -206,3 +206,4 @@ def add_later_stages(folder: FeatureFolder) -> None:
     for name, width in (("1", 32), ("untouched", 16)):
         (path / "draws").mkdir(exist_ok=True)
         Image.new("RGB", (width, 16), (200, 30, 30)).save(path / "draws" / f"{name}.png")
+    return folder.mark_done("labels", {}, after=("score",))

@@ -357,7 +357,7 @@ def test_text_tokens_are_coloured_by_value(visit, tmp_path):
 
 def test_labels_words_neighbours_and_drawings_are_shown_and_lead_on(visit, tmp_path, known):
     folder = make_feature_folder(tmp_path / "all", {"img": known})
-    add_later_stages(folder)
+    folder = add_later_stages(folder)
     for _ in write_pages(folder, PagesSettings()):
         pass
     page = visit("#feature=1", path=folder.path)

@@ -271,7 +271,7 @@ def test_wrong_words_end_with_one_line(words, error, capsys):
 
 def test_what_later_stages_found_is_shown_and_pages_follow_it(folder):
     write(folder)
-    add_later_stages(folder)
+    folder = add_later_stages(folder)
     pages = write(folder)
     found = record(pages, 1)
     assert found["words"] == [["blue thing", 2.5, 7], ["red", 1.25, 3]]
@@ -293,6 +293,7 @@ def test_what_later_stages_found_is_shown_and_pages_follow_it(folder):
 
 
 def test_a_file_of_a_stage_that_is_none_is_named(folder):
-    (folder.path / "labels.json").write_text("[]")
-    with pytest.raises(FluxIRError, match=r"labels\.json is not what flux-ir label-features writes"):
+    folder = add_later_stages(folder)
+    (folder.path / "labels.json").write_text("[")
+    with pytest.raises(FluxIRError, match=r"labels\.json cannot be read"):
         write(folder)
