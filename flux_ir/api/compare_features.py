@@ -52,7 +52,7 @@ By = Literal["auto", "activations", "decoder"]
 Level = Literal["image", "token"]
 RESULT, PICTURE = "compare.json", "compare.png"
 VERSION = 1
-NULL_SCORES, MOST_DRAWS = 20_000, 100
+NULL_SCORES, MOST_DRAWS = 10_000, 100
 """The null is drawn until it has at least so many pairs, but not more often than that."""
 
 
@@ -64,6 +64,7 @@ class CompareSettings:
     level: Level = "image"
     stream: Stream | None = None
     candidates: int = 16
+    min_likeness: float = 0.5
     min_images: int = 10
     max_images: int = 20_000
     permutations: int = 10_000
@@ -83,7 +84,7 @@ class Comparison(NamedTuple):
     def matched(self) -> list[tuple[int, int]]:
         """The features that are the same one, beyond the null: numbers in the first folder and in the second."""
         pairs = self.content["pairs"]
-        return [(a, b) for a, b, q in zip(pairs["a"], pairs["b"], pairs["q"], strict=True) if q <= self.content["fdr"]]
+        return [(a, b) for a, b, is_one in zip(pairs["a"], pairs["b"], pairs["matched"], strict=True) if is_one]
 
 
 def compare_features(
@@ -94,6 +95,7 @@ def compare_features(
     level: Level = "image",
     stream: Stream | None = None,
     candidates: int = 16,
+    min_likeness: float = 0.5,
     min_images: int = 10,
     max_images: int = 20_000,
     permutations: int = 10_000,
@@ -108,8 +110,9 @@ def compare_features(
     `by` activations: correlation of S over the same generations (`level` image), or of every token of them. `by`
     decoder: cosine of the directions, of one width. Auto: activations, if both folders have generations of one prompt,
     seed and size. The assignment has the largest sum of likenesses; above 4,096 features, among the `candidates` most
-    alike of each. A pair is matched if, at the rate `fdr`, the null (images permuted; random directions) has none as
-    alike. Features active on fewer than `min_images` images are left out.
+    alike of each. A pair is matched if it is at least `min_likeness` alike, and more so than pairs of the null (images
+    permuted; random directions) at the rate `fdr`: over many images the least likeness is beyond chance. Features
+    active on fewer than `min_images` images are left out.
 
     Where the generations are the same, pairs are also tested for a change of frequency and of mean activation, by
     `permutations`, and CKA of the activations themselves is measured on about `cka_tokens` tokens (0: not at all).
@@ -122,6 +125,7 @@ def compare_features(
         level=level,
         stream=stream,
         candidates=candidates,
+        min_likeness=min_likeness,
         min_images=min_images,
         max_images=max_images,
         permutations=permutations,
@@ -179,8 +183,9 @@ class _Comparing:
         ]
         usable = [self._usable(side, score) for side, score in enumerate(scores)]
         pairs, tested = self._match(usable, scores)
-        changes = self._changes(pairs, tested.q <= self.settings.fdr, scores) if same else {}
-        folders = [self._described(side, usable[side], pairs, tested) for side in (0, 1)]
+        matched = (tested.q <= self.settings.fdr) & (pairs.score >= self.settings.min_likeness)
+        changes = self._changes(pairs, matched, scores) if same else {}
+        folders = [self._described(side, usable[side], pairs, matched) for side in (0, 1)]
         return {
             "a": folders[0],
             "b": folders[1],
@@ -199,6 +204,7 @@ class _Comparing:
                 "b": pairs.column.tolist(),
                 "likeness": _numbers(pairs.score),
                 "mutual": pairs.mutual.tolist(),
+                "matched": matched.tolist(),
                 "p": _numbers(tested.p),
                 "q": _numbers(tested.q),
             },
@@ -368,10 +374,9 @@ class _Comparing:
         return found
 
     def _described(
-        self, side: int, usable: NDArray[np.int64], pairs: Pairs, tested: Tested
+        self, side: int, usable: NDArray[np.int64], pairs: Pairs, matched: NDArray[np.bool_]
     ) -> dict[str, str | int | list[int] | None]:
         folder = self.folders[side]
-        matched = (pairs.row, pairs.column)[side][tested.q <= self.settings.fdr]
         return {
             "features": folder.path.resolve().name,
             "model": folder.settings.model,
@@ -380,7 +385,7 @@ class _Comparing:
             "steps": list(folder.steps),
             "d_sae": folder.settings.d_sae,
             "compared": len(usable),
-            "unmatched": np.setdiff1d(usable, matched).tolist(),
+            "unmatched": np.setdiff1d(usable, (pairs.row, pairs.column)[side][matched]).tolist(),
         }
 
 
@@ -404,8 +409,7 @@ def _numbers(values: NDArray[np.floating[Any]]) -> list[float | str | None]:
 
 def _draw(path: Path, content: Mapping[str, Any]) -> None:
     """Each pair by its frequency on the two sides; where generations differ, by its likeness and its rank."""
-    pairs, q = content["pairs"], np.array(content["pairs"]["q"], np.float64)
-    matched = q <= content["fdr"]
+    pairs, matched = content["pairs"], np.array(content["pairs"]["matched"], np.bool_)
     names = [f"{content[side]['features']}, {content[side]['site'] or 'an array'}" for side in ("a", "b")]
     subtitle = f"{int(matched.sum())} of {content['a']['compared']} features matched by {content['by']}"
     if not content["changes"]:
@@ -413,7 +417,7 @@ def _draw(path: Path, content: Mapping[str, Any]) -> None:
         points = np.stack([np.arange(1, len(order) + 1), np.array(pairs["likeness"])[order]], 1)
         groups = [
             ScatterGroup("matched", points[matched[order]]),
-            ScatterGroup("as under the null", points[~matched[order]]),
+            ScatterGroup("paired, and not alike", points[~matched[order]]),
         ]
         scatter(path, groups, f"{names[0]} and {names[1]}", x="features by rank", y="likeness", subtitle=subtitle)
         return
@@ -421,7 +425,7 @@ def _draw(path: Path, content: Mapping[str, Any]) -> None:
     points = np.stack([np.array(change["a"]), np.array(change["b"])], 1)
     moved = matched & (np.array(change["q"], np.float64) <= content["fdr"])
     groups = [
-        ScatterGroup("as under the null", points[~matched]),
+        ScatterGroup("paired, and not alike", points[~matched]),
         ScatterGroup("matched", points[matched & ~moved]),
         ScatterGroup("matched, and more or less frequent", points[moved]),
     ]

@@ -40,6 +40,9 @@ class CompareFeaturesOptions(Options):
     candidates: int = option(
         16, help="partners of each feature that are tried, where there are more than 4,096", group=HOW, minimum=1
     )
+    min_likeness: float = option(
+        0.5, help="correlation or cosine of a pair that counts as the same", group=HOW, minimum=0.0, maximum=1.0
+    )
     min_images: int = option(10, help="leave out features active on fewer images", group=HOW, minimum=2)
     max_images: int = option(20_000, help="most generations to compare", group=HOW, minimum=2)
     permutations: int = option(10_000, help="draws of the test for features that have moved", group=HOW, minimum=1)
@@ -69,31 +72,36 @@ def run(options: CompareFeaturesOptions) -> None:
 def summary(found: "Comparison") -> list[str]:
     """What was matched, the strongest matches, and what has moved most."""
     from flux_ir.commands.report import aligned
+    from flux_ir.features.folder import open_features
+    from flux_ir.features.labels import read_labels
 
     content, pairs = found.content, found.content["pairs"]
-    null, count = content["null"], len(found.matched)
+    null, count, least = content["null"], len(found.matched), content["settings"]["min_likeness"]
     lines = [
         f"{side}: {one['features']}, {one['site'] or 'an array'} ({one['stream']}), model {one['model'] or 'unknown'}, "
         f"steps {','.join(map(str, one['steps']))}: {one['compared']} of {one['d_sae']} features compared"
         for side, one in (("a", content["a"]), ("b", content["b"]))
     ]
     where = f" over {content['generations']} generations, each {content['level']}" if content["level"] else ""
+    lines.append(f"{count} of {content['a']['compared']} matched by {content['by']}{where}, at {least:g} or more")
     lines.append(
-        f"{count} of {content['a']['compared']} matched by {content['by']}{where}; under the null ({null['kind']}) "
-        f"half of the pairs are above {null['quantile_0.5']:.2f} and 5% above {null['quantile_0.95']:.2f}"
+        f"under the null ({null['kind']}) half of the pairs are above {null['quantile_0.5']:.2f} and 5% above "
+        f"{null['quantile_0.95']:.2f}"
     )
     lines += [
         f"CKA of step {one['step_a']} and {one['step_b']}: {one['cka']:.3f} on {one['tokens']} tokens "
         f"(images permuted: {one['permuted']:.3f})"
         for one in content["cka"]
     ]
-    matched = [place for place, q in enumerate(pairs["q"]) if q <= content["fdr"]]
+    matched = [place for place, is_one in enumerate(pairs["matched"]) if is_one]
+    alone = [len(content[side]["unmatched"]) for side in ("a", "b")]
+    lines.append(f"unmatched: {alone[0]} of a and {alone[1]} of b, which {found.path.name} lists")
+    labels = read_labels(open_features(found.path.parents[2]), content["a"]["stream"]) or {}
     best = sorted(matched, key=lambda place: -pairs["likeness"][place])
-    rows = [("most alike: a", "b", "likeness", "q")]
-    rows += [
-        (str(pairs["a"][i]), str(pairs["b"][i]), f"{pairs['likeness'][i]:.3f}", f"{pairs['q'][i]:.2g}")
-        for i in best[:SHOWN]
-    ]
+    rows = [("most alike: a", "b", "likeness", "q", "label of a")]
+    for place in best[:SHOWN]:
+        a, b, q = (pairs[name][place] for name in ("a", "b", "q"))
+        rows.append((str(a), str(b), f"{pairs['likeness'][place]:.3f}", f"{q:.2g}", labels.get(a, {}).get("text", "")))
     lines += ["", *aligned(rows)] if best else []
     for measure, change in content["changes"].items():
         lines += _moved(content, measure, change, matched)

@@ -7,6 +7,7 @@ is done with a null that has nothing to do with the first, and what is matched i
 `compare`, which reads folders.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ DENSE_FEATURES = 4096
 STRATA = 4
 """Features active on about equally many images are compared with the null of their like: rare ones match by chance."""
 _BLOCK_BYTES = 2**28
+_DENSE_FROM, _DENSE_BYTES = 0.02, 2**30
 
 Blocks = Iterable[tuple[int, NDArray[np.float32]]]
 """The likeness of a run of rows to all columns [run, columns], with the first row's number; the rows in order."""
@@ -101,9 +103,14 @@ def correlations(both: Activations) -> Iterator[tuple[int, NDArray[np.float32]]]
     rows, columns = both.a.shape[1], both.b.shape[1]
     (mean_a, spread_a), (mean_b, spread_b) = map(_moments, (both.a, both.b))
     step = _block_rows(columns, 8)
+    # Where a feature is active on more than a few rows in a hundred, products of dense matrices are faster.
+    is_dense = both.b.nnz > _DENSE_FROM * math.prod(both.b.shape) and math.prod(both.b.shape) * 8 <= _DENSE_BYTES
+    dense = both.b.toarray() if is_dense else None
     for start in range(0, rows, step):
         run = slice(start, start + step)
-        block = (both.a[:, run].T @ both.b).toarray() / both.a.shape[0]
+        of_a = both.a[:, run].T
+        block = (of_a @ both.b).toarray() if dense is None else of_a.toarray() @ dense
+        block /= both.a.shape[0]
         block -= mean_a[run, None] * mean_b
         scale = spread_a[run, None] * spread_b
         np.divide(block, scale, out=block, where=scale > 0)

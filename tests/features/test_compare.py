@@ -27,7 +27,7 @@ from flux_ir.features.folder import open_features
 from flux_ir.sae.base import save_sae
 from flux_ir.sites import Site
 from tests.activations.conftest import write_collection
-from tests.features.conftest import FEATURES, STEPS, _say_sizes, dense_of, save_small_sae
+from tests.features.conftest import FEATURES, STEPS, dense_of, save_small_sae, say_sizes
 
 MOVED, LOST = 7, 11
 ORDER = np.random.default_rng(0).permutation(FEATURES)
@@ -49,7 +49,7 @@ def sides(tmp_path_factory):
             root / name, 10, per_shard=6, images_per_prompt=3, sites=("double.0.img", "double.1.img"), img_tokens=12,
             settings=settings,
         )  # fmt: skip
-        _say_sizes(root / name, 64, 48)
+        say_sizes(root / name, 64, 48)
     sae = flux_ir.load_sae(save_small_sae(root / "saes" / "one", "double.0.img"))
     save_small_sae(root / "saes" / "fresh", "double.0.img", seed=1)
     for path in sorted((root / "tuned" / "shards").iterdir()):
@@ -179,10 +179,12 @@ def test_the_same_features_are_found_under_other_numbers(folders):
 
 
 def test_a_fresh_autoencoder_has_none_of_them_by_direction(folders):
-    found = flux_ir.compare_features(folders / "one", folders / "fresh", by="decoder")
+    found = flux_ir.compare_features(folders / "one", folders / "fresh", by="decoder", min_likeness=0)
     assert found.content["null"]["draws"] > 10
     assert len(found.matched) <= 2
     assert len(found.content["b"]["unmatched"]) >= found.content["b"]["compared"] - 2
+    same = flux_ir.compare_features(folders / "one", folders / "turned", by="decoder", min_likeness=1)
+    assert len(same.matched) < len(same.content["pairs"]["a"])  # beyond the null, but rounding keeps some below 1
 
 
 def test_what_a_model_moves_is_listed_first_and_what_it_does_not_is_not(folders, capsys):

@@ -40,9 +40,10 @@ def whole(blocks):
     return np.concatenate([block for _, block in blocks])
 
 
-@pytest.mark.parametrize("block_bytes", [1, 200, 2**28])
-def test_correlations_are_pearsons_over_all_rows_and_nought_for_constants(both, monkeypatch, block_bytes):
+@pytest.mark.parametrize(("block_bytes", "dense_bytes"), [(1, 2**30), (200, 0), (2**28, 2**30), (2**28, 0)])
+def test_correlations_are_pearsons_over_all_rows_and_nought_for_constants(both, monkeypatch, block_bytes, dense_bytes):
     monkeypatch.setattr(matching, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(matching, "_DENSE_BYTES", dense_bytes)
     found = whole(correlations(both))
     with np.errstate(invalid="ignore", divide="ignore"):
         expected = np.corrcoef(both.a.toarray().T, both.b.toarray().T)[:A, A:]
