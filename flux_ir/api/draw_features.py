@@ -22,6 +22,7 @@ from flux_ir.errors import FluxIRError, nearest
 from flux_ir.features.contrast import image_of_rows
 from flux_ir.features.decoder_view import Active, active_together, encoder_decoder_cosine, nearest_by_cosine
 from flux_ir.features.drawings import UNTOUCHED, Canvas, Studio, draw_missing, is_drawn, token_length
+from flux_ir.features.effect import why_not_run
 from flux_ir.features.folder import FeatureFolder, ScorePart, digest_of, open_features, read_tensors, write_tensors
 from flux_ir.features.heatmaps import draw_overlay, scale_of, sheet_line
 from flux_ir.features.scoring import Scoring, half_of
@@ -223,11 +224,12 @@ class Drawing:
     def _draws(self, scoring: Scoring) -> dict[int, Path]:
         """The picture of each feature, by its number; none where there is no model to run."""
         folder, settings = self.folder, self.settings
-        if not settings.draws:
+        if not settings.draws or not self.chosen.features:
             return {}
-        if folder.settings.site is None or not isinstance(scoring.source, SampledSource):
-            self.progress(Note("note: these activations are of no model that can be run, so nothing is drawn by it"))
+        if (why := why_not_run(folder, scoring.source, settings.model)) is not None:
+            self.progress(Note(f"note: {why}, so nothing is drawn by it"))
             return {}
+        assert isinstance(scoring.source, SampledSource)
         suite = self._suite()
         made = scoring.source.sampling(0)
         canvas = Canvas(
@@ -299,6 +301,9 @@ class Drawing:
         folder = self.folder
         if self.stream != "img":
             self.progress(Note("note: features of text tokens have no place in the pictures, so there are no sheets"))
+            return False
+        if not self.chosen.features:
+            self.progress(Note("note: no feature is active on these images, so there are no sheets"))
             return False
         shown = {image for feature in self.chosen.features for image in self._images(feature)}
         if lacking := sum(folder.picture(image) is None for image in shown):
@@ -401,7 +406,7 @@ def choose(folder: FeatureFolder, stream: Stream, settings: DrawSettings) -> Ran
             f"there is no list {by!r}: there are {', '.join([*lists, *TABLE])}",
             hint=f"did you mean {near!r}?" if near else "flux-ir select-features makes lists",
         )
-    if not found.features:
+    if not found.features and settings.by is not None:
         raise FluxIRError(
             f"no feature is in the list {by!r}: there is nothing to draw", hint="choose another with --by"
         )

@@ -29,7 +29,7 @@ from flux_ir.features.contrast import (
     step_variance,
 )
 from flux_ir.features.decoder_view import best_cosine
-from flux_ir.features.effect import SIGN_VECTORS, EffectMeter, add_generation, generations_for
+from flux_ir.features.effect import SIGN_VECTORS, EffectMeter, add_generation, generations_for, why_not_run
 from flux_ir.features.embeddings import (
     ClipEmbedder,
     Embedder,
@@ -342,9 +342,10 @@ class Selecting:
     def _effect(self) -> None:
         """One forward and a few gradients for each step of each generation."""
         folder, settings, source = self.folder, self.settings, self.scoring.source
-        if folder.settings.site is None or not isinstance(source, SampledSource):
-            self.progress(Note("note: these activations are of no model that can be run, so effects are not measured"))
+        if (why := why_not_run(folder, source, settings.model)) is not None:
+            self.progress(Note(f"note: {why}, so effects are not measured"))
             return
+        assert isinstance(source, SampledSource)
         suite = self._suite(autoencoder=False, text=True)
         images = generations_for(folder, settings.effect_images)
         known = {

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flux_ir.activations.blocks import SampledSource
+from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.scoring import half_of
+from flux_ir.models.registry import model_names
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Intervention
@@ -105,6 +107,20 @@ class EffectMeter:
         """The same over the tokens that each feature is active on; NaN for a feature that is active on none."""
         with np.errstate(invalid="ignore"):
             return np.sqrt(self._squares / np.where(self._active, self._active, np.nan))
+
+
+def why_not_run(folder: FeatureFolder, source: object, model: str | None) -> str | None:
+    """Why the generations of a folder cannot be run again, in words; None: they can. `model` is the one asked for."""
+    name = model or folder.settings.model
+    if folder.settings.site is None or not isinstance(source, SampledSource):
+        return "these activations are of no model that can be run"
+    if name is None or (model is None and name not in model_names()):
+        return f"these activations are of {name or 'a model without a name'}, which this program does not have"
+    try:
+        source.sampling(0)
+    except FluxIRError as error:
+        return error.message
+    return None
 
 
 def generations_for(folder: FeatureFolder, count: int) -> list[int]:

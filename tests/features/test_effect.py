@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from flux_ir.features.effect import EffectMeter, gradients
+from flux_ir.activations.source import open_source
+from flux_ir.features.effect import EffectMeter, generations_for, gradients, why_not_run
+from flux_ir.features.folder import open_features
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sampling.generate import Inputs
 from flux_ir.sites import Site
@@ -111,3 +113,17 @@ def test_no_hook_and_no_gradient_stay_behind(model, inputs):
     list(gradients(model, Site.parse("single.1.img"), inputs, T, 3.0, generator=torch.Generator(), sign_vectors=1))
     assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_activations_that_cannot_be_run_again_say_why(small):
+    folder = open_features(small / "features" / "img")
+    source = open_source(small / "captures")
+    assert why_not_run(folder, source, None) == "these activations are of tiny, which this program does not have"
+    assert "does not say its" in why_not_run(folder, source, "flux-tiny")
+    assert "of no model that can be run" in why_not_run(folder, object(), "flux-tiny")
+
+
+def test_generations_are_spread_over_the_prompts(small):
+    folder = open_features(small / "features" / "img")  # ten images, two of each prompt
+    assert generations_for(folder, 3) == [0, 4, 8]
+    assert generations_for(folder, 99) == [0, 2, 4, 6, 8]
