@@ -70,6 +70,8 @@ class SAEConfig:
     bias_init: BiasInit = "mean"
     """b_dec at the start: of a sample of tokens. The geometric median is less moved by a few huge ones."""
     seed: int = 0
+    whitened: bool = False
+    """Whether it was trained in units of what noise does (`whitening`), so that each feature has its own threshold."""
     site: str | None = None
     """Where the activations come from; None for plain arrays."""
     model: str | None = None
@@ -80,6 +82,12 @@ class SAEConfig:
         _check_choices(asdict(self))
         self._check_sizes()
         self._check_penalties()
+        if self.whitened and (self.architecture == "topk" or self.tied):
+            raise FluxIRError(
+                "whitening gives every feature a length of its own, which the choice of the k largest and tied weights "
+                f"cannot have: got {self.architecture}{', tied' if self.tied else ''}",
+                hint="train batch_topk or matryoshka, with weights that are not tied",
+            )
         if self.tied and self.encoder_init != "transposed":
             raise FluxIRError(
                 f"tied weights start as the decoder transposed: got encoder_init {self.encoder_init!r}",

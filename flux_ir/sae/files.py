@@ -204,6 +204,9 @@ def _from_lens(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], folder: Pa
     sae.b_dec.copy_(tensors["b_dec"])
     for name, tensor in _per_feature(sae).items():
         stored = tensors[name]
+        if tensor.ndim == 0 and sae.config.whitened:
+            sae.register_buffer(name, stored.clone())
+            continue
         if tensor.ndim == 0 and not torch.equal(stored, stored[:1].expand_as(stored)):
             raise FluxIRError(
                 f"all features of a {sae.config.architecture} have one {name}: {folder / WEIGHTS_FILE} has several",

@@ -18,6 +18,7 @@ from flux_ir.sae.optimiser import RowAdam
 from flux_ir.sae.resample import resample_dead_
 from flux_ir.sae.schedules import Schedule, default_learning_rate
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.whitening import Whitening
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,19 @@ class Numbers(NamedTuple):
 class Member:
     """One autoencoder of the run with everything that belongs to its training."""
 
-    def __init__(self, name: str, site: SiteKey, sae: SparseAutoencoder, settings: TrainSettings, ranks: Ranks) -> None:
-        """`site` is the key under which batches hold its tokens."""
+    def __init__(
+        self,
+        name: str,
+        site: SiteKey,
+        sae: SparseAutoencoder,
+        settings: TrainSettings,
+        ranks: Ranks,
+        *,
+        whitening: Whitening | None = None,
+    ) -> None:
+        """`site` is the key under which batches hold its tokens; with `whitening` the SAE is one of whitened tokens."""
         self.name, self.site, self.sae, self.settings, self.ranks = name, site, sae, settings, ranks
+        self.whitening = None if whitening is None else whitening.to(sae.W_dec.device)
         self.schedule = settings.schedule(sae)
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())  # tied weights once
         shadows = self._make_shadows()
@@ -97,6 +108,10 @@ class Member:
         )
         self.dead = DeadCounter(sae.config.d_sae, sae.W_dec.device)
         self.average = None if settings.ema_decay is None else WeightAverage(self.parameters, settings.ema_decay)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Raw tokens as its training sees them."""
+        return self.sae.normalise(x if self.whitening is None else self.whitening(x))
 
     def step(self, xn: Tensor, number: int, tokens_seen: int) -> Numbers:
         """One optimiser step on this process's normalised tokens; `number` counts from 0."""
@@ -123,18 +138,20 @@ class Member:
 
     @torch.no_grad()
     def finish(self) -> SparseAutoencoder:
-        """The autoencoder to write: the averaged weights if there are any, decoder rows of length one."""
+        """The autoencoder of raw tokens to write: the averaged weights if there are any, decoder rows of length one."""
         if self.average is not None:
             self.average.take_over()
             self.sae.normalise_decoder()
         self.sae.compute_dtype = self.sae.encoder_shadow = self.sae.decoder_shadow = None
-        return self.sae
+        return self.sae if self.whitening is None else self.whitening.fold(self.sae)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the processes have alike: weights, statistics and thresholds, averages, dead counters."""
         state: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
         state |= {f"buffers/{name}": buffer for name, buffer in self.sae.named_buffers()}
         state["tokens_since_fired"] = self.dead.tokens_since_fired
+        if self.whitening is not None:
+            state |= {f"whitening/{name}": tensor for name, tensor in self.whitening.tensors().items()}
         if self.average is not None:
             state |= {f"average/{name}": average for name, average in self.average.averages.items()}
         return {f"{self.name}/{name}": tensor for name, tensor in state.items()}

@@ -68,7 +68,7 @@ class Trainer:
         numbers = {}
         for member in self.members:
             if member.site not in normalised:  # all members of a site have its statistics
-                normalised[member.site] = member.sae.normalise(self._checked(batch[member.site]))
+                normalised[member.site] = member.normalise(self._checked(batch[member.site]))
             numbers[member.name] = member.step(normalised[member.site], number, seen)
         self.steps_done += 1
         return Progress(self.steps_done, self.tokens_seen, numbers)

@@ -15,7 +15,7 @@ from flux_ir.sae.checkpoints import SavedRun
 from flux_ir.sae.config import ARCHITECTURES
 
 PROGRAM = Path(__file__).with_name("training_program.py")
-SETTINGS = (*ARCHITECTURES, "resample")
+SETTINGS = (*ARCHITECTURES, "resample", "whiten")
 _SPEC = importlib.util.spec_from_file_location("training_program", PROGRAM)
 program = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(program)

@@ -1,6 +1,7 @@
 """A small training for the tests, also as a program of its own: `python training_program.py OUT STEPS SETTING...`.
 
-Settings: `shard`, `resample`, `bfloat16`, an architecture, `from=PATH` (a checkpoint) and `save` (one at the end).
+Settings: `shard`, `resample`, `bfloat16`, `whiten` (adds a BatchTopK), an architecture, `from=PATH` (a checkpoint) and
+`save` (one at the end).
 """
 
 import sys
@@ -15,10 +16,11 @@ from flux_ir.sae.architectures import make_sae
 from flux_ir.sae.checkpoints import Checkpoints, SavedRun
 from flux_ir.sae.config import ARCHITECTURES, SAEConfig
 from flux_ir.sae.trainer import Member, Trainer, TrainSettings, state_of, train
+from flux_ir.sae.whitening import whitening_of
 from flux_ir.sites import Site
 
 D, BATCH, TOTAL = 12, 32, 12
-SITE = Site.parse("single.1.img")
+SITE, OTHER = Site.parse("single.1.img"), Site.parse("single.2.img")
 ONE = Ranks()
 
 
@@ -35,11 +37,12 @@ def batches(start=0, ranks=ONE):
     rows, step, share = tokens(), start, BATCH // ranks.world_size
     while True:
         chosen = torch.randint(len(rows), (BATCH,), generator=torch.Generator().manual_seed(step))
-        yield {SITE: rows[chosen[ranks.rank * share : (ranks.rank + 1) * share]]}
+        values = rows[chosen[ranks.rank * share : (ranks.rank + 1) * share]]
+        yield {SITE: values, OTHER: values}
         step += 1
 
 
-def make_trainer(architectures, ranks, *, d_sae=31, seeds=(0,), **changes):
+def make_trainer(architectures, ranks, *, d_sae=31, seeds=(0,), whiten=False, **changes):
     """A trainer of these architectures; 31 features, so that processes own shares of different sizes."""
     settings = {"total_steps": TOTAL, "batch_tokens": BATCH, "dead_after_tokens": 64, "learning_rate": 0.01, **changes}
     settings = TrainSettings(**settings)
@@ -49,6 +52,11 @@ def make_trainer(architectures, ranks, *, d_sae=31, seeds=(0,), **changes):
             config = SAEConfig(name, D, d_sae, k=3, k_aux=4, seed=seed, l1_coefficient=0.1)
             sae = make_sae(config, sample=tokens().float())
             members.append(Member(f"{name}_s{seed}", SITE, sae, settings, ranks))
+    if whiten:
+        noise = torch.diag(torch.linspace(0.5, 2, D))
+        whitening = whitening_of(tokens().float().mean(dim=0), noise)
+        sae = make_sae(SAEConfig("batch_topk", D, d_sae, k=3, whitened=True), sample=whitening(tokens()))
+        members.append(Member("whitened", OTHER, sae, settings, ranks, whitening=whitening))
     return Trainer(members, settings, ranks)
 
 
@@ -60,6 +68,7 @@ def main(out, steps, *words):
         trainer = make_trainer(
             chosen,
             ranks,
+            whiten="whiten" in words,
             shard_optimiser="shard" in words,
             resample_steps=3 if "resample" in words else None,
             ema_decay=0.9,

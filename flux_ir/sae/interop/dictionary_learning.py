@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
-from flux_ir.sae.config import Architecture, SAEConfig
+from flux_ir.sae.config import HAS_K, Architecture, SAEConfig
 from flux_ir.sae.foreign import (
     LFS_POINTER,
     agreed_k,
@@ -49,7 +49,10 @@ def save_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> Path:
 
     `ae.pt` is torch's own file of tensors, which is what they read.
     """
-    chosen = _FORMATS.get(sae.config.architecture)
+    # Their BatchTopK has one threshold for all features; with several it is their JumpReLU.
+    chosen = _FORMATS.get(
+        "jumprelu" if sae.config.whitened and sae.config.architecture in HAS_K else sae.config.architecture
+    )
     if chosen is None:
         raise refuse(sae, "dictionary_learning", tuple(_FORMATS))
     folded = sae.folded()
