@@ -56,6 +56,7 @@ def train_sae(
     encoder_init: Literal["transposed", "random", "orthogonal"] = "transposed",
     bias_init: Literal["mean", "geometric_median"] = "mean",
     normalise: bool = True,
+    whiten: str | Path | None = None,
     k_aux: int | None = None,
     dead_after: int | None = None,
     resample: int | None = None,
@@ -87,8 +88,8 @@ def train_sae(
 
     Autoencoder: `arch` with `k`, `l1_coefficient` or `target_l0`, `expansion` features per dimension, `seed`; several
     of each train every combination side by side on the same batches. `decoder_init`, `encoder_init`, `bias_init`,
-    `tied`, `normalise`, `k_aux`, `dead_after`, `resample`, `batch_tokens`, `lr`, `k_start`, `ema`, `clip`, `dtype` and
-    `shard_optimiser` are as `flux-ir train-sae --help` says.
+    `tied`, `normalise`, `whiten`, `k_aux`, `dead_after`, `resample`, `batch_tokens`, `lr`, `k_start`, `ema`, `clip`,
+    `dtype` and `shard_optimiser` are as `flux-ir train-sae --help` says.
 
     One folder each below `output_dir`/`name`. It saves a checkpoint every `checkpoint_minutes`, and when `stop`, which
     is asked between two steps, says so, or when no more rows are asked for: the same call goes on from there, and ends
@@ -207,6 +208,7 @@ def configs(asked: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[
             decoder_init=asked.decoder_init,
             encoder_init=asked.encoder_init,
             bias_init=asked.bias_init,
+            whitened=asked.whiten is not None,
             seed=seed,
             site=None if site is None else str(site),
             model=data.model,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ from flux_ir.sae.data.filters import Filters, SiteKey, choose_sites
 from flux_ir.sae.data.held_out import Subject
 from flux_ir.sae.data.measure import measure_normalisation, norm_limits, sample_tokens
 from flux_ir.sae.data.splits import Side, Split, split_prompts, split_source
+from flux_ir.sae.initialise import normalisation_of
 from flux_ir.sae.metrics import EvaluationBatch, Group, outlier_limits
+from flux_ir.sae.whitening import Whitening, noise_covariance, repeated, whitening_of
 from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
 
@@ -67,6 +69,8 @@ class TrainingData:
     widths: dict[SiteKey, int]
     described: dict[str, Any]
     """What the weights depend on, for comparisons."""
+    noise: TokenSource | None = None
+    """Generations of the same prompts, whose differences tokens are whitened by; None: they are not."""
 
     def batches(
         self, sites: list[SiteKey], settings: TrainSAESettings, ranks: Ranks, device: torch.device, *, tokens: int
@@ -89,16 +93,20 @@ class TrainingData:
             device=device,
         )
 
-    def measure(self, site: SiteKey, *, normalise: bool) -> tuple[Tensor, float, Tensor]:
-        """Mean, scale and a sample of raw tokens of a site."""
+    def measure(self, site: SiteKey, *, normalise: bool) -> "Measured":
+        """What autoencoders of a site start from."""
         source = self.beginning()
         sample = sample_tokens(source, [site], SAMPLE_TOKENS, filters=self.filters, split=self.split)[site].float()
         if not normalise:
-            return torch.zeros(sample.shape[1]), 1.0, sample
+            return Measured(torch.zeros(sample.shape[1]), 1.0, sample, None)
         found = measure_normalisation(
             source, [site], filters=self.filters, split=self.split, least_tokens=MEASURED_TOKENS
         )[site]
-        return found.mean.float(), found.scale, sample
+        if self.noise is None:
+            return Measured(found.mean.float(), found.scale, sample, None)
+        noise = noise_covariance(self.noise, site, filters=replace(self.filters, steps=self.steps), split=self.split)
+        whitening = whitening_of(found.mean, noise)
+        return Measured(*normalisation_of(whitening(sample)), whitening(sample), whitening)
 
     def epoch_tokens(self, site: SiteKey) -> int:
         """Tokens of a site that one pass over the training side gives; where text is padded, about."""
@@ -187,6 +195,15 @@ class TrainingData:
         return {"split": asdict(self.split), "filters": filters, "data": named | self.described}
 
 
+class Measured(NamedTuple):
+    """What autoencoders of a site start from; with `whitening`, all else is of whitened tokens."""
+
+    mean: Tensor
+    scale: float
+    sample: Tensor
+    whitening: Whitening | None
+
+
 @dataclass(frozen=True)
 class _OneSite:
     values: Tensor
@@ -196,7 +213,31 @@ class _OneSite:
 
 def open_data(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     """The data the settings name. Raises FluxIRError for all that can be wrong with them, before they are read."""
-    return _stored(settings, settings.captures) if settings.captures is not None else _live(settings, ranks)
+    data = _stored(settings, settings.captures) if settings.captures is not None else _live(settings, ranks)
+    return data if settings.whiten is None else _whitened(data, settings.whiten)
+
+
+def _whitened(data: TrainingData, path: Path) -> TrainingData:
+    """The same data, to be whitened by what is stored there. Raises FluxIRError for other sites, steps or models."""
+    noise = open_source(path)
+    if None not in (noise.model, data.model) and noise.model != data.model:
+        raise FluxIRError(
+            f"tokens are whitened by captures of the same model: {path} is of {noise.model}, and this of {data.model}",
+            hint="collect some prompts of this model with --repeats 4",
+        )
+    repeated(noise, data.split)
+    replace(data.filters, steps=data.steps).steps_of(noise.steps)
+    for site in data.sites:
+        half = data.filters.half(site)
+        if half is not None and half not in choose_sites(noise, [str(half)]):
+            raise FluxIRError(f"{path} does not hold {half}, which shall be whitened", hint="collect it there too")
+        if noise.d(half) != data.widths[site]:
+            raise FluxIRError(
+                f"tokens are whitened by others of their width, {data.widths[site]}: "
+                f"{half or 'the array'} is {noise.d(half)} wide in {path}",
+                hint="name captures of the same model and site",
+            )
+    return replace(data, noise=noise, described=data.described | {"whitened_by": noise.identity})
 
 
 def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:

@@ -27,6 +27,7 @@ from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.files import CONFIG_FILE, log_frequency_of, save_sae
 from flux_ir.sae.metrics import evaluate, to_json
 from flux_ir.sae.trainer import Member, Progress, Trainer, TrainSettings, state_of, train
+from flux_ir.sae.whitening import Whitening
 
 TRAINING = "training.json"
 CURVES = "curves.jsonl"
@@ -38,7 +39,19 @@ SHORT_BATCHES = 3
 
 # What does not change the weights, or is compared by what it stands for.
 FREE = {
-    *("captures", "prompts", "site", "steps", "max_tokens", "epochs", "dtype", "name", "output_dir", "device"),
+    *(
+        "captures",
+        "whiten",
+        "prompts",
+        "site",
+        "steps",
+        "max_tokens",
+        "epochs",
+        "dtype",
+        "name",
+        "output_dir",
+        "device",
+    ),
     *("log", "checkpoint_minutes", "checkpoint_tokens", "shard_optimiser"),
 }
 Row = dict[str, Any]
@@ -175,11 +188,14 @@ class Run:
             if self.saved is None:
                 with phase(self.progress, "measure the data"):
                     measured = self.data.measure(site, normalise=self.asked.normalise)
+            whitening = None if self.asked.whiten is None else Whitening.empty(self.data.widths[site])
+            if measured is not None:
+                whitening = measured.whitening
             for name, config in self.planned.members.items():
                 if config.site == (None if site is None else str(site)):
-                    mean, scale, sample = measured or (None, None, None)
+                    mean, scale, sample = (None,) * 3 if measured is None else measured[:3]
                     sae = make_sae(config, sample=sample, mean=mean, scale=scale, device=self.planned.device)
-                    members.append(Member(name, site, sae, self.planned.settings, self.ranks))
+                    members.append(Member(name, site, sae, self.planned.settings, self.ranks, whitening=whitening))
         return Trainer(members, self.planned.settings, self.ranks)
 
     def _train(self, trainer: Trainer, batches: TokenBatches) -> Iterator[TrainingRow]:

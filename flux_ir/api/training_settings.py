@@ -14,7 +14,7 @@ from flux_ir.sites import site_names
 
 SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
 LISTS = ("k", "expansion", "seed", "l1_coefficient", "target_l0", "steps")  # of which people may pass one element
-PATHS = ("captures", "output_dir")
+PATHS = ("captures", "whiten", "output_dir")
 LEAST = dict.fromkeys(("seed", "steps", "ema", "checkpoint_minutes"), 0) | dict.fromkeys(
     ("k", "k_start", "expansion", "batch_tokens", "max_tokens", "epochs", "repeats", "dead_after", "resample"), 1
 )
@@ -45,6 +45,7 @@ class TrainSAESettings:
     encoder_init: Literal["transposed", "random", "orthogonal"] = "transposed"
     bias_init: Literal["mean", "geometric_median"] = "mean"
     normalise: bool = True
+    whiten: Path | None = None
     k_aux: int | None = None
     dead_after: int | None = None
     resample: int | None = None
@@ -125,6 +126,14 @@ class TrainSAESettings:
                 f"k comes down from --k_start, so it is at least --k {max(self.k)}: got {self.k_start}",
                 hint="give a larger --k_start, or leave it out",
             )
+        if self.whiten is not None and (self.arch == "topk" or self.tied):
+            raise FluxIRError(
+                "whitening gives every feature a length of its own, which the choice of the k largest and tied weights "
+                f"cannot have: got --whiten and {'--tied' if self.tied else '--arch topk'}",
+                hint="leave --tied out" if self.tied else "pass --arch batch_topk or matryoshka",
+            )
+        if self.whiten is not None and not self.normalise:
+            raise FluxIRError("--whiten is a normalisation: got --normalise False", hint="leave one of them out")
         if self.l1_coefficient is not None and self.arch not in ("l1", "gated"):
             raise FluxIRError(f"{self.arch} has no L1 penalty: got --l1_coefficient", hint="it is for l1 and gated")
         if self.target_l0 is not None and self.arch != "jumprelu":

@@ -95,6 +95,13 @@ class TrainSAEOptions(Device):
     normalise: bool = option(
         True, help="centre tokens and scale them to length sqrt(d) for training; files hold it folded in", group=WHAT
     )
+    whiten: Path | None = option(
+        None,
+        help="captures with several generations of each prompt: tokens are trained on in units of what differs between "
+        "these, so that features are of what the prompt decides; files hold it folded in",
+        group=WHAT,
+        default_text="tokens are only centred and scaled",
+    )
     k_aux: int | None = option(
         None, help="dead features that explain each token's residual", group=WHAT, minimum=0, default_text="d / 2"
     )
