@@ -120,7 +120,8 @@ def prepare(
     absent = sorted(set(loaded.config.steps or ()) - set(steps))
     if absent:
         progress(Note(f"note: the captures lack the steps {', '.join(map(str, absent))} that {sae} was trained on"))
-    weights = hashlib.sha256(weights_file(sae).read_bytes()).hexdigest()
+    with weights_file(sae).open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     read = subject.filters.half(subject.site)
     known = settings_of(loaded, weights, source, read, steps)
     return Scoring(loaded.folded().requires_grad_(False).to(device), source, read, known)

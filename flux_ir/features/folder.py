@@ -74,7 +74,7 @@ class FeatureSettings:
         return digest_of(asdict(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRow:
     """One generation."""
 
@@ -311,8 +311,8 @@ class FeatureFolder:
     def images(self) -> Sequence[ImageRow]:
         """All generations."""
         with (self.path / "images.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        return [ImageRow(**row | {"grid": tuple(row["grid"]) if row["grid"] else None}) for row in rows]
+            rows = (json.loads(line) for line in lines)
+            return [ImageRow(**row | {"grid": tuple(row["grid"]) if row["grid"] else None}) for row in rows]
 
     def picture(self, image: int) -> Path | None:
         """The picture of a generation, if there is one on this machine."""

@@ -77,8 +77,9 @@ class Scoring:
     def read(self, images: range, step: int, stream: Stream) -> "Tokens":
         """Their tokens of one stream at a step. Raises FluxIRError for values that are not finite."""
         run = self.source.read_run(images, half_of(self.site, stream), step)
-        if not all_finite(run.values) or (run.scale is not None and not all_finite(run.scale)):
-            wrong = (~torch.isfinite(run.floats())).flatten(1).any(1).nonzero()[0]
+        values = run.floats()
+        if not all_finite(values):
+            wrong = (~torch.isfinite(values)).flatten(1).any(1).nonzero()[0]
             known = self.source.generations[images[int(wrong)]]
             raise FluxIRError(
                 f"activations must be finite numbers: {self.site or 'the array'} at step {step} holds NaN or infinity "
@@ -87,7 +88,7 @@ class Scoring:
             )
         used = Filters().used(run)
         counted = np.ones(run.positions.shape, np.bool_) if used is None else used.numpy()
-        return Tokens(run.floats(), run.positions.numpy(), counted)
+        return Tokens(values, run.positions.numpy(), counted)
 
 
 class Tokens(NamedTuple):
@@ -151,8 +152,8 @@ def begin_folder(path: Path, scoring: Scoring, sae: Path, captures: str, picture
             return found
     paths = {"sae": _relative(str(sae), path), "captures": _relative(captures, path)}
     known = asdict(scoring.settings)
-    rows = list(image_rows(scoring, captures, pictures))
     with complete_file(path / "images.jsonl") as beside, beside.open("w", encoding="utf-8", newline="\n") as lines:
+        rows = image_rows(scoring, captures, pictures)
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if (path / "features.json").is_file():
         return open_features(path)

@@ -19,8 +19,8 @@ from flux_ir.sites import Stream
 CELLS = 16
 """Rows and columns, at most, into which places are counted for `position_r2`; of text, `CELLS` squared in a row."""
 BINS_PER_OCTAVE = 4
-PIECE_ENTRIES = 1 << 20
-"""Entries in work at a time: about 150 MB."""
+PIECE_ENTRIES = 1 << 18
+"""Entries in work at a time: about 40 MB. No bit depends on it."""
 
 Floats = NDArray[np.float64]
 

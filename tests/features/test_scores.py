@@ -176,3 +176,35 @@ def test_autoencoders_with_any_number_of_active_features_are_scored(small, tmp_p
     assert len(set((z > 0).sum(3).ravel())) > 2
     for image in (0, 9):
         np.testing.assert_allclose(folder.map(7, image).reshape(2, -1), z[image, :, :, 7], rtol=1e-4, atol=1e-6)
+
+
+def test_values_stored_as_float8_are_scored_as_what_they_stand_for(tmp_path):
+    write_collection(tmp_path / "captures", 2, sites=("double.0.img",), dtype=torch.float8_e4m3fn)
+    save_small_sae(tmp_path / "sae", "double.0.img")
+    folder = flux_ir.score_features(tmp_path / "sae", tmp_path / "captures", output_dir=tmp_path, name="found")
+    z = dense_of(tmp_path / "sae", tmp_path / "captures", "double.0.img", "img").z
+    assert folder.table().count.tolist() == (z > 0).sum((0, 1, 2)).tolist()
+    np.testing.assert_allclose(folder.table().max_active, z.max((0, 1, 2)), rtol=1e-5)
+
+
+def test_captures_of_single_pictures_are_scored_with_their_sizes_and_pictures(tmp_path):
+    for seed, (width, height) in enumerate([(64, 48), (48, 64)]):
+        flux_ir.capture(
+            "a red circle",
+            model="flux-tiny",
+            seed=seed,
+            num_steps=1,
+            sites="double.3.img",
+            width=width,
+            height=height,
+            output_dir=tmp_path / "runs",
+            should_decode_intermediates=False,
+        )
+    save_small_sae(tmp_path / "sae", "double.3.img", d=192, steps=(0,), model="flux-tiny")
+    folder = flux_ir.score_features(tmp_path / "sae", tmp_path / "runs", output_dir=tmp_path, name="found")
+    assert {row.grid for row in folder.images} == {(3, 4), (4, 3)}
+    feature = int(folder.table().count.argmax())
+    for row in folder.images:
+        assert folder.map(feature, row.index).shape == (1, *row.grid)
+        assert folder.picture(row.index).name == "img_0.jpg"
+        assert (row.seed, row.prompt) in {(0, "a red circle"), (1, "a red circle")}
