@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_array, csr_array
 
 from flux_ir.activations.source import open_source
+from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.compare import (
@@ -71,6 +72,12 @@ class CompareSettings:
     fdr: float = 0.05
     cka_tokens: int = 20_000
     seed: int = 0
+
+
+_LEAST = {"candidates": 1, "min_images": 2, "max_images": 2, "permutations": 1, "cka_tokens": 0, "seed": 0} | {
+    "fdr": 0.0,
+    "min_likeness": 0.0,
+}
 
 
 class Comparison(NamedTuple):
@@ -133,6 +140,11 @@ def compare_features(
         cka_tokens=cka_tokens,
         seed=seed,
     )
+    check_words(compare_features, {"by": by, "level": level, "stream": stream})
+    check_least(_LEAST, asdict(settings))
+    for bounded in ("fdr", "min_likeness"):
+        if getattr(settings, bounded) > 1:
+            raise FluxIRError(f"--{bounded} is at most 1: got {getattr(settings, bounded)}", hint="leave it out")
     a, b = open_features(features), open_features(other)
     for folder in (a, b):
         folder.check_done("score")

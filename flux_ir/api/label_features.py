@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from flux_ir.api.progress import Note, Watch, phase, unwatched
+from flux_ir.api.arguments import check_least
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
+from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError, counted
+from flux_ir.features.embeddings import BATCH, ClipEmbedder, make_embeddings, read_embeddings
 from flux_ir.features.folder import FeatureFolder, digest_of, open_features
 from flux_ir.features.labels import (
     LABELS_FILE,
     Candidates,
     Description,
     Verdict,
+    clip_candidates,
     describe,
     description_text,
     judge,
@@ -44,11 +49,15 @@ from flux_ir.features.words import (
     token_lists,
 )
 from flux_ir.layout import complete_file
+from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
+from flux_ir.models.placement import plan
+from flux_ir.models.text import load_phrase_tower
 from flux_ir.sites import Stream
 
 WORDS_KEPT = 12
 """Words of each feature."""
-MOST_PHRASES = 20_000
+MOST_PHRASES, CLIP_PHRASES = 20_000, 500
+"""Phrases of the prompts, the most frequent, that features are described by; and those that CLIP looks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,10 @@ class LabelSettings:
     seed: int = 0
     concepts: str | None = None
     """A digest of the file's content; None: there is none."""
+    clip: str | None = None
+    """A digest of its weights."""
+    vocabulary: str | None = None
+    """A digest of the file's content."""
     tokenizer: str | None = None
 
 
@@ -71,8 +84,11 @@ def label_features(
     fdr: float = 0.05,
     min_score: float = 0.7,
     concepts: str | Path | None = None,
+    clip: str | None = None,
+    vocabulary: str | Path | None = None,
     tokenizer: str | Path | None = None,
     seed: int = 0,
+    device: str | None = None,
     progress: Watch = unwatched,
 ) -> FeatureFolder:
     """Find what lifts each feature, and describe it; nothing is done where that is there for these settings.
@@ -81,20 +97,31 @@ def label_features(
     are more often in prompts of its strong images than in others: in `min_count` prompts at least, and significant at
     the rate `fdr` over all features and words; of text tokens also the tokens it fires on, by the model's `tokenizer`
     (a folder; None: the model's own, if it is on this machine). labels.json gets a description of each feature, made of
-    such words and of `concepts` (a JSON file: {"concept": [ids of the generations that have it]}), which is a label if
-    its balanced accuracy on images of other prompts, half of them silent look-alikes, is beyond chance at the rate
-    `fdr` and at least `min_score`.
+    such words, of `concepts` (a JSON file: {"concept": [ids of the generations that have it]}), and of what `clip` (a
+    folder as transformers saves it, or a repository of the hub) sees in the pictures: the prompts' most frequent
+    phrases, and the lines of the file `vocabulary`. It is a label if its balanced accuracy on images of other prompts,
+    strong ones and silent look-alikes, is beyond chance at the rate `fdr` and at least `min_score`.
 
     Raises FluxIRError for a folder that is not scored, and files that cannot be read.
     """
     folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
     folder.check_done("score")
+    check_least({"min_count": 1, "seed": 0}, {"min_count": min_count, "seed": seed})
+    for name, value, least in (("fdr", fdr, 0.0), ("min_score", min_score, 0.5)):
+        if not least <= value <= 1:
+            raise FluxIRError(f"--{name} must be {least:g} to 1: got {value}", hint="leave it out for the usual one")
+    if vocabulary is not None and clip is None:
+        raise FluxIRError("--vocabulary is what CLIP looks for: got no --clip", hint="name a CLIP, or leave it out")
+    announce = lambda text: progress(Note(text))  # noqa: E731
+    clip_folder = None if clip is None else locate_clip(clip, announce=announce)
     settings = LabelSettings(
         min_count=min_count,
         fdr=fdr,
         min_score=min_score,
         seed=seed,
         concepts=None if concepts is None else _content(Path(concepts)),
+        clip=None if clip_folder is None else _weights(clip_folder),
+        vocabulary=None if vocabulary is None else _content(Path(vocabulary)),
         tokenizer=None if tokenizer is None else str(tokenizer),
     )
     if folder.is_done(STAGE, asdict(settings), after=["score"]):
@@ -107,6 +134,9 @@ def label_features(
     told = [_by_image(phrases, groups)]
     if concepts is not None:
         told.append(read_concepts(Path(concepts), folder))
+    if clip_folder is not None:
+        texts = [*_lines(vocabulary), *phrases.texts[:CLIP_PHRASES]]
+        told.append(_seen(folder, clip_folder, list(dict.fromkeys(texts)), device, progress))
     candidates = together(told)
     words: dict[str, Any] = {}
     labels: dict[str, Any] = {}
@@ -155,6 +185,35 @@ def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
 
 
 # ---- The parts
+
+
+def _seen(folder: FeatureFolder, clip: Path, texts: list[str], device: str | None, progress: Watch) -> Candidates:
+    """What CLIP sees in the pictures. Their embeddings are kept in the folder, for other stages too."""
+    placed = plan(torch.cuda.device_count(), device=device).transformer
+    tower = load_picture_tower(clip, placed, torch.float32)
+    embedder = ClipEmbedder(folder, tower, read_preprocessing(clip), _weights(clip))
+    for _ in follow(progress, "pictures", make_embeddings(folder, embedder), total=folder.parts):
+        pass
+    with phase(progress, "texts"), torch.no_grad():
+        encoder = load_phrase_tower(clip, placed, torch.float32)
+        said = [f"a picture of {text}" for text in texts]
+        batches = [encoder(said[start : start + BATCH]).cpu() for start in range(0, len(said), BATCH)]
+    return clip_candidates(texts, read_embeddings(folder, embedder), torch.cat(batches))
+
+
+def _weights(clip: Path) -> str:
+    """A digest of CLIP's weights, as select_features has it."""
+    return files_digest(path for pattern in ("*.safetensors", "*.bin") for path in clip.glob(pattern))
+
+
+def _lines(vocabulary: str | Path | None) -> list[str]:
+    """The texts of a file, one a line. Raises FluxIRError for one without any."""
+    if vocabulary is None:
+        return []
+    lines = [line.strip() for line in Path(vocabulary).read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise FluxIRError(f"{vocabulary} holds no text", hint="write one text a line")
+    return [line for line in lines if line]
 
 
 def _prompts(folder: FeatureFolder) -> tuple[NDArray[np.int64], list[str]]:
@@ -282,7 +341,7 @@ def _content(path: Path) -> str:
     try:
         return digest_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FluxIRError(f"{path} cannot be read: {error}", hint="name a JSON file of concepts") from error
+        raise FluxIRError(f"{path} cannot be read: {error}", hint="name a text file that exists") from error
 
 
 def _digits(value: float | np.floating[Any]) -> float:

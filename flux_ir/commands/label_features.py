@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import FeaturesFolder
+from flux_ir.commands.cli.shared import Device, FeaturesFolder
 
 if TYPE_CHECKING:
     from flux_ir.features.folder import FeatureFolder
@@ -17,7 +17,7 @@ SHOWN = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelFeaturesOptions(FeaturesFolder):
+class LabelFeaturesOptions(FeaturesFolder, Device):
     """Find the words of the prompts that lift each feature, and describe it in a few of them.
 
     A description is made from half of the prompts and judged on the others, against images on which the feature is
@@ -49,6 +49,16 @@ class LabelFeaturesOptions(FeaturesFolder):
     concepts: Path | None = option(
         None,
         help='more to describe features by: a JSON file {"concept": [ids of the generations that have it]}',
+        group=LABELS,
+    )
+    clip: str | None = option(
+        None,
+        help="let this CLIP look at the pictures: a folder as transformers saves it, or a repository of the hub",
+        group=LABELS,
+    )
+    vocabulary: Path | None = option(
+        None,
+        help="what CLIP looks for besides the prompts' most frequent phrases: a file of texts, one a line",
         group=LABELS,
     )
     seed: int = option(0, help="of the draws of images", group=LABELS, minimum=0)

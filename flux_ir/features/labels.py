@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csc_array, csr_array, hstack
 from scipy.stats import hypergeom, norm
+from torch import Tensor
 
 from flux_ir.features.compare import image_scores
 from flux_ir.features.examples import Best, Found, chance, rarity
@@ -91,6 +93,28 @@ class Verdict:
     """Balanced accuracy against any silent images."""
     q: NDArray[np.float64]
     """Of Fisher's exact test against look-alikes, over all features judged."""
+
+
+CLIP_SHARES = (0.05, 0.15, 0.4)
+"""How many of the images CLIP may say a text of: the describer picks, as nobody knows how frequent a thing is."""
+
+
+def clip_candidates(texts: Sequence[str], pictures: Tensor, phrases: Tensor) -> Candidates:
+    """What CLIP sees: a text holds on the images whose pictures are most like it, a share of all.
+
+    `pictures` [images, d] and `phrases` [texts, d] are of CLIP's shared space. Each text is there once for each of the
+    `CLIP_SHARES`. Cosines of different texts cannot be compared (some are like everything), those of one text can.
+    """
+    units = [torch.nn.functional.normalize(rows.float(), dim=1) for rows in (pictures, phrases)]
+    columns = []
+    for share in CLIP_SHARES:
+        most = max(1, round(share * len(pictures)))
+        for text in units[1]:
+            column = np.zeros((len(pictures), 1), np.float32)
+            column[(units[0] @ text).topk(most).indices.cpu().numpy()] = 1
+            columns.append(csc_array(column))
+    every = list(texts) * len(CLIP_SHARES)
+    return Candidates(every, ["clip"] * len(every), csr_array(hstack(columns)))
 
 
 # ---- Whose images

@@ -100,6 +100,18 @@ class ClipText(nn.Module):
         return x[torch.arange(len(x), device=x.device), end]
 
 
+class ClipPhrase(ClipText):
+    """The whole text tower: texts in the space that CLIP's pictures and texts share."""
+
+    def __init__(self, params: ClipTextParams, projection_dim: int) -> None:
+        super().__init__(params)
+        self.text_projection = nn.Linear(params.hidden_size, projection_dim, bias=False)
+
+    def forward(self, ids: TokenIds) -> Pooled:
+        """One vector per text, of any length: see `ClipPicture`."""
+        return self.text_projection(super().forward(ids))
+
+
 class TextEmbeddings(nn.Module):
     """Tokens and their positions."""
 

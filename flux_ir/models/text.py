@@ -6,6 +6,7 @@ As in the reference, prompts are padded to a fixed length and the padding is att
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.clip_towers import ClipText, ClipTextParams
-from flux_ir.models.pretrained import load_pretrained, read_params
+from flux_ir.models.clip import WHAT
+from flux_ir.models.clip_towers import ClipPhrase, ClipText, ClipTextParams
+from flux_ir.models.pretrained import load_pretrained, read_config, read_params
 from flux_ir.models.t5 import T5Encoder, T5Params
 from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
 from flux_ir.shapes import Pooled, TokenIds, TxtTokens
@@ -149,6 +151,23 @@ def load_clip(
         prefix=prefix,
     )
     tokenizer = _tokenizer(tokenizer_dir, clip.params)
+    return TextEncoder(clip, tokenizer, min(CLIP_TOKENS, clip.params.max_position_embeddings)).eval()
+
+
+def load_phrase_tower(folder: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+    """The text half of a CLIP checkpoint whole, with its projection and tokenizer. Raises FluxIRError likewise."""
+    size = read_config(folder, what=WHAT).get("projection_dim", 512)
+    clip = load_pretrained(
+        partial(ClipPhrase, projection_dim=size),
+        read_params(ClipTextParams, folder, what=WHAT, half="text_config"),
+        folder,
+        device,
+        dtype,
+        what=WHAT,
+        aliases={"text_model.": ""},
+        left_out=("vision_model.", "visual_projection.", "logit_scale"),
+    )
+    tokenizer = _tokenizer(folder, clip.params)
     return TextEncoder(clip, tokenizer, min(CLIP_TOKENS, clip.params.max_position_embeddings)).eval()
 
 

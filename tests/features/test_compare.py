@@ -244,6 +244,8 @@ def test_what_cannot_be_compared_is_said(folders, capsys):
         ({"stream": "txt"}, "holds features of img tokens: got --stream txt"),
         ({"min_images": 61}, "active on 61 images or more"),
         ({"name": "../x"}, "--name is the name of one folder"),
+        ({"permutations": 0}, "--permutations must be at least 1"),
+        ({"min_likeness": 1.5}, "--min_likeness is at most 1"),
     ):
         with pytest.raises(FluxIRError, match=message):
             flux_ir.compare_features(one, tuned, **words)

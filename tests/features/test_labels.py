@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import flux_ir
 from flux_ir.commands.main import main
@@ -16,6 +17,7 @@ from flux_ir.features.labels import (
     Description,
     Sides,
     _difference_interval,
+    clip_candidates,
     describe,
     description_text,
     holds,
@@ -195,6 +197,22 @@ def test_known_concepts_describe_what_no_word_does(folder, tmp_path):
     assert read_labels(done)[RED]["source"] == "words"
 
 
+def test_what_clip_sees_describes_features(scored):
+    """A CLIP that knows colours and nothing else, and calls everything somewhat blue."""
+    words = ["red", "blue", "green", "yellow"]
+    seen = np.array([[word in row.prompt for word in words] for row in scored.images], np.float32)
+    seen += 0.05 * np.random.default_rng(0).normal(size=seen.shape).astype(np.float32) + [0, 0.3, 0, 0]
+    found = clip_candidates(words, torch.from_numpy(seen), torch.eye(4))
+    assert found.has.shape == (len(seen), 12)
+    assert found.has.sum(axis=0).tolist() == [48] * 4 + [144] * 4 + [384] * 4
+    _, _, _, (own, others) = made_of(scored)
+    described = describe(found, own)
+    assert description_text(found, described, RED).split(" or ")[0] == "red"
+    verdict = judge(found, described, others)
+    assert verdict.score[RED] > 0.7
+    assert verdict.low[NOISE] < 0.5
+
+
 def test_a_second_run_changes_nothing_and_other_settings_do(folder):
     files = [folder.path / name for name in ("words.json", "labels.json", "features.json")]
     flux_ir.label_features(folder)
@@ -219,6 +237,14 @@ def test_what_cannot_be_used_is_said(folder, tmp_path, small):
     ):
         with pytest.raises(FluxIRError, match=message):
             flux_ir.label_features(folder, concepts=concepts)
+    for wrong, message in (
+        ({"vocabulary": tmp_path / "list.json"}, "got no --clip"),
+        ({"fdr": 2.0}, "--fdr must be 0 to 1: got 2"),
+        ({"min_score": 0.4}, "--min_score must be 0.5 to 1"),
+        ({"min_count": 0}, "--min_count must be at least 1"),
+    ):
+        with pytest.raises(FluxIRError, match=message):
+            flux_ir.label_features(folder, **wrong)
     assert not (folder.path / "labels.json").exists()
     assert read_labels(folder) is read_words(folder) is None
     with pytest.raises(FluxIRError, match="holds no features"):

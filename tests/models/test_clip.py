@@ -8,7 +8,13 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.clip import (
@@ -20,6 +26,7 @@ from flux_ir.models.clip import (
     read_preprocessing,
     tokens_of,
 )
+from flux_ir.models.text import load_phrase_tower
 
 SIDE_PX, PATCH_PX, WIDTH, PATCHES = 24, 8, 20, 9
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
@@ -92,11 +99,26 @@ def test_pictures_in_the_shared_space_are_those_of_transformers(shared_clip, dty
     assert ours.shape == (3, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_texts_in_the_shared_space_are_those_of_transformers(shared_clip, dtype):
+    theirs = CLIPTextModelWithProjection.from_pretrained(shared_clip, dtype=dtype, projection_dim=8)
+    tower = load_phrase_tower(shared_clip, "cpu", dtype)
+    prompts = ["a red circle", "blue"]
+    ours = tower(prompts)
+    assert torch.equal(ours, theirs(input_ids=tower.token_ids(prompts)).text_embeds)
+    assert ours.shape == (2, 8)
+
+
 def test_a_tower_without_its_projection_has_no_place_in_the_shared_space(clip):
     weights = load_file(clip / "model.safetensors")
     save_file({name: value for name, value in weights.items() if "visual" not in name}, clip / "model.safetensors")
     with pytest.raises(FluxIRError, match=r"1 weights are missing \(visual_projection.weight\)"):
         load_picture_tower(clip, "cpu", torch.float32)
+    weights = load_file(clip / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "text_proj" not in name}, clip / "model.safetensors")
+    with pytest.raises(FluxIRError, match=r"1 weights are missing \(text_projection.weight\)"):
+        load_phrase_tower(clip, "cpu", torch.float32)
 
 
 def test_the_class_token_comes_first_and_the_patches_after(shared_clip):
