@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from flux_ir.api.label_features import label_features
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode_prompt, load_model, sample
+    from flux_ir.api.probe import Probed, probe
     from flux_ir.api.progress import Begun, Note, Progress
+    from flux_ir.api.score_concepts import ScoredConcepts, score_concepts
     from flux_ir.api.score_features import score_features
     from flux_ir.api.select_features import select_features
     from flux_ir.api.study import Studied, run_study
@@ -71,6 +73,8 @@ _MODULES = {
     "MemorySink": "flux_ir.recording.recorder",
     "Note": "flux_ir.api.progress",
     "open_source": "flux_ir.activations.source",
+    "probe": "flux_ir.api.probe",
+    "Probed": "flux_ir.api.probe",
     "Progress": "flux_ir.api.progress",
     "read_capture": "flux_ir.api.lens",
     "read_features": "flux_ir.api.features",
@@ -78,6 +82,8 @@ _MODULES = {
     "Recorder": "flux_ir.recording.recorder",
     "run_study": "flux_ir.api.study",
     "sample": "flux_ir.api.models",
+    "score_concepts": "flux_ir.api.score_concepts",
+    "ScoredConcepts": "flux_ir.api.score_concepts",
     "score_features": "flux_ir.api.score_features",
     "select_features": "flux_ir.api.select_features",
     "Site": "flux_ir.sites",
@@ -102,8 +108,10 @@ __all__ = [
     "LensResult",
     "MemorySink",
     "Note",
+    "Probed",
     "Progress",
     "Recorder",
+    "ScoredConcepts",
     "Site",
     "Studied",
     "Trained",
@@ -130,11 +138,13 @@ __all__ = [
     "load_model",
     "load_sae",
     "open_source",
+    "probe",
     "read_capture",
     "read_features",
     "read_lens",
     "run_study",
     "sample",
+    "score_concepts",
     "score_features",
     "select_features",
     "spliced",

@@ -65,6 +65,8 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("draw_features", "draw_features"),
         ("compare_features", "compare_features"),
         ("explore_features", "explore_features"),
+        ("probe", "probe"),
+        ("score_concepts", "score_concepts"),
         ("lens", "read_lens"),
         ("study", "run_study"),
         ("visualize", "create_visualization"),

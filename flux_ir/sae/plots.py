@@ -226,6 +226,35 @@ def scatter(
 # ---- How they are drawn
 
 
+def number_grid(
+    path: Path,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    title: str,
+    *,
+    subtitle: str = "",
+    low: float,
+    high: float,
+) -> None:
+    """Numbers in a grid, [rows][columns], darker from `low` to `high`; None is an empty cell."""
+    with _figure(path, 2.6 + 0.62 * len(columns), 1.4 + 0.22 * len(rows), title, subtitle) as figure:
+        axes = figure.subplots()
+        shades = [[low if value is None or not isfinite(value) else value for value in row] for row in values]
+        axes.imshow(shades, cmap="Blues", vmin=low, vmax=high + 0.25 * (high - low), aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value is not None and isfinite(value):
+                    dark = value > low + 0.8 * (high - low)
+                    colour = "white" if dark else INK
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8)
+        axes.xaxis.tick_top()
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+
+
 class _End(NamedTuple):
     """The last point of a line, where its name is written."""
 

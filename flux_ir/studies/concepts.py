@@ -121,8 +121,11 @@ class Readers:
     neurons: Callable[[Part], Tensor] | None
     """Gives the neurons of every token of a part; None: there are none."""
     null_draws: int
-    k: int
-    """Features per token, of the untrained autoencoder too."""
+
+    @cached_property
+    def k(self) -> int:
+        """Features per token, of the untrained autoencoder too."""
+        return features_per_token(self.sae, self.bench.pick)
 
     def available(self) -> dict[RowName, str | None]:
         """Every row, and why there is none of it; None: there is."""

@@ -54,7 +54,7 @@ class LabelFile(NamedTuple):
     digest: str
     """Of the content: 16 hex digits."""
 
-    def labels(self, source: TokenSource, follow: Callable[[Iterable[int]], Iterable[int]] = iter) -> Labels:
+    def labels(self, source: TokenSource, follow: Callable[[Sequence[int]], Iterable[int]] = iter) -> Labels:
         """What they say about the generations of a source. Raises FluxIRError if that is nothing."""
         keys = [generation.id if self.by == "id" else generation.prompt for generation in source.generations]
         if self.masks:
@@ -86,14 +86,14 @@ class LabelFile(NamedTuple):
         )
 
     def _of_masks(
-        self, source: TokenSource, keys: Sequence[str], follow: Callable[[Iterable[int]], Iterable[int]]
+        self, source: TokenSource, keys: Sequence[str], follow: Callable[[Sequence[int]], Iterable[int]]
     ) -> Labels:
         masked = {key for of_concept in self.masks.values() for key in of_concept}
         images = np.array([image for image, key in enumerate(keys) if key in masked], dtype=np.int64)
         self._check_some(source, len(images))
         covers = []
-        for image in follow(images):
-            rows, columns = _grid(source, int(image))
+        for image in follow(images.tolist()):
+            rows, columns = _grid(source, image)
             none = np.zeros(rows * columns, dtype=np.float32)
             paths = [of_concept.get(keys[image]) for of_concept in self.masks.values()]
             covers.append(np.stack([none if path is None else _cover(path, rows, columns) for path in paths]))

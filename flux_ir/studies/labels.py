@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "background": BACKGROUNDS,
 }
 """flux-tiny's concepts. A place is known of a single object only: "left of" is not "on the left"."""
-WORDS = {"number": "number of objects", "background": "background", "colour": "colour"}
+WORDS = {"number": "number of objects", "background": "background", "colour": "colour of an object"}
 """In what a picture must agree with its caption to be used at all, in words."""
 _OF_PATCHES = ("colour", "shape", "size", "background")
 
@@ -156,7 +156,7 @@ def known_answers(judged: Judged) -> Labels:
     dropped, kept = Counter[str](), np.ones(len(judged.images), dtype=bool)
     for aspect in ("number", "background", "colour"):
         wrong = kept & ~judged.agrees[aspect]
-        dropped[f"another {WORDS[aspect]}"] = int(wrong.sum())
+        dropped[f"the picture shows another {WORDS[aspect]}"] = int(wrong.sum())
         kept &= ~wrong
     if not kept.any():
         raise FluxIRError(
@@ -167,7 +167,7 @@ def known_answers(judged: Judged) -> Labels:
     table = _Table(judged)
     for kind in ("shape", "size", "place", "relation"):
         if wrong_of_kind := int((table.asked(kind) & ~judged.agrees[kind]).sum()):
-            dropped[f"another {kind}, only left out of questions about {kind}s"] = wrong_of_kind
+            dropped[f"the picture shows another {kind} (only of questions about {kind}s)"] = wrong_of_kind
     answers = list(table.patches("interior")) + list(table.patches("any")) + list(table.images())
     tokens = [bits for question, bits in answers if question.of_tokens]
     pictures = [bits for question, bits in answers if not question.of_tokens]

@@ -25,12 +25,15 @@ def neurons_site(part: Part) -> Site | None:
     return None if part.site is None else replace(part.site, part="neurons")
 
 
-def stored_neurons(part: Part) -> Tensor | None:
-    """The neurons of every token, [images * tokens, neurons]; None: the collection did not keep them."""
+def has_neurons(part: Part) -> bool:
+    """Whether the collection kept them."""
     site = neurons_site(part)
-    if site is None or not {site, site.whole} & set(part.source.sites):
-        return None
-    return replace(part, site=site).values()
+    return site is not None and bool({site, site.whole} & set(part.source.sites))
+
+
+def stored_neurons(part: Part) -> Tensor:
+    """The neurons of every token as they were kept: [images * tokens, neurons]."""
+    return replace(part, site=neurons_site(part)).values()
 
 
 def run_neurons(part: Part, suite: Suite) -> Tensor:

@@ -18,7 +18,7 @@ from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.studies.auroc import at_threshold, auroc, bootstrap, precise_threshold
 from flux_ir.studies.labels import Comparison, permuted
 from flux_ir.studies.part import FeatureBoard, Part
-from flux_ir.studies.probes import Probe, balanced, fit_probe
+from flux_ir.studies.probes import Probe, balanced, fit_probe, fit_ridge, r_squared
 
 PRECISION = 0.95
 """At which the recall is told; the threshold is picked along with everything else."""
@@ -287,6 +287,37 @@ def probes(bench: Bench, space: Space, *, shuffled: bool = False) -> Iterator[An
             probe = fitted(bench, comparison, there, order)
             scores = [_scores(probe, tokens) for tokens in (there, here)]
             yield bench.answer(comparison, scores[0], scores[1], {"penalty": probe.penalty})
+
+
+class NumberAnswer(NamedTuple):
+    """How well a label that is a number is predicted."""
+
+    name: str
+    r_squared: float
+    """On the pictures the probe was not fitted on."""
+    penalty: float
+    pictures: tuple[int, int]
+    """How many had the label: to fit on, and to judge on."""
+
+
+def number_probes(bench: Bench, space: Space, least: int) -> list[NumberAnswer]:
+    """Ridge regression of every label that is a number, with at least so many pictures to judge on and half to fit on.
+
+    A picture is given to it as in `probes`.
+    """
+    there, here = bench.pick, bench.report
+    found = []
+    for name, fit_on in there.labels.numbers.items():
+        judge_on = here.labels.numbers.get(name, np.zeros(0))
+        rows = np.flatnonzero(np.isfinite(fit_on)), np.flatnonzero(np.isfinite(judge_on))
+        if len(rows[1]) < least or 2 * len(rows[0]) < least:
+            continue
+        x = [pooled(tokens, part.tokens_per_image) for tokens, part in zip(space, (there, here), strict=True)]
+        probe = fit_ridge(x[0][torch.from_numpy(rows[0])], fit_on[rows[0]], there.labels.groups[rows[0]])
+        predicted = probe.scores(x[1][torch.from_numpy(rows[1])])
+        worth = r_squared(predicted, judge_on[rows[1]])
+        found.append(NumberAnswer(name, worth, probe.penalty, (len(rows[0]), len(rows[1]))))
+    return found
 
 
 def mean_differences(bench: Bench, space: Space) -> Iterator[Answer]:

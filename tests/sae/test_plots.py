@@ -15,6 +15,7 @@ from flux_ir.sae.plots import (
     _short,
     density_histogram,
     fvu_per_step,
+    number_grid,
     pareto,
     pareto_front,
     training_curves,
@@ -37,6 +38,9 @@ FIGURES = {
     "curves": lambda path: training_curves(path, ROWS, PANELS, "Training", subtitle="a run"),
     "density": lambda path: density_histogram(path, DENSITY, "Density", subtitle="a run"),
     "fvu": lambda path: fvu_per_step(path, PER_STREAM, "FVU", anchors={"PCA": {0: 0.5, 3: 0.5, 7: 0.4}}),
+    "grid": lambda path: number_grid(
+        path, ["red", "blue"], ["one", "two", "three"], [[0.5, None, 1], [math.nan, 0.75, 2]], "Grid", low=0.5, high=1.0
+    ),
     "pareto": lambda path: pareto(path, RUNS, "Front", anchors=[Run("PCA", 8, 0.5), Run("PCA", 16, 0.4)]),
 }
 

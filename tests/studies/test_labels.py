@@ -139,11 +139,11 @@ def test_pictures_that_disagree_are_dropped_and_counted(tmp_path):
     labels = known_answers(judged)
     assert labels.dropped == Counter(
         {
-            "another number of objects": 1,
-            "another background": 1,
-            "another colour": 1,
-            "another shape, only left out of questions about shapes": 1,
-            "another place, only left out of questions about places": 1,
+            "the picture shows another number of objects": 1,
+            "the picture shows another background": 1,
+            "the picture shows another colour of an object": 1,
+            "the picture shows another shape (only of questions about shapes)": 1,
+            "the picture shows another place (only of questions about places)": 1,
         }
     )
     assert set(range(20)) - set(labels.images.tolist()) == {first, second, third}

@@ -172,7 +172,7 @@ def test_principal_axes_are_orthonormal_and_in_order():
 
 
 def test_readers_say_what_they_lack(bench):
-    readers = Readers(bench, channels(), None, null_draws=3, k=2)
+    readers = Readers(bench, channels(), None, null_draws=3)
     missing = {row: why for row, why in readers.available().items() if why}
     assert missing.keys() == {"neurons", "input_axes", "input_probe"}
     assert readers.candidates("random") == readers.candidates("untrained") == D

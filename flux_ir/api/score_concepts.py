@@ -1,0 +1,396 @@
+"""What an autoencoder's features know, where the answer is known: `concepts.json`, a table and a picture.
+
+Every row of every step is a file of its own, named by a digest of all it depends on, so that a run that was stopped
+goes on, and rows that do not depend on the autoencoder are made once for all that read one site.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.activations.blocks import SampledSource, TokenSource
+from flux_ir.activations.source import open_source
+from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.evaluate_sae import load_for
+from flux_ir.api.progress import Note, Watch, follow, unwatched
+from flux_ir.api.score_features import folder_path
+from flux_ir.errors import FluxIRError, counted
+from flux_ir.layout import write_json
+from flux_ir.models.compute_dtype import choose_dtype
+from flux_ir.models.placement import plan
+from flux_ir.models.registry import get_spec
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import Suite
+from flux_ir.sae.data.filters import SiteKey
+from flux_ir.sae.data.held_out import filters_of, subject_of
+from flux_ir.sae.interop.formats import weights_file
+from flux_ir.sae.plots import number_grid
+from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sites import Site
+from flux_ir.studies.concepts import (
+    LEAST_POSITIVES,
+    OF_THE_SAE,
+    ROW_TITLES,
+    ROWS,
+    Readers,
+    RowName,
+    answers_as_json,
+    askable,
+    limited,
+    null_as_json,
+    questions_as_json,
+)
+from flux_ir.studies.judged import judge_collection
+from flux_ir.studies.label_files import LabelFile, read_labels
+from flux_ir.studies.labels import Comparison, Labels, Level, Negatives, check_apart, known_answers
+from flux_ir.studies.neurons import has_neurons, run_neurons, stored_neurons
+from flux_ir.studies.part import Part
+from flux_ir.studies.rows import Bench
+
+RESULT, PARTS, JUDGED = "concepts.json", "parts", "judged"
+MAX_TOKENS = 2**19
+_FORMAT = 1  # of the rows: other numbers for the same question have another
+NOTES = (
+    "a relation implies no place: pictures of two objects are asked about no place",
+    "the opposite relation draws the same pictures, so an image token can tell the two only by a trace of the caption",
+    "hard negatives: of patches those of other objects (of other backgrounds), of pictures those of two objects",
+    "a picture's number is that of its largest token; the probe of a picture reads mean, maximum and minimum",
+    "intervals are draws of prompts, with all their pictures, and the null permutes whole prompts",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConceptsSettings:
+    """The arguments of `score_concepts`, which says what they mean."""
+
+    sae: Path
+    captures: str | Path
+    report: str | Path
+    site: str | None = None
+    steps: tuple[int, ...] | None = None
+    labels: Path | None = None
+    rows: tuple[RowName, ...] | None = None
+    null: int = 200
+    bootstrap: int = 200
+    least_positives: int = LEAST_POSITIVES
+    max_tokens: int = MAX_TOKENS
+    run_model: bool = False
+    name: str | None = None
+    output_dir: Path = Path("concepts")
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_words(ScoreConceptsSettings, vars(self))
+        check_least({"steps": 0, "null": 0, "bootstrap": 0, "least_positives": 1, "max_tokens": 1}, vars(self))
+
+
+@dataclass(frozen=True)
+class ScoredConcepts:
+    """What was found out about one autoencoder."""
+
+    folder: Path
+    result: dict[str, Any]
+    """The content of concepts.json."""
+
+    def auroc(self, row: RowName, step: int, **words: str) -> list[float]:
+        """The AUROC of a row's concepts at a step, of those that have all these `words`: kind, concept, level, ..."""
+        answers = self.result["steps"][str(step)][row]["answers"]
+        return [one["auroc"] for one in answers if all(one[key] == word for key, word in words.items())]
+
+
+def score_concepts(
+    sae: str | Path,
+    captures: str | Path,
+    report: str | Path,
+    *,
+    site: str | Site | None = None,
+    steps: Sequence[int] | None = None,
+    labels: str | Path | None = None,
+    rows: RowName | Sequence[RowName] | None = None,
+    null: int = 200,
+    bootstrap: int = 200,
+    least_positives: int = LEAST_POSITIVES,
+    max_tokens: int = MAX_TOKENS,
+    run_model: bool = False,
+    name: str | None = None,
+    output_dir: str | Path = "concepts",
+    device: str | None = None,
+    progress: Watch = unwatched,
+) -> ScoredConcepts:
+    """Score how well the best feature of each concept tells it, beside what else could be read in the same way.
+
+    Everything that is picked (feature, sign, threshold, penalty) is picked on `captures` and reported on `report`, two
+    collections without a common prompt. The labels are those of flux-tiny's captions, as the judge finds the objects
+    on the generated pictures; `labels` are those of any other pictures: a .csv or .jsonl with a row per picture, or a
+    folder of masks.
+
+    `rows` are what is compared (None: all), `null` how often the pick is repeated under permuted label maps, and
+    `bootstrap` how many draws an interval is made of. Under `least_positives` to report on there is no number. Of
+    larger collections whole prompts are drawn until there are `max_tokens` tokens. With `run_model` the neurons are
+    computed by the model where they were not collected. The result is `output_dir`/`name`/concepts.json.
+
+    Raises FluxIRError for what a user can mend.
+    """
+    settings = ScoreConceptsSettings(
+        sae=Path(sae),
+        captures=captures,
+        report=report,
+        site=None if site is None else str(site),
+        steps=None if steps is None else tuple(steps),
+        labels=None if labels is None else Path(labels),
+        rows=(rows,) if isinstance(rows, str) else None if rows is None else tuple(rows),
+        null=null,
+        bootstrap=bootstrap,
+        least_positives=least_positives,
+        max_tokens=max_tokens,
+        run_model=run_model,
+        name=name,
+        output_dir=Path(output_dir),
+        device=device,
+    )
+    return _Scoring(settings, progress).run()
+
+
+class _Scoring:
+    """One autoencoder, the two sets, and their labels."""
+
+    def __init__(self, settings: ScoreConceptsSettings, progress: Watch) -> None:
+        self.settings, self.progress = settings, progress
+        self.folder = folder_path(settings.sae, settings.name, settings.output_dir)
+        self.sources = {"pick": open_source(settings.captures), "report": open_source(settings.report)}
+        prompts = {name: [one.prompt for one in source.generations] for name, source in self.sources.items()}
+        check_apart({str(settings.captures): prompts["pick"], str(settings.report): prompts["report"]})
+        placement = plan(torch.cuda.device_count(), device=settings.device)
+        progress(Note(f"on {placement.transformer} ({placement.reason})"))
+        self.placement = placement
+        loaded = load_for(settings.sae, self.sources["pick"], settings.site)
+        subjects = {name: subject_of(loaded, source, held_out=0.0) for name, source in self.sources.items()}
+        self.site = subjects["pick"].site
+        self.steps = self._steps(loaded)
+        self.sae = loaded.folded().requires_grad_(False).to(torch.device(placement.transformer))
+        self.weights = hashlib.sha256(weights_file(settings.sae).read_bytes()).hexdigest()[:16]
+        self.file = None if settings.labels is None else read_labels(settings.labels)
+
+    def run(self) -> ScoredConcepts:
+        """Every row at every step, those that are there already from their files."""
+        labels = {name: self._labels(name, source) for name, source in self.sources.items()}
+        steps, questions = dict[str, Any](), list[dict[str, Any]]()
+        for step in self.steps:
+            parts = [Part(self.sources[name], labels[name], self.site, step) for name in ("pick", "report")]
+            asked = askable(parts[0], parts[1], self.settings.least_positives)
+            questions = questions_as_json(parts[0], parts[1], asked)
+            if not asked:
+                raise FluxIRError(
+                    f"no concept has {counted(self.settings.least_positives, 'positive')} to report on and half as "
+                    "many to pick with",
+                    hint="collect more pictures, or lower --least_positives",
+                )
+            steps[str(step)] = self._rows(step, parts, asked)
+        result = {
+            "format": _FORMAT,
+            "sae": {**self.sae.config.to_dict(), "folder": self.settings.sae.resolve().name, "weights": self.weights},
+            "site": None if self.site is None else str(self.site),
+            "model": self.sources["pick"].model,
+            "settings": self._described(),
+            "sets": {name: self._set(name, labels[name]) for name in labels},
+            "notes": list(NOTES),
+            "questions": questions,
+            "steps": steps,
+            "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
+        }
+        for at, rows in steps.items():
+            draw(self.folder / f"concepts_step_{at}.png", rows, f"{self.folder.name}, {result['site']}, step {at}")
+        write_json(self.folder / RESULT, result)  # last: where it is, the pictures are
+        return ScoredConcepts(self.folder, result)
+
+    def _steps(self, sae: SparseAutoencoder) -> list[int]:
+        """The steps to score at. Raises FluxIRError for one that a collection does not have."""
+        if self.settings.steps is None:
+            there = [set(filters_of(sae, source).steps_of(source.steps)) for source in self.sources.values()]
+            return sorted(there[0] & there[1])
+        for source in self.sources.values():
+            if absent := sorted(set(self.settings.steps) - set(source.steps)):
+                raise FluxIRError(
+                    f"the steps to score at must have been collected: got {absent[0]}",
+                    hint=f"{source.generations[0].path} has {', '.join(map(str, source.steps))}",
+                )
+        return sorted(set(self.settings.steps))
+
+    def _labels(self, name: str, source: TokenSource) -> Labels:
+        """What is known of a set, of no more pictures than there is room for."""
+        judged = self.settings.output_dir / JUDGED
+        labels = labels_of(source, name, self.file, judged, self.settings.max_tokens, self.site, self.progress)
+        if labels.numbers:
+            self.progress(Note(f"note: numbers are for flux-ir probe: {', '.join(labels.numbers)} left out"))
+        return labels
+
+    def _rows(self, step: int, parts: Sequence[Part], asked: Sequence[Comparison]) -> dict[str, Any]:
+        settings = self.settings
+        bench = Bench(parts[0], parts[1], asked, settings.bootstrap)
+        readers = Readers(bench, self.sae, self._neurons(parts), settings.null)
+        found: dict[str, Any] = {}
+        names = [row for row in ROWS if settings.rows is None or row in settings.rows]
+        missing = {row: why for row, why in readers.available().items() if why is not None and row in names}
+        for why in dict.fromkeys(missing.values()):
+            rows = [row for row in missing if missing[row] == why]
+            self.progress(Note(f"note: without {', '.join(rows)} at step {step}: {why}"))
+        for row in names:
+            if row not in missing:
+                found[row] = self._row(readers, row, step)
+        return found
+
+    def _row(self, readers: Readers, row: RowName, step: int) -> dict[str, Any]:
+        """One row: from its file, or made and kept."""
+        key = self._key(readers, row, step)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.settings.output_dir / PARTS / f"{row}_step_{step}_{digest}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))["found"]
+        total = len(readers.bench.comparisons)
+        stage = f"{row}, step {step}"
+        if row == "null":
+            drawn = readers.null(lambda draws: follow(self.progress, stage, draws, len(draws)))
+            found: dict[str, Any] = {"draws": self.settings.null, "answers": null_as_json(drawn)}
+        else:
+            answers = answers_as_json(follow(self.progress, stage, readers.row(row), total))
+            found = {"answers": answers}
+        found = {"candidates": readers.candidates(row), **found}
+        write_json(path, {"key": key, "found": found})
+        return found
+
+    def _key(self, readers: Readers, row: RowName, step: int) -> dict[str, Any]:
+        """All that a row depends on."""
+        settings, bench = self.settings, readers.bench
+        key: dict[str, Any] = {
+            "format": _FORMAT,
+            "row": row,
+            "sets": [source.identity for source in self.sources.values()],
+            "labels": "judged" if self.file is None else self.file.digest,
+            "site": str(bench.pick.site),
+            "step": step,
+            "bootstrap": settings.bootstrap,
+            "least_positives": settings.least_positives,
+            "max_tokens": settings.max_tokens,
+            "device": self.placement.transformer.split(":")[0],
+            "asked": len(bench.comparisons),
+        }
+        if row in OF_THE_SAE:
+            key["sae"] = self.weights
+        elif row in ("untrained", "random"):
+            key["features"] = self.sae.config.d_sae
+        if row == "untrained":
+            key["k"] = readers.k
+        if row == "null":
+            key["null"] = settings.null
+        if row == "neurons":
+            key["stored"] = has_neurons(bench.pick) and has_neurons(bench.report)
+        return key
+
+    def _neurons(self, parts: Sequence[Part]) -> Callable[[Part], Tensor] | None:
+        """Gives the neurons of a part: as they were stored, or by the model if it may be run."""
+        if all(map(has_neurons, parts)):
+            return stored_neurons
+        if not self.settings.run_model or parts[0].site is None:
+            return None
+        source = parts[0].source
+        if source.model is None or not isinstance(source, SampledSource):
+            raise FluxIRError(
+                "the model is run again for what flux-ir collect made: these captures do not say how they were made",
+                hint="leave --run_model out",
+            )
+        spec = get_spec(source.model)
+        dtype = choose_dtype("auto", self.placement.devices, recorded=source.sampling(0).dtype)
+        located = locate_model(spec, None, None, autoencoder=False, announce=lambda text: self.progress(Note(text)))
+        suite = Suite(spec, located, self.placement, dtype.dtype)
+        return lambda part: run_neurons(part, suite)
+
+    def _set(self, name: str, labels: Labels) -> dict[str, Any]:
+        source = self.sources[name]
+        return {
+            "captures": Path(str(self.settings.captures if name == "pick" else self.settings.report)).name,
+            "identity": source.identity,
+            "generations": len(source.generations),
+            "pictures": len(labels.images),
+            "prompts": len(set(labels.prompts)),
+            "left_out": {reason: count for reason, count in labels.dropped.items() if count},
+        }
+
+    def _described(self) -> dict[str, Any]:
+        names = ("null", "bootstrap", "least_positives", "max_tokens", "run_model")
+        described = {name: getattr(self.settings, name) for name in names}
+        return described | {
+            "labels": "the judge of flux-tiny's pictures" if self.file is None else self.file.path.name,
+            "device": self.placement.transformer.split(":")[0],
+        }
+
+
+def labels_of(
+    source: TokenSource,
+    name: str,
+    file: LabelFile | None,
+    judged: Path,
+    max_tokens: int,
+    site: SiteKey,
+    progress: Watch,
+) -> Labels:
+    """What is known of a set: from a file, or by the judge, who keeps what it saw in the folder `judged`.
+
+    Of no more pictures than have `max_tokens` tokens of the site. What is left out is noted.
+    """
+    count = len(source.generations)
+    if file is not None:
+        labels = file.labels(source, lambda images: follow(progress, f"masks of {name}", images, total=count))
+    else:
+        looked = judge_collection(source, judged, lambda paths: follow(progress, f"look at {name}", paths, total=count))
+        labels = known_answers(looked)
+    for reason, left_out in labels.dropped.items():
+        if left_out:
+            progress(Note(f"{counted(left_out, 'picture')} of {count} of {name} left out: {reason}"))
+    some = limited(labels, max_tokens // source.tokens(site), seed=0)
+    if some is not labels:
+        text = f"note: {len(some.images)} of {len(labels.images)} pictures of {name} are used"
+        progress(Note(f"{text}, as many as have {max_tokens} tokens"))
+    return some
+
+
+class MeanRow(NamedTuple):
+    """The mean over the concepts of one kind, at one level and against one kind of negatives."""
+
+    kind: str
+    level: Level
+    negatives: Negatives
+    concepts: int
+    aurocs: dict[RowName, float]
+
+
+def mean_rows(rows: Mapping[RowName, Any]) -> list[MeanRow]:
+    """What a step's rows come to, kind by kind."""
+    groups: dict[tuple[Any, Any, Any], dict[Any, list[float]]] = {}
+    for row, found in rows.items():
+        for one in found["answers"]:
+            group = groups.setdefault((one["kind"], one["level"], one["negatives"]), {})
+            group.setdefault(row, []).append(one["auroc"])
+    return [
+        MeanRow(*words, max(map(len, of_rows.values())), {row: sum(each) / len(each) for row, each in of_rows.items()})
+        for words, of_rows in groups.items()
+    ]
+
+
+LEVEL_WORDS: dict[str, str] = {"interior": "inside", "any": "any patch", "image": "picture"}
+NEGATIVES_WORDS: dict[str, str] = {"all": "all others", "hard": "hard ones"}
+
+
+def draw(path: Path, rows: Mapping[RowName, Any], subtitle: str) -> None:
+    """The same as a picture: readers across, kinds of concepts down."""
+    means = mean_rows(rows)
+    names = [f"{one.kind}, {LEVEL_WORDS[one.level]}, {NEGATIVES_WORDS[one.negatives]}" for one in means]
+    values = [[one.aurocs.get(row) for row in rows] for one in means]
+    titles = [ROW_TITLES[row] for row in rows]
+    number_grid(path, names, titles, values, "Mean AUROC over concepts", subtitle=subtitle, low=0.5, high=1.0)
