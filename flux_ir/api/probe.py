@@ -75,8 +75,8 @@ def probe(
     source = open_source(captures)
     other = source if report is None else open_source(report)
     if report is not None:
-        prompts = {str(path): [g.prompt for g in s.generations] for path, s in ((captures, source), (report, other))}
-        check_apart(prompts)
+        prompts = [[one.prompt for one in each.generations] for each in (source, other)]
+        check_apart((str(captures), prompts[0]), (str(report), prompts[1]))
     chosen = choose_sites(source, ["*"] if sites is None else list(site_names(sites)))
     at_steps = _steps(source, other, steps)
     file = None if labels is None else read_labels(Path(labels))

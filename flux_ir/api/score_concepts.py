@@ -165,8 +165,8 @@ class _Scoring:
         self.settings, self.progress = settings, progress
         self.folder = folder_path(settings.sae, settings.name, settings.output_dir)
         self.sources = {"pick": open_source(settings.captures), "report": open_source(settings.report)}
-        prompts = {name: [one.prompt for one in source.generations] for name, source in self.sources.items()}
-        check_apart({str(settings.captures): prompts["pick"], str(settings.report): prompts["report"]})
+        prompts = [[one.prompt for one in source.generations] for source in self.sources.values()]
+        check_apart((str(settings.captures), prompts[0]), (str(settings.report), prompts[1]))
         placement = plan(torch.cuda.device_count(), device=settings.device)
         progress(Note(f"on {placement.transformer} ({placement.reason})"))
         self.placement = placement
@@ -206,7 +206,8 @@ class _Scoring:
             "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
         }
         for at, rows in steps.items():
-            draw(self.folder / f"concepts_step_{at}.png", rows, f"{self.folder.name}, {result['site']}, step {at}")
+            if rows:
+                draw(self.folder / f"concepts_step_{at}.png", rows, f"{self.folder.name}, {result['site']}, step {at}")
         write_json(self.folder / RESULT, result)  # last: where it is, the pictures are
         return ScoredConcepts(self.folder, result)
 

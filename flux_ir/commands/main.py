@@ -27,7 +27,7 @@ VERBS = {
     "draw-features": "contact sheets of features with maps, their neighbours, and what each one draws",
     "compare-features": "match the features of two sites, steps, autoencoders or models, and say what has moved",
     "export-features": "the table of features as CSV or Parquet, or all of them as Neuronpedia imports them",
-    "score-concepts": "how well single features tell known colours, shapes and places, beside probes and a null",
+    "score-concepts": "how well single features tell known concepts, beside probes and chance",
     "probe": "which site and step know what: linear probes, judged on other prompts",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",

@@ -91,7 +91,7 @@ def best_features(
 
     Raises FluxIRError if the two share a prompt.
     """
-    check_apart({"the set that picks": pick.labels.prompts, "the set that reports": report.labels.prompts})
+    check_apart(("the set that picks", pick.labels.prompts), ("the set that reports", report.labels.prompts))
     there, here = FeatureBoard(pick, sae), FeatureBoard(report, sae)
     found = []
     for comparison in askable(pick, report, least_positives):

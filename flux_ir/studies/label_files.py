@@ -62,7 +62,7 @@ class LabelFile(NamedTuple):
         known = {key for column in self.columns for key in column.values}
         images = np.array([image for image, key in enumerate(keys) if key in known], dtype=np.int64)
         self._check_some(source, len(images))
-        there = [keys[image] for image in images]
+        there = [keys[int(image)] for image in images]
         questions, pictures = list[Question](), list[np.ndarray]()
         for column in self.columns:
             if not column.is_number:
@@ -76,7 +76,7 @@ class LabelFile(NamedTuple):
         }
         return Labels(
             images=images,
-            prompts=tuple(source.generations[image].prompt for image in images),
+            prompts=tuple(source.generations[int(image)].prompt for image in images),
             questions=tuple(questions),
             tokens=np.zeros((0, len(images), 0), dtype=np.uint8),
             pictures=np.stack(pictures) if pictures else np.zeros((0, len(images)), dtype=np.uint8),
@@ -121,7 +121,7 @@ class LabelFile(NamedTuple):
             pictures.append(bits)
         return Labels(
             images=images,
-            prompts=tuple(source.generations[image].prompt for image in images),
+            prompts=tuple(source.generations[int(image)].prompt for image in images),
             questions=tuple(questions),
             tokens=np.stack(tokens),
             pictures=np.stack(pictures),
@@ -260,7 +260,7 @@ def _cover(path: Path, rows: int, columns: int) -> np.ndarray:
     """The share of each patch that a mask covers: float32 [tokens]. A mask may have any size of the right form."""
     try:
         with Image.open(path) as file:
-            mask = file.convert("L")
+            mask = file.convert("L").convert("F")  # bytes would be rounded
     except OSError as error:
         raise FluxIRError(f"cannot read the mask {path}: {error}") from error
     if abs(mask.width * rows - mask.height * columns) > max(mask.width * rows, mask.height * columns) * 0.02:
@@ -268,7 +268,7 @@ def _cover(path: Path, rows: int, columns: int) -> np.ndarray:
             f"a mask has the form of its picture, {columns} x {rows} patches: {path} has {mask.width} x {mask.height}"
         )
     # Each pixel of the mask is divided among the patches it lies on.
-    return (np.asarray(mask.resize((columns, rows), Image.Resampling.BOX), dtype=np.float32) / 255).reshape(-1)
+    return (np.asarray(mask.resize((columns, rows), Image.Resampling.BOX)) / np.float32(255)).reshape(-1)
 
 
 def _of_cover(

@@ -272,14 +272,11 @@ def make_bits(positive: np.ndarray, in_all: np.ndarray, in_hard: np.ndarray) -> 
     return (counts + (positive & (counts > 0)) * np.uint8(POSITIVE)).astype(np.uint8)
 
 
-def check_apart(sets: Mapping[str, Sequence[str]]) -> None:
-    """Raises FluxIRError for the first prompt that two of these sets of prompts share, naming it."""
-    seen: dict[str, str] = {}
-    for name, prompts in sets.items():
-        for prompt in dict.fromkeys(prompts):
-            if prompt in seen:
-                raise FluxIRError(
-                    f"what picks and what reports must share no prompt: {seen[prompt]} and {name} both have {prompt!r}",
-                    hint="collect sets of other prompts: python -m flux_ir.demo.captions --part A, B and so on",
-                )
-        seen |= dict.fromkeys(prompts, name)
+def check_apart(pick: tuple[str, Sequence[str]], report: tuple[str, Sequence[str]]) -> None:
+    """Raises FluxIRError for the first prompt of the second set that the first one has too. Each has its name first."""
+    known = set(pick[1])
+    if common := next((prompt for prompt in report[1] if prompt in known), None):
+        raise FluxIRError(
+            f"what picks and what reports must share no prompt: {pick[0]} and {report[0]} both have {common!r}",
+            hint="collect sets of other prompts: python -m flux_ir.demo.captions --part A, B and so on",
+        )

@@ -191,9 +191,10 @@ def test_prompts_that_are_no_captions_are_refused(tmp_path):
 
 
 def test_sets_with_a_common_prompt_are_refused():
-    check_apart({"A": ["one", "two", "one"], "B": ["three"]})
-    with pytest.raises(FluxIRError, match="must share no prompt: A and B both have 'two'"):
-        check_apart({"A": ["one", "two"], "B": ["three", "two"]})
+    check_apart(("A", ["one", "two", "one"]), ("B", ["three"]))
+    for first, second in ((["one", "two"], ["three", "two"]), (["two"], ["two"])):
+        with pytest.raises(FluxIRError, match="must share no prompt: A and A both have 'two'"):
+            check_apart(("A", first), ("A", second))
 
 
 def test_some_of_the_pictures(labels):
