@@ -7,13 +7,11 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, MEASURED, Activations
-
-LABELS = "what is known"
+from flux_ir.commands.cli.shared import KNOWN, MACHINE, MEASURED, Activations, Labelled
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(Activations):
+class ProbeOptions(Activations, Labelled):
     """Fit a linear probe for every label at every site and step, and judge it on prompts it was not fitted on.
 
     A grid that says which site and step know colours, shapes, places, or whatever a file of labels names: AUROC of
@@ -41,22 +39,9 @@ class ProbeOptions(Activations):
     held_out: float = option(
         0.3, help="share of the prompts to judge on, without --report", group=MEASURED, minimum=0.01, maximum=0.99
     )
-    max_tokens: int = option(
-        2**19, help="most tokens of each collection; whole prompts are drawn", group=MEASURED, minimum=1
-    )
-    bootstrap: int = option(200, help="draws of prompts for the intervals; 0: no intervals", group=MEASURED, minimum=0)
 
-    labels: Path | None = option(
-        None,
-        help="labels of other pictures: .csv or .jsonl with a column id or prompt, or a folder of masks CONCEPT/ID.png",
-        group=LABELS,
-        default_text="the captions of flux-tiny, and where the judge finds their objects",
-    )
     levels: tuple[Literal["interior", "any", "image"], ...] = option(
-        ("any", "image"), help="whole pictures, any patch, or patches inside one object", group=LABELS
-    )
-    least_positives: int = option(
-        200, help="fewest positives, and negatives, to judge on; half of them to fit on", group=LABELS, minimum=1
+        ("any", "image"), help="whole pictures, any patch, or patches inside one object", group=KNOWN
     )
 
     name: str | None = option(

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, MEASURED, Activations, Device
+from flux_ir.commands.cli.shared import MACHINE, MEASURED, Labelled, OneAutoencoder
 
 if TYPE_CHECKING:
     from flux_ir.api.score_concepts import ScoredConcepts
 
-LABELS, COMPARED = "what is known", "what is compared"
+COMPARED = "what is compared"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConceptsOptions(Activations, Device):
+class ScoreConceptsOptions(OneAutoencoder, Labelled):
     """Score how well single features tell concepts that are known: colours, shapes, sizes, places of flux-tiny's world.
 
     For each concept the best feature is picked on one collection and reported on another, which share no prompt: AUROC,
@@ -25,37 +25,8 @@ class ScoreConceptsOptions(Activations, Device):
     pictures, or come from a file. Writes concepts.json and a picture per step; a run that was stopped goes on.
     """
 
-    sae: Path = option(REQUIRED, help="the folder of an autoencoder, of whichever program", group=MEASURED)
     report: Path = option(
         REQUIRED, help="the collection to report on; --captures is the one to pick with", group=MEASURED
-    )
-    site: str | None = option(
-        None,
-        help="the site to score on, for an autoencoder that does not say one of these captures",
-        group=MEASURED,
-        default_text="the one it was trained on",
-        elsewhere=("layer", "hook_point", "block"),
-    )
-    steps: tuple[int, ...] | None = option(
-        None,
-        help="the steps to score at, each by itself, counted from 0",
-        group=MEASURED,
-        minimum=0,
-        default_text="those the autoencoder was trained on",
-        elsewhere=("timestep", "timesteps"),
-    )
-    max_tokens: int = option(
-        2**19, help="most tokens of each collection; whole prompts are drawn", group=MEASURED, minimum=1
-    )
-
-    labels: Path | None = option(
-        None,
-        help="labels of other pictures: .csv or .jsonl with a column id or prompt, or a folder of masks CONCEPT/ID.png",
-        group=LABELS,
-        default_text="the captions of flux-tiny, and where the judge finds their objects",
-    )
-    least_positives: int = option(
-        200, help="fewest positives, and negatives, to report on; half of them to pick with", group=LABELS, minimum=1
     )
 
     rows: (
@@ -81,12 +52,8 @@ class ScoreConceptsOptions(Activations, Device):
         | None
     ) = option(None, help="what to compare", group=COMPARED, default_text="all there is")
     null: int = option(200, help="draws of permuted labels, each with a pick of its own", group=COMPARED, minimum=0)
-    bootstrap: int = option(200, help="draws of prompts for the intervals; 0: no intervals", group=COMPARED, minimum=0)
     run_model: bool = option(False, help="run the model for the neurons, where they were not collected", group=COMPARED)
 
-    name: str | None = option(
-        None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
-    )
     output_dir: Path = option(Path("concepts"), help="where the folders of concepts are", group=MACHINE)
 
 

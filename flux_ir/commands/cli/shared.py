@@ -11,7 +11,7 @@ from typing import Literal
 from flux_ir.commands.cli.option import REQUIRED, Options, option
 
 PICTURE, KEEP, READ, MACHINE = "the picture", "what is recorded", "what is shown", "model and machine"
-MEASURED = "what is measured"
+MEASURED, KNOWN = "what is measured", "what is known"
 LARGEST_SEED = 2**63 - 1
 _OF_THE_MODEL = "the model's own"
 
@@ -56,8 +56,8 @@ class Activations(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored(Activations, Device):
-    """One autoencoder whose features are scored, and the folder of what is found."""
+class OneAutoencoder(Activations, Device):
+    """One autoencoder whose features are scored, and what the folder of what is found is called."""
 
     sae: Path = option(REQUIRED, help="the folder of an autoencoder, of whichever program", group=MEASURED)
     site: str | None = option(
@@ -75,16 +75,41 @@ class Scored(Activations, Device):
         default_text="those the autoencoder was trained on",
         elsewhere=("timestep", "timesteps"),
     )
+    name: str | None = option(
+        None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(OneAutoencoder):
+    """The same, for the folder of features."""
+
     pictures: Path | None = option(
         None,
         help="the folder of pictures that CLIP's activations were collected from, to show them",
         group=MEASURED,
         default_text="what flux-ir collect or capture kept",
     )
-    name: str | None = option(
-        None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
-    )
     output_dir: Path = option(Path("features"), help="where the folders of features are", group=MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Options):
+    """What is known about pictures, and how much of it is used."""
+
+    labels: Path | None = option(
+        None,
+        help="labels of other pictures: .csv or .jsonl with a column id or prompt, or a folder of masks CONCEPT/ID.png",
+        group=KNOWN,
+        default_text="the captions of flux-tiny, and where the judge finds their objects",
+    )
+    least_positives: int = option(
+        200, help="fewest positives, and negatives, to report on; half of them to pick with", group=KNOWN, minimum=1
+    )
+    max_tokens: int = option(
+        2**19, help="most tokens of each collection; whole prompts are drawn", group=KNOWN, minimum=1
+    )
+    bootstrap: int = option(200, help="draws of prompts for the intervals; 0: no intervals", group=KNOWN, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
