@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ir.api.progress import Note, Progress, Watch, unwatched
-from flux_ir.api.study_file import STAGES, StudyFile, read_study
+from flux_ir.api.study_file import PICK, REPORT, STAGES, StudyFile, read_study
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.layout import complete_file, write_json
 
@@ -134,13 +134,17 @@ class _Run:
             "prompts": self.file.prompts if stage in ("collect", "concepts") else None,
             "before": {name: key for name, key in self.keys.items() if stage in _behind(self.file, name)},
         }
-        text = json.dumps(content, sort_keys=True, default=str)
-        self.keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:8]
+        self.keys[stage] = _digest(content)
         return self.folder / "stages" / f"{stage}-{self.keys[stage]}.json"
 
     def place(self, what: str, stage: str) -> Path:
         """Where a stage keeps something."""
         return self.folder / f"{what}-{self.keys[stage]}"
+
+
+def _digest(content: Any) -> str:
+    """8 hex digits that stand for settings."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _read_record(record: Path) -> dict[str, tuple[Path, ...]] | None:
@@ -158,10 +162,14 @@ Work = Callable[[_Run, dict[str, Any]], dict[str, tuple[Path, ...]]]
 
 def _collect(run: _Run, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
     folder = run.place("captures", "collect")
-    STAGES["collect"].load()(
-        run.file.prompts["train"], settings["sites"], folder, **_but(settings, "sites"), progress=run.progress
-    )
+    _capture(run, "train", folder, settings)
     return {"collect": (folder,)}
+
+
+def _capture(run: _Run, use: str, folder: Path, settings: dict[str, Any]) -> None:
+    """A collection of the prompts for this use."""
+    others = {name: value for name, value in settings.items() if name != "sites"}
+    STAGES["collect"].load()(run.file.prompts[use], settings["sites"], folder, **others, progress=run.progress)
 
 
 def _train(run: _Run, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
@@ -193,8 +201,27 @@ def _features(run: _Run, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]
     return {"features": tuple(one.path for one in found)}
 
 
-_WORK: dict[str, Work] = {"collect": _collect, "train": _train, "evaluate": _evaluate, "features": _features}
+def _concepts(run: _Run, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
+    """Known answers, on captures of their own: pictures are needed, and prompts that nothing was trained on."""
+    collecting = run.file.stages["collect"] | {"repeats": settings["repeats"], "save_images": True}
+    captures = {}
+    for use in (PICK, REPORT):
+        captures[use] = run.folder / f"captures-{use}-{_digest([collecting, run.file.prompts[use]])}"
+        _capture(run, use, captures[use], collecting)
+    asked = {name: value for name, value in settings.items() if name != "repeats"}
+    score = STAGES["concepts"].load()
+    found = [
+        score(sae, captures[PICK], captures[REPORT], **asked, output_dir=run.place("concepts", "concepts"),
+              progress=run.progress)
+        for sae in run.found["train"]
+    ]  # fmt: skip
+    return {"concepts": tuple(one.folder for one in found)}
 
 
-def _but(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in names}
+_WORK: dict[str, Work] = {
+    "collect": _collect,
+    "train": _train,
+    "evaluate": _evaluate,
+    "features": _features,
+    "concepts": _concepts,
+}

@@ -46,6 +46,12 @@ STAGES = {
     ),
     "evaluate": StageSpec("flux_ir.api.evaluate_sae", "evaluate_sae", ("sae", "captures")),
     "features": StageSpec("flux_ir.api.features", "analyse_features", ("sae", "captures", "name", "output_dir")),
+    "concepts": StageSpec(
+        "flux_ir.api.score_concepts",
+        "score_concepts",
+        ("sae", "captures", "report", "name", "output_dir"),
+        own={"repeats": 4},  # generations of each prompt, to pick with and to report on
+    ),
 }
 """In the order they run. A stage runs if the file has a table of its name."""
 NEEDED = ("prompts", "collect")
@@ -152,7 +158,11 @@ def _settled(path: Path, stage: str, table: Table) -> Table:
         settled[name] = list(value) if isinstance(value, tuple) else value
         if value is inspect.Parameter.empty:
             raise FluxIRError(f"{path}: [{stage}] needs {name}", hint=f"it is an argument of flux_ir.{spec.function}")
-    return settled | {name: table.get(name, default) for name, default in spec.own.items()}
+    for name, default in spec.own.items():
+        settled[name] = table.get(name, default)
+        if not _fits(type(default), settled[name]) or settled[name] < 1:
+            raise FluxIRError(f"{path}: [{stage}] {name} must be a number of at least 1: got {settled[name]!r}")
+    return settled
 
 
 def _prompt_settings(path: Path, use: str, table: Any) -> Table:

@@ -152,6 +152,23 @@ def test_unknown_stages_and_files_are_refused(studied, tmp_path, capsys):
         flux_ir.run_study(folder / "small.toml", only="train", from_="train")
 
 
+def test_known_answers_are_asked_of_captures_of_their_own(tmp_path):
+    concepts = "[concepts]\nrows = ['sae']\nnull = 1\nbootstrap = 1\nleast_positives = 4\nrepeats = 1\n"
+    uses = "".join(
+        f"[concepts.{use}]\ncaptions = 8\npart = '{part}'\n" for use, part in (("pick", "A"), ("report", "B"))
+    )
+    study = SMALL.replace("seed = 3", "seed = 3\npart = 'T'").replace("[evaluate]\n\n[features]\n", concepts + uses)
+    (tmp_path / "s.toml").write_text(study)
+    result = flux_ir.run_study(tmp_path / "s.toml", output_dir=tmp_path / "studies")
+    (folder,) = result.stages[-1].folders
+    assert json.loads((folder / "concepts.json").read_text())["steps"]["1"]["sae"]["answers"]
+    assert len(list(result.folder.glob("captures-*"))) == 3
+    shared = study.replace("captions = 6", "captions = 2000").replace("part = 'A'", "part = 'T'")
+    (tmp_path / "s.toml").write_text(shared)
+    with pytest.raises(FluxIRError, match="prompts for train and for pick must differ"):
+        read_study(tmp_path / "s.toml")
+
+
 @pytest.mark.parametrize(
     "recipe", sorted((Path(__file__).parents[2] / "recipes" / "runs").glob("*.toml")), ids=lambda path: path.stem
 )
