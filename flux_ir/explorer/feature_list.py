@@ -91,7 +91,8 @@ def columns_text(columns: Sequence[Column]) -> str:
 def first_pictures(folder: FeatureFolder, stream: Stream, image: Ints, token: NDArray[Any]) -> dict[str, str]:
     """Of the first of each feature's largest examples [d_sae, n]: the pictures, and where in them the value is.
 
-    `top` are their numbers, int32, -1 for none; `peaks` are across and down, a byte each, 255 being the whole.
+    `top` are their numbers, int32, -1 for none; `peaks` are across and down on the square in the middle of the picture,
+    a byte each, 255 being the whole; what lies beyond is on its edge.
     """
     top = np.full((len(image), TOP_THUMBNAILS), -1, "<i4")
     peaks = np.full((*top.shape, 2), 127, np.uint8)
@@ -102,7 +103,9 @@ def first_pictures(folder: FeatureFolder, stream: Stream, image: Ints, token: ND
         rows, columns = (grids[image[:, :kept].clip(0), side] for side in (0, 1))
         place = token[:, :kept].clip(0)
         across, down = (place % columns + 0.5) / columns, (place // columns + 0.5) / rows
-        peaks[:, :kept] = np.rint(255 * np.stack([across, down], axis=2).clip(0, 1))
+        sides = np.array([(row.width or 1, row.height or 1) for row in folder.images], np.float64).reshape(-1, 2)
+        sides = (sides / sides.min(axis=1, keepdims=True))[image[:, :kept].clip(0)]
+        peaks[:, :kept] = np.rint(255 * (0.5 + (np.stack([across, down], axis=2) - 0.5) * sides).clip(0, 1))
     return {"top": _base64(top), "peaks": _base64(peaks)}
 
 

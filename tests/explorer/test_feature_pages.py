@@ -161,6 +161,20 @@ def test_the_index_of_words_counts_top_pictures(folder):
 _KINDS = {"ptr": "<u4", "features": "<u4", "counts": "u1"}
 
 
+def test_the_marks_of_the_list_lie_on_the_square_in_the_middle(folder, values):
+    pages = write(folder)
+    found = script(pages / "list-img.js")
+    top = np.frombuffer(b64decode(found["top"]), "<i4").reshape(70, 8)
+    peaks = np.frombuffer(b64decode(found["peaks"]), np.uint8).reshape(70, 8, 2) / 255
+    known = read_groups(folder, "img")[0]
+    assert (top[:, :4] == known.image).all()
+    assert (top[:, 4:] == -1).all()
+    for feature, place in ((0, 0), (5, 2), (69, 3)):
+        row, column = divmod(int(known.token[feature, place]), 3)
+        wanted = np.clip(0.5 + ((column + 0.5) / 3 - 0.5) * 1.5, 0, 1), (row + 0.5) / 2  # pictures of 48 x 32 pixels
+        assert peaks[feature, place] == pytest.approx(wanted, abs=1 / 255)
+
+
 def test_a_picture_is_drawn_once_and_never_enlarged(folder):
     write(folder)
     small = folder.path / "thumbnails" / "000" / "000007.webp"

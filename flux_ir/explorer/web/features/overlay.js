@@ -86,6 +86,7 @@ const CLOSE_UP = 2.6;
 function makeShot(image, facts) {
   const layer = make("span", { className: "layer" });
   const shot = make("button", { type: "button", className: "shot" }, layer);
+  shot.classList.toggle("unsized", !facts?.width);
   shot.style.setProperty("--aspect", facts?.width && facts?.height ? facts.width / facts.height : 1);
   if (pages.pictures && facts?.picture)
     layer.append(make("img", { src: thumbnailUrl(image), alt: "", decoding: "async", draggable: false }));
