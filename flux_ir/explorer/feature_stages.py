@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flux_ir.explorer.feature_records import Group, Panels
+from flux_ir.features.drawings import UNTOUCHED
 from flux_ir.features.folder import FeatureFolder, digest_of
 from flux_ir.features.labels import LABELS_FILE
 from flux_ir.features.words import STAGE, WORDS_FILE, find_tokenizer, prompt_tokens, read_result
 from flux_ir.sites import Stream
 
 NUMBERS = ("selection.safetensors", "decoder.safetensors")
-DRAWS = "draws"
+DRAWS, STEERING = "draws", "steering"
+"""Folders of pictures of features, {feature}.png."""
 
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
@@ -80,8 +82,8 @@ def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
         known = folder.columns("decoder.safetensors", stream)
         for name, value in (("nearest", "nearest_cosine"), ("together", "together_jaccard")):
             rows[name] = _Neighbours(known[name], known[value])
-    if stream == folder.streams[0] and (folder.path / DRAWS).is_dir():
-        rows["draws"] = _draws(folder.path / DRAWS)
+    if stream == folder.streams[0]:
+        rows |= {name: _pictures(folder.path / name) for name in (DRAWS, STEERING) if (folder.path / name).is_dir()}
     labels = {int(row["feature"]): row for row in _read(folder, LABELS_FILE, stream) or []}
     return Panels(table.max_active, table.histogram, table.step_frequency, table.step_mean, rows, labels)
 
@@ -102,7 +104,9 @@ def made_of(folder: FeatureFolder) -> str:
     """What stands for all that is read here besides the scores and the examples."""
     files = [folder.path / name for name in (*NUMBERS, WORDS_FILE, LABELS_FILE)]
     digests = [sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in files]
-    return digest_of([digests, sorted(path.name for path in (folder.path / DRAWS).glob("*.png"))])
+    return digest_of(
+        [digests, [sorted(path.name for path in (folder.path / name).glob("*.png")) for name in (DRAWS, STEERING)]]
+    )
 
 
 class _Neighbours(Mapping[int, Sequence[Sequence[Any]]]):
@@ -123,15 +127,18 @@ class _Neighbours(Mapping[int, Sequence[Sequence[Any]]]):
         return len(self.feature)
 
 
-def _draws(folder: Path) -> dict[int, list[tuple[str, str]]]:
-    """The pictures of what features draw, {feature}.png: what is read out and the icon side by side, or the icon."""
-    found: dict[int, list[tuple[str, str]]] = {}
-    for path in folder.glob("*.png"):
-        if path.stem.isdecimal():
-            found[int(path.stem)] = [(f"../{DRAWS}/{path.name}", "read out by the last layer, and as an icon")]
-            if (folder / "untouched.png").is_file():
-                found[int(path.stem)].append((f"../{DRAWS}/untouched.png", "the empty prompt without it"))
-    return found
+def _pictures(folder: Path) -> dict[int, list[tuple[str, str]]]:
+    """Addresses and captions of the pictures of each feature: what it draws, or what turning it does."""
+    about = {DRAWS: "read out by the last layer, and as an icon", STEERING: "from turned down to turned up"}[
+        folder.name
+    ]
+    untouched = [(f"../{folder.name}/{UNTOUCHED}.png", "the empty prompt without it")]
+    shown = untouched if (folder / f"{UNTOUCHED}.png").is_file() else []
+    return {
+        int(path.stem): [(f"../{folder.name}/{path.name}", about), *shown]
+        for path in sorted(folder.glob("*.png"))
+        if path.stem.isdecimal()
+    }
 
 
 def _read(folder: FeatureFolder, file: str, stream: Stream) -> Any:

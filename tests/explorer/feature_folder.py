@@ -203,7 +203,7 @@ def add_later_stages(folder: FeatureFolder) -> FeatureFolder:
     good |= {"score": 0.91, "low": 0.84, "high": 0.96}
     poor = good | {"feature": 2, "text": None, "candidate": "red", "score": 0.55}
     write_json(path / "labels.json", {"version": 1, "streams": {"img": [good, poor]}})
-    for name, width in (("1", 32), ("untouched", 16)):
-        (path / "draws").mkdir(exist_ok=True)
-        Image.new("RGB", (width, 16), (200, 30, 30)).save(path / "draws" / f"{name}.png")
+    for name, width in (("draws/1", 32), ("draws/untouched", 16), ("steering/1", 80)):
+        (path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (width, 16), (200, 30, 30)).save(path / f"{name}.png")
     return folder.mark_done("labels", {}, after=("score",))

@@ -364,7 +364,8 @@ def test_labels_words_neighbours_and_drawings_are_shown_and_lead_on(visit, tmp_p
     expect(page.locator("#feature-name")).to_have_text("blue <b>things</b>")
     expect(page.locator("#feature-facts")).to_contain_text("label from words, score 0.910 (0.840 to 0.960)")
     drawn = page.locator(".draws img").evaluate_all("all => all.map((image) => image.naturalWidth)")
-    assert drawn == [32, 16]
+    assert drawn == [32, 16, 80]
+    assert "Turned down and up" in page.locator("#about").inner_text()
     page.locator(".panel", has_text="Nearest directions").locator(".feature-link").click()
     assert shown(page) == 2
     expect(page.locator("#about")).to_contain_text("no better than the bar for a label: red, score 0.550")

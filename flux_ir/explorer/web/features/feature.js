@@ -143,8 +143,8 @@ function showAbout() {
       labelPanel(record),
       neighboursPanel("Nearest directions", record.nearest, "cosine"),
       neighboursPanel("Fires together with", record.together, "Jaccard"),
-      drawsPanel(record),
-      record.steering && panel("Turned up and down", ...record.steering.map(stripOf)),
+      picturesPanel("What it draws", record.draws),
+      picturesPanel("Turned down and up", record.steering),
       panel("Judged", numberList(otherNumbers())),
       missingPanel(),
     ].filter(Boolean),
@@ -278,9 +278,10 @@ function featureLink(feature) {
   return link;
 }
 
-function drawsPanel(record) {
-  if (!record.draws?.length) return null;
-  const figures = record.draws.map(([address, caption]) =>
+/** Pictures of the feature that a later stage made: what it draws, or what happens when it is turned up and down. */
+function picturesPanel(title, pictures) {
+  if (!pictures?.length) return null;
+  const figures = pictures.map(([address, caption]) =>
     make(
       "figure",
       {},
@@ -288,23 +289,5 @@ function drawsPanel(record) {
       make("figcaption", { className: "small", textContent: caption }),
     ),
   );
-  return panel("What it draws", make("div", { className: "draws" }, ...figures));
-}
-
-/** A steering strip: pictures from the feature turned down to turned up, and below it the same for a random direction. */
-function stripOf({ title, pictures }) {
-  const shown = pictures.map(([address, caption]) =>
-    make(
-      "figure",
-      {},
-      make("img", { src: address, alt: caption }),
-      make("figcaption", { className: "small", textContent: caption }),
-    ),
-  );
-  return make(
-    "div",
-    { className: "steering" },
-    make("p", { className: "small", textContent: title }),
-    make("div", { className: "draws" }, ...shown),
-  );
+  return panel(title, make("div", { className: "draws" }, ...figures));
 }
