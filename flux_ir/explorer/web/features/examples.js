@@ -77,11 +77,14 @@ function captionOf(example, facts, silent) {
 
 function factsOf(example, facts, silent) {
   const step = !silent && pages.steps.length > 1 ? `step ${example.step}` : null;
-  const place = !silent && facts?.rows ? placeOnGrid(example.token, facts) : null;
+  const place = silent ? null : placeOf(example.token, facts);
   return [step, place].filter(Boolean).join(" · ");
 }
 
-const placeOnGrid = (token, { columns }) => `row ${Math.floor(token / columns)}, col ${token % columns}`;
+function placeOf(token, facts) {
+  if (state.stream === "txt") return `token ${token}`;
+  return facts?.rows ? `r${Math.floor(token / facts.columns)} c${token % facts.columns}` : null;
+}
 
 function spokenExample(example, facts, silent) {
   const prompt = facts?.prompt || "no prompt";
@@ -135,19 +138,24 @@ function paintTokens({ line, example, facts, record }) {
   const place = example.maps.length > 1 ? stepOfMap(example) : 0;
   const values = example.maps.length && place >= 0 ? mapOf(example.maps[place], pages.of.txt.tokens) : [];
   const count = Math.max(words.length, lastAbove(values) + 1);
-  line.replaceChildren(
-    ...Array.from({ length: count }, (_, token) => tokenMark(token, words, values, example, record)),
-  );
+  const texts = Array.from({ length: count }, (_, token) => tokenText(token, words));
+  line.replaceChildren(...texts.map((text, token) => tokenMark(token, text, values, example, record)));
+}
+
+/** Tokens that carry their own spaces are shown as they are; others get one each. */
+function tokenText(token, words) {
+  const text = words[token] ?? `⟨${token}⟩`;
+  return token && !words.some((word) => word.startsWith(" ")) ? ` ${text}` : text;
 }
 
 const lastAbove = (values) => values.reduce((last, value, index) => (value ? index : last), -1);
 
-function tokenMark(token, words, values, example, record) {
+function tokenMark(token, text, values, example, record) {
   const value = values[token] ?? 0;
-  const mark = make("span", { className: "token", textContent: words[token] ?? `⟨${token}⟩` });
+  const mark = make("span", { className: "token", textContent: text });
   if (!value) return mark;
   mark.classList.add("lit");
-  mark.style.backgroundColor = colourOf(value);
+  Object.assign(mark.style, { backgroundColor: colourOf(value), color: inkOn(value) });
   mark.title = `token ${token}: ${shortNumber((value / 255) * record.scale)}`;
   if (token === example.token) mark.classList.add("most");
   return mark;

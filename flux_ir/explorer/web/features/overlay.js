@@ -70,6 +70,15 @@ function colourOf(value) {
   return `rgb(${COLOURS[place]} ${COLOURS[place + 1]} ${COLOURS[place + 2]} / ${strength.toFixed(3)})`;
 }
 
+/** Black or white, whichever can be read on the colour of a value that lies over the page. */
+function inkOn(value) {
+  const [place, strength] = [3 * level(value), Math.sqrt(level(value) / 255)];
+  const mixed = channels(colourNamed("--page")).map(
+    (page, channel) => page + (COLOURS[place + channel] - page) * strength,
+  );
+  return 0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2] > 130 ? "#14141a" : "#ffffff";
+}
+
 function showLegend(largest) {
   const pen = element("legend").getContext("2d");
   const strip = new ImageData(256, 1);
