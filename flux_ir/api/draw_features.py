@@ -25,6 +25,7 @@ from flux_ir.features.drawings import UNTOUCHED, Canvas, Studio, draw_missing, i
 from flux_ir.features.effect import why_not_run
 from flux_ir.features.folder import FeatureFolder, ScorePart, digest_of, open_features, read_tensors, write_tensors
 from flux_ir.features.heatmaps import draw_overlay, scale_of, sheet_line
+from flux_ir.features.labels import read_labels
 from flux_ir.features.scoring import Scoring, half_of
 from flux_ir.features.selection import Ranked, Selection, ranked, read_lists
 from flux_ir.layout import complete_file
@@ -188,7 +189,7 @@ class Drawing:
             sheets = self._sheets(draws)
             overlays = self._overlays() if self.settings.overlays else []
         drawn = [draws[feature] for feature in features if feature in draws]
-        after = [stage for stage in ("score", "examples", "select") if stage in folder.stages]
+        after = [stage for stage in ("score", "examples", "select", "labels") if stage in folder.stages]
         folder.mark_done("draw", _kept(self.settings), after=after)
         return DrawnFeatures(features, sheets, drawn, overlays)
 
@@ -324,7 +325,7 @@ class Drawing:
 
     def _sheets(self, draws: dict[int, Path]) -> list[Path]:
         folder, settings, chosen = self.folder, self.settings, self.chosen
-        selection = Selection(folder)
+        selection, labels = Selection(folder), read_labels(folder, self.stream) or {}
         name = re.sub(r"[^a-z0-9]+", "-", chosen.name.lower()).strip("-")
         known = folder.settings
         where = f"{known.model or 'a model'}, {known.site or 'an array'}"
@@ -343,6 +344,7 @@ class Drawing:
                     feature,
                     settings.examples,
                     percentile=settings.percentile,
+                    label=f"{labels[feature]['text']} ({labels[feature]['score']:.2f})" if feature in labels else "",
                     selection=selection,
                     images=self._images(feature),
                     more=_panels(draws.get(feature)),

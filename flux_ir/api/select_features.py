@@ -53,6 +53,9 @@ from flux_ir.sae.interop.formats import load_any, weights_file
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Stream
 
+LONG = 1e14
+"""Operations in float64: half an hour and more of a CPU."""
+
 Columns = dict[Stream, dict[str, NDArray[Any]]]
 
 
@@ -250,6 +253,7 @@ class Selecting:
         known = {**embedder.described(), "permutations": settings.permutations, "seed": settings.seed}
         if self.selection.has("coherence", known):
             return
+        self._note_work(embedder)
         for _ in follow(self.progress, "embed", make_embeddings(self.folder, embedder), total=self.folder.parts):
             pass
         rows = read_embeddings(self.folder, embedder)
@@ -271,6 +275,19 @@ class Selecting:
             }
 
         self._put("coherence", known, compute)
+
+    def _note_work(self, embedder: Embedder) -> None:
+        """Say so where permutations will take long: they are most of the work."""
+        known, settings = self.folder.settings, self.settings
+        width = known.d_in if isinstance(embedder, SiteEmbedder) else 512
+        operations = 2.0 * known.images * self.d_sae * width * settings.permutations * len(self.folder.streams)
+        if self.device.type == "cpu" and operations > LONG:
+            self.progress(
+                Note(
+                    f"note: {settings.permutations} permutations of {known.images} images take {operations:.1g} "
+                    "operations, much for a CPU: with --permutations 0 there is no p, and z is what it is"
+                )
+            )
 
     def _embedder(self) -> Embedder:
         folder, settings = self.folder, self.settings

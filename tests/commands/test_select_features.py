@@ -13,7 +13,8 @@ from flux_ir.commands.select_features import main
 from flux_ir.features.coherence import coherence
 from flux_ir.features.folder import open_features, read_tensors
 from flux_ir.features.selection import FILE, GROUPS, LISTS, read_lists
-from tests.features.real import IMAGES, STEPS, files_of, make_features
+from flux_ir.models.clip import load_picture_tower, read_pixels, read_preprocessing
+from tests.features.real import IMAGES, STEPS, files_of, make_features, save_small_clip
 
 COLUMNS = [name for names in GROUPS.values() for name in names]
 
@@ -148,6 +149,17 @@ def test_latents_that_were_kept_and_pictures_that_are_encoded_say_nearly_the_sam
     both = ~np.isnan(kept)
     assert not np.array_equal(kept[both], encoded[both])
     assert np.corrcoef(kept[both], encoded[both])[0, 1] > 0.9
+
+
+def test_images_are_compared_by_any_clip(folder, capsys, tmp_path):
+    words = ("--permutations", "0", "--effect_images", "0", "--clip", str(save_small_clip(tmp_path)))
+    code, _, err = run(capsys, folder, *words)
+    assert code == 0, err
+    features = open_features(folder)
+    tower, preprocessing = load_picture_tower(tmp_path, "cpu", torch.float32), read_preprocessing(tmp_path)
+    pixels = [read_pixels(features.picture(image), preprocessing) for image in range(IMAGES)]
+    expected = coherence(lambda: features.scores("img"), tower(torch.stack(pixels)), 48).score
+    np.testing.assert_allclose(read_tensors(folder / FILE)[0]["img/coherence"], expected, atol=1e-5)
 
 
 def test_the_state_a_step_began_with_is_read_from_the_shard_or_sampled_again(made):
