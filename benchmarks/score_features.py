@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import Target, arguments, interleaved, machine, parse, print_report
+from measure import Target, arguments, interleaved, keep_freed_memory, machine, parse, print_report
 from torch import Tensor
 
 from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun
@@ -91,6 +91,7 @@ def main() -> None:
     if options.peak_of is not None:
         print(peak_of(options.peak_of, options))
         return
+    keep_freed_memory()
     rows = [row for case in CASES for row in speed_rows(case, options)]
     columns = ["autoencoder", "tokens", "bare [tokens/s]", "pass [tokens/s]", "ratio", "target"]
     print_report("Scoring features against bare encoding", columns, rows, machine(options.device))

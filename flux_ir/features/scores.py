@@ -28,9 +28,10 @@ from flux_ir.sites import Stream
 
 CHUNK_TOKENS = 8192
 """Tokens encoded before they are sorted into rows. Bits may depend on it, so no flag changes it."""
-DENSE_ENTRIES, CACHED_ENTRIES = 1 << 26, 1 << 21
+DENSE_ENTRIES, CACHED_ENTRIES, CACHED_TOKENS = 1 << 26, 1 << 21, 2048
 """Entries of a [tokens, d_sae] matrix that an architecture may hold at once: 256 MB. On a CPU such matrices, which
-TopK does without, are kept near its cache: for 1,536 features 19 instead of 25 microseconds a token."""
+TopK does without, are kept near its cache (for 1,536 features 19 instead of 25 microseconds a token), and so are
+tokens and their reconstructions."""
 
 
 def missing_parts(folder: FeatureFolder, stream: Stream) -> list[int]:
@@ -87,8 +88,11 @@ def _encode(
     known, tokens = scoring.settings, scoring.settings.tokens[stream]
     means = sample.mean[stream].to(scoring.device)
     most = max(1, CHUNK_TOKENS // (len(known.steps) * tokens))
-    cached = scoring.device.type == "cpu" and known.architecture != "topk"
-    at_once = max(1, min(CHUNK_TOKENS, (CACHED_ENTRIES if cached else DENSE_ENTRIES) // known.d_sae))
+    at_once = max(1, min(CHUNK_TOKENS, DENSE_ENTRIES // known.d_sae))
+    if scoring.device.type == "cpu":
+        at_once = min(at_once, CACHED_TOKENS)
+        if known.architecture != "topk":
+            at_once = max(1, min(at_once, CACHED_ENTRIES // known.d_sae))
     for number in numbers:
         first = number * folder.part_images
         for images in scoring.runs(range(first, min(first + folder.part_images, known.images)), most):
@@ -104,8 +108,8 @@ def _encode(
                     made.add(
                         found.values.cpu().numpy(),
                         found.indices.cpu().numpy(),
-                        (batch - x_hat).square().sum(1).cpu().numpy(),
-                        centred.square().sum(1).cpu().numpy(),
+                        torch.linalg.vector_norm(x_hat.sub_(batch), dim=1).square_().cpu().numpy(),
+                        torch.linalg.vector_norm(centred, dim=1).square_().cpu().numpy(),
                         centred.sum(0).cpu().numpy(),
                     )
             yield made.taken(number, images)
