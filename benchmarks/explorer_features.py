@@ -76,7 +76,7 @@ TO_NEXT_FEATURE = """(key) => new Promise((done) => {
       setTimeout(() => done([shown, performance.now() - start]));
     else requestAnimationFrame(look);
   };
-  document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
   requestAnimationFrame(look);
 })"""
 TO_NEW_ORDER = """(column) => new Promise((done) => {
