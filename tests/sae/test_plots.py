@@ -39,7 +39,13 @@ FIGURES = {
     "density": lambda path: density_histogram(path, DENSITY, "Density", subtitle="a run"),
     "fvu": lambda path: fvu_per_step(path, PER_STREAM, "FVU", anchors={"PCA": {0: 0.5, 3: 0.5, 7: 0.4}}),
     "grid": lambda path: number_grid(
-        path, ["red", "blue"], ["one", "two", "three"], [[0.5, None, 1], [math.nan, 0.75, 2]], "Grid", low=0.5, high=1.0
+        path,
+        ["red", "blue", "green", "pink", "cyan", "star"],
+        ["one", "two", "three"],
+        [[0.5, None, 1], [math.nan, 0.75, 2], [0.6, 0.7, 0.8], [1, 1, 1], [0.5, 0.5, 0.5], [0, 0.9, 1]],
+        "Grid",
+        low=0.5,
+        high=1.0,
     ),
     "pareto": lambda path: pareto(path, RUNS, "Front", anchors=[Run("PCA", 8, 0.5), Run("PCA", 16, 0.4)]),
 }
@@ -51,7 +57,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path, name):
         FIGURES[name](tmp_path / file)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     size, ink = drawn(tmp_path / "one.png")
-    assert min(size) > 300
+    assert min(size) > 400
     assert 0.005 < ink < 0.5
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["one.png", "two.png"]
 
