@@ -6,7 +6,7 @@ colour vision (Okabe & Ito, 2008), no frame, no more ink than the data need. The
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,7 +240,7 @@ def number_grid(
     """Numbers in a grid, [rows][columns], darker from `low` to `high`; None is an empty cell."""
     with _figure(path, 2.6 + 0.62 * len(columns), 1.4 + 0.22 * len(rows), title, subtitle) as figure:
         axes = figure.subplots()
-        shades = [[low if value is None or not isfinite(value) else value for value in row] for row in values]
+        shades = [[nan if value is None or not isfinite(value) else value for value in row] for row in values]
         axes.imshow(shades, cmap="Blues", vmin=low, vmax=high + 0.25 * (high - low), aspect="auto")
         for y, row in enumerate(values):
             for x, value in enumerate(row):

@@ -42,7 +42,7 @@ FIGURES = {
         path,
         ["red", "blue", "green", "pink", "cyan", "star"],
         ["one", "two", "three"],
-        [[0.5, None, 1], [math.nan, 0.75, 2], [0.6, 0.7, 0.8], [1, 1, 1], [0.5, 0.5, 0.5], [0, 0.9, 1]],
+        [[0.5, None, 1], [math.nan, 0.75, 2], [0.6, None, None], [None, None, 1], [None, 0.5, None], [0, 0.9, 1]],
         "Grid",
         low=0.5,
         high=1.0,
