@@ -47,6 +47,7 @@ def train_sae(
     pool_gb: float = 1.0,
     arch: Literal["topk", "batch_topk", "l1", "jumprelu", "gated", "matryoshka"] = "topk",
     k: Sequence[int] | int | None = None,
+    prefixes: Sequence[int] | int | None = None,
     expansion: Sequence[int] | int = 8,
     seed: Sequence[int] | int = 0,
     l1_coefficient: Sequence[float] | float | None = None,
@@ -86,10 +87,10 @@ def train_sae(
     `stream`, `padding` and `outliers` choose tokens; the share `held_out` of the prompts is measured on at the end;
     `max_tokens` or `epochs` say how long it goes.
 
-    Autoencoder: `arch` with `k`, `l1_coefficient` or `target_l0`, `expansion` features per dimension, `seed`; several
-    of each train every combination side by side on the same batches. `decoder_init`, `encoder_init`, `bias_init`,
-    `tied`, `normalise`, `whiten`, `k_aux`, `dead_after`, `resample`, `batch_tokens`, `lr`, `k_start`, `ema`, `clip`,
-    `dtype` and `shard_optimiser` are as `flux-ir train-sae --help` says.
+    Autoencoder: `arch` with `k` (and `prefixes`), `l1_coefficient` or `target_l0`, `expansion` features per dimension,
+    `seed`; several of each train every combination side by side on the same batches. `decoder_init`, `encoder_init`,
+    `bias_init`, `tied`, `normalise`, `whiten`, `k_aux`, `dead_after`, `resample`, `batch_tokens`, `lr`, `k_start`,
+    `ema`, `clip`, `dtype` and `shard_optimiser` are as `flux-ir train-sae --help` says.
 
     One folder each below `output_dir`/`name`. It saves a checkpoint every `checkpoint_minutes`, and when `stop`, which
     is asked between two steps, says so, or when no more rows are asked for: the same call goes on from there, and ends
@@ -202,6 +203,7 @@ def configs(asked: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[
             d_sae=expansion * data.widths[site],
             k=int(sparsity or 1) if asked.arch in SPARSE else 1,
             k_aux=asked.k_aux,
+            prefixes=() if asked.prefixes is None else (*asked.prefixes, expansion * data.widths[site]),
             l1_coefficient=sparsity if asked.arch in ("l1", "gated") else None,
             target_l0=sparsity if asked.arch == "jumprelu" else None,
             tied=asked.tied,

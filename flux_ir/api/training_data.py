@@ -34,7 +34,7 @@ from flux_ir.sae.data.measure import measure_normalisation, norm_limits, sample_
 from flux_ir.sae.data.splits import Side, Split, split_prompts, split_source
 from flux_ir.sae.initialise import normalisation_of
 from flux_ir.sae.metrics import EvaluationBatch, Group, outlier_limits
-from flux_ir.sae.whitening import Whitening, noise_covariance, repeated, whitening_of
+from flux_ir.sae.whitening import Whitening, repeated, undecided_covariance, whitening_of
 from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
 
@@ -70,7 +70,7 @@ class TrainingData:
     described: dict[str, Any]
     """What the weights depend on, for comparisons."""
     noise: TokenSource | None = None
-    """Generations of the same prompts, whose differences tokens are whitened by; None: they are not."""
+    """Generations of the same prompts, by whose differences tokens are whitened; None: they are not."""
 
     def batches(
         self, sites: list[SiteKey], settings: TrainSAESettings, ranks: Ranks, device: torch.device, *, tokens: int
@@ -104,8 +104,9 @@ class TrainingData:
         )[site]
         if self.noise is None:
             return Measured(found.mean.float(), found.scale, sample, None)
-        noise = noise_covariance(self.noise, site, filters=replace(self.filters, steps=self.steps), split=self.split)
-        whitening = whitening_of(found.mean, noise)
+        filters = replace(self.filters, steps=self.steps)
+        undecided = undecided_covariance(self.noise, site, filters=filters, split=self.split)
+        whitening = whitening_of(found.mean, undecided)
         return Measured(*normalisation_of(whitening(sample)), whitening(sample), whitening)
 
     def epoch_tokens(self, site: SiteKey) -> int:

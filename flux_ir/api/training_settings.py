@@ -13,10 +13,30 @@ from flux_ir.errors import FluxIRError
 from flux_ir.sites import site_names
 
 SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
-LISTS = ("k", "expansion", "seed", "l1_coefficient", "target_l0", "steps")  # of which people may pass one element
+LISTS = (
+    "k",
+    "prefixes",
+    "expansion",
+    "seed",
+    "l1_coefficient",
+    "target_l0",
+    "steps",
+)  # of which people may pass one element
 PATHS = ("captures", "whiten", "output_dir")
 LEAST = dict.fromkeys(("seed", "steps", "ema", "checkpoint_minutes"), 0) | dict.fromkeys(
-    ("k", "k_start", "expansion", "batch_tokens", "max_tokens", "epochs", "repeats", "dead_after", "resample"), 1
+    (
+        "k",
+        "prefixes",
+        "k_start",
+        "expansion",
+        "batch_tokens",
+        "max_tokens",
+        "epochs",
+        "repeats",
+        "dead_after",
+        "resample",
+    ),
+    1,
 )
 
 
@@ -36,6 +56,7 @@ class TrainSAESettings:
     pool_gb: float = 1.0
     arch: Literal["topk", "batch_topk", "l1", "jumprelu", "gated", "matryoshka"] = "topk"
     k: tuple[int, ...] | None = None
+    prefixes: tuple[int, ...] | None = None
     expansion: tuple[int, ...] = (8,)
     seed: tuple[int, ...] = (0,)
     l1_coefficient: tuple[float, ...] | None = None
@@ -136,6 +157,8 @@ class TrainSAESettings:
             raise FluxIRError("--whiten is a normalisation: got --normalise False", hint="leave one of them out")
         if self.l1_coefficient is not None and self.arch not in ("l1", "gated"):
             raise FluxIRError(f"{self.arch} has no L1 penalty: got --l1_coefficient", hint="it is for l1 and gated")
+        if self.prefixes is not None and self.arch != "matryoshka":
+            raise FluxIRError(f"{self.arch} has no nested dictionaries: got --prefixes", hint="it is for matryoshka")
         if self.target_l0 is not None and self.arch != "jumprelu":
             raise FluxIRError(f"{self.arch} does not steer its L0: got --target_l0", hint="it is for jumprelu")
 

@@ -75,6 +75,13 @@ class TrainSAEOptions(Device):
         default_text="32",
         elsewhere=("topk", "topk_k", "top_k"),
     )
+    prefixes: tuple[int, ...] | None = option(
+        None,
+        help="features of the nested dictionaries of matryoshka, ascending, without the whole one",
+        group=WHAT,
+        minimum=1,
+        default_text="1/16, 1/8, 1/4 and 1/2 of all",
+    )
     expansion: tuple[int, ...] = option((8,), help="features per dimension of the activations", group=WHAT, minimum=1)
     seed: tuple[int, ...] = option((0,), help="seed of the start and, the first, of the order", group=WHAT, minimum=0)
     l1_coefficient: tuple[float, ...] | None = option(
@@ -97,8 +104,8 @@ class TrainSAEOptions(Device):
     )
     whiten: Path | None = option(
         None,
-        help="captures with several generations of each prompt: tokens are trained on in units of what differs between "
-        "these, so that features are of what the prompt decides; files hold it folded in",
+        help="captures with several generations of each prompt: tokens are trained on in units of what noise and "
+        "position do, so that features are of what the prompt decides; files hold it folded in",
         group=WHAT,
         default_text="tokens are only centred and scaled",
     )

@@ -71,7 +71,7 @@ class SAEConfig:
     """b_dec at the start: of a sample of tokens. The geometric median is less moved by a few huge ones."""
     seed: int = 0
     whitened: bool = False
-    """Whether it was trained in units of what noise does (`whitening`), so that each feature has its own threshold."""
+    """Whether it was trained on whitened tokens (`whitening`), so that each feature has a threshold of its own."""
     site: str | None = None
     """Where the activations come from; None for plain arrays."""
     model: str | None = None

@@ -1,18 +1,19 @@
-"""Training in units of what noise does, so that what a prompt decides is learnt, however little of the variance it is.
+"""Training in units of what the prompt does not decide, so that what it decides is learnt, however small it is.
 
 Most of the variance of a stream is the noise it has to predict, and colours; the shape of an object is a per cent of
 it, and no feature is spent on that. Tokens of one prompt, step and position that differ in the noise alone show what
-noise does. In x' = S^-1/2 (x - mean), with S their covariance, every direction is measured in that: what noise moves is
-small, what the prompt decides and noise hardly touches is large (the within-class whitening of Fisher's discriminant;
-classes are prompts, so no label is needed). `fold` takes the transformation into the weights, so files, `encode` and
-other programs know nothing of it.
+noise does; the means of positions and steps over all prompts show what these do. In x' = S^-1/2 (x - mean), with S the
+sum of both covariances, what they move is small, and what the prompt decides and noise hardly touches is large (the
+within-class whitening of Fisher's discriminant; classes are prompts, so no label is needed). `fold` takes the
+transformation into the weights, so files, `encode` and other programs know nothing of it.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flux_ir.activations.blocks import TokenBlock, TokenSource, run_of
@@ -52,7 +53,7 @@ class Whitening:
         return {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Raw tokens of any float dtype in units of noise, float32."""
+        """Raw tokens of any float dtype in the units of training, float32."""
         return (x.float() - self.mean) @ self.matrix
 
     @torch.no_grad()
@@ -77,16 +78,16 @@ class Whitening:
         return raw
 
 
-def whitening_of(mean: Float[Tensor, "d"], noise: Float[Tensor, "d d"]) -> Whitening:
-    """The whitening by the covariance of noise, around the mean of the data."""
-    exact = noise.double()
+def whitening_of(mean: Float[Tensor, "d"], undecided: Float[Tensor, "d d"]) -> Whitening:
+    """The whitening by what the prompt does not decide, around the mean of the data."""
+    exact = undecided.double()
     floor = FLOOR * exact.diagonal().mean()
     variances, axes = torch.linalg.eigh(exact)
     deviations = (variances.clamp_min(0) + floor).sqrt()
     return Whitening(mean.float(), ((axes / deviations) @ axes.T).float(), ((axes * deviations) @ axes.T).float())
 
 
-def noise_covariance(
+def undecided_covariance(
     source: TokenSource,
     site: SiteKey,
     *,
@@ -95,30 +96,71 @@ def noise_covariance(
     least_tokens: int = LEAST_TOKENS,
     seed: int = 0,
 ) -> Float[Tensor, "d d"]:
-    """The covariance of tokens around the mean of their prompt, step and position: float64.
+    """What the prompt does not decide, as a covariance: float64.
+
+    The sum of two. Noise: of tokens around the mean of their prompt, step and position. Position and step: of their
+    means over prompts.
 
     Over training prompts with several generations, in an order that the seed sets, until there are enough differences.
     Raises FluxIRError if there are none, or if generations of a prompt kept tokens of different positions.
     """
-    groups = repeated(source, split)
-    steps = filters.steps_of(source.steps)
-    d = source.d(filters.half(site))
-    squares, differences = torch.zeros(d, d, dtype=torch.float64), 0
+    groups, half = repeated(source, split), filters.half(site)
+    steps, d = filters.steps_of(source.steps), source.d(half)
+    sums = _Sums(steps, source.tokens(half), d)
     for number in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
         for step in steps:
-            blocks = [source.read(index, filters.half(site), step) for index in groups[number][:MOST_REPEATS]]
-            tokens = _without_outliers(_same_positions(blocks, filters), site, step, filters).double()
-            apart = (tokens - tokens.mean(dim=0)).flatten(0, 1)
-            squares += apart.T @ apart
-            differences += (len(tokens) - 1) * tokens.shape[1]
-        if differences >= max(least_tokens, 20 * d):
+            blocks = [source.read(index, half, step) for index in groups[number][:MOST_REPEATS]]
+            tokens = torch.stack([block.floats() for block in blocks])
+            sums.add(steps.index(step), tokens, _compared(blocks, tokens, site, step, filters))
+        if sums.differences >= max(least_tokens, 20 * d):
             break
-    if not torch.isfinite(squares).all() or not squares.any():
+    noise = sums.noise()
+    if not torch.isfinite(noise).all() or not noise.any():
         raise FluxIRError(
             f"generations of one prompt must differ, by finite numbers: at {site or 'the array'} they do not",
             hint="whiten with captures of several seeds for each prompt",
         )
-    return squares / differences
+    return noise + sums.positions()
+
+
+class _Sums:
+    """What an analysis of variance of tokens by step, position and prompt adds up. Everything in float64."""
+
+    def __init__(self, steps: Sequence[int], tokens: int, d: int) -> None:
+        self.noise_squares, self.prompt_squares = torch.zeros(2, d, d, dtype=torch.float64)
+        self.differences = 0
+        self.means = torch.zeros(len(steps), tokens, d, dtype=torch.float64)
+        """Sums over prompts of the mean of a prompt, for each step and position."""
+        self.counts = torch.zeros(len(steps), tokens, dtype=torch.float64)
+
+    def add(self, step: int, tokens: Float[Tensor, "repeats tokens d"], compared: Bool[Tensor, "tokens"]) -> None:
+        """Generations of one prompt at one step, of which some positions are compared."""
+        exact = tokens[:, compared].double()
+        means = exact.mean(dim=0)
+        apart = (exact - means).flatten(0, 1)
+        self.noise_squares += apart.T @ apart
+        self.prompt_squares += means.T @ means
+        self.differences += (len(exact) - 1) * len(means)
+        rows = compared.nonzero().flatten()
+        self.means[step, rows] += means
+        self.counts[step, rows] += 1
+
+    def noise(self) -> Tensor:
+        """Of tokens around the mean of their prompt, step and position."""
+        return self.noise_squares / max(self.differences, 1)
+
+    def positions(self) -> Tensor:
+        """Of the means of steps and positions, without what means of so many prompts differ by anyway."""
+        there = self.counts > 0
+        sums, counts = self.means[there], self.counts[there][:, None]
+        means, prompts = sums / counts, counts.sum()
+        centre = sums.sum(dim=0) / prompts
+        between = ((means - centre) * counts).T @ (means - centre) / prompts
+        if prompts == len(counts):  # one prompt: what it decides and what its positions do are the same
+            return torch.zeros_like(between)
+        within = (self.prompt_squares - sums.T @ means) / (prompts - len(counts))
+        variances, axes = torch.linalg.eigh(between - within * len(counts) / prompts)
+        return (axes * variances.clamp_min(0)) @ axes.T  # below 0 by chance, it would take noise away
 
 
 def repeated(source: TokenSource, split: Split) -> list[list[int]]:
@@ -137,22 +179,20 @@ def repeated(source: TokenSource, split: Split) -> list[list[int]]:
     return groups
 
 
-def _same_positions(blocks: list[TokenBlock], filters: Filters) -> Float[Tensor, "repeats tokens d"]:
-    """The tokens that are trained on of generations of one prompt."""
+def _compared(
+    blocks: Sequence[TokenBlock], tokens: Tensor, site: SiteKey, step: int, filters: Filters
+) -> Bool[Tensor, "tokens"]:
+    """Which positions of generations of one prompt are trained on in all of them."""
     first = blocks[0]
     if any(not torch.equal(block.positions, first.positions) for block in blocks):
         raise FluxIRError(
-            f"whitening compares tokens of one position: {blocks[0].generation} and others of its prompt kept tokens "
+            f"whitening compares tokens of one position: {first.generation} and others of its prompt kept tokens "
             "of different positions",
             hint="collect without --tokens_per_image",
         )
     rows = filters.rows(first)
     used = filters.used(run_of(first, rows))
-    kept = torch.ones(len(rows), dtype=torch.bool) if used is None else used[0]
-    return torch.stack([block.floats()[rows.start : rows.stop][kept].float() for block in blocks])
-
-
-def _without_outliers(tokens: Tensor, site: SiteKey, step: int, filters: Filters) -> Float[Tensor, "repeats kept d"]:
-    """The tokens at the positions where none is an outlier."""
+    compared = torch.zeros(len(first.positions), dtype=torch.bool)
+    compared[rows.start : rows.stop] = True if used is None else used[0]
     within = filters.within_limit(tokens.flatten(0, 1), site, step)
-    return tokens if within is None else tokens[:, within.view(len(tokens), -1).all(dim=0)]
+    return compared if within is None else compared & within.view(len(blocks), -1).all(dim=0)

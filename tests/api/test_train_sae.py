@@ -54,3 +54,9 @@ def test_it_stops_between_two_steps_when_asked(array, tmp_path):
 def test_contradictions_are_told_at_once_not_at_the_first_row(arguments, says):
     with pytest.raises(FluxIRError, match=says):
         flux_ir.train_sae(**arguments)
+
+
+def test_nested_dictionaries_are_those_asked_for_and_the_whole_one(array, tmp_path):
+    words = {**SMALL, "arch": "matryoshka", "prefixes": [3, 9], "max_tokens": 640, "output_dir": tmp_path}
+    (trained,) = list(flux_ir.train_sae(array, **words))[-1].finished
+    assert flux_ir.load_sae(trained.folder).config.nested_sizes == (3, 9, trained.d_sae)

@@ -26,6 +26,7 @@ def refused(told):
         (("--site", "single.6"), "these activations have no sites: got --site single.6"),
         (("--k", "4,8", "--k_start", "6"), "k comes down from --k_start, so it is at least --k 8: got 6"),
         (("--arch", "l1", "--k", "4"), "l1 is not given its k: got --k"),
+        (("--prefixes", "4"), "topk has no nested dictionaries: got --prefixes"),
         (("--target_l0", "4"), "topk does not steer its L0: got --target_l0"),
         (("--l1_coefficient", "4"), "topk has no L1 penalty: got --l1_coefficient"),
         (("--max_tokens", "100", "--epochs", "2"), "--max_tokens and --epochs both say when to stop: got both"),

@@ -10,7 +10,7 @@ from flux_ir.sae.data.filters import Filters
 from flux_ir.sae.data.splits import Split
 from flux_ir.sae.files import load_sae, save_sae
 from flux_ir.sae.interop.dictionary_learning import load_dictionary_learning, save_dictionary_learning
-from flux_ir.sae.whitening import noise_covariance, repeated, whitening_of
+from flux_ir.sae.whitening import repeated, undecided_covariance, whitening_of
 from flux_ir.sites import Site
 
 D, TOKENS, REPEATS = 12, 9, 3
@@ -23,10 +23,10 @@ class Noisy:
 
     sites, steps, model = [SITE], (0, 3), "random"
 
-    def __init__(self, prompts=40, repeats=REPEATS, same_positions=True):
+    def __init__(self, prompts=40, repeats=REPEATS, same_positions=True, spread=5):
         draw = torch.Generator().manual_seed(0)
         self.mixing = torch.randn(D, D, generator=draw) * torch.logspace(0, -0.5, D)
-        means = 5 * torch.randn(prompts, 1, len(self.steps), TOKENS, D, generator=draw)
+        means = spread * torch.randn(prompts, 1, len(self.steps), TOKENS, D, generator=draw)
         noise = torch.randn(prompts, repeats, len(self.steps), TOKENS, D, generator=draw) @ self.mixing
         self.values = (means + noise).flatten(0, 1)
         self.generations = [Generation(f"{i:04x}", f"prompt {i // repeats}", None) for i in range(len(self.values))]
@@ -55,18 +55,34 @@ class Noisy:
         return TokenBlock(values, None, site, step, one.id, one.prompt, positions.int(), 0, None)
 
 
-def test_the_covariance_is_that_of_tokens_around_the_mean_of_their_prompt_step_and_position():
+def test_the_covariance_is_that_of_noise_and_of_the_means_of_positions():
+    """Around the mean of prompt, step and position; and of these means over prompts, without their error."""
     source = Noisy()
-    found = noise_covariance(source, SITE, filters=Filters(), split=ALL)
+    found = undecided_covariance(source, SITE, filters=Filters(), split=ALL)
     groups = source.values.double().view(40, REPEATS, -1, D)
     apart = (groups - groups.mean(dim=1, keepdim=True)).flatten(0, 2)
-    expected = apart.T @ apart / (40 * (REPEATS - 1) * len(source.steps) * TOKENS)
-    torch.testing.assert_close(found, expected)
+    noise = apart.T @ apart / (40 * (REPEATS - 1) * len(source.steps) * TOKENS)
+    prompts = groups.mean(dim=1)
+    positions = prompts.mean(dim=0)
+    error = (prompts - positions).flatten(0, 1)
+    error = error.T @ error / (39 * positions.shape[0]) / 40
+    variances, axes = torch.linalg.eigh(positions.T.cov(correction=0) - error)
+    torch.testing.assert_close(found, noise + axes @ variances.clamp_min(0).diag() @ axes.T)
+
+
+def test_what_positions_do_is_found_among_what_prompts_do():
+    source, draw = Noisy(prompts=400), torch.Generator().manual_seed(1)
+    without = undecided_covariance(source, SITE, filters=Filters(), split=ALL)
+    moves = 3 * torch.randn(len(source.steps), TOKENS, D, generator=draw)
+    source.values += moves
+    found = undecided_covariance(source, SITE, filters=Filters(), split=ALL) - without
+    expected = moves.flatten(0, 1).T.cov(correction=0).double()
+    assert (found - expected).norm() < 0.2 * expected.norm()
 
 
 def test_what_noise_does_has_the_same_size_in_every_direction_afterwards():
-    source = Noisy(prompts=400)
-    whitening = whitening_of(torch.ones(D), noise_covariance(source, SITE, filters=Filters(), split=ALL))
+    source = Noisy(prompts=400, spread=0.5)
+    whitening = whitening_of(torch.ones(D), undecided_covariance(source, SITE, filters=Filters(), split=ALL))
     noise = source.mixing.T.double() @ source.mixing.double()
     matrix = whitening.matrix.double()
     variances = torch.linalg.eigvalsh(matrix @ noise @ matrix)
@@ -82,7 +98,7 @@ def test_held_out_prompts_other_steps_and_lone_generations_do_not_count():
     assert 0 < len(kept) < len(source.generations)
     source.values[[index for index in range(len(source.values)) if index not in kept]] = torch.nan
     source.values[:, 1] = torch.nan
-    assert torch.isfinite(noise_covariance(source, SITE, filters=Filters(steps=[0]), split=split)).all()
+    assert torch.isfinite(undecided_covariance(source, SITE, filters=Filters(steps=[0]), split=split)).all()
 
 
 @pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka", "l1", "jumprelu", "gated"])
@@ -127,10 +143,10 @@ def test_lengths_of_their_own_are_refused_where_there_cannot_be_any(words):
 
 def test_generations_that_cannot_be_compared_are_refused():
     with pytest.raises(FluxIRError, match="of 40 prompts on the training side none has two"):
-        noise_covariance(Noisy(repeats=1), SITE, filters=Filters(), split=ALL)
+        undecided_covariance(Noisy(repeats=1), SITE, filters=Filters(), split=ALL)
     with pytest.raises(FluxIRError, match="kept tokens of different positions"):
-        noise_covariance(Noisy(same_positions=False), SITE, filters=Filters(), split=ALL)
+        undecided_covariance(Noisy(same_positions=False), SITE, filters=Filters(), split=ALL)
     equal = Noisy()
     equal.values[:] = 1
     with pytest.raises(FluxIRError, match="generations of one prompt must differ"):
-        noise_covariance(equal, SITE, filters=Filters(), split=ALL)
+        undecided_covariance(equal, SITE, filters=Filters(), split=ALL)
