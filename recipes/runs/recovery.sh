@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The recovery study: which training finds what a linear probe sees in flux-tiny's tokens. From captions
 # to the table of docs/features.md, in the current folder; every command goes on where it was stopped.
-# Two cores: about 2 h to collect (60 GB), 1 h to train, 1 h to score.
+# Collecting takes 40 min on two idle cores; the durations of the rest were not measured.
 #   bash recipes/runs/recovery.sh
 set -euo pipefail
 SITES=double.3.img,single.2.img,single.6.img
@@ -26,7 +26,7 @@ for part in A B C; do collect $part --repeats 4 --save_images; done
 train() { flux-ir train-sae --captures captures/T --site $SITES --steps $STEPS --held_out 0.02 --dtype bfloat16 --name "$@"; }
 train topk --arch topk --k 16 --max_tokens 4000000
 train batch_topk --arch batch_topk --k 16 --max_tokens 4000000
-train recovery --arch matryoshka --k 16 --whiten captures/R --lr 0.002 --batch_tokens 1024 --max_tokens 2000000 --seed 0,1,2
+train recovery --arch matryoshka --k 16 --prefixes 48,96,192,384 --whiten captures/R --lr 0.002 --batch_tokens 1024 --max_tokens 2000000 --seed 0,1,2
 
 # ---- What their features know: picked on A, recipes ranked on B; C is opened once, for the report
 score() { flux-ir score-concepts --sae "$1" --captures captures/A --report "captures/$2" --output_dir "concepts/$2" --name "$(basename "$(dirname "$1")")-$(basename "$1")"; }
