@@ -1,5 +1,7 @@
 """Examples against brute force, in any cut of the data; rows of distinct prompts; look-alikes that are silent."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,11 +67,12 @@ def test_the_best_of_many_pieces_are_those_of_all_rows(data):
 
 
 @pytest.fixture(scope="module", params=[("img", "double.0.img", "img"), ("whole", "single.1", "txt")])
-def case(small, request):
-    """A scored folder with its examples, and S by brute force: [images, features]."""
+def case(small, request, tmp_path_factory):
+    """A scored folder with its examples, and S by brute force: [images, features]. A copy: others read the first."""
     name, site, stream = request.param
+    own = shutil.copytree(small, tmp_path_factory.mktemp("examples") / "small")
     folder = flux_ir.find_examples(
-        small / "features" / name, top=4, quantiles=2, per_quantile=3, random=3, silent=3, seed=5
+        own / "features" / name, top=4, quantiles=2, per_quantile=3, random=3, silent=3, seed=5
     )
     z = dense_of(small / "saes" / name, small / "captures", site, stream).z
     return folder, stream, z, np.nanmax(z, axis=(1, 2))
