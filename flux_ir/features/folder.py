@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,7 +266,8 @@ class FeatureFolder:
         known = {field.name: described["settings"][field.name] for field in fields(FeatureSettings)}
         known |= {name: tuple(known[name]) for name in ("streams", "steps")}
         self.settings = FeatureSettings(**known)
-        self._part = lru_cache(_OPEN_PARTS)(self._open_part)
+        # Not of a method: that would be a circle, and mapped files stay open until the garbage collector runs.
+        self._part = lru_cache(_OPEN_PARTS)(partial(_open_part, path, self.settings))
 
     def __repr__(self) -> str:
         known, done = self.settings, ", ".join(self.stages) or "none"
@@ -324,7 +325,7 @@ class FeatureFolder:
 
     def part_file(self, stream: Stream, number: int) -> Path:
         """Where a part is, or is going to be."""
-        return self.path / "scores" / stream / f"{number:05d}.safetensors"
+        return _part_file(self.path, stream, number)
 
     @cached_property
     def part_images(self) -> int:
@@ -338,6 +339,7 @@ class FeatureFolder:
 
     def part(self, stream: Stream, number: int) -> ScorePart:
         """One part. Raises FluxIRError if it is not there, or was made with other settings."""
+        self._check_stream(stream)
         return self._part(stream, number)
 
     def part_of(self, image: int, stream: Stream = "img") -> ScorePart:
@@ -346,12 +348,13 @@ class FeatureFolder:
             raise FluxIRError(
                 f"images are numbered 0 to {self.settings.images - 1}: got {image}", hint="images.jsonl lists them"
             )
-        return self._part(stream, image // self.part_images)
+        return self.part(stream, image // self.part_images)
 
     def scores(self, stream: Stream = "img") -> Iterator[ScorePart]:
-        """All parts in order."""
+        """All parts in order, each open only while it is looked at."""
+        self._check_stream(stream)
         for number in range(self.parts):
-            yield self._open_part(stream, number)
+            yield _open_part(self.path, self.settings, stream, number)
 
     def scores_of(self, feature: int, stream: Stream = "img") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The images a feature fires on, ascending, and its S there."""
@@ -450,15 +453,19 @@ class FeatureFolder:
                 hint=f"ask for {self.streams[0]}",
             )
 
-    def _open_part(self, stream: Stream, number: int) -> ScorePart:
-        self._check_stream(stream)
-        path = self.part_file(stream, number)
-        tensors, known = read_tensors(path)
-        if known.get("settings") != self.settings.digest:
-            raise FluxIRError(f"{path} was made with other settings", hint="run flux-ir score-features again")
-        first = number * self.part_images
-        images = range(first, first + len(tensors["positions"]))
-        return ScorePart(images=images, steps=self.steps, **tensors)
+
+def _part_file(folder: Path, stream: Stream, number: int) -> Path:
+    return folder / "scores" / stream / f"{number:05d}.safetensors"
+
+
+def _open_part(folder: Path, known: FeatureSettings, stream: Stream, number: int) -> ScorePart:
+    path = _part_file(folder, stream, number)
+    tensors, said = read_tensors(path)
+    if said.get("settings") != known.digest:
+        raise FluxIRError(f"{path} was made with other settings", hint="run flux-ir score-features again")
+    first = number * part_images(known)
+    images = range(first, first + len(tensors["positions"]))
+    return ScorePart(images=images, steps=known.steps, **tensors)
 
 
 def open_features(path: Path | str) -> FeatureFolder:

@@ -1,6 +1,8 @@
 """Scores, token maps and the table against brute force; parts resumed and shared; what cannot be scored."""
 
+import gc
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -105,6 +107,18 @@ def test_the_same_command_again_changes_no_byte_and_missing_parts_are_made_again
     (folder / "features.json").unlink()
     flux_ir.score_features(*words, output_dir=folder.parent)
     assert bytes_of(folder) == before
+
+
+def test_parts_are_closed_with_the_folder_they_are_of(small):
+    gc.disable()  # which would close them some time later
+    try:
+        folder = open_features(small / "features" / "img")
+        part = weakref.ref(folder.part("img", 0).value.base)
+        assert part() is not None
+        del folder
+        assert part() is None
+    finally:
+        gc.enable()
 
 
 def test_a_stream_that_was_not_scored_is_refused(small):
