@@ -22,10 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_ir.demo.checkpoints import Checkpoint
 from flux_ir.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, scenes, vocabulary
-from flux_ir.models.clip_towers import ClipText, ClipTextParams
-from flux_ir.models.t5 import T5Encoder, T5Params
 from flux_ir.models.text import TextEncoder
-from flux_ir.models.tokenizer import PromptTokenizer
+from flux_ir.models.text.clip import ClipText, ClipTextParams
+from flux_ir.models.text.t5 import T5Encoder, T5Params
+from flux_ir.models.text.tokenizer import PromptTokenizer
 
 TEXT_TOKENS = 20
 TEXT_DIM = 128
@@ -88,9 +88,9 @@ def build_clip(tokenizer: PromptTokenizer) -> TextEncoder:
     config = CLIPTextConfig(**asdict(params), bos_token_id=None, pad_token_id=tokenizer.padding_id)
     with torch.device("meta"):
         clip = ClipText(params)
-    # transformers 4 has one more level of names.
+    # transformers 5 has one level of names less than the checkpoints.
     drawn = {name.removeprefix("text_model."): value for name, value in CLIPTextModel(config).state_dict().items()}
-    clip.load_state_dict({name: drawn[name] for name in clip.state_dict()}, assign=True)
+    clip.load_state_dict({name: drawn[name.removeprefix("text_model.")] for name in clip.state_dict()}, assign=True)
     return TextEncoder(clip, tokenizer, TEXT_TOKENS)
 
 

@@ -19,8 +19,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, digest_of, read_tensors, write_tensors
 from flux_ir.features.scoring import Scoring
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.clip import Preprocessing, read_pixels
-from flux_ir.models.clip_towers import ClipPicture
+from flux_ir.models.clip import ClipPicture, Preprocessing, read_pixels
 from flux_ir.sites import Stream
 
 FOLDER = "embeddings"

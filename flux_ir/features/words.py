@@ -22,8 +22,8 @@ from flux_ir.features.examples import prompt_numbers
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.significance import q_values
 from flux_ir.models.registry import ModelSpec, get_spec, model_names
+from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
 from flux_ir.models.text_sources import tokenizer_on_disk
-from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
 from flux_ir.sites import Stream
 
 STAGE, WORDS_FILE = "labels", "words.json"

@@ -1,28 +1,33 @@
-"""CLIP as a source of activations: its picture tower, stopped before the last layer, and the pixels it looks at.
+"""CLIP's picture half: as a source of activations, stopped before its last layer, or whole, to compare pictures by.
 
-The checkpoint is a folder as transformers saves it, or one of the hub's that is fetched once. The towers themselves are
-in `clip_towers`; the text tower is loaded by `text`.
+The checkpoint is a folder as transformers saves it, or one of the hub's that is fetched once. The text half is in
+`text.clip`, with the layers that both are made of.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models import hub
-from flux_ir.models.clip_towers import ClipPicture, ClipVision, ClipVisionParams
 from flux_ir.models.hub import Announce
 from flux_ir.models.paths import first_file, shards_present
 from flux_ir.models.pretrained import WEIGHTS, load_pretrained, read_config, read_params, unreadable
 from flux_ir.models.registry import read_object
+from flux_ir.models.text.clip import ClipLayers, ClipParams
+from flux_ir.models.text.t5 import blank_embedding
+from flux_ir.shapes import Image as Images
+from flux_ir.shapes import Pooled, Tokens
 
 TokenChoice = Literal["cls", "patches", "all"]
 
@@ -32,6 +37,87 @@ _PIXELS = ("preprocessor_config.json", "processor_config.json")  # the second is
 _TOKENIZERS = ("tokenizer.json", "vocab.json")
 # What the hub's repositories of this family hold; a tokenizer.json needs none of the older tokenizer files.
 _HUB_FILES = ("config.json", _PIXELS[0], "tokenizer_config.json", _TOKENIZERS[0], WEIGHTS[0])
+
+
+@dataclass(frozen=True)
+class ClipVisionParams(ClipParams):
+    """The shape of one picture tower."""
+
+    MODEL_TYPES: ClassVar = ("clip_vision_model", "clip")
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    """Of both sides, in pixels."""
+    patch_size: int = 32
+
+    @property
+    def patches(self) -> int:
+        """How many a picture is cut into."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ClipVision(nn.Module):
+    """The picture tower up to its last layer but one, which tells most about the parts of a picture."""
+
+    def __init__(self, params: ClipVisionParams) -> None:
+        super().__init__()
+        self.params = params
+        self.embeddings = PatchEmbeddings(params)
+        self.pre_layrnorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)  # so the checkpoints spell it
+        self.encoder = ClipLayers(params, params.num_hidden_layers - 1, causal=False)
+
+    def forward(self, pixels: Images) -> Tokens:
+        """What the last layer would be given (`hidden_states[-2]`): the class token, then one token per patch.
+
+        Raises FluxIRError for pictures of another size than the tower was trained on.
+        """
+        side = self.params.image_size
+        if pixels.shape[-2:] != (side, side):
+            height, width = pixels.shape[-2:]
+            raise FluxIRError(
+                f"CLIP's pictures must be {side} x {side} px: got {width} x {height}",
+                hint="crop_size in preprocessor_config.json must be the image_size of config.json",
+            )
+        weight = self.pre_layrnorm.weight
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype))))
+
+
+class ClipPicture(nn.Module):
+    """The whole picture tower: pictures in the space that CLIP's pictures and texts share."""
+
+    def __init__(self, params: ClipVisionParams, projection_dim: int) -> None:
+        super().__init__()
+        self.params = params
+        self.embeddings = PatchEmbeddings(params)
+        self.pre_layrnorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
+        self.encoder = ClipLayers(params, params.num_hidden_layers, causal=False)
+        self.post_layernorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
+        self.visual_projection = nn.Linear(params.hidden_size, projection_dim, bias=False)
+
+    def forward(self, pixels: Images) -> Pooled:
+        """One vector per picture, of any length: their cosines are what CLIP was trained on."""
+        weight = self.pre_layrnorm.weight
+        tokens = self.encoder(self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype))))
+        return self.visual_projection(self.post_layernorm(tokens[:, 0]))
+
+
+class PatchEmbeddings(nn.Module):
+    """Patches and their positions, behind a class token."""
+
+    def __init__(self, params: ClipVisionParams) -> None:
+        super().__init__()
+        dim, side = params.hidden_size, params.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(dim))
+        self.patch_embedding = nn.Conv2d(params.num_channels, dim, side, stride=side, bias=False)
+        self.position_embedding = blank_embedding(1 + params.patches, dim)
+
+    def forward(self, pixels: Images) -> Tokens:
+        patches = rearrange(self.patch_embedding(pixels), "b d h w -> b (h w) d")
+        first = repeat(self.class_embedding, "d -> b 1 d", b=len(patches))
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
 class Preprocessing(NamedTuple):

@@ -68,14 +68,18 @@ def read_params(
 ) -> Params:
     """The shape of a network, from the configuration beside its weights or, for a file without one, from `config`.
 
-    `kind` is a dataclass with the configuration's names. `half`: the part of the configuration that is meant, where it
-    has parts. Raises FluxIRError for a value that `kind` does not take.
+    `kind` is a dataclass with the configuration's names, and the model types that it is the shape of in `MODEL_TYPES`.
+    `half`: the part of the configuration that is meant, where it has parts. Raises FluxIRError for another type of
+    model, and for a value that `kind` does not take.
     """
     if config is None:
         config = read_config(_weights(path, what).parent, what=what)
     own = config.get(half, config)
     known: Any = kind
     said = {field.name: own[field.name] for field in fields(known) if own.get(field.name) is not None}
+    if (named := own.get("model_type")) not in (None, *known.MODEL_TYPES):
+        problem = f"model_type must be {' or '.join(known.MODEL_TYPES)}: got {named!r}"
+        raise unreadable(path, f"{CONFIG_FILE}: {problem}", what=what)
     try:
         for field in fields(known):
             _check_type(field, said.get(field.name, field.default))

@@ -20,8 +20,7 @@ from flux_ir.collecting.clip_images import ClipCollection, ClipSettings, Network
 from flux_ir.collecting.image_sources import ShardedImages, check_images, open_images
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.errors import FluxIRError
-from flux_ir.models.clip import Preprocessing
-from flux_ir.models.clip_towers import ClipVisionParams
+from flux_ir.models.clip import ClipVisionParams, Preprocessing
 from flux_ir.recording.statistics import read_statistics
 
 SIDE_PX, D = 8, 6

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
+from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
 
 PROMPTS = [
     "a red circle",

@@ -1,21 +1,22 @@
-"""CLIP's two towers (Radford et al., 2021): one reads text, one looks at pictures, both are the same kind of layers.
+"""CLIP's text encoder (Radford et al., 2021), whose pooled vector tells the transformer of the whole prompt.
 
-Names are those of the published checkpoints, without the `text_model.` and `vision_model.` that stand before them
-there. Written here for the reason that `t5` gives, and with the same promise: transformers' operations in their order,
-the same bits. Next: `text` loads the text tower, `clip` the other.
+Names are those of the checkpoints. Written here for the reason that `t5` gives, and with the same promise: the
+operations of transformers in their order, the same bits. The layers serve CLIP's picture half as well
+(`flux_ir.models.clip`). Next: `encoders`, which loads both.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.t5 import blank_embedding
-from flux_ir.shapes import Heads, Image, Pooled, TokenIds, Tokens
+from flux_ir.models.text.t5 import blank_embedding
+from flux_ir.shapes import Heads, Pooled, TokenIds, Tokens
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -52,6 +53,7 @@ class ClipParams:
 class ClipTextParams(ClipParams):
     """The shape of one text tower."""
 
+    MODEL_TYPES: ClassVar = ("clip_text_model", "clip")
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
@@ -62,38 +64,17 @@ class ClipTextParams(ClipParams):
     """The end of a text. Configurations written before 2023 say 2, which it never was: see `ClipText`."""
 
 
-@dataclass(frozen=True)
-class ClipVisionParams(ClipParams):
-    """The shape of one picture tower."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    """Of both sides, in pixels."""
-    patch_size: int = 32
-
-    @property
-    def patches(self) -> int:
-        """How many a picture is cut into."""
-        return (self.image_size // self.patch_size) ** 2
-
-
 class ClipText(nn.Module):
     """Token numbers to one vector: the state of the end of the text, which has seen all that stands before it."""
 
     def __init__(self, params: ClipTextParams) -> None:
         super().__init__()
         self.params = params
-        self.embeddings = TextEmbeddings(params)
-        self.encoder = ClipLayers(params, params.num_hidden_layers, causal=True)
-        self.final_layer_norm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
+        self.text_model = TextTower(params)
 
     def forward(self, ids: TokenIds) -> Pooled:
         """The pooled vector of int64 token numbers, whose first end of text counts."""
-        x = self.final_layer_norm(self.encoder(self.embeddings(ids)))
+        x = self.text_model(ids)
         # With the wrong number in the configuration the end is known as the last token of the vocabulary.
         wrong = self.params.eos_token_id == _WRONG_END
         end = ids.argmax(dim=-1) if wrong else (ids == self.params.eos_token_id).int().argmax(dim=-1)
@@ -108,8 +89,21 @@ class ClipPhrase(ClipText):
         self.text_projection = nn.Linear(params.hidden_size, projection_dim, bias=False)
 
     def forward(self, ids: TokenIds) -> Pooled:
-        """One vector per text, of any length: see `ClipPicture`."""
+        """One vector per text, of any length: see `flux_ir.models.clip.ClipPicture`."""
         return self.text_projection(super().forward(ids))
+
+
+class TextTower(nn.Module):
+    """Token numbers to a vector per token, which knows of the tokens before it alone."""
+
+    def __init__(self, params: ClipTextParams) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(params)
+        self.encoder = ClipLayers(params, params.num_hidden_layers, causal=True)
+        self.final_layer_norm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
+
+    def forward(self, ids: TokenIds) -> Tokens:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
 
 class TextEmbeddings(nn.Module):
@@ -122,67 +116,6 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, ids: TokenIds) -> Tokens:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
-class ClipVision(nn.Module):
-    """The picture tower up to its last layer but one, which tells most about the parts of a picture."""
-
-    def __init__(self, params: ClipVisionParams) -> None:
-        super().__init__()
-        self.params = params
-        self.embeddings = PatchEmbeddings(params)
-        self.pre_layrnorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)  # so the checkpoints spell it
-        self.encoder = ClipLayers(params, params.num_hidden_layers - 1, causal=False)
-
-    def forward(self, pixels: Image) -> Tokens:
-        """What the last layer would be given (`hidden_states[-2]`): the class token, then one token per patch.
-
-        Raises FluxIRError for pictures of another size than the tower was trained on.
-        """
-        side = self.params.image_size
-        if pixels.shape[-2:] != (side, side):
-            height, width = pixels.shape[-2:]
-            raise FluxIRError(
-                f"CLIP's pictures must be {side} x {side} px: got {width} x {height}",
-                hint="crop_size in preprocessor_config.json must be the image_size of config.json",
-            )
-        weight = self.pre_layrnorm.weight
-        return self.encoder(self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype))))
-
-
-class ClipPicture(nn.Module):
-    """The whole picture tower: pictures in the space that CLIP's pictures and texts share."""
-
-    def __init__(self, params: ClipVisionParams, projection_dim: int) -> None:
-        super().__init__()
-        self.params = params
-        self.embeddings = PatchEmbeddings(params)
-        self.pre_layrnorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
-        self.encoder = ClipLayers(params, params.num_hidden_layers, causal=False)
-        self.post_layernorm = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
-        self.visual_projection = nn.Linear(params.hidden_size, projection_dim, bias=False)
-
-    def forward(self, pixels: Image) -> Pooled:
-        """One vector per picture, of any length: their cosines are what CLIP was trained on."""
-        weight = self.pre_layrnorm.weight
-        tokens = self.encoder(self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype))))
-        return self.visual_projection(self.post_layernorm(tokens[:, 0]))
-
-
-class PatchEmbeddings(nn.Module):
-    """Patches and their positions, behind a class token."""
-
-    def __init__(self, params: ClipVisionParams) -> None:
-        super().__init__()
-        dim, side = params.hidden_size, params.patch_size
-        self.class_embedding = nn.Parameter(torch.zeros(dim))
-        self.patch_embedding = nn.Conv2d(params.num_channels, dim, side, stride=side, bias=False)
-        self.position_embedding = blank_embedding(1 + params.patches, dim)
-
-    def forward(self, pixels: Image) -> Tokens:
-        patches = rearrange(self.patch_embedding(pixels), "b d h w -> b (h w) d")
-        first = repeat(self.class_embedding, "d -> b 1 d", b=len(patches))
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
 class ClipLayers(nn.Module):

@@ -1,7 +1,7 @@
 """Text encoders with their tokenizers: T5 gives every token a vector, CLIP gives the prompt one vector.
 
 As in the reference, prompts are padded to a fixed length and the padding is attended to (no mask). The networks are in
-`t5` and `clip_towers`.
+`t5` and `clip`, and have the names that the published checkpoints have; the few other names that files use are here.
 """
 
 import re
@@ -14,15 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.clip import WHAT
-from flux_ir.models.clip_towers import ClipPhrase, ClipText, ClipTextParams
 from flux_ir.models.pretrained import load_pretrained, read_config, read_params
-from flux_ir.models.t5 import T5Encoder, T5Params
-from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
+from flux_ir.models.text.clip import ClipPhrase, ClipText, ClipTextParams
+from flux_ir.models.text.t5 import T5Encoder, T5Params
+from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
 from flux_ir.shapes import Pooled, TokenIds, TxtTokens
 
 CLIP_TOKENS = 77
-_WHAT = "the text encoder"
+_WHAT, _WHAT_CLIP = "the text encoder", "the CLIP model"
+
+# T5's embedding may stand under the name that it has inside the encoder, or under both: they are one tensor.
+T5_ALIASES = {"encoder.embed_tokens.": "shared."}
+# What transformers 5 saves as a text encoder alone has lost the first level of its names.
+CLIP_ALIASES = {name: f"text_model.{name}" for name in ("embeddings.", "encoder.", "final_layer_norm.")}
+# Other parts of the checkpoints.
+_T5_LEFT_OUT = ("decoder.", "lm_head.")
+_CLIP_LEFT_OUT = ("vision_model.", "visual_projection.", "logit_scale")
 LISTABLE_WORDS = 100  # vocabularies up to this size are spelt out in the note on unknown words
 UNKNOWN_WORDS_TOLD = 20
 LONGEST_WORD_TOLD = 40  # characters
@@ -111,9 +118,11 @@ def load_t5(
 
     `max_tokens`: the text length the transformer was trained with.
 
-    Raises FluxIRError for files that are broken or quantised, lack weights or have too many, and for the tokenizer of
-    another model.
+    Raises FluxIRError for files that are broken or quantised, lack weights or have too many, for the tokenizer of
+    another model, and for float16, beyond whose largest number T5's feed-forward layers go.
     """
+    if dtype == torch.float16:
+        raise FluxIRError("T5 must be in bfloat16 or float32: float16 ends at 65504, and its layers go beyond")
     t5 = load_pretrained(
         T5Encoder,
         read_params(T5Params, model, what=_WHAT, config=config),
@@ -121,8 +130,8 @@ def load_t5(
         device,
         dtype,
         what=_WHAT,
-        aliases={"encoder.embed_tokens.": "shared."},
-        left_out=("decoder.", "lm_head."),
+        aliases=T5_ALIASES,
+        left_out=_T5_LEFT_OUT,
         prefix=prefix,
     )
     tokenizer = _tokenizer(tokenizer_dir, t5.params)
@@ -146,8 +155,8 @@ def load_clip(
         device,
         dtype,
         what=_WHAT,
-        aliases={"text_model.": ""},
-        left_out=("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+        aliases=CLIP_ALIASES,
+        left_out=(*_CLIP_LEFT_OUT, "text_projection."),
         prefix=prefix,
     )
     tokenizer = _tokenizer(tokenizer_dir, clip.params)
@@ -156,16 +165,16 @@ def load_clip(
 
 def load_phrase_tower(folder: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
     """The text half of a CLIP checkpoint whole, with its projection and tokenizer. Raises FluxIRError likewise."""
-    size = read_config(folder, what=WHAT).get("projection_dim", 512)
+    size = read_config(folder, what=_WHAT_CLIP).get("projection_dim", 512)
     clip = load_pretrained(
         partial(ClipPhrase, projection_dim=size),
-        read_params(ClipTextParams, folder, what=WHAT, half="text_config"),
+        read_params(ClipTextParams, folder, what=_WHAT_CLIP, half="text_config"),
         folder,
         device,
         dtype,
-        what=WHAT,
-        aliases={"text_model.": ""},
-        left_out=("vision_model.", "visual_projection.", "logit_scale"),
+        what=_WHAT_CLIP,
+        aliases=CLIP_ALIASES,
+        left_out=_CLIP_LEFT_OUT,
     )
     tokenizer = _tokenizer(folder, clip.params)
     return TextEncoder(clip, tokenizer, min(CLIP_TOKENS, clip.params.max_position_embeddings)).eval()

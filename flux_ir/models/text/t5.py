@@ -2,12 +2,12 @@
 
 FLUX.1 uses version 1.1 with gated feed-forwards (Shazeer, 2020). Written here because importing T5 from transformers
 takes three times as long as PyTorch; every operation is transformers', in its order, so the vectors are the same to the
-bit (`tests/models/test_encoders_oracle.py`). Next: `clip`, and `text`, which loads both.
+bit (`tests/models/text/test_oracle.py`). Next: `clip`, and `encoders`, which loads both.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ _ACTIVATIONS = {GATED: "gelu_new", UNGATED: "relu"}
 class T5Params:
     """The shape of one T5 encoder, as `config.json` says it; the defaults hold for what a file leaves out."""
 
+    MODEL_TYPES: ClassVar = ("t5", "mt5")
     vocab_size: int = 32128
     d_model: int = 512
     d_kv: int = 64

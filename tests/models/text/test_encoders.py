@@ -17,7 +17,7 @@ from transformers import (
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.text import TextEncoder, encode, load_clip, load_t5
-from flux_ir.models.tokenizer import PromptTokenizer, load_tokenizer
+from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
 
 MAX_TOKENS = 7
 PROMPTS = ["a red circle", "a large blue square on a white circle", ""]
@@ -158,9 +158,9 @@ def test_loading_is_silent_also_where_a_folder_holds_more_than_the_encoder(folde
     clip, _ = clip_of(folders), t5_of(folders)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    own = whole.text_model.state_dict()
+    own = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith("text_model.")}
     read = clip.model.state_dict()
-    assert read.keys() == {name.removeprefix("text_model.") for name in own}
+    assert read.keys() == own.keys()
     for name, tensor in read.items():
         assert torch.equal(tensor, own[name])
 
@@ -186,6 +186,8 @@ def test_both_names_of_the_embedding_are_known_and_may_not_differ(folders):
         ("t5", {"feed_forward_proj": "gated-silu"}, r"feed_forward_proj must be gated-gelu .* or relu: got gated-silu"),
         ("t5", {"dense_act_fn": "gelu"}, "must be gated-gelu .with gelu_new. or relu: got relu with gelu"),
         ("t5", {"is_decoder": True}, "is_decoder must be false"),
+        ("t5", {"model_type": "umt5"}, "config.json: model_type must be t5 or mt5: got 'umt5'"),
+        ("clip", {"model_type": "siglip_text_model"}, "model_type must be clip_text_model or clip: got 'siglip_text"),
         ("t5", {"d_model": "wide"}, "d_model must be a number or word of type .*int.*: got 'wide'"),
         ("clip", {"hidden_act": "relu"}, "hidden_act must be quick_gelu or gelu: got relu"),
         ("clip", {"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads: got 24 and 5"),
@@ -197,6 +199,22 @@ def test_a_network_that_is_not_known_is_one_line_that_names_the_option(folders, 
     with pytest.raises(FluxIRError, match=message) as caught:
         {"t5": t5_of, "clip": clip_of}[encoder](folders)
     assert str(path.parent) in caught.value.message
+
+
+def test_t5_is_never_in_float16(text_folders):
+    with pytest.raises(FluxIRError, match="T5 must be in bfloat16 or float32"):
+        t5_of(text_folders, torch.float16)
+
+
+def test_names_without_their_first_level_are_known(folders):
+    """As transformers 5 saves a text encoder alone: published files have `text_model.` before every name."""
+    expected = clip_of(folders)(PROMPTS)
+    path = folders.clip / "model.safetensors"
+    published = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    assert published.keys() == clip_of(folders).model.state_dict().keys()
+    for state in (published, {name.removeprefix("text_model."): value for name, value in published.items()}):
+        save_file(state, path)
+        assert torch.equal(clip_of(folders)(PROMPTS), expected)
 
 
 def test_weights_that_are_missing_are_never_drawn_at_random(folders):
