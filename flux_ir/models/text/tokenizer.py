@@ -1,15 +1,20 @@
-"""Prompts as token numbers, by the library `tokenizers` and the `tokenizer.json` beside a text encoder.
+"""Prompts as token numbers, by the library `tokenizers`, from the files beside a text encoder.
+
+The files are a `tokenizer.json`, which says everything, or what came before it: `vocab.json` with `merges.txt` of CLIP,
+`spiece.model` of T5 (SentencePiece, Kudo & Richardson, 2018). Of the older ones the numbers are those that transformers
+gives (`tests/models/text/test_tokenizer.py`), whose import takes several times as long as PyTorch's.
 
 A prompt is cut or padded to a fixed length, as in the reference. Nothing of a tokenizer changes once it is made, so
 any number of threads may use one.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.pretrained import unreadable
@@ -17,8 +22,18 @@ from flux_ir.models.registry import read_object
 from flux_ir.shapes import TokenIds
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_SPECIAL_TOKENS = (TOKENIZER_CONFIG, "special_tokens_map.json")
-"""Where a folder may say which of its tokens end and pad a text. The second is older."""
+VOCABULARY, MERGES, SENTENCEPIECE = "vocab.json", "merges.txt", "spiece.model"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+"""Where older folders say which of their tokens begin, end and pad a text."""
+_ROLES = ("eos_token", "pad_token", "unk_token", "bos_token")
+# What stands for these where a folder does not say it.
+_CLIP_ROLES = dict.fromkeys(_ROLES, "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
+_T5_ROLES = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Where OpenAI's CLIP cuts a text before its byte pairs are merged, besides its two special tokens.
+_CLIP_CUTS = r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# SentencePiece's mark for the space before a word, and its number for unigram models.
+_SPACE, _UNIGRAM = "\u2581", 1
 
 
 class PromptTokenizer:
@@ -74,42 +89,132 @@ class PromptTokenizer:
 
 
 def load_tokenizer(folder: Path, *, what: str) -> PromptTokenizer:
-    """The tokenizer of the folder. Raises FluxIRError if there is none that can be read."""
-    named = _special_tokens(folder)
-    end, padding, unknown = (named.get(f"{kind}_token") for kind in ("eos", "pad", "unk"))
+    """The tokenizer of the folder, of the newest of the files that it has.
+
+    Raises FluxIRError if there is none that can be read. `what` is the model's name there.
+    """
     try:
-        if not (folder / TOKENIZER_FILE).is_file() or end is None or padding is None:
-            return _converted(folder)
-        return PromptTokenizer(_read(folder / TOKENIZER_FILE), end=end, padding=padding, unknown=unknown)
+        roles = _roles(folder)
+        backend = _backend(folder, roles)
+        names = _usual_roles(backend) | roles
+        if lacking := [role for role in ("eos_token", "pad_token") if role not in names]:
+            raise FluxIRError(f"{TOKENIZER_CONFIG} does not say what the {' and the '.join(lacking)} is")
+        return PromptTokenizer(
+            backend, end=names["eos_token"], padding=names["pad_token"], unknown=names.get("unk_token")
+        )
     except (OSError, ValueError) as error:
         raise unreadable(folder, f"the tokenizer: {error}", what=what) from error
     except FluxIRError as error:
         raise unreadable(folder, f"the tokenizer: {error.message}", what=what) from error
 
 
-def _read(file: Path) -> Tokenizer:
+def _backend(folder: Path, roles: dict[str, str]) -> Tokenizer:
+    # The library and SentencePiece raise nothing narrower than Exception for files that they cannot read.
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
+        if (folder / TOKENIZER_FILE).is_file():
+            return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
+            return _byte_pairs(folder, roles)
+        if (folder / SENTENCEPIECE).is_file():
+            return _unigrams(folder, roles)
+    except FluxIRError:
+        raise
+    except Exception as error:
         raise ValueError(str(error)) from error
+    raise FluxIRError(f"no {TOKENIZER_FILE}, no {VOCABULARY} with {MERGES}, no {SENTENCEPIECE}")
 
 
-def _converted(folder: Path) -> PromptTokenizer:
-    """The tokenizer of older files (spiece.model, or vocab.json with merges.txt), or one whose folder does not name its
-    special tokens. transformers can convert the former and knows the latter; it is slow to import, so only here.
+def _byte_pairs(folder: Path, roles: dict[str, str]) -> Tokenizer:
+    """CLIP's: bytes that merge within a word (Sennrich et al., 2016), the text in lower case, between two marks."""
+    names = _CLIP_ROLES | roles
+    start, end = names["bos_token"], names["eos_token"]
+    backend = Tokenizer(
+        models.BPE.from_file(
+            str(folder / VOCABULARY),
+            str(folder / MERGES),
+            unk_token=names["unk_token"],
+            end_of_word_suffix="</w>",
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    cuts = Regex("|".join([*(re.escape(_CLIP_ROLES[role]) for role in ("bos_token", "eos_token")), _CLIP_CUTS]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(cuts, "removed", invert=True),  # what is cut out is kept, what lies between is not
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    _add_special(backend, folder, list(names.values()))
+    numbers = [(name, backend.token_to_id(name)) for name in (start, end)]
+    backend.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=numbers)
+    return backend
+
+
+def _unigrams(folder: Path, roles: dict[str, str]) -> Tokenizer:
+    """T5's: the likeliest of all ways to cut every word into pieces (Kudo, 2018), with an end mark behind.
+
+    Raises FluxIRError for a SentencePiece model of another kind.
     """
-    from transformers import AutoTokenizer
+    from sentencepiece import sentencepiece_model_pb2 as schema  # with protobuf: needed for this form alone
 
-    known: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    backend = Tokenizer.from_str(known.backend_tokenizer.to_str())
-    return PromptTokenizer(backend, end=known.eos_token, padding=known.pad_token, unknown=known.unk_token)
+    model: Any = schema.ModelProto()  # type: ignore[attr-defined]
+    model.ParseFromString((folder / SENTENCEPIECE).read_bytes())
+    how = model.normalizer_spec
+    if model.trainer_spec.model_type != _UNIGRAM or model.trainer_spec.byte_fallback or not how.add_dummy_prefix:
+        raise FluxIRError(f"{SENTENCEPIECE} must be a unigram model without bytes, as that of T5 is")
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    # T5's marks of gaps stand behind the pieces of the file, the last of them first.
+    gaps = [f"<extra_id_{number}>" for number in range(_said(folder).get("extra_ids", 100))]
+    backend = Tokenizer(
+        models.Unigram([*pieces, *((gap, 0.0) for gap in reversed(gaps))], unk_id=model.trainer_spec.unk_id)
+    )
+    if how.precompiled_charsmap:
+        backend.normalizer = normalizers.Precompiled(how.precompiled_charsmap)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always")]
+    )
+    names = _T5_ROLES | roles
+    _add_special(backend, folder, [*names.values(), *gaps])
+    end = names["eos_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, backend.token_to_id(end))]
+    )
+    return backend
 
 
-def _special_tokens(folder: Path) -> dict[str, str | None]:
-    """The special tokens that the folder names, by what transformers calls them. Older files have objects there."""
-    named: dict[str, str | None] = {}
-    for file in _SPECIAL_TOKENS:
-        said = read_object(folder / file) if (folder / file).is_file() else {}
-        tokens = {name: said[name] for name in ("eos_token", "pad_token", "unk_token") if said.get(name) is not None}
-        named = {name: t["content"] if isinstance(t, dict) else str(t) for name, t in tokens.items()} | named
-    return named
+def _add_special(backend: Tokenizer, folder: Path, names: list[str]) -> None:
+    """Has these tokens taken as a whole wherever they stand in a text, and those that the folder says it has added.
+
+    Raises FluxIRError for an added token that would get another number than the folder says.
+    """
+    backend.add_special_tokens(list(dict.fromkeys(names)))
+    added = {int(number): token for number, token in _said(folder).get("added_tokens_decoder", {}).items()}
+    for number, token in sorted(added.items()):
+        flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
+        backend.add_tokens([AddedToken(token["content"], **flags)])
+        if backend.token_to_id(token["content"]) != number:
+            raise FluxIRError(f"{token['content']!r} must have the number {number} that {TOKENIZER_CONFIG} says")
+
+
+def _usual_roles(backend: Tokenizer) -> dict[str, str]:
+    """What ends and pads texts by custom, if the tokenizer has CLIP's or T5's tokens for that."""
+    for roles in (_CLIP_ROLES, _T5_ROLES):
+        known = {role: name for role, name in roles.items() if backend.token_to_id(name) is not None}
+        if known.keys() | {"unk_token"} == roles.keys():
+            return known
+    return {}
+
+
+def _roles(folder: Path) -> dict[str, str]:
+    """The special tokens that the folder names, by their roles, as transformers calls these."""
+    older = read_object(folder / _SPECIAL_TOKENS) if (folder / _SPECIAL_TOKENS).is_file() else {}
+    said = older | {role: token for role, token in _said(folder).items() if token is not None}
+    named = {role: said[role] for role in _ROLES if said.get(role) is not None}
+    return {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What the folder says of its tokenizer."""
+    return read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}

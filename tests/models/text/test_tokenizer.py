@@ -1,15 +1,20 @@
 """Token numbers are those of transformers, from every form of tokenizer that a checkpoint may have."""
 
 import json
+import shutil
+import subprocess
+import sys
+import unicodedata
 
 import pytest
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPTokenizer, T5Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPTokenizer, CLIPTokenizerFast, T5Tokenizer, T5TokenizerFast
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
+from tests.models.text.awkward import awkward_texts
 
 PROMPTS = [
     "a red circle",
@@ -54,20 +59,169 @@ def test_token_numbers_are_those_of_transformers(make, tmp_path):
     assert ours.words() == theirs.get_vocab().keys() - set(theirs.all_special_tokens)
 
 
-def test_a_sentencepiece_model_alone_gives_the_numbers_of_sentencepiece(tmp_path):
-    """As google/t5-v1_1-xxl has it: transformers converts it."""
-    sentences = ["a red circle on a white background", "two blue squares and the cat", "it's a large yellow ring"] * 9
+AWKWARD = awkward_texts(1000, seed=0)
+
+
+@pytest.fixture(scope="module")
+def t5_files(tmp_path_factory):
+    """A `spiece.model` with the rules of SentencePiece for all of Unicode, trained on awkward texts; T5's numbers."""
+    folder = tmp_path_factory.mktemp("t5")
     marks = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentences = [text for text in awkward_texts(3000, seed=1) if "</s>" not in text and 0 < len(text) < 500]
+    with (folder / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            vocab_size=1500,
+            character_coverage=0.98,
+            hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc",
+            minloglevel=2,
+            **marks,
+        )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 7}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_files(tmp_path_factory):
+    """`vocab.json` and `merges.txt` of byte pairs, merged as in awkward texts; CLIP's last two tokens."""
+    folder = tmp_path_factory.mktemp("clip")
+    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    backend.train_from_iterator(awkward_texts(2000, seed=1), trainer)
+    backend.model.save(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    for token in (*(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"):
+        vocabulary.setdefault(token, len(vocabulary))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<|startoftext|>"}
+    said = {"tokenizer_class": "CLIPTokenizer", **names, "unk_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def known_by(tokenizer, texts):
+    """The share of all tokens of the texts that are known: a tokenizer that knows nothing would agree with any."""
+    numbers = [number for text in tokenizer.numbers(texts, special=False) for number in text]
+    return sum(number != tokenizer.unknown_id for number in numbers) / len(numbers)
+
+
+def has_marks(text):
+    """Whether a letter has a mark on it, in one character or two."""
+    return any(unicodedata.combining(character) for character in unicodedata.normalize("NFD", text))
+
+
+def assert_equal_numbers(ours, theirs):
+    expected = theirs(AWKWARD)["input_ids"]
+    for text, own, other in zip(AWKWARD, ours.numbers(AWKWARD), expected, strict=True):
+        assert own == other, repr(text)
+    settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    assert torch.equal(ours.fixed(AWKWARD, 77), theirs(AWKWARD, **settings)["input_ids"])
+    assert len(ours) == len(theirs)
+    roles = (theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id)
+    assert (ours.end_id, ours.padding_id, ours.unknown_id) == roles
+
+
+@pytest.mark.parametrize("form", ["older files", "tokenizer.json"])
+def test_t5_has_the_numbers_of_transformers_for_a_thousand_awkward_texts(t5_files, tmp_path, form):
+    theirs = T5TokenizerFast.from_pretrained(t5_files)
+    if form == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").is_file()
+    ours = load_tokenizer(t5_files if form == "older files" else tmp_path, what="T5")
+    assert_equal_numbers(ours, theirs)
+    assert 0.7 < known_by(ours, AWKWARD) < 1
+
+
+# As the published files have it: a token that is looked for once the text is in lower case.
+FOUND_IN_LOWER_CASE = {"lstrip": False, "rstrip": False, "single_word": False, "special": True, "normalized": True}
+
+
+@pytest.mark.parametrize("form", ["older files", "objects", "list of tokens", "token more", "tokenizer.json"])
+def test_clip_has_the_numbers_of_transformers_for_a_thousand_awkward_texts(clip_files, tmp_path, form):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_files, folder)
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    numbers = json.loads((folder / "vocab.json").read_text())
+    names = ["<|startoftext|>", "<|endoftext|>"]
+    match form:
+        case "objects":
+            roles = ("bos_token", "eos_token", "unk_token")
+            said |= {role: {"content": said[role], "__type": "AddedToken"} for role in roles}
+        case "list of tokens":
+            added = {str(numbers[name]): {"content": name, **FOUND_IN_LOWER_CASE} for name in names}
+            said["added_tokens_decoder"] = added
+        case "token more":
+            said["added_tokens_decoder"] = {str(len(numbers)): {"content": "cats", **FOUND_IN_LOWER_CASE}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    theirs = CLIPTokenizerFast.from_pretrained(folder)
+    if form == "tokenizer.json":
+        shutil.rmtree(folder)
+        theirs.save_pretrained(folder)
+        assert not (folder / "vocab.json").is_file()
+    ours = load_tokenizer(folder, what="CLIP")
+    assert_equal_numbers(ours, theirs)
+    assert len({number for text in ours.numbers(AWKWARD) for number in text}) > 600
+
+
+def test_a_sentencepiece_model_alone_gives_the_numbers_of_sentencepiece(t5_files):
+    """As google/t5-v1_1-xxl has it. Where that and transformers differ, transformers counts: letters with marks on
+    them, which it normalises by themselves, U+0085, and names of special tokens.
+    """
+    tokenizer = load_tokenizer(t5_files, what="the tokenizer")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(t5_files / "spiece.model"))
+    special = ("</s>", "<pad>", "<unk>", "<extra", "\x85")
+    prompts = [text for text in AWKWARD if not has_marks(text) and not any(word in text for word in special)]
+    assert len(prompts) > 200
+    for prompt in prompts:
+        assert tokenizer.numbers([prompt]) == [[*processor.encode(prompt), 1]], repr(prompt)
+
+
+def test_no_form_of_a_tokenizer_needs_transformers(t5_files, clip_files):
+    """Importing it takes several times as long as PyTorch."""
+    code = (
+        "import sys; from pathlib import Path; from flux_ir.models.text.tokenizer import load_tokenizer\n"
+        f"for folder in {[str(t5_files), str(clip_files)]}: load_tokenizer(Path(folder), what='it')\n"
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_folder_without_a_tokenizer_says_which_files_it_might_be(clip_files, tmp_path):
+    shutil.copy(clip_files / "vocab.json", tmp_path)
+    with pytest.raises(FluxIRError, match=r"no tokenizer\.json, no vocab\.json with merges\.txt, no spiece\.model"):
+        load_tokenizer(tmp_path, what="CLIP")
+
+
+def test_an_added_token_that_would_have_another_number_is_named(clip_files, tmp_path):
+    shutil.copytree(clip_files, tmp_path / "clip")
+    said = {"added_tokens_decoder": {"99999": {"content": "cats"}}}
+    (tmp_path / "clip" / "tokenizer_config.json").write_text(json.dumps(said))
+    with pytest.raises(FluxIRError, match=r"'cats' must have the number 99999 that tokenizer_config\.json says"):
+        load_tokenizer(tmp_path / "clip", what="CLIP")
+
+
+def test_other_sentencepiece_models_are_refused(tmp_path):
     with (tmp_path / "spiece.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=file, vocab_size=33, minloglevel=2, **marks
+            sentence_iterator=iter(["a red circle"] * 9),
+            model_writer=file,
+            vocab_size=15,
+            model_type="bpe",
+            minloglevel=2,
         )
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
-    tokenizer = load_tokenizer(tmp_path, what="the tokenizer")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
-    prompts = ["a red circle", "", "two red cats, a RING"]
-    assert tokenizer.numbers(prompts) == [[*processor.encode(prompt), 1] for prompt in prompts]
-    assert (tokenizer.end_id, tokenizer.padding_id, tokenizer.unknown_id) == (1, 0, 2)
+    with pytest.raises(FluxIRError, match=r"spiece\.model must be a unigram model without bytes"):
+        load_tokenizer(tmp_path, what="T5")
+    (tmp_path / "spiece.model").write_bytes(b"version https://git-lfs")
+    with pytest.raises(FluxIRError, match=r"T5 in .* cannot be read: the tokenizer"):
+        load_tokenizer(tmp_path, what="T5")
 
 
 @pytest.mark.parametrize("form", ["vocab.json", "no names", "older names", "map beside it"])
