@@ -58,7 +58,9 @@ def test_requirements_lock_pins_every_runtime_dependency_with_hashes():
 
 
 def test_requirements_lock_leaves_out_what_only_development_needs():
-    assert not pinned(read("requirements.lock")) & {"pytest", "hypothesis", "beartype", "diffusers", "ruff", "mypy"}
+    assert not pinned(read("requirements.lock")) & {
+        *("pytest", "hypothesis", "beartype", "diffusers", "transformers", "ruff", "mypy"),
+    }
 
 
 @pytest.mark.parametrize("command", README_COMMANDS)
@@ -80,6 +82,27 @@ def test_importing_the_package_does_not_load_torch(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_no_module_needs_transformers():
+    """It is no dependency: only the drawing of flux-tiny's first weights calls it."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "flux_ir").rglob("*.py"))
+        if path.stem != "__main__"
+    ]
+    code = (
+        "import sys, importlib; sys.modules['transformers'] = None\n"
+        f"for module in {modules}: importlib.import_module(module)\n"
+        "from flux_ir.demo.train_text import build_t5, build_tokenizer\n"
+        "from flux_ir.errors import FluxIRError\n"
+        "try: build_t5(build_tokenizer())\n"
+        "except FluxIRError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("training flux-tiny needs transformers, which is not installed")
+    assert "pip install 'flux-ir[dev]'" in done.stdout
 
 
 def test_a_capture_from_prompt_to_picture_never_loads_transformers(tmp_path):

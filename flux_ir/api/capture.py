@@ -407,7 +407,7 @@ def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
             # Not from the installed package: a clone that is run in place has none.
             "flux_ir": import_module("flux_ir").__version__,
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "tokenizers": version("tokenizers"),
             "python": platform.python_version(),
         },
         "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "

@@ -352,7 +352,7 @@ def versions_of(device: torch.device) -> dict[str, str]:
         # Not from the installed package: a clone that is run in place has none.
         "flux_ir": import_module("flux_ir").__version__,
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "tokenizers": version("tokenizers"),
         "python": platform.python_version(),
     }
     return versions | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})

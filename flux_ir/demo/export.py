@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -75,7 +74,7 @@ def provenance(run_dir: Path, folder: Path, psnr_db: float) -> dict[str, object]
         "command": "python -m flux_ir.demo.train",
         "flux_ir": version("flux-ir"),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "commit": commit(),
         "seed": 0,
         "steps": {stage: saved["done"] for stage, saved in state.items()},

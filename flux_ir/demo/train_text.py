@@ -8,7 +8,9 @@ learning with the flow model.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import islice
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,10 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_ir.demo.checkpoints import Checkpoint
 from flux_ir.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, scenes, vocabulary
+from flux_ir.errors import FluxIRError
 from flux_ir.models.text import TextEncoder
 from flux_ir.models.text.clip import ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
@@ -67,7 +69,9 @@ def build_t5(tokenizer: PromptTokenizer) -> TextEncoder:
         feed_forward_proj="gated-gelu",
         eos_token_id=tokenizer.end_id,
     )
-    drawn = T5EncoderModel(T5Config(**asdict(params), pad_token_id=tokenizer.padding_id)).state_dict()
+    library = transformers()
+    config = library.T5Config(**asdict(params), pad_token_id=tokenizer.padding_id)
+    drawn = library.T5EncoderModel(config).state_dict()
     with torch.device("meta"):  # draws nothing
         t5 = T5Encoder(params)
     t5.load_state_dict({name: drawn[name] for name in t5.state_dict()}, assign=True)
@@ -85,13 +89,27 @@ def build_clip(tokenizer: PromptTokenizer) -> TextEncoder:
         max_position_embeddings=TEXT_TOKENS,
         eos_token_id=tokenizer.end_id,
     )
-    config = CLIPTextConfig(**asdict(params), bos_token_id=None, pad_token_id=tokenizer.padding_id)
+    library = transformers()
+    config = library.CLIPTextConfig(**asdict(params), bos_token_id=None, pad_token_id=tokenizer.padding_id)
     with torch.device("meta"):
         clip = ClipText(params)
     # transformers 5 has one level of names less than the checkpoints.
-    drawn = {name.removeprefix("text_model."): value for name, value in CLIPTextModel(config).state_dict().items()}
+    drawn = {
+        name.removeprefix("text_model."): value for name, value in library.CLIPTextModel(config).state_dict().items()
+    }
     clip.load_state_dict({name: drawn[name.removeprefix("text_model.")] for name in clip.state_dict()}, assign=True)
     return TextEncoder(clip, tokenizer, TEXT_TOKENS)
+
+
+def transformers() -> ModuleType:
+    """The library that draws untrained weights. Raises FluxIRError where it is not installed: no command needs it."""
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise FluxIRError(
+            f"training flux-tiny needs transformers, which is not installed: {error}",
+            hint="pip install 'flux-ir[dev]'",
+        ) from error
 
 
 class Describer(nn.Module):

@@ -138,7 +138,7 @@ def test_the_metadata_say_how_to_repeat_the_run(captured_run):
     assert metadata["versions"] == {
         "flux_ir": version("flux-ir"),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "tokenizers": version("tokenizers"),
         "python": ".".join(map(str, sys.version_info[:3])),
     }
     for part in ("transformer", "autoencoder"):
