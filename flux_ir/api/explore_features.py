@@ -35,7 +35,7 @@ def explore_features(
         folder.check_done(stage)
     known = {**asdict(settings), "page": page_digest(), "made_of": made_of(folder)}
     page = folder.path / "pages" / "index.html"
-    if folder.is_done("pages", known, after=AFTER) and page.is_file():
+    if folder.is_done("pages", known, after=AFTER):
         progress(Note(f"the pages in {page.parent} are complete"))
         return page
     for stage, done, total in write_pages(folder, settings):

@@ -68,7 +68,9 @@ def score_features(
 
 def score(scoring: Scoring, folder: FeatureFolder, ranks: Ranks, progress: Watch) -> FeatureFolder:
     """The parts that are missing, by all processes, and then the table by the first."""
-    if folder.is_done("score", {}):
+    done = folder.is_done("score", {})
+    wait_for_all(ranks)  # all have looked before one writes a part that is missing
+    if done:
         progress(Note(f"the scores in {folder.path} are complete"))
         return folder
     for note in notes_of(folder):

@@ -41,6 +41,14 @@ PLACE_R2 = 0.5
 _DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U8": "u1", "I8": "i1"}
 _OPEN_PARTS = 128  # mapped, so of no cost but a descriptor each
 
+_FILES_OF: Mapping[str, Sequence[str]] = {
+    "score": ("table.safetensors",),
+    "examples": ("examples.safetensors",),
+    "labels": ("words.json", "labels.json"),
+    "pages": ("pages/index.html",),
+}
+"""What each stage leaves, besides the parts of the scores: a stage whose files are gone is not done."""
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -417,7 +425,15 @@ class FeatureFolder:
         """Whether a stage's result for these settings is there, made from what the stages `after` left last."""
         if stage not in self.stages or not {*after} <= self.stages.keys():
             return False
+        if not all(path.is_file() for path in self._files_of(stage)):
+            return False  # deleted, as the hint at a broken file says
         return bool(self.stages[stage]["digest"] == self.stage_digest(stage, settings, after))
+
+    def _files_of(self, stage: str) -> Iterator[Path]:
+        yield from (self.path / name for name in _FILES_OF.get(stage, ()))
+        if stage == "score":
+            for stream in self.streams:
+                yield from (self.part_file(stream, number) for number in range(self.parts))
 
     def mark_done(
         self,

@@ -225,6 +225,9 @@ def test_a_second_run_changes_nothing_and_other_settings_do(folder):
     assert files[1].read_bytes() != before[1]
     flux_ir.label_features(again)
     assert [file.read_bytes() for file in files] == before
+    files[1].unlink()
+    flux_ir.label_features(folder.path)
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_what_cannot_be_used_is_said(folder, tmp_path, small):

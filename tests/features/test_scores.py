@@ -109,6 +109,18 @@ def test_the_same_command_again_changes_no_byte_and_missing_parts_are_made_again
     assert bytes_of(folder) == before
 
 
+@pytest.mark.parametrize("name", ["table.safetensors", "scores/img/00000.safetensors", "examples.safetensors"])
+def test_a_result_that_was_deleted_is_made_again_by_its_stage(small, tmp_path, name):
+    shutil.copytree(small, tmp_path / "copy")
+    folder = tmp_path / "copy" / "features" / "whole"
+    flux_ir.find_examples(folder, top=2)
+    before = bytes_of(folder)
+    (folder / name).unlink()
+    flux_ir.score_features(tmp_path / "copy" / "saes" / "whole", tmp_path / "copy" / "captures", output_dir=folder.parent)
+    flux_ir.find_examples(folder, top=2)
+    assert bytes_of(folder) == before
+
+
 def test_parts_are_closed_with_the_folder_they_are_of(small):
     gc.disable()  # which would close them some time later
     try:
