@@ -23,7 +23,7 @@ from flux_ir.sae.plots import number_grid
 from flux_ir.sites import SiteNames, site_names
 from flux_ir.studies.concepts import LEAST_POSITIVES, answers_as_json, askable
 from flux_ir.studies.label_files import read_labels
-from flux_ir.studies.labels import Labels, Level, check_apart
+from flux_ir.studies.labels import Labels, Level, check_sources_apart
 from flux_ir.studies.part import Part
 from flux_ir.studies.rows import Bench, Space, number_probes, probes
 
@@ -75,8 +75,7 @@ def probe(
     source = open_source(captures)
     other = source if report is None else open_source(report)
     if report is not None:
-        prompts = [[one.prompt for one in each.generations] for each in (source, other)]
-        check_apart((str(captures), prompts[0]), (str(report), prompts[1]))
+        check_sources_apart((str(captures), source), (str(report), other))
     chosen = choose_sites(source, ["*"] if sites is None else list(site_names(sites)))
     at_steps = _steps(source, other, steps)
     file = None if labels is None else read_labels(Path(labels))

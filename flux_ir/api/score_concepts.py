@@ -49,7 +49,7 @@ from flux_ir.studies.concepts import (
 )
 from flux_ir.studies.judged import judge_collection
 from flux_ir.studies.label_files import LabelFile, read_labels
-from flux_ir.studies.labels import Comparison, Labels, Level, Negatives, check_apart, known_answers
+from flux_ir.studies.labels import Comparison, Labels, Level, Negatives, check_sources_apart, known_answers
 from flux_ir.studies.neurons import has_neurons, run_neurons, stored_neurons
 from flux_ir.studies.part import Part
 from flux_ir.studies.rows import Bench
@@ -165,8 +165,8 @@ class _Scoring:
         self.settings, self.progress = settings, progress
         self.folder = folder_path(settings.sae, settings.name, settings.output_dir)
         self.sources = {"pick": open_source(settings.captures), "report": open_source(settings.report)}
-        prompts = [[one.prompt for one in source.generations] for source in self.sources.values()]
-        check_apart((str(settings.captures), prompts[0]), (str(settings.report), prompts[1]))
+        pick, report = self.sources.values()
+        check_sources_apart((str(settings.captures), pick), (str(settings.report), report))
         placement = plan(torch.cuda.device_count(), device=settings.device)
         progress(Note(f"on {placement.transformer} ({placement.reason})"))
         self.placement = placement
@@ -355,6 +355,13 @@ def labels_of(
         if left_out:
             progress(Note(f"{counted(left_out, 'picture')} of {count} of {name} left out: {reason}"))
     some = limited(labels, max_tokens // source.tokens(site), seed=0)
+    if len(set(some.prompts)) < 2:
+        raise FluxIRError(
+            f"labelled pictures of two prompts or more are needed: {name} has "
+            f"{counted(len(some.images), 'picture')} of {counted(len(set(some.prompts)), 'prompt')}, of "
+            f"{counted(count, 'generation')}",
+            hint="collect more prompts, or raise --max_tokens",
+        )
     if some is not labels:
         text = f"note: {len(some.images)} of {len(labels.images)} pictures of {name} are used"
         progress(Note(f"{text}, as many as have {max_tokens} tokens"))

@@ -76,7 +76,7 @@ class LabelFile(NamedTuple):
         }
         return Labels(
             images=images,
-            prompts=tuple(source.generations[int(image)].prompt for image in images),
+            prompts=_prompts(source, images),
             questions=tuple(questions),
             tokens=np.zeros((0, len(images), 0), dtype=np.uint8),
             pictures=np.stack(pictures) if pictures else np.zeros((0, len(images)), dtype=np.uint8),
@@ -121,7 +121,7 @@ class LabelFile(NamedTuple):
             pictures.append(bits)
         return Labels(
             images=images,
-            prompts=tuple(source.generations[int(image)].prompt for image in images),
+            prompts=_prompts(source, images),
             questions=tuple(questions),
             tokens=np.stack(tokens),
             pictures=np.stack(pictures),
@@ -140,6 +140,12 @@ class LabelFile(NamedTuple):
             )
 
 
+def _prompts(source: TokenSource, images: np.ndarray) -> tuple[str, ...]:
+    """Of each image its prompt; where it has none, as a picture of CLIP's, its id."""
+    known = (source.generations[int(image)] for image in images)
+    return tuple(one.prompt or one.id for one in known)
+
+
 def read_labels(path: Path) -> LabelFile:
     """Labels from a .csv or .jsonl file, or from a folder of masks. Raises FluxIRError for what is none of these."""
     if path.is_dir():
@@ -153,7 +159,11 @@ def read_labels(path: Path) -> LabelFile:
     try:
         content = path.read_bytes()
         rows = list(_rows(path, content.decode("utf-8-sig")))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise FluxIRError(
+            f"cannot read the labels {path}: {error.strerror}", hint="name a .csv, a .jsonl, or a folder of masks"
+        ) from error
+    except UnicodeDecodeError as error:
         raise FluxIRError(f"cannot read the labels {path}: {error}", hint="save it as UTF-8") from error
     names = list(dict.fromkeys(name for row in rows for name in row))
     by = next((key for key in ("id", "prompt") if key in names), None)

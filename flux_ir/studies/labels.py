@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from flux_ir.activations.blocks import TokenSource
 from flux_ir.demo.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
 from flux_ir.errors import FluxIRError
 from flux_ir.studies.judged import Judged
@@ -73,7 +74,7 @@ class Labels:
     images: np.ndarray
     """int64 [images]: which generations of the source, ascending. Those whose picture is in doubt are missing."""
     prompts: tuple[str, ...]
-    """Of each image. Pictures of one prompt stay together where pictures are drawn or permuted."""
+    """Of each image; of one without, its id. Pictures of one prompt stay together where they are drawn or permuted."""
     questions: tuple[Question, ...]
     """Those about tokens first."""
     tokens: np.ndarray
@@ -272,9 +273,22 @@ def make_bits(positive: np.ndarray, in_all: np.ndarray, in_hard: np.ndarray) -> 
     return (counts + (positive & (counts > 0)) * np.uint8(POSITIVE)).astype(np.uint8)
 
 
+def check_sources_apart(pick: tuple[str, TokenSource], report: tuple[str, TokenSource]) -> None:
+    """The same of two collections, which must be two also where their pictures have no prompts."""
+    check_apart(*((name, [one.prompt for one in source.generations]) for name, source in (pick, report)))
+    if pick[1].identity == report[1].identity:
+        raise FluxIRError(
+            f"what picks and what reports must share no picture: {pick[0]} and {report[0]} are the same captures",
+            hint="divide the pictures, and collect each share by itself",
+        )
+
+
 def check_apart(pick: tuple[str, Sequence[str]], report: tuple[str, Sequence[str]]) -> None:
-    """Raises FluxIRError for the first prompt of the second set that the first one has too. Each has its name first."""
-    known = set(pick[1])
+    """Raises FluxIRError for the first prompt of the second set that the first one has too. Each has its name first.
+
+    A picture without a prompt shares none.
+    """
+    known = set(pick[1]) - {""}
     if common := next((prompt for prompt in report[1] if prompt in known), None):
         raise FluxIRError(
             f"what picks and what reports must share no prompt: {pick[0]} and {report[0]} both have {common!r}",

@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from flux_ir.errors import FluxIRError
 from flux_ir.studies.auroc import auroc
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -81,6 +82,11 @@ def _fit(
 ) -> Probe:
     first = _half(group)
     halves = np.flatnonzero(first), np.flatnonzero(~first)
+    if len(penalties) > 1 and not len(halves[1]):
+        raise FluxIRError(
+            f"a probe's penalty is picked on other prompts than it is fitted on: all {len(x)} rows are of one prompt",
+            hint="collect more prompts, or raise --least_positives",
+        )
     worth = np.zeros(len(penalties))
     if len(penalties) > 1:
         for rows, others in (halves, halves[::-1]):

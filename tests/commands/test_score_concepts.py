@@ -215,6 +215,14 @@ def test_too_few_positives_are_no_number_but_an_error(words, capsys):
     assert "no concept has 5000 positives to report on and half as many to pick with" in error
 
 
+def test_one_picture_to_pick_with_is_one_line(collections, words, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text((collections / "A.txt").read_text().splitlines()[0])
+    collect_part(tmp_path / "one.txt", "single.6.img", tmp_path / "one")
+    changed = [str(tmp_path / "one") if word == str(collections / "A") else word for word in words]
+    error = refused(capsys, score, *changed)
+    assert "pictures of two prompts or more are needed: pick has 1 picture of 1 prompt, of 1 generation" in error
+
+
 def test_wrong_words_are_one_line_each(words, collections, tmp_path, capsys):
     assert "the steps to score at must have been collected: got 3" in refused(capsys, score, *words, "--steps", "3")
     assert "labels are a table" in refused(capsys, score, *words, "--labels", tmp_path / "none")

@@ -10,7 +10,16 @@ import pytest
 from flux_ir.demo.scenes import COLOURS, PLACES, RELATIONS, SHAPES, parse_caption, scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.studies.judged import Judged, judge_collection
-from flux_ir.studies.labels import IN_ALL, POSITIVE, Comparison, Question, check_apart, known_answers, permuted
+from flux_ir.studies.labels import (
+    IN_ALL,
+    POSITIVE,
+    Comparison,
+    Question,
+    check_apart,
+    check_sources_apart,
+    known_answers,
+    permuted,
+)
 from tests.studies.drawn import TrueScenes, drawn, of_colour, true_cover
 
 
@@ -195,6 +204,15 @@ def test_sets_with_a_common_prompt_are_refused():
     for first, second in ((["one", "two"], ["three", "two"]), (["two"], ["two"])):
         with pytest.raises(FluxIRError, match="must share no prompt: A and A both have 'two'"):
             check_apart(("A", first), ("A", second))
+
+
+def test_pictures_without_prompts_are_apart_if_their_captures_are(tmp_path):
+    bare, other = drawn(tmp_path, 2, 7), drawn(tmp_path, 2, 8)
+    for one in (bare, other):
+        one.generations = [replace(generation, prompt="") for generation in one.generations]
+    check_sources_apart(("A", bare), ("B", other))
+    with pytest.raises(FluxIRError, match="must share no picture: A and A are the same captures"):
+        check_sources_apart(("A", bare), ("A", bare))
 
 
 def test_some_of_the_pictures(labels):

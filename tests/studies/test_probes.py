@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from flux_ir.errors import FluxIRError
 from flux_ir.studies.auroc import auroc
 from flux_ir.studies.probes import Probe, balanced, fit_probe, fit_ridge, r_squared
 
@@ -57,6 +58,12 @@ def test_the_penalty_is_the_one_that_holds_on_other_prompts():
     weak, strong = (auroc(fit_probe(x, y, group, [p]).scores(fresh), truth, everyone) for p in (1e-5, 1.0))
     assert chosen.penalty == 1.0
     assert weak < strong == auroc(chosen.scores(fresh), truth, everyone)
+
+
+def test_one_prompt_leaves_nothing_to_pick_a_penalty_on():
+    x, y, _ = draw()
+    with pytest.raises(FluxIRError, match="rows are of one prompt"):
+        fit_probe(x, y, np.zeros(len(x), np.int64))
 
 
 def test_a_constant_column_does_no_harm():
