@@ -116,7 +116,9 @@ def test_a_result_that_was_deleted_is_made_again_by_its_stage(small, tmp_path, n
     flux_ir.find_examples(folder, top=2)
     before = bytes_of(folder)
     (folder / name).unlink()
-    flux_ir.score_features(tmp_path / "copy" / "saes" / "whole", tmp_path / "copy" / "captures", output_dir=folder.parent)
+    flux_ir.score_features(
+        tmp_path / "copy" / "saes" / "whole", tmp_path / "copy" / "captures", output_dir=folder.parent
+    )
     flux_ir.find_examples(folder, top=2)
     assert bytes_of(folder) == before
 
