@@ -54,7 +54,8 @@ class Sums:
         self.cells = CELLS**2
         self.in_cell = np.zeros(features * self.cells)
         self.cell_tokens = np.zeros(self.cells, np.int64)
-        self.cell_images = 0
+        self.in_images = 0
+        """Pairs of an image and a cell that it has tokens in."""
         self.tokens = np.zeros(steps, np.int64)
         self.error, self.norm = np.zeros(steps), np.zeros(steps)
         self.centred = np.zeros((steps, known.d_in))
@@ -72,7 +73,8 @@ class Sums:
         places = places_of(part.positions, images, self.stream)
         if places is not None:
             np.add.at(self.cell_tokens, places.cell[counted], 1)
-            self.cell_images += len(images)
+            image_of = np.broadcast_to(np.arange(len(images))[:, None], counted.shape)
+            self.in_images += len(np.unique(image_of[counted] * self.cells + places.cell[counted]))
         image = np.repeat(np.arange(len(images)), np.diff(part.image_ptr))
         for rows in _pieces(part.row_ptr):
             self._add_entries(part, rows, feature[rows], image[rows], places, counted.sum(1))
@@ -150,10 +152,11 @@ class Sums:
     def _position_r2(self, mass: Floats, tokens: int) -> Floats:
         """Adjusted for the number of places, as R squared of a regression is: of noise it is 0 on average.
 
-        The steps of an image are not independent, so they count as one. NaN where there is one image only.
+        The steps of an image are not independent, nor are neighbours within a cell, so an image counts once in each of
+        its cells. NaN where there is one image only: what is there and where it is are one.
         """
         used = self.cell_tokens > 0
-        places, independent = int(used.sum()), int(self.cell_tokens.sum())
+        places, independent = int(used.sum()), self.in_images
         if places < 2 or independent <= places:
             return np.full(self.known.d_sae, np.nan)
         on_step = self.cell_tokens[used] * len(self.known.steps)

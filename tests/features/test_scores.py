@@ -3,6 +3,7 @@
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 
 import flux_ir
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import open_features
+from flux_ir.features.folder import ImageRow, ScorePart, open_features
 from flux_ir.features.scoring import notes_of
+from flux_ir.features.table import Sums
 from flux_ir.sae.base import SAEConfig, make_sae, save_sae
 from tests.activations.conftest import write_collection
 from tests.features.conftest import STEPS, D, dense_of, save_small_sae, say_sizes
@@ -189,6 +191,48 @@ def test_spatial_numbers_are_those_of_the_maps_that_are_there(placed):
     (found,) = folder.map(0, 5)
     assert np.isnan(found).sum() == 4
     assert (found[:, 3] == 2).all()
+
+
+def smooth_part(images, side, draw):
+    """Feature 0 fires on blocks of 4 x 4 patches that each image has elsewhere; feature 1 on its right half."""
+    blocks = draw.random((images, side // 4, side // 4)) < 0.5
+    right = np.broadcast_to(np.arange(side) >= side // 2, (images, side, side))
+    maps = np.stack([np.kron(blocks, np.ones((1, 4, 4))) > 0, right], 1).reshape(images, 2, -1)
+    lengths = maps.sum(2)
+    rows, zeros = lengths.size, np.zeros((images, 1, side * side), np.float32)
+    ones = np.ones(rows, np.float32)
+    return ScorePart(
+        images=range(images),
+        steps=(0,),
+        image_ptr=np.arange(images + 1) * 2,
+        feature=np.tile([0, 1], images),
+        max=ones,
+        mean=ones,
+        at_token=np.zeros(rows, np.int32),
+        at_step=np.zeros(rows, np.int16),
+        row_ptr=np.concatenate([[0], np.cumsum(lengths)]),
+        place=np.nonzero(maps)[2],
+        value=np.ones(lengths.sum(), np.float32),
+        error=zeros,
+        norm=zeros,
+        positions=np.tile(np.arange(side * side, dtype=np.int32), (images, 1)),
+        centred=np.zeros((1, 2)),
+    )
+
+
+@pytest.mark.parametrize("images", [1, 2, 20])
+def test_patches_beside_each_other_are_no_draws_of_their_own(small, images):
+    known = open_features(small / "features" / "img").settings
+    sums = Sums(replace(known, d_in=2, d_sae=2, steps=(0,)), "img", 2.0 ** np.arange(-8, 9, 0.25)[:65])
+    rows = [ImageRow(image, f"{image}", "", 0, 1024, 1024, (64, 64), None, None) for image in range(images)]
+    sums.add(smooth_part(images, 64, np.random.default_rng(0)), rows)
+    table = sums.table(np.ones(2))
+    if images == 1:
+        assert np.isnan(table.position_r2).all()
+        assert not table.means_place.any()
+    else:
+        assert abs(table.position_r2[0]) < 0.1
+        assert table.position_r2[1] == pytest.approx(1)
 
 
 def test_maps_with_holes_are_noted(placed):
