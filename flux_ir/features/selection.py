@@ -139,8 +139,11 @@ def distinct(order: Sequence[int], top: NDArray[np.integer], each: int, most: in
 
 
 def make_lists(selection: Selection, stream: Stream, *, most: int, significance: float, each: int) -> list[Ranked]:
-    """The lists that follow from the columns that are there. `each`: examples of a feature in the list `distinct`."""
-    groups = selection.groups
+    """The lists that follow from the columns that are there, without features that are dead on these images.
+
+    `each`: examples of a feature in the list `distinct`.
+    """
+    groups, alive = selection.groups, selection.folder.table(stream).alive
 
     def column(name: str) -> NDArray[Any]:
         return selection.column(stream, name)
@@ -150,7 +153,7 @@ def make_lists(selection: Selection, stream: Stream, *, most: int, significance:
         q = column("coherence_q")
         lists.append(ranked("coherent", "coherence", column("coherence"), most, q=q, significance=significance))
     if "stability" in groups:
-        lists.append(ranked("stable", "stability", column("stability"), most))
+        lists.append(ranked("stable", "stability", column("stability"), most, chosen=alive))
     if "contrast" in groups:
         name, difference, q = groups["contrast"]["name"], column("contrast_difference"), column("contrast_q")
         first, _, second = name.partition(" against ")
@@ -159,11 +162,11 @@ def make_lists(selection: Selection, stream: Stream, *, most: int, significance:
             lists.append(ranked(title, "contrast", score, most, q=q, significance=significance, chosen=chosen))
     if "region" in groups:
         inside = ",".join(f"{share:g}" for share in groups["region"]["region"])
-        lists.append(ranked(f"inside {inside}", "region", column("region"), most))
+        lists.append(ranked(f"inside {inside}", "region", column("region"), most, chosen=alive))
     if "steps" in groups:
-        lists.append(ranked("changing over steps", "step_variance", column("step_variance"), most))
+        lists.append(ranked("changing over steps", "step_variance", column("step_variance"), most, chosen=alive))
     if "effect" in groups:
-        lists.append(ranked("of most effect", "effect", column("effect"), most))
+        lists.append(ranked("of most effect", "effect", column("effect"), most, chosen=alive))
     if "examples" in selection.folder.stages:
         lists.append(_distinct_list(selection, stream, most=most, each=each))
     return lists

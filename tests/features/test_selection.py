@@ -91,6 +91,18 @@ def test_lists_follow_from_the_columns_and_are_read_as_they_were_written(small, 
     assert read_lists(folder, "txt") == []
 
 
+def test_features_that_are_dead_here_are_in_no_list(small, tmp_path):
+    folder = _copy(small, tmp_path)
+    selection, dead = Selection(folder), np.flatnonzero(~folder.table("img").alive).tolist()
+    assert 3 in dead
+    effect = {name: np.where(np.arange(48) == 3, 9.0, 1.0) for name in ("effect", "effect_active")}
+    selection.put("effect", {}, {"img": effect})
+    selection.put("steps", {}, {"img": {"step_variance": np.zeros(48)}})
+    lists = {one.name: one for one in make_lists(selection, "img", most=48, significance=0.05, each=2)}
+    for name in ("of most effect", "changing over steps"):
+        assert sorted([*lists[name].features, *dead]) == list(range(48))
+
+
 def test_without_a_selection_there_are_no_lists(small):
     assert read_lists(open_features(small / "features" / "img"), "img") == []
 
