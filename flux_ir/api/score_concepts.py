@@ -7,11 +7,12 @@ goes on, and rows that do not depend on the autoencoder are made once for all th
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ from flux_ir.studies.concepts import (
     null_as_json,
     questions_as_json,
 )
-from flux_ir.studies.judged import judge_collection
+from flux_ir.studies.judged import Judged, judge_collection
 from flux_ir.studies.label_files import LabelFile, read_labels
 from flux_ir.studies.labels import Comparison, Labels, Level, Negatives, check_sources_apart, known_answers
 from flux_ir.studies.neurons import has_neurons, run_neurons, stored_neurons
@@ -346,6 +347,7 @@ def labels_of(
     Of no more pictures than have `max_tokens` tokens of the site. What is left out is noted.
     """
     count = len(source.generations)
+    looked: Judged | None = None
     if file is not None:
         labels = file.labels(source, lambda images: follow(progress, f"masks of {name}", images, total=count))
     else:
@@ -365,6 +367,9 @@ def labels_of(
     if some is not labels:
         text = f"note: {len(some.images)} of {len(labels.images)} pictures of {name} are used"
         progress(Note(f"{text}, as many as have {max_tokens} tokens"))
+        if looked is not None:
+            chosen = looked.chosen(np.isin(looked.images, some.images))
+            some = replace(some, by_shape=known_answers(chosen).by_shape)
     return some
 
 

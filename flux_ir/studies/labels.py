@@ -84,7 +84,7 @@ class Labels:
     dropped: Mapping[str, int]
     """How many pictures were left out of everything, or of the questions of a kind, by reason."""
     by_shape: Mapping[Question, Mapping[str, int]]
-    """The positives of a question by the shape they are of, where that is known and all pictures are kept."""
+    """The positives of a question by the shape they are of, where that is known; not of pictures that were `chosen`."""
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Labels that are numbers, by name: float64 [images], NaN where one is not known."""
 
