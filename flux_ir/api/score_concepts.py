@@ -51,7 +51,7 @@ from flux_ir.studies.concepts import (
 from flux_ir.studies.judged import Judged, judge_collection
 from flux_ir.studies.label_files import LabelFile, read_labels
 from flux_ir.studies.labels import Comparison, Labels, Level, Negatives, check_sources_apart, known_answers
-from flux_ir.studies.neurons import has_neurons, run_neurons, stored_neurons
+from flux_ir.studies.neurons import has_neurons, neurons_site, run_neurons, stored_neurons
 from flux_ir.studies.part import Part
 from flux_ir.studies.rows import Bench
 
@@ -236,7 +236,7 @@ class _Scoring:
     def _rows(self, step: int, parts: Sequence[Part], asked: Sequence[Comparison]) -> dict[str, Any]:
         settings = self.settings
         bench = Bench(parts[0], parts[1], asked, settings.bootstrap)
-        readers = Readers(bench, self.sae, self._neurons(parts), settings.null)
+        readers = Readers(bench, self.sae, self._neurons(parts), settings.null, self._neuron_count(parts))
         found: dict[str, Any] = {}
         names = [row for row in ROWS if settings.rows is None or row in settings.rows]
         missing = {row: why for row, why in readers.available().items() if why is not None and row in names}
@@ -287,6 +287,8 @@ class _Scoring:
             key["sae"] = self.weights
         elif row in ("untrained", "random"):
             key["features"] = self.sae.config.d_sae
+        if row in ("sae", "untrained"):
+            key["fewer"] = list(readers.fewer)
         if row == "untrained":
             key["k"] = readers.k
         if row == "null":
@@ -294,6 +296,16 @@ class _Scoring:
         if row == "neurons":
             key["stored"] = has_neurons(bench.pick) and has_neurons(bench.report)
         return key
+
+    def _neuron_count(self, parts: Sequence[Part]) -> int | None:
+        """How many neurons the row of neurons picks from; None: there is no such row."""
+        source, site = parts[0].source, neurons_site(parts[0])
+        if all(map(has_neurons, parts)):
+            return source.d(site)
+        if not self.settings.run_model or site is None or source.model is None:
+            return None
+        params = get_spec(source.model).flux
+        return int(params.hidden_size * params.mlp_ratio)
 
     def _neurons(self, parts: Sequence[Part]) -> Callable[[Part], Tensor] | None:
         """Gives the neurons of a part: as they were stored, or by the model if it may be run."""
@@ -381,19 +393,25 @@ class MeanRow(NamedTuple):
     negatives: Negatives
     concepts: int
     aurocs: dict[RowName, float]
+    of_fewer: dict[int, float]
+    """What the best of fewer features is expected to come to, by how many: as many as some readers have."""
 
 
 def mean_rows(rows: Mapping[RowName, Any]) -> list[MeanRow]:
     """What a step's rows come to, kind by kind."""
     groups: dict[tuple[Any, Any, Any], dict[Any, list[float]]] = {}
-    for row, found in rows.items():
-        for one in found["answers"]:
+    for row, answered in rows.items():
+        for one in answered["answers"]:
             group = groups.setdefault((one["kind"], one["level"], one["negatives"]), {})
             group.setdefault(row, []).append(one["auroc"])
-    return [
-        MeanRow(*words, max(map(len, of_rows.values())), {row: sum(each) / len(each) for row, each in of_rows.items()})
-        for words, of_rows in groups.items()
-    ]
+            for count, expected in (one.get("chosen", {}).get("expected_of_fewer", {}) if row == "sae" else {}).items():
+                group.setdefault(int(count), []).append(expected)
+    found = list[MeanRow]()
+    for words, of_rows in groups.items():
+        means = {row: sum(each) / len(each) for row, each in of_rows.items()}
+        of_fewer = {count: means.pop(count) for count in list(means) if isinstance(count, int)}
+        found.append(MeanRow(*words, max(map(len, of_rows.values())), means, of_fewer))
+    return found
 
 
 LEVEL_WORDS: dict[str, str] = {"interior": "inside", "any": "any patch", "image": "picture"}

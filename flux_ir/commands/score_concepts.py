@@ -76,16 +76,25 @@ def run(options: ScoreConceptsOptions) -> None:
 
 
 def tables(scored: "ScoredConcepts") -> list[list[tuple[str, ...]]]:
-    """How many positives there are of every concept, then for each step the mean AUROC of every kind, row by row."""
+    """How many positives there are of every concept, then for each step the mean AUROC of every kind, row by row.
+
+    Last, what the best of fewer features is expected to come to: of as many as other readers have to pick from.
+    """
     from flux_ir.api.score_concepts import LEVEL_WORDS, NEGATIVES_WORDS, mean_rows
     from flux_ir.studies.concepts import ROW_TITLES
 
     found = [counts_table(scored.result["questions"])]
     for step, rows in scored.result["steps"].items():
-        table = [(f"step {step}, mean AUROC", "concepts", *(ROW_TITLES[row] for row in rows))]
-        for one in mean_rows(rows):
+        means = mean_rows(rows)
+        fewer = sorted({count for one in means for count in one.of_fewer})
+        titles = [*(ROW_TITLES[row] for row in rows), *(f"best of {count}" for count in fewer)]
+        table = [(f"step {step}, mean AUROC", "concepts", *titles)]
+        sizes = ["" if (size := rows[row]["candidates"]) is None else str(size) for row in rows]
+        table.append(("candidates, each with both signs", "", *sizes, *map(str, fewer)))
+        for one in means:
             name = f"{one.kind}, {LEVEL_WORDS[one.level]}, {NEGATIVES_WORDS[one.negatives]}"
             cells = [f"{one.aurocs[row]:.3f}" if row in one.aurocs else "" for row in rows]
+            cells += [f"{one.of_fewer[count]:.3f}" if count in one.of_fewer else "" for count in fewer]
             table.append((name, str(one.concepts), *cells))
         found.append(table)
     return found

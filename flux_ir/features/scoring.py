@@ -165,7 +165,7 @@ def begin_folder(path: Path, scoring: Scoring, sae: Path, captures: str, picture
 
 def _check_same(found: FeatureFolder, asked: FeatureSettings) -> None:
     there, here = asdict(found.settings), asdict(asked)
-    words = {"weights": "weights of the autoencoder", "captures": "content of the captures"}
+    words = {"weights": "autoencoder (other weights)", "captures": "collection (other content of the captures)"}
     for name, value in here.items():
         if there[name] != value:
             raise FluxIRError(

@@ -121,11 +121,23 @@ class Readers:
     neurons: Callable[[Part], Tensor] | None
     """Gives the neurons of every token of a part; None: there are none."""
     null_draws: int
+    neuron_count: int | None = None
+    """How many of them there are."""
 
     @cached_property
     def k(self) -> int:
         """Features per token, of the untrained autoencoder too."""
         return features_per_token(self.sae, self.bench.pick)
+
+    @cached_property
+    def fewer(self) -> tuple[int, ...]:
+        """What the other rows pick from, where that is fewer than there are features.
+
+        Their numbers stand beside what the best of so many features comes to, not beside the best of all.
+        """
+        part = self.bench.pick
+        sizes = [part.source.d(part.site), self.neuron_count, part.noisy_width]
+        return tuple(sorted({size for size in sizes if size is not None and size < self.sae.config.d_sae}))
 
     def available(self) -> dict[RowName, str | None]:
         """Every row, and why there is none of it; None: there is."""
@@ -157,11 +169,11 @@ class Readers:
         d, count = self._space.pick.shape[1], self.sae.config.d_sae
         match name:
             case "sae":
-                return self._features.best(fewer=(d,))
+                return self._features.best(fewer=self.fewer)
             case "k_sparse_1" | "k_sparse_2" | "k_sparse_5":
                 return self._features.k_sparse(int(name.removeprefix("k_sparse_")))
             case "untrained":
-                return FeatureRows(self.bench, self._untrained()).best(fewer=(d,))
+                return FeatureRows(self.bench, self._untrained()).best(fewer=self.fewer)
             case "neurons":
                 return best_directions(self.bench, self._neurons, None)
             case "pca":

@@ -101,6 +101,14 @@ class Part:
         """Whether the source kept what each patch began the step with."""
         return self.has_patches and isinstance(self.source, NoisySource)
 
+    @property
+    def noisy_width(self) -> int | None:
+        """How many numbers each of them has; None: they were not kept."""
+        if not self.has_noisy or not isinstance(self.source, NoisySource):
+            return None
+        first = int(self.labels.images[0])
+        return self.source.noisy(range(first, first + 1), self.step).shape[-1]
+
     def noisy(self) -> Tensor:
         """The noisy latents that each token began the step with: [images * tokens, channels]."""
         if not isinstance(self.source, NoisySource):

@@ -1,7 +1,8 @@
 """What concepts are read with: features, neurons, directions, probes. Each is made on one set and judged on another.
 
-Whoever picks the best of many has as many candidates as the others, each with both signs, and picks them in the same
-way, so that what is compared is what there is to pick from. Next: `concepts`, the study made of these rows.
+Whoever picks the best of many picks it in the same way, each candidate with both signs. Some have fewer candidates than
+there are features (axes, neurons): beside the best feature stands what the best of so many features is expected to come
+to, so that what is compared is what there is to pick from. Next: `concepts`, the study made of these rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

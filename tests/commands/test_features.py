@@ -115,7 +115,7 @@ def test_another_autoencoder_is_not_scored_into_the_same_folder(many, capsys, tm
     save_small_sae(tmp_path / "small", "double.0.img", steps=(0,), seed=1)
     given = ["--sae", tmp_path / "small", "--captures", many / "captures", "--output_dir", many / "features"]
     error = refused(capsys, score_features, *given)
-    assert "holds features with another weights of the autoencoder" in error
+    assert "holds features with another autoencoder (other weights)" in error
     assert "hint: name another folder with --name, or delete that one" in error
 
 

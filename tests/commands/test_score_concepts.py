@@ -66,6 +66,7 @@ def test_features_are_scored_on_what_the_judge_saw_and_a_rerun_changes_no_byte(w
     printed = capsys.readouterr().out
     assert "colour, any patch, hard ones" in printed
     assert "of a circle" in printed
+    assert "best of 64  best of 192" in printed  # of 256 features: as many as the noisy input and the axes have
     folder = tmp_path / "concepts" / "untaught"
     result = json.loads((folder / "concepts.json").read_text())
     rows = result["steps"]["2"]

@@ -181,6 +181,9 @@ def test_readers_say_what_they_lack(bench):
     assert with_neurons.available()["neurons"] is None
     assert with_neurons.candidates("neurons") == 5
     assert len(list(with_neurons.row("neurons"))) == len(bench.comparisons)
+    assert readers.fewer == ()
+    assert replace(readers, neuron_count=5).fewer == (5,)
+    assert all("5" in one.chosen["expected_of_fewer"] for one in replace(readers, neuron_count=5).row("sae"))
     found = readers.null()
     assert {pairs.shape for pairs in found.values()} == {(3, 2)}
     assert all(0.4 < row["mean"] < 0.6 <= row["auroc"] + 0.15 for row in null_as_json(found))

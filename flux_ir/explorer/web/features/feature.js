@@ -218,7 +218,7 @@ function wordsPanel(record) {
   });
   const note = make("p", {
     className: "note",
-    textContent: "How much more often than by chance [PMI, bits], and in how many pictures.",
+    textContent: "How much more often than by chance [PMI, bits], and in how many prompts.",
   });
   return panel("Words that lift it", make("ul", { className: "ranked" }, ...rows), note);
 }
