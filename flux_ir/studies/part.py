@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import NoisySource, TokenRun, TokenSource
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.data.filters import Filters
 from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site
 from flux_ir.studies.auroc import Codes, Ranked
@@ -117,12 +118,16 @@ class Part:
         return torch.cat(parts).flatten(0, 1)
 
     def codes(self, sae: SparseAutoencoder) -> Codes:
-        """The features of every token, those that are not zero."""
+        """The features of every token, those that are not zero. Padding of the text has none: it is of no prompt."""
         device, parts = sae.W_dec.device, list[tuple[np.ndarray, ...]]()
-        for rows, values in self.blocks():
+        for rows, run, kept in self._runs():
+            values, used = run.floats()[torch.from_numpy(kept)].float(), Filters().used(run)
             with torch.no_grad():
                 found = sae.encode_sparse(values.to(device))
-            token, column = torch.nonzero(found.values > 0, as_tuple=True)
+            active = found.values > 0
+            if used is not None:
+                active &= used[torch.from_numpy(kept)].reshape(-1, 1).to(device)
+            token, column = torch.nonzero(active, as_tuple=True)
             columns = (
                 (token + rows.start * self.tokens_per_image).to(torch.int32),
                 found.indices[token, column].to(torch.int32),

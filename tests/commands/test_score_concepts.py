@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flux_ir.activations.source import open_source
-from flux_ir.api.score_concepts import score_concepts
+from flux_ir.api.score_concepts import labels_of, score_concepts
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.commands.probe import main as probe
@@ -17,6 +17,7 @@ from flux_ir.demo.captions import captions
 from flux_ir.sae.base import SAEConfig, make_sae, save_sae
 from flux_ir.sites import Site
 from flux_ir.studies.concepts import ROWS
+from flux_ir.studies.part import Part
 
 SITE = Site.parse("single.6.img")
 FEW = ("--least_positives", "6", "--bootstrap", "4", "--null", "2")
@@ -83,6 +84,19 @@ def test_features_are_scored_on_what_the_judge_saw_and_a_rerun_changes_no_byte(w
     before = {path: path.read_bytes() for path in (tmp_path / "concepts").rglob("*") if path.is_file()}
     assert score(words) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "concepts").rglob("*") if path.is_file()} == before
+
+
+def test_padding_of_the_text_has_no_features(collections, tmp_path):
+    source, site = open_source(collections / "A"), Site.parse("double.3.txt")
+    labels = labels_of(source, "pick", None, tmp_path, 10**6, site, lambda _: None)
+    part = Part(source, labels, site, 2)
+    config = SAEConfig("topk", source.d(site), 256, k=8, site=str(site), model="flux-tiny", steps=(2,))
+    codes = part.codes(make_sae(config, sample=part.values().float()))
+    lengths = [source.read(int(image), site, 2).used_txt for image in labels.images]
+    image, token = np.divmod(codes.token, source.tokens(site))
+    assert max(lengths) < source.tokens(site)
+    assert np.bincount(image).tolist() == [8 * length for length in lengths]
+    assert (token < np.array(lengths)[image]).all()
 
 
 def halves(folder, collections):
