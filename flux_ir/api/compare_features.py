@@ -31,7 +31,8 @@ from flux_ir.features.compare import (
     paired_steps,
     site_of,
 )
-from flux_ir.features.folder import FeatureFolder, digest_of, open_features
+from flux_ir.features.contents import digest_of
+from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.matching import (
     Pairs,
     Tested,

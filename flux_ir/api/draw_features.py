@@ -19,11 +19,12 @@ from flux_ir.api.score_features import prepare
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
 from flux_ir.errors import FluxIRError, nearest
+from flux_ir.features.contents import ScorePart, digest_of
 from flux_ir.features.contrast import image_of_rows
 from flux_ir.features.decoder_view import Active, active_together, encoder_decoder_cosine, nearest_by_cosine
 from flux_ir.features.drawings import UNTOUCHED, Canvas, Studio, draw_missing, is_drawn, token_length
 from flux_ir.features.effect import why_not_run
-from flux_ir.features.folder import FeatureFolder, ScorePart, digest_of, open_features, read_tensors, write_tensors
+from flux_ir.features.folder import FeatureFolder, open_features, read_tensors, write_tensors
 from flux_ir.features.heatmaps import draw_overlay, scale_of, sheet_line
 from flux_ir.features.labels import read_labels
 from flux_ir.features.scoring import Scoring, half_of

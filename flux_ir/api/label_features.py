@@ -16,8 +16,9 @@ from flux_ir.api.arguments import check_least
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError, counted
+from flux_ir.features.contents import digest_of
 from flux_ir.features.embeddings import BATCH, ClipEmbedder, make_embeddings, read_embeddings
-from flux_ir.features.folder import FeatureFolder, digest_of, open_features
+from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.labels import (
     LABELS_FILE,
     Candidates,

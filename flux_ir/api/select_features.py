@@ -19,6 +19,7 @@ from flux_ir.collecting.embeddings import embed_prompts
 from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.coherence import coherence
+from flux_ir.features.contents import digest_of
 from flux_ir.features.contrast import (
     Parts,
     Sides,
@@ -39,7 +40,7 @@ from flux_ir.features.embeddings import (
     make_embeddings,
     read_embeddings,
 )
-from flux_ir.features.folder import FeatureFolder, digest_of, open_features
+from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.scoring import Scoring
 from flux_ir.features.selection import Ranked, Selection, make_lists, write_lists
 from flux_ir.features.significance import q_values

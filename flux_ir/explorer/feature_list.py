@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flux_ir.features.folder import FeatureFolder, FeatureTable
+from flux_ir.features.contents import FeatureTable
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.sites import Stream
 
 Ints = NDArray[np.integer[Any]]

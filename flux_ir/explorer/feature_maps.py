@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flux_ir.features.folder import FeatureFolder, ScorePart
+from flux_ir.features.contents import ScorePart
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.sites import Stream
 
 LARGEST = 255

@@ -36,7 +36,8 @@ from flux_ir.explorer.feature_pictures import (
 )
 from flux_ir.explorer.feature_records import Group, Panels, shard_records
 from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels, token_strings
-from flux_ir.features.folder import COMMON, PLACE_R2, RARE, FeatureFolder, digest_of
+from flux_ir.features.contents import COMMON, PLACE_R2, RARE, digest_of
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sites import Stream
 from flux_ir.visualize.heatmap import COLOURS

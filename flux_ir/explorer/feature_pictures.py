@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import FeatureFolder, ScorePart
+from flux_ir.features.contents import ScorePart
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.layout import complete_file
 
 SHARD = 1024

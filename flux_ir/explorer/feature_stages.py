@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flux_ir.explorer.feature_records import Group, Panels
+from flux_ir.features.contents import digest_of
 from flux_ir.features.drawings import UNTOUCHED
-from flux_ir.features.folder import FeatureFolder, digest_of
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.labels import LABELS_FILE
 from flux_ir.features.words import STAGE, WORDS_FILE, find_tokenizer, prompt_tokens, read_result
 from flux_ir.sites import Stream

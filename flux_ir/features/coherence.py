@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.features.contents import ScorePart
 from flux_ir.features.contrast import Parts, image_of_rows
-from flux_ir.features.folder import ScorePart
 
 MEMORY_BYTES = 2**29
 """What the sums of permutations may take; those of one permutation, [d_sae, d_embedding], are taken in any case."""

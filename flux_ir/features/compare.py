@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import FeatureFolder, ImageRow, ScorePart
+from flux_ir.features.contents import ImageRow, ScorePart
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.matching import Activations, permuted_groups
 from flux_ir.features.scoring import half_of
 from flux_ir.features.significance import q_values

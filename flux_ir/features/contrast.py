@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.features.folder import ImageRow, ScorePart
+from flux_ir.features.contents import ImageRow, ScorePart
 
 Parts = Callable[[], Iterable[ScorePart]]
 """Reads the parts of a folder from the first to the last, as often as it is called."""

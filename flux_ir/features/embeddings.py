@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import FeatureFolder, digest_of, read_tensors, write_tensors
+from flux_ir.features.contents import digest_of
+from flux_ir.features.folder import FeatureFolder, read_tensors, write_tensors
 from flux_ir.features.scoring import Scoring
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.clip import ClipPicture, Preprocessing, read_pixels

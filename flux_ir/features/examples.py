@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import FeatureFolder, FeatureTable, ScorePart
+from flux_ir.features.contents import FeatureTable, ScorePart
+from flux_ir.features.folder import FeatureFolder
 from flux_ir.sites import Stream
 
 SKETCH = 256

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from flux_ir.collecting.workers import in_order
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import FeatureFolder, FeatureSettings, FeatureTable, write_tensors
+from flux_ir.features.contents import FeatureSettings, FeatureTable
+from flux_ir.features.folder import FeatureFolder, write_tensors
 from flux_ir.features.scoring import Sample, Scoring, Tokens
 from flux_ir.features.table import Sums, counts_of, unexplained
 from flux_ir.sae.kernels.choose import sparse_decode

@@ -19,16 +19,8 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import Drawn, DrawnSource, TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import (
-    FORMAT,
-    HISTOGRAM_BINS,
-    VERSION,
-    FeatureFolder,
-    FeatureSettings,
-    open_features,
-    read_tensors,
-    write_tensors,
-)
+from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings
+from flux_ir.features.folder import FORMAT, VERSION, FeatureFolder, open_features, read_tensors, write_tensors
 from flux_ir.features.table import BINS_PER_OCTAVE
 from flux_ir.layout import complete_file, write_json
 from flux_ir.sae.config import HAS_K

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flux_ir.features.folder import HISTOGRAM_BINS, FeatureSettings, FeatureTable, ImageRow, ScorePart
+from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings, FeatureTable, ImageRow, ScorePart
 from flux_ir.sae.metrics import Deviation, rounded
 from flux_ir.sites import Stream
 

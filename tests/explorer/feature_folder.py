@@ -8,16 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flux_ir.features.folder import (
-    FORMAT,
-    HISTOGRAM_BINS,
-    VERSION,
-    FeatureFolder,
-    FeatureSettings,
-    open_features,
-    part_images,
-    write_tensors,
-)
+from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings
+from flux_ir.features.folder import FORMAT, VERSION, FeatureFolder, open_features, part_images, write_tensors
 from flux_ir.layout import write_json
 
 PIXELS = 16

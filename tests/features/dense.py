@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from flux_ir.features.folder import ScorePart
+from flux_ir.features.contents import ScorePart
 
 
 def part_of(activations, start, steps, positions):

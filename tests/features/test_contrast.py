@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flux_ir.errors import FluxIRError
+from flux_ir.features.contents import ImageRow
 from flux_ir.features.contrast import (
     contrast_prompts,
     contrast_region,
@@ -11,7 +12,6 @@ from flux_ir.features.contrast import (
     sides_of,
     step_variance,
 )
-from flux_ir.features.folder import ImageRow
 from tests.features.dense import parts_of
 
 F, TOKENS, STEPS = 7, 6, 3

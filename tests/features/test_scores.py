@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import flux_ir
 from flux_ir.errors import FluxIRError
-from flux_ir.features.folder import ImageRow, ScorePart, open_features
+from flux_ir.features.contents import ImageRow, ScorePart
+from flux_ir.features.folder import open_features
 from flux_ir.features.scoring import notes_of
 from flux_ir.features.table import Sums
 from flux_ir.sae.base import SAEConfig, make_sae, save_sae
