@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flux_ir.distributed import Ranks
-from flux_ir.sae.base import SAEConfig, make_sae
-from flux_ir.sae.trainer import Member, Trainer, TrainSettings
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.training.step import Member, Trainer, TrainSettings
 
 
 class Task(NamedTuple):

@@ -27,7 +27,10 @@ from flux_ir.commands.report import peak_host_bytes
 from flux_ir.distributed import Ranks
 from flux_ir.features.scores import CHUNK_TOKENS
 from flux_ir.features.scoring import Scoring, begin_folder, measure_sample, settings_of, write_sample
-from flux_ir.sae.base import SAEConfig, SparseAutoencoder, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.files.folder import save_sae
 from flux_ir.sites import Site
 
 SITE = Site.parse("single.6.img")

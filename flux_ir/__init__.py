@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
     from flux_ir.recording.recorder import MemorySink, Recorder
-    from flux_ir.sae.splice import spliced
+    from flux_ir.sae.evaluation.splice import spliced
     from flux_ir.sites import Site
 
 __version__ = "0.1.0"
@@ -87,7 +87,7 @@ _MODULES = {
     "score_features": "flux_ir.api.score_features",
     "select_features": "flux_ir.api.select_features",
     "Site": "flux_ir.sites",
-    "spliced": "flux_ir.sae.splice",
+    "spliced": "flux_ir.sae.evaluation.splice",
     "Studied": "flux_ir.api.study",
     "train_sae": "flux_ir.api.train_sae",
     "Trained": "flux_ir.api.train_sae",

@@ -46,8 +46,8 @@ from flux_ir.features.matching import (
 from flux_ir.features.significance import q_values
 from flux_ir.layout import complete_file
 from flux_ir.lens.measures import json_number
-from flux_ir.sae.interop.formats import load_any, weights_file
-from flux_ir.sae.plots import ScatterGroup, scatter
+from flux_ir.sae.evaluation.plots import ScatterGroup, scatter
+from flux_ir.sae.files.formats import load_any, weights_file
 from flux_ir.sites import Stream
 
 By = Literal["auto", "activations", "decoder"]

@@ -16,13 +16,13 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import model_names
-from flux_ir.sae.baselines import Baseline
-from flux_ir.sae.config import HAS_K
+from flux_ir.sae.architectures.config import HAS_K
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.held_out import EvaluationTokens, Subject, subject_of
-from flux_ir.sae.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
-from flux_ir.sae.interop.formats import load_any, sae_folders
-from flux_ir.sae.metrics import Evaluation, Group, evaluate, outlier_limits
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.evaluation.baselines import Baseline
+from flux_ir.sae.evaluation.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
+from flux_ir.sae.evaluation.metrics import Evaluation, Group, evaluate, outlier_limits
+from flux_ir.sae.files.formats import load_any, sae_folders
 from flux_ir.sites import Site
 
 

@@ -14,10 +14,10 @@ from flux_ir.api.arguments import check_least, check_words
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.sae.config import HAS_K, SAEConfig
+from flux_ir.sae.architectures.config import HAS_K, SAEConfig
 from flux_ir.sae.data.held_out import Subject
-from flux_ir.sae.metrics import Evaluation, Numbers, to_json
-from flux_ir.sae.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
+from flux_ir.sae.evaluation.metrics import Evaluation, Numbers, to_json
+from flux_ir.sae.evaluation.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
 
 BaselineName = Literal["pca", "random", "itda", "neurons"]
 LEAST = {"splice_steps": 0} | dict.fromkeys(("max_tokens", "fit_tokens", "prompts", "splice_batch", "batch_tokens"), 1)

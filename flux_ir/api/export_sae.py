@@ -6,11 +6,11 @@ from typing import NamedTuple
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.hub import from_pretrained, push_to_hub
-from flux_ir.sae.interop.formats import ExportFormat
-from flux_ir.sae.interop.formats import export as export_as
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.files.formats import ExportFormat
+from flux_ir.sae.files.formats import export as export_as
+from flux_ir.sae.files.hub import from_pretrained, push_to_hub
 
 
 class ExportedSAE(NamedTuple):

@@ -19,7 +19,7 @@ from flux_ir.api.score_concepts import JUDGED, MAX_TOKENS, PARTS, labels_of
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.layout import write_json
 from flux_ir.sae.data.filters import choose_sites
-from flux_ir.sae.plots import number_grid
+from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sites import SiteNames, site_names
 from flux_ir.studies.concepts import LEAST_POSITIVES, answers_as_json, askable
 from flux_ir.studies.label_files import read_labels

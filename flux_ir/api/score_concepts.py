@@ -29,11 +29,11 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.data.held_out import filters_of, subject_of
-from flux_ir.sae.interop.formats import weights_file
-from flux_ir.sae.plots import number_grid
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.evaluation.plots import number_grid
+from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 from flux_ir.studies.concepts import (
     LEAST_POSITIVES,

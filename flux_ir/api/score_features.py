@@ -25,7 +25,7 @@ from flux_ir.features.scoring import (
     write_sample,
 )
 from flux_ir.sae.data.held_out import subject_of
-from flux_ir.sae.interop.formats import weights_file
+from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 
 

@@ -50,8 +50,8 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
-from flux_ir.sae.interop.formats import load_any, weights_file
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.files.formats import load_any, weights_file
 from flux_ir.sites import Stream
 
 LONG = 1e14

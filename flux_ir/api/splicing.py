@@ -18,11 +18,11 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.held_out import Subject
-from flux_ir.sae.fit_baselines import BaselineFits
-from flux_ir.sae.metrics import rounded
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.splice import (
+from flux_ir.sae.evaluation.fit_baselines import BaselineFits
+from flux_ir.sae.evaluation.metrics import rounded
+from flux_ir.sae.evaluation.splice import (
     Replace,
     SpliceMeter,
     SpliceNumbers,

@@ -22,9 +22,9 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.models.compute_dtype import bfloat16_on
 from flux_ir.models.placement import plan
-from flux_ir.sae.config import SAEConfig
+from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.data.filters import SiteKey, sites_in_lockstep
-from flux_ir.sae.trainer import TrainSettings
+from flux_ir.sae.training.step import TrainSettings
 from flux_ir.sites import SiteNames
 
 __all__ = ["Trained", "TrainingRow", "run_training", "train_sae"]

@@ -25,6 +25,7 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
+from flux_ir.sae.architectures.initialise import normalisation_of
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
 from flux_ir.sae.data.feed import Blocks, Row
@@ -32,9 +33,8 @@ from flux_ir.sae.data.filters import Filters, SiteKey, choose_sites
 from flux_ir.sae.data.held_out import Subject
 from flux_ir.sae.data.measure import measure_normalisation, norm_limits, sample_tokens
 from flux_ir.sae.data.splits import Side, Split, split_prompts, split_source
-from flux_ir.sae.initialise import normalisation_of
-from flux_ir.sae.metrics import EvaluationBatch, Group, outlier_limits
-from flux_ir.sae.whitening import Whitening, repeated, undecided_covariance, whitening_of
+from flux_ir.sae.data.whitening import Whitening, repeated, undecided_covariance, whitening_of
+from flux_ir.sae.evaluation.metrics import EvaluationBatch, Group, outlier_limits
 from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
 

@@ -19,15 +19,15 @@ from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, write_json
-from flux_ir.sae.architectures import make_sae
-from flux_ir.sae.checkpoints import DIVERGED, Checkpoints
-from flux_ir.sae.config import SAEConfig
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.filters import SiteKey
-from flux_ir.sae.files import CONFIG_FILE, log_frequency_of, save_sae
-from flux_ir.sae.metrics import evaluate, to_json
-from flux_ir.sae.trainer import Member, Progress, Trainer, TrainSettings, state_of, train
-from flux_ir.sae.whitening import Whitening
+from flux_ir.sae.data.whitening import Whitening
+from flux_ir.sae.evaluation.metrics import evaluate, to_json
+from flux_ir.sae.files.folder import CONFIG_FILE, log_frequency_of, save_sae
+from flux_ir.sae.training.checkpoints import DIVERGED, Checkpoints
+from flux_ir.sae.training.step import Member, Progress, Trainer, TrainSettings, state_of, train
 
 TRAINING = "training.json"
 CURVES = "curves.jsonl"

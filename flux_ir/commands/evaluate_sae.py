@@ -12,7 +12,7 @@ from flux_ir.errors import counted
 
 if TYPE_CHECKING:
     from flux_ir.api.evaluation_files import EvaluatedSAE
-    from flux_ir.sae.metrics import Evaluation, Numbers
+    from flux_ir.sae.evaluation.metrics import Evaluation, Numbers
 
 SPLICE = "splice"
 
@@ -105,7 +105,7 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
     """One line per autoencoder and per baseline, and one per splice, under headings."""
     from flux_ir.api.evaluation_files import NAMES, place_of
     from flux_ir.commands.report import aligned
-    from flux_ir.sae.config import HAS_K
+    from flux_ir.sae.architectures.config import HAS_K
 
     head = ("", "site", "features", "k", "L0", "FVU", "cosine", "dead")
     rows: list[tuple[str, ...]] = [head]

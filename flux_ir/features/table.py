@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings, FeatureTable, ImageRow, ScorePart
-from flux_ir.sae.metrics import Deviation, rounded
+from flux_ir.sae.evaluation.metrics import Deviation, rounded
 from flux_ir.sites import Stream
 
 CELLS = 16

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from flux_ir.sae.architectures import make_sae
-from flux_ir.sae.config import HAS_K, SAEConfig
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.architectures.config import HAS_K, SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.studies.auroc import auroc
 from flux_ir.studies.labels import LEVELS, NEGATIVES, Comparison, Labels, check_apart
 from flux_ir.studies.part import FeatureBoard, Part

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.sae.baselines import PCA, Covariance
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.evaluation.baselines import PCA, Covariance
 from flux_ir.studies.auroc import at_threshold, auroc, bootstrap, precise_threshold
 from flux_ir.studies.labels import Comparison, permuted
 from flux_ir.studies.part import FeatureBoard, Part

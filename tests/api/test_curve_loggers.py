@@ -11,7 +11,7 @@ from flux_ir.api.training_run import Run
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.checkpoints import Shard
+from flux_ir.sae.training.checkpoints import Shard
 
 ROWS = {"a": {"step": 3, "tokens": 30, "fvu": 0.5, "loss": None}, "b": {"step": 3, "tokens": 30, "fvu": 0.25}}
 

@@ -13,10 +13,12 @@ from flux_ir.activations.source import open_source
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.evaluate_sae import main as evaluate_sae
 from flux_ir.commands.main import main as flux_ir
-from flux_ir.sae.base import SAEConfig, load_sae, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.data.held_out import subject_of
 from flux_ir.sae.data.splits import split_source
-from flux_ir.sae.interop.formats import save_as
+from flux_ir.sae.files.folder import load_sae, save_sae
+from flux_ir.sae.files.formats import save_as
 from flux_ir.sites import Site
 
 SITE = Site.parse("single.6.img")

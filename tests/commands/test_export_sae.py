@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from flux_ir.commands.export_sae import main
-from flux_ir.sae.architectures import make_sae
-from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.files import load_sae, save_sae
-from flux_ir.sae.interop.formats import format_of, load_any
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import load_sae, save_sae
+from flux_ir.sae.files.formats import format_of, load_any
 from tests.full_disk import file_size_limit
 
 

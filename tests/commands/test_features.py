@@ -18,7 +18,9 @@ from flux_ir.commands.find_examples import main as find_examples
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.commands.score_features import main as score_features
 from flux_ir.features.folder import open_features
-from flux_ir.sae.base import SAEConfig, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import save_sae
 from tests.activations.conftest import write_collection
 from tests.features.conftest import FEATURES, D, save_small_sae
 

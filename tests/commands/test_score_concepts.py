@@ -14,7 +14,9 @@ from flux_ir.commands.main import main as flux_ir
 from flux_ir.commands.probe import main as probe
 from flux_ir.commands.score_concepts import main as score
 from flux_ir.demo.captions import captions
-from flux_ir.sae.base import SAEConfig, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import save_sae
 from flux_ir.sites import Site
 from flux_ir.studies.concepts import ROWS
 from flux_ir.studies.part import Part

@@ -8,8 +8,8 @@ import torch
 
 from flux_ir.activations.source import open_source
 from flux_ir.commands.main import main as flux_ir
-from flux_ir.sae.base import load_sae
-from flux_ir.sae.config import ARCHITECTURES, HAS_K
+from flux_ir.sae.architectures.config import ARCHITECTURES, HAS_K
+from flux_ir.sae.files.folder import load_sae
 from tests.commands.small_training import QUICK, D
 
 

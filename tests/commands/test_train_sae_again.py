@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from flux_ir.sae.base import load_sae
+from flux_ir.sae.files.folder import load_sae
 from tests.commands.small_training import finish, start
 
 

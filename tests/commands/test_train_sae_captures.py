@@ -7,7 +7,7 @@ import pytest
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.train_sae import main as train_sae
 from flux_ir.models.compute_dtype import choose_dtype
-from flux_ir.sae.base import load_sae
+from flux_ir.sae.files.folder import load_sae
 from tests.recording.conftest import write
 
 __all__ = ["write"]

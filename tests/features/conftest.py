@@ -9,7 +9,9 @@ import torch
 
 import flux_ir
 from flux_ir.activations.source import open_source
-from flux_ir.sae.base import SAEConfig, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import save_sae
 from tests.activations.conftest import write_collection
 
 D, FEATURES = 64, 48

@@ -7,7 +7,9 @@ import torch
 
 import flux_ir
 from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter, site_key
-from flux_ir.sae.base import SAEConfig, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import save_sae
 from flux_ir.sites import Site
 
 SITE = Site.parse("double.0.img")

@@ -24,7 +24,7 @@ from flux_ir.features.compare import (
     token_values,
 )
 from flux_ir.features.folder import open_features
-from flux_ir.sae.base import save_sae
+from flux_ir.sae.files.folder import save_sae
 from flux_ir.sites import Site
 from tests.activations.conftest import write_collection
 from tests.features.conftest import FEATURES, STEPS, dense_of, save_small_sae, say_sizes

@@ -17,7 +17,9 @@ from flux_ir.features.contents import ImageRow, ScorePart
 from flux_ir.features.folder import open_features
 from flux_ir.features.scoring import notes_of
 from flux_ir.features.table import Sums
-from flux_ir.sae.base import SAEConfig, make_sae, save_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import save_sae
 from tests.activations.conftest import write_collection
 from tests.features.conftest import STEPS, D, dense_of, save_small_sae, say_sizes
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_ir.sae.architectures import make_sae
-from flux_ir.sae.config import SAEConfig
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 
 WIDTH, FEATURES = 12, 40
 

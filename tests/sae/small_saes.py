@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from flux_ir.sae import losses
-from flux_ir.sae.architectures import make_sae
-from flux_ir.sae.config import ARCHITECTURES, HAS_K, SAEConfig
-from flux_ir.sae.losses import TrainingState
+from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures.config import ARCHITECTURES, HAS_K, SAEConfig
+from flux_ir.sae.architectures.losses import TrainingState
+from flux_ir.sae.architectures.make import make_sae
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 with_k = pytest.mark.parametrize("architecture", HAS_K)

@@ -13,7 +13,9 @@ from PIL import Image
 from flux_ir.activations.blocks import Drawn, Generation, TokenBlock, TokenRun, run_of
 from flux_ir.demo.drawing import draw, silhouette
 from flux_ir.demo.scenes import COLOURS, Scene, scenes
-from flux_ir.sae.base import SAEConfig, SparseAutoencoder, make_sae
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site
 
 SITE, TEXT = Site.parse("single.6.img"), Site.parse("double.3.txt")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.feed import SourceFeed, each
 from flux_ir.sae.data.filters import Filters, SiteKey
 from flux_ir.sae.data.splits import Side, Split, split_source
-from flux_ir.sae.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site, nearest_names
 
 ORDER_SEED = 0

@@ -1,0 +1,60 @@
+"""TopK (Gao et al. 2024): of each token, the k largest pre-activations, those of them above 0."""
+
+from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures.losses import FeatureRows, LossParts, Rows, Scalar, TrainingState
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder, SparseFeatures
+from flux_ir.sae.kernels.choose import EncodedTopK, encode_top_k, sparse_decode
+
+
+class TopK(SparseAutoencoder):
+    """k features per token, and AuxK: k_aux of the dead ones learn what the living leave unexplained."""
+
+    def sparse_features(self, xn: Rows) -> SparseFeatures:
+        found = encode_top_k(xn, self.encoder, self.b_enc, self.config.k, b_dec=self.b_dec, shadow=self.encoder_shadow)
+        return SparseFeatures(found.values, found.indices, self.config.d_sae)
+
+    def features_of(self, xn: Rows) -> FeatureRows:
+        return self.sparse_features(xn).dense()
+
+    def loss(self, xn: Rows, state: TrainingState) -> LossParts:
+        """The error in units of the batch's variance (as in Gao et al. 2024), and AuxK."""
+        found = encode_top_k(
+            xn,
+            self.encoder,
+            self.b_enc,
+            state.k,
+            b_dec=self.b_dec,
+            dead=state.dead,
+            k_aux=self.config.aux_features,
+            shadow=self.encoder_shadow,
+        )
+        x_hat = sparse_decode(found.values, found.indices, self.W_dec, self.b_dec, shadow=self.decoder_shadow)
+        fvu = losses.squared_error(x_hat, xn) / losses.variance(xn, state.across)
+        auxiliary = auxiliary_loss(self, xn - x_hat, found, state)
+        return losses.parts(
+            fvu,
+            None,
+            auxiliary,
+            fired=losses.fired_sparse(found.values, found.indices, self.config.d_sae),
+            l0=losses.mean_active(found.values),
+            fvu=fvu,
+        )
+
+
+def auxiliary_loss(
+    sae: SparseAutoencoder,
+    residual: Rows,
+    found: EncodedTopK,
+    state: TrainingState,
+) -> Scalar | None:
+    """AuxK with its coefficient; None, or 0, where no feature is dead.
+
+    The values are pre-activations of either sign: a dead feature whose pre-activations are all below 0 would never get
+    a gradient, and so never live, were they cut off at 0.
+    """
+    if found.aux_values is None or found.aux_indices is None or state.dead is None:
+        return None
+    # b_dec stands in x_hat, so the residual is free of it
+    explained = sparse_decode(found.aux_values, found.aux_indices, sae.W_dec, None, shadow=sae.decoder_shadow)
+    weight = sae.config.aux_coefficient * state.dead.any()  # not asked on the host, which would have to wait
+    return weight * losses.auxk(residual, explained, state.across)

@@ -1,0 +1,352 @@
+"""What a sparse autoencoder has to beat: PCA, a random dictionary and the network's own neurons.
+
+Each is used as an autoencoder is (`encode`, `decode`, `forward`, `config.k`, `config.d_sae`), in raw space. The fourth,
+a dictionary of data points, has a file of its own: `itda`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.transformer import Flux
+from flux_ir.sites import Site
+
+BaselineName = Literal["pca", "random", "neurons", "itda"]
+Vectors = Float[Tensor, "*batch d"]
+Codes = Float[Tensor, "*batch d_sae"]
+AnyVectors = Float[Tensor, "*batch _d"]  # neurons read vectors of another width than they give back
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What a baseline is: named like the fields of an autoencoder's configuration.
+
+    Raises FluxIRError unless 1 <= k <= d_sae.
+    """
+
+    architecture: BaselineName
+    d_in: int
+    d_sae: int
+    k: int
+    """Most features that fire on one token."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.d_sae:
+            raise FluxIRError(
+                f"the baseline {self.architecture} must use between 1 and its {self.d_sae} features per token: "
+                f"got k = {self.k}",
+                hint="choose a smaller k",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+class Baseline(nn.Module):
+    """A dictionary that was not trained by gradient descent: features times `W_dec` plus `b_dec`."""
+
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(self, config: BaselineConfig, W_dec: Float[Tensor, "d_sae d"], b_dec: Float[Tensor, " d"]) -> None:  # noqa: N803
+        super().__init__()
+        self.config = config
+        self.register_buffer("W_dec", W_dec)
+        self.register_buffer("b_dec", b_dec)
+
+    def encode(self, x: AnyVectors) -> Codes:
+        """Features of activations: at most k of each row are not zero."""
+        raise NotImplementedError
+
+    def decode(self, features: Codes) -> Vectors:
+        """The activations these features stand for."""
+        return features @ self.W_dec + self.b_dec
+
+    def forward(self, x: AnyVectors) -> AnyVectors:
+        return self.decode(self.encode(x))
+
+
+class Covariance:
+    """Count, mean and covariance of rows that come in batches: float64, merged as by Chan, Golub & LeVeque (1983)."""
+
+    def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(d, dtype=torch.float64, device=device)
+        self.products = torch.zeros(d, d, dtype=torch.float64, device=device)
+        """Sum over rows of the outer product of (row - mean) with itself."""
+
+    def add(self, rows: Float[Tensor, "tokens d"]) -> None:
+        """Take these rows in."""
+        if not len(rows):
+            return
+        exact = rows.double()
+        mean = exact.mean(0)
+        apart, both = mean - self.mean, self.count + len(rows)
+        centred = exact - mean
+        self.products.addmm_(centred.T, centred).addr_(apart, apart, alpha=self.count * len(rows) / both)
+        self.mean += apart * (len(rows) / both)
+        self.count = both
+
+
+class PCA(Baseline):
+    """The best linear code of k numbers per token: no dictionary that uses one fixed set of k directions has less FVU.
+
+    All k features fire on every token, with either sign.
+    """
+
+    def encode(self, x: Vectors) -> Codes:
+        return (x - self.b_dec) @ self.W_dec.T
+
+    @classmethod
+    def of(cls, covariance: Covariance, rank: int) -> "PCA":
+        """The leading `rank` components. Raises FluxIRError if the data has no more dimensions than that, or no rows.
+
+        Each component's sign is chosen so that its largest entry is positive: the same data give the same bits.
+        """
+        d = len(covariance.mean)
+        if rank > d:
+            raise FluxIRError(
+                f"PCA of activations of width {d} has at most {d} components: got rank {rank}",
+                hint="choose a smaller k",
+            )
+        if not covariance.count:
+            raise FluxIRError("PCA needs at least one token: got none", hint="check the filters of the tokens")
+        _, vectors = torch.linalg.eigh(covariance.products)  # in rising order of variance
+        leading = vectors[:, -rank:].flip(1).T
+        largest = leading.gather(1, leading.abs().argmax(1, keepdim=True))
+        leading = leading * largest.sign()
+        return cls(BaselineConfig("pca", d, rank, rank), leading.float().contiguous(), covariance.mean.float())
+
+
+class RandomDictionary(Baseline):
+    """Directions drawn at random, with as good an encoder as any: what a dictionary gives that knows nothing.
+
+    Tokens are matched by gradient pursuit, which is given the k best directions one after another.
+    """
+
+    def encode(self, x: Vectors) -> Codes:
+        return gradient_pursuit(x - self.b_dec, self.W_dec, self.config.k)
+
+    @classmethod
+    def draw(cls, mean: Float[Tensor, " d"], d_sae: int, k: int, generator: torch.Generator) -> "RandomDictionary":
+        """Directions uniform on the sphere, around this mean. The generator lives on the CPU."""
+        rows = torch.randn(d_sae, len(mean), generator=generator)
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        config = BaselineConfig("random", len(mean), d_sae, k)
+        return cls(config, rows.to(mean.device), mean.float())
+
+
+class Neurons(Baseline):
+    """The network's own feed-forward neurons as a dictionary: only the k that write the most are let through.
+
+    It reads what a `.neurons` site recorded, not what an autoencoder reads, and gives back what the second linear layer
+    makes of it (`target`). The neurons that are left out rest at their mean instead of at zero.
+    """
+
+    rest: Tensor
+    bias: Tensor
+    row_norms: Tensor
+
+    def __init__(
+        self,
+        config: BaselineConfig,
+        W_dec: Float[Tensor, "d_sae d"],  # noqa: N803
+        bias: Float[Tensor, " d"],
+        rest: Float[Tensor, " d_sae"],
+    ) -> None:
+        super().__init__(config, W_dec, bias + rest @ W_dec)
+        self.register_buffer("bias", bias)
+        self.register_buffer("rest", rest)
+        self.register_buffer("row_norms", W_dec.norm(dim=1), persistent=False)
+
+    def encode(self, x: Codes) -> Codes:
+        """How far the k neurons that write the most are from their rest: the largest |activation| x ||output row||."""
+        apart = x - self.rest
+        chosen = (apart.abs() * self.row_norms).topk(self.config.k, dim=-1).indices
+        return torch.zeros_like(apart).scatter(-1, chosen, apart.gather(-1, chosen))
+
+    def target(self, neurons: Codes) -> Vectors:
+        """What the second linear layer makes of all neurons: what is to be given back."""
+        return neurons @ self.W_dec + self.bias
+
+    @classmethod
+    def of(cls, model: Flux, site: Site, k: int, rest: Float[Tensor, " d_sae"] | None = None) -> "Neurons":
+        """The neurons of a `.neurons` site, which rest at `rest` (None: at zero).
+
+        In a single block they share their linear layer with attention, and have its last rows; its bias counts as
+        theirs. Raises FluxIRError for any other site.
+        """
+        if site.part != "neurons":
+            raise FluxIRError(
+                f"neurons are recorded at a site that ends in .neurons: got {site}",
+                hint=f"capture {site.kind}.{site.block}{_with_stream(site)}.neurons",
+            )
+        weight, bias = _second_linear(model, site)
+        config = BaselineConfig("neurons", weight.shape[1], weight.shape[0], k)
+        if rest is None:
+            rest = torch.zeros(weight.shape[0], device=weight.device)
+        return cls(config, weight, bias, rest.float())
+
+
+def _second_linear(model: Flux, site: Site) -> tuple[Tensor, Tensor]:
+    """Weight [neurons, d] and bias [d] of the layer behind the neurons, in float32."""
+    double, block = site.kind == "double", f"{site.kind}_blocks.{site.block}"
+    linear = model.get_submodule(f"{block}.{site.stream}_mlp.2" if double else f"{block}.linear2")
+    weight, bias = (linear.get_parameter(name).detach().float() for name in ("weight", "bias"))
+    if not double:
+        weight = weight[:, model.params.hidden_size :]  # attention has the first columns
+    return weight.T.contiguous(), bias
+
+
+def _with_stream(site: Site) -> str:
+    return "" if site.stream is None else f".{site.stream}"
+
+
+# ---- A dictionary of data points
+# The relative squared error from which a token becomes an atom. The paper has one; here it falls from pass to pass
+# until the dictionary is full, so that its size can be chosen and the worst explained tokens come first.
+THRESHOLDS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.0)
+TOKENS_AT_ONCE = 256  # judged with the same dictionary; among themselves they are compared one by one
+SAME = 1e-6  # relative squared error below which a token is a copy: float32 rounding
+
+
+class ITDA(Baseline):
+    """Atoms are directions from the mean to chosen tokens; codes are >= 0, at most k a token."""
+
+    atom_tokens: Tensor
+
+    def __init__(
+        self,
+        config: BaselineConfig,
+        W_dec: Float[Tensor, "d_sae d"],  # noqa: N803
+        b_dec: Float[Tensor, " d"],
+        atom_tokens: Int[Tensor, " d_sae"],
+    ) -> None:
+        super().__init__(config, W_dec, b_dec)
+        self.register_buffer("atom_tokens", atom_tokens)
+
+    def encode(self, x: Vectors) -> Codes:
+        return gradient_pursuit(x - self.b_dec, self.W_dec, self.config.k)
+
+    @classmethod
+    def fit(
+        cls,
+        tokens: Float[Tensor, "tokens d"],
+        mean: Float[Tensor, " d"],
+        d_sae: int,
+        k: int,
+        thresholds: Sequence[float] = THRESHOLDS,
+    ) -> "ITDA":
+        """At most `d_sae` atoms from `tokens` (shuffle them first: they are judged in order), around `mean`.
+
+        `atom_tokens` says which token each atom is. Raises FluxIRError if fewer than k atoms are found.
+        """
+        centred = tokens.float() - mean.float()
+        found = _Atoms(centred, d_sae)
+        for threshold in thresholds:
+            for start in range(0, len(centred), TOKENS_AT_ONCE):
+                if found.full:
+                    break
+                found.consider(start, min(start + TOKENS_AT_ONCE, len(centred)), k, threshold)
+        chosen = found.chosen()
+        if len(chosen) < k:
+            raise FluxIRError(
+                f"a dictionary of data points needs at least k = {k} tokens that differ: found {len(chosen)} "
+                f"among {len(tokens)}",
+                hint="give it more tokens, or choose a smaller k",
+            )
+        config = BaselineConfig("itda", tokens.shape[1], len(chosen), k)
+        return cls(config, found.atoms(), mean.float(), chosen)
+
+
+class _Atoms:
+    """The dictionary while it grows."""
+
+    def __init__(self, centred: Tensor, most: int) -> None:
+        self.centred = centred
+        self.unit = F.normalize(centred, dim=1, eps=torch.finfo(centred.dtype).tiny)
+        self.most = most
+        self.rows: list[int] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) >= self.most
+
+    def chosen(self) -> Tensor:
+        return torch.tensor(self.rows, dtype=torch.int64, device=self.centred.device)
+
+    def atoms(self) -> Tensor:
+        return self.unit[self.chosen()]
+
+    def consider(self, start: int, stop: int, k: int, threshold: float) -> None:
+        """Take the tokens from `start` to `stop` that neither the dictionary nor each other explain."""
+        error = self._errors(self.centred[start:stop], k)
+        poor = (error > max(threshold, SAME)).nonzero().flatten()
+        for row in self._unlike_each_other(poor + start, threshold):
+            if self.full:
+                return
+            self.rows.append(row)
+
+    def _errors(self, x: Tensor, k: int) -> Tensor:
+        """||x - x_hat||^2 / ||x||^2 of each row; a row of zeros needs no atom."""
+        size = x.square().sum(1)
+        if not self.rows:
+            return (size > 0).float()
+        atoms = self.atoms()
+        missing = x - gradient_pursuit(x, atoms, k) @ atoms
+        return missing.square().sum(1) / torch.where(size > 0, size, 1.0)
+
+    def _unlike_each_other(self, rows: Tensor, threshold: float) -> Iterator[int]:
+        """Of these rows, in order, those that no single one before them explains: 1 - cos^2 above the threshold."""
+        likeness = (self.unit[rows] @ self.unit[rows].T).clamp_min(0).square().cpu()
+        kept: list[int] = []
+        for place, row in enumerate(rows.tolist()):
+            if not kept or 1 - likeness[place, kept].max() > max(threshold, SAME):
+                kept.append(place)
+                yield row
+
+
+# ---- Codes in a dictionary that has no encoder
+CODES_AT_ONCE = 1 << 24  # entries of a [rows, atoms] product held at a time: 64 MB in float32
+
+
+@torch.no_grad()
+def gradient_pursuit(
+    x: Float[Tensor, "*batch d"], atoms: Float[Tensor, "atoms d"], k: int
+) -> Float[Tensor, "*batch atoms"]:
+    """Codes >= 0 with at most `k` atoms a row, such that codes @ atoms is near `x`. Atoms are unit rows.
+
+    Each of k rounds adds the atom most like what is still missing, then moves all codes chosen so far along the
+    gradient, by the exact best length (Blumensath & Davies, 2008), and clips them at zero as features are.
+    """
+    at_once = max(1, CODES_AT_ONCE // max(1, len(atoms)))
+    rows = x.reshape(-1, x.shape[-1])
+    codes = x.new_zeros(len(rows), len(atoms))
+    for start in range(0, len(rows), at_once):
+        codes[start : start + at_once] = _pursue(rows[start : start + at_once], atoms, k)
+    return codes.reshape(*x.shape[:-1], len(atoms))
+
+
+def _pursue(x: Tensor, atoms: Tensor, k: int) -> Tensor:
+    codes = x.new_zeros(len(x), len(atoms))
+    chosen = torch.zeros_like(codes, dtype=torch.bool)
+    missing = x
+    for _ in range(min(k, len(atoms))):
+        likeness = missing @ atoms.T
+        best = likeness.masked_fill(chosen, -torch.inf).argmax(1, keepdim=True)
+        # An atom that points away from what is missing would only be clipped again.
+        chosen.scatter_(1, best, likeness.gather(1, best) > 0)
+        gradient = likeness * chosen
+        direction = gradient @ atoms
+        squares = direction.square().sum(1, keepdim=True)
+        length = (missing * direction).sum(1, keepdim=True) / torch.where(squares > 0, squares, 1.0)
+        codes = (codes + length * gradient).clamp_min(0)
+        missing = x - codes @ atoms
+    return codes

@@ -1,0 +1,385 @@
+"""Figures of a training run and of an evaluation, as PNG files: the same numbers always give the same bytes.
+
+One look for all: numbers named where they stand instead of in a legend, colours that stay apart for every kind of
+colour vision (Okabe & Ito, 2008), no frame, no more ink than the data need. The only place that imports matplotlib.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from flux_ir.layout import complete_file
+from flux_ir.sae.evaluation.metrics import Density
+
+DPI = 200
+INK, SOFT, FAINT = "#222222", "#6b6b6b", "#e4e4e4"
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#AA4A88", "#C98600", "#3A93C9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+UNEXPLAINED = "variance left unexplained (FVU)"
+STREAM_COLOURS = {"img": BLUE, "txt": VERMILION}
+STREAM_NAMES = {"img": "image tokens", "txt": "text tokens"}
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: every machine draws the same letters
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+}
+
+
+class Panel(NamedTuple):
+    """One curve of a training run: which number of a row, what it is called, and how its axis runs."""
+
+    key: str
+    title: str
+    log: bool = False
+    percent: bool = False
+
+
+class Run(NamedTuple):
+    """One trained dictionary in the plane of L0 and FVU. Runs of one `family` are joined by a line."""
+
+    family: str
+    l0: float
+    fvu: float
+
+
+class ScatterGroup(NamedTuple):
+    """Points of one colour: [n, 2], x and y."""
+
+    name: str
+    points: NDArray[np.floating[Any]]
+
+
+# ---- The figures
+
+
+def training_curves(
+    path: Path, rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], title: str, *, subtitle: str = ""
+) -> None:
+    """Each panel's number over the tokens seen (`tokens` of each row).
+
+    Panels that fewer than two rows have a number for are left out, and losses that are zero throughout.
+    """
+    shown = [(panel, _points(rows, panel.key)) for panel in panels]
+    shown = [
+        (panel, points) for panel, points in shown if len(points) > 1 and (panel.percent or any(y for _, y in points))
+    ]
+    columns = min(3, max(1, len(shown)))
+    lines = -(-max(1, len(shown)) // columns)
+    with _figure(path, 2.9 * columns + 0.3, 2.05 * lines + 0.75, title, subtitle) as figure:
+        most = max((points[-1][0] for _, points in shown), default=1.0)
+        unit, name = (1e6, "million tokens") if most >= 1e6 else (1e3, "thousand tokens")
+        for place, (panel, points) in enumerate(shown):
+            axes = figure.add_subplot(lines, columns, place + 1)
+            axes.plot(
+                *_columns([(tokens / unit, value) for tokens, value in points]),
+                color=BLUE,
+                linewidth=1.2,
+                clip_on=False,
+            )
+            _value_axis(axes, [value for _, value in points], panel.title, log=panel.log, percent=panel.percent)
+            axes.set_xlim(0, most / unit)
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            if place >= len(shown) - columns:
+                axes.set_xlabel(name)
+
+
+def density_histogram(path: Path, density: Density, title: str, *, subtitle: str = "") -> None:
+    """How many features fire on which share of the tokens; the dead ones are counted in words."""
+    edges, counts = density.log10_edges, density.features
+    filled = [place for place, count in enumerate(counts) if count]
+    first, last = (filled[0], filled[-1]) if filled else (0, len(counts) - 1)
+    alive = sum(counts)
+    share = density.dead / max(1, alive + density.dead)
+    dead = f"{density.dead:,} of {alive + density.dead:,} never fire ({_percent(float(f'{share:.2g}'))})"
+    with _figure(path, 5.6, 3.5, title, subtitle) as figure:
+        axes = figure.add_subplot()
+        width = edges[1] - edges[0]
+        axes.bar(edges[:-1], counts, width=0.88 * width, align="edge", color=BLUE, linewidth=0)
+        left, right = min(edges[first], -4.0), max(edges[last + 1], -1.0)
+        axes.set_xlim(left, right)
+        decades = [exponent for exponent in range(-7, 1) if left <= exponent <= right]
+        axes.xaxis.set_major_locator(FixedLocator(decades))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(10.0**value)))
+        axes.set_xlabel("share of tokens a feature fires on")
+        _value_axis(axes, counts, "features")
+        axes.set_title(dead, loc="right", fontsize=9, color=SOFT, pad=6)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def fvu_per_step(
+    path: Path,
+    per_stream: Mapping[str, Mapping[int, float]],
+    title: str,
+    *,
+    subtitle: str = "",
+    anchors: Mapping[str, Mapping[int, float]] | None = None,
+) -> None:
+    """FVU at every step, a curve per stream; `anchors` are those of baselines, drawn thin and grey."""
+    with _figure(path, 5.6, 3.5, title, subtitle) as figure:
+        axes = figure.add_subplot()
+        curves = [(name, SOFT, _finite(values)) for name, values in (anchors or {}).items()]
+        curves += [(STREAM_NAMES.get(s, s), STREAM_COLOURS.get(s, BLUE), _finite(per_stream[s])) for s in per_stream]
+        curves = [curve for curve in curves if curve[2]]
+        for _, colour, points in curves:
+            _line(axes, points, colour, thin=colour == SOFT)
+        steps = sorted({step for _, _, points in curves for step, _ in points})
+        shown = steps if len(steps) <= 12 else steps[:: -(-len(steps) // 10)]
+        axes.xaxis.set_major_locator(FixedLocator(list(shown)))
+        axes.set_xlabel("step (0: noise)")
+        values = [value for _, _, points in curves for _, value in points]
+        _value_axis(axes, values, UNEXPLAINED, percent=True)
+        _name_ends(axes, [_End(*points[-1], name, colour) for name, colour, points in curves])
+
+
+def pareto(path: Path, runs: Sequence[Run], title: str, *, subtitle: str = "", anchors: Sequence[Run] = ()) -> None:
+    """L0 against FVU: a line per family, from sparse to dense, the best filled; `anchors` (baselines) in grey."""
+    shown, others = ([run for run in group if _drawable(run)] for group in (runs, anchors))
+    best = pareto_front(shown)
+    with _figure(path, 7.2, 4.0, title, subtitle) as figure:
+        axes = figure.add_subplot()
+        for place, family in enumerate(dict.fromkeys(run.family for run in shown)):
+            members = [run for run in shown if run.family == family]
+            points = sorted((run.l0, run.fvu) for run in members)
+            _line(axes, points, COLOURS[place % len(COLOURS)], label=family)
+            beaten = [(run.l0, run.fvu) for run in members if run not in best]
+            axes.plot(*_columns(beaten), "o", markersize=3, color="white")
+        for place, family in enumerate(dict.fromkeys(run.family for run in others)):
+            points = sorted({(run.l0, run.fvu) for run in others if run.family == family})
+            _line(axes, points, SOFT, thin=True, label=family, marker="osd^"[place % 4])
+        _value_axis(axes, [run.fvu for run in (*shown, *others)], UNEXPLAINED, log=True, percent=True)
+        axes.set_title("filled: beaten by no other", loc="right", fontsize=9, color=SOFT, pad=6)
+        _count_axis(axes, [run.l0 for run in (*shown, *others)], "features that fire on a token (L0)")
+        # Lines of several points each cross: names at their ends would hide points.
+        if shown or others:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor="linecolor", fontsize=9)
+
+
+def pareto_front(runs: Sequence[Run]) -> list[Run]:
+    """The runs that no other beats in L0 or FVU without losing in the other, from sparse to dense."""
+    front: list[Run] = []
+    for run in sorted(runs, key=lambda run: (run.l0, run.fvu)):
+        if not front or run.fvu < front[-1].fvu:
+            front.append(run)
+    return front
+
+
+def scatter(
+    path: Path,
+    groups: Sequence[ScatterGroup],
+    title: str,
+    *,
+    x: str,
+    y: str,
+    subtitle: str = "",
+    shares: bool = False,
+) -> None:
+    """A point for each feature, the first groups below the others. `shares` are drawn in percent, with the diagonal."""
+    with _figure(path, 5.6, 4.6, title, subtitle) as figure:
+        axes = figure.add_subplot()
+        for place, group in enumerate(groups):
+            colour = (FAINT, BLUE, VERMILION)[place] if len(groups) == 3 else (BLUE, SOFT)[place % 2]
+            colour = "#b9b9b9" if colour == FAINT else colour
+            count = f"{group.name} ({len(group.points):,})"
+            axes.plot(*group.points.T, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.7, label=count)
+        _value_axis(axes, [float(value) for group in groups for value in group.points[:, 1]], y, percent=shares)
+        axes.set_xlabel(x)
+        if shares:
+            axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.7, zorder=0)
+            axes.set_xlim(0, 1.02)
+            axes.set_ylim(0, 1.02)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value)))
+        axes.legend(loc="best", frameon=False, fontsize=8, labelcolor="linecolor")
+
+
+# ---- How they are drawn
+
+
+def number_grid(
+    path: Path,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    title: str,
+    *,
+    subtitle: str = "",
+    low: float,
+    high: float,
+) -> None:
+    """Numbers in a grid, [rows][columns], darker from `low` to `high`; None is an empty cell."""
+    with _figure(path, 2.6 + 0.62 * len(columns), 1.4 + 0.22 * len(rows), title, subtitle) as figure:
+        axes = figure.subplots()
+        shades = [[nan if value is None or not isfinite(value) else value for value in row] for row in values]
+        axes.imshow(shades, cmap="Blues", vmin=low, vmax=high + 0.25 * (high - low), aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value is not None and isfinite(value):
+                    dark = value > low + 0.8 * (high - low)
+                    colour = "white" if dark else INK
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8)
+        axes.xaxis.tick_top()
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+
+
+class _End(NamedTuple):
+    """The last point of a line, where its name is written."""
+
+    x: float
+    y: float
+    name: str
+    colour: str
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float, title: str, subtitle: str) -> Iterator[Figure]:
+    """A figure of so many inches, saved at the end: complete or not at all, and without the time or a version in it."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        # In inches from the edges, so that titles sit alike on figures of every size.
+        heading = 0.62 if subtitle else 0.42
+        layout: Any = figure.get_layout_engine()
+        layout.set(rect=(0.01, 0.02, 0.97, 1 - heading / height - 0.02), w_pad=0.08, h_pad=0.08)
+        figure.text(0.14 / width, 1 - 0.14 / height, title, fontsize=11, weight="bold", va="top").set_in_layout(False)
+        figure.text(0.14 / width, 1 - 0.40 / height, subtitle, fontsize=9, color=SOFT, va="top").set_in_layout(False)
+        yield figure
+        with complete_file(path) as beside:
+            figure.savefig(beside, format="png", metadata={"Software": None})
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(tokens, value) of every row that has a finite number under this key."""
+    found = [(row.get("tokens"), row.get(key)) for row in rows]
+    return [(float(x), float(y)) for x, y in found if x is not None and y is not None and isfinite(y)]
+
+
+def _finite(values: Mapping[int, float]) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in sorted(values.items()) if isfinite(value)]
+
+
+def _drawable(run: Run) -> bool:
+    """A logarithmic axis has no place for zero."""
+    return isfinite(run.l0) and isfinite(run.fvu) and run.l0 > 0 and run.fvu > 0
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _line(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    colour: str,
+    *,
+    thin: bool = False,
+    label: str | None = None,
+    marker: str = "o",
+) -> None:
+    (line,) = axes.plot(*_columns(points), color=colour, marker=marker, markersize=5, label=label)
+    if thin:
+        line.set(linestyle=(0, (4, 2)), linewidth=0.9, markersize=3.5)
+
+
+def _value_axis(axes: Axes, values: Sequence[float], title: str, *, log: bool = False, percent: bool = False) -> None:
+    """The vertical axis: its title on top, light lines to read by. Where it is not logarithmic it starts at zero."""
+    axes.set_title(title, fontsize=9, color=SOFT, pad=6)
+    axes.grid(axis="y")
+    axes.spines["left"].set_visible(False)
+    positive = [value for value in values if value > 0]
+    if log and positive:
+        low, high = min(positive), max(positive)
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.25, high * 1.25)
+        # Within a few decades there are too few powers of ten to read by.
+        fine, coarse = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0)
+        subs = fine if high / low < 8 else coarse if high / low < 500 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(10, subs=subs))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(min(0.0, *values, 0.0), 1.1 * max(values, default=0.0) or 1.0)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value) if percent else _short(value)))
+
+
+def _count_axis(axes: Axes, values: Sequence[float], title: str) -> None:
+    """A horizontal axis in doublings."""
+    axes.set_xlabel(title)
+    axes.set_xscale("log", base=2)
+    if values:
+        axes.set_xlim(min(values) / 1.3, max(values) * 1.3)
+    axes.xaxis.set_major_locator(LogLocator(2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
+    """Write each line's name behind its last point, in the line's colour; names that would touch are moved up."""
+    figure = axes.get_figure()
+    if not isinstance(figure, Figure):
+        raise RuntimeError("these axes are on no figure")
+    figure.draw_without_rendering()  # lays the figure out: only then is it known where points are
+    line_px, reach_px, taken = 1.3 * 9 / 72 * DPI, 0.7 * DPI, list[tuple[float, float]]()
+    at = [(*axes.transData.transform((end.x, end.y)).tolist(), end) for end in ends]
+    lowest = float(axes.transAxes.transform((0, 0))[1]) + line_px / 2  # clear of the horizontal axis
+    for x, y, end in sorted(at, key=lambda place: (place[1], place[0])):
+        height = max(y, lowest)
+        while any(abs(height - other_y) < line_px and abs(x - other_x) < reach_px for other_x, other_y in taken):
+            height += 1
+        taken.append((x, height))
+        axes.annotate(
+            end.name,
+            (end.x, end.y),
+            xytext=(9, (height - y) * 72 / DPI),
+            textcoords="offset points",
+            va="center_baseline",
+            color=end.colour,
+            annotation_clip=False,
+        )
+
+
+def _percent(share: float) -> str:
+    """A share for people: 12%, 1.5%, 0.01%."""
+    return f"{100 * share:.6g}%" if abs(share) >= 1e-8 or share == 0 else f"{_short(100 * share)}%"
+
+
+def _short(value: float) -> str:
+    """A number for people: 22,000, 0.15, 2·10⁻⁴."""
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:,.6g}".replace("-", "\N{MINUS SIGN}") if abs(value) < 1e6 else f"{value:,.0f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    raised = str(int(exponent)).translate(_SUPERSCRIPTS)
+    return f"{float(mantissa):g}\N{MIDDLE DOT}10{raised}"

@@ -1,1 +1,0 @@
-"""Autoencoders of other programs: their files to ours, ours to theirs. sae-lens needs nothing: its files are ours."""

@@ -1,0 +1,105 @@
+"""Figures: there for odd data too, the same bytes for the same numbers, with the words they must show."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux_ir.sae.evaluation.metrics import density_of
+from flux_ir.sae.evaluation.plots import (
+    Panel,
+    Run,
+    _percent,
+    _short,
+    density_histogram,
+    fvu_per_step,
+    number_grid,
+    pareto,
+    pareto_front,
+    training_curves,
+)
+
+PANELS = (Panel("fvu", "FVU", percent=True), Panel("loss", "loss", log=True), Panel("nothing", "nothing"))
+ROWS = [{"tokens": 1000 * i, "fvu": 1 / (i + 1), "loss": 2.0**-i} for i in range(20)]
+DENSITY = density_of(torch.logspace(-4, 0, 50, dtype=torch.float64))
+PER_STREAM = {"img": {0: 0.3, 3: 0.2, 7: 0.25}, "txt": {0: 0.1, 3: 0.05, 7: math.nan}}
+RUNS = [Run("topk", 8, 0.3), Run("topk", 16, 0.2), Run("l1", 20, 0.25), Run("broken", 0.0, math.nan)]
+
+
+def drawn(path):
+    """The picture's size [px] and the share of it that is not white."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return pixels.shape[1::-1], (pixels < 250).any(-1).mean()
+
+
+FIGURES = {
+    "curves": lambda path: training_curves(path, ROWS, PANELS, "Training", subtitle="a run"),
+    "density": lambda path: density_histogram(path, DENSITY, "Density", subtitle="a run"),
+    "fvu": lambda path: fvu_per_step(path, PER_STREAM, "FVU", anchors={"PCA": {0: 0.5, 3: 0.5, 7: 0.4}}),
+    "grid": lambda path: number_grid(
+        path,
+        ["red", "blue", "green", "pink", "cyan", "star"],
+        ["one", "two", "three"],
+        [[0.5, None, 1], [math.nan, 0.75, 2], [0.6, None, None], [None, None, 1], [None, 0.5, None], [0, 0.9, 1]],
+        "Grid",
+        low=0.5,
+        high=1.0,
+    ),
+    "pareto": lambda path: pareto(path, RUNS, "Front", anchors=[Run("PCA", 8, 0.5), Run("PCA", 16, 0.4)]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_same_numbers_give_the_same_bytes(tmp_path, name):
+    for file in ("one.png", "two.png"):
+        FIGURES[name](tmp_path / file)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    size, ink = drawn(tmp_path / "one.png")
+    assert min(size) > 400
+    assert 0.005 < ink < 0.5
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["one.png", "two.png"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: training_curves(path, [], PANELS, "Training"),
+        lambda path: training_curves(path, [{"tokens": 0, "fvu": 0.0}, {"tokens": 9, "fvu": 0.0}], PANELS, "Training"),
+        lambda path: density_histogram(path, density_of(torch.zeros(5, dtype=torch.float64)), "all dead"),
+        lambda path: fvu_per_step(path, {"img": {4: 0.5}}, "one step"),
+        lambda path: fvu_per_step(path, {"img": {4: math.nan}}, "no number"),
+        lambda path: pareto(path, [Run("topk", 8, 0.3)], "one run"),
+        lambda path: pareto(path, [Run("topk", 0.0, math.nan)], "no run"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_data_are_drawn_without_a_complaint(tmp_path, draw):
+    draw(tmp_path / "odd.png")
+    assert drawn(tmp_path / "odd.png")[1] > 0
+
+
+def test_a_panel_nobody_has_numbers_for_is_left_out(tmp_path):
+    training_curves(tmp_path / "with.png", ROWS, PANELS, "Training")
+    training_curves(tmp_path / "without.png", ROWS, PANELS[:2], "Training")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+
+
+def test_the_front_has_the_runs_that_no_other_beats():
+    a, b, c = Run("f", 8, 0.3), Run("f", 16, 0.2), Run("g", 32, 0.1)
+    assert pareto_front([c, Run("g", 9, 0.31), b, Run("g", 16, 0.25), a, Run("g", 40, 0.1)]) == [a, b, c]
+    assert pareto_front([]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (15, "15"), (22_000, "22,000"), (0.15, "0.15"), (2e-4, "2\N{MIDDLE DOT}10⁻⁴"), (3e7, "30,000,000")],
+)
+def test_numbers_are_written_for_people(value, text):
+    assert _short(value) == text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0, "0%"), (1, "100%"), (0.015, "1.5%"), (1e-4, "0.01%")])
+def test_shares_are_written_as_percent(share, text):
+    assert _percent(share) == text
