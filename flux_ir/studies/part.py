@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import NoisySource, TokenRun, TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.data.filters import Filters
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.data.filters import Filters
 from flux_ir.sites import Site
 from flux_ir.studies.auroc import Codes, Ranked
 from flux_ir.studies.labels import Comparison, Labels, Question, split

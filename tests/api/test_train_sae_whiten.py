@@ -26,12 +26,12 @@ def captures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(captures, tmp_path_factory):
-    """The autoencoder of an uninterrupted training, its folder."""
+    """The first of two autoencoders of an uninterrupted training, its folder."""
     return trained(captures, tmp_path_factory.mktemp("saes"))
 
 
 def trained(captures, output_dir, **changes):
-    words = {**SMALL, **LONG, "whiten": captures / "twice", "output_dir": output_dir, **changes}
+    words = {**SMALL, **LONG, "seed": (0, 1), "whiten": captures / "twice", "output_dir": output_dir, **changes}
     return list(flux_ir.train_sae(captures / "once", **words))[-1].finished[0].folder
 
 
@@ -45,15 +45,17 @@ def test_what_is_saved_takes_raw_tokens(whole, captures):
 
 
 def test_a_run_that_is_left_and_gone_on_with_ends_with_the_same_bytes(whole, captures, tmp_path, monkeypatch):
-    """The whitening comes from the checkpoint: nothing is measured again."""
-    words = {**SMALL, **LONG, "whiten": captures / "twice", "output_dir": tmp_path}
+    """The whitening of all autoencoders of a site comes from the checkpoint: nothing is measured again."""
+    words = {**SMALL, **LONG, "seed": (0, 1), "whiten": captures / "twice", "output_dir": tmp_path}
     rows = flux_ir.train_sae(captures / "once", **words)
     assert next(row.tokens for row in rows if row.tokens >= 640) < 6400
     rows.close()
     monkeypatch.setattr(TrainingData, "measure", None)
     again = trained(captures, tmp_path)
     for name in ("sae_weights.safetensors", "cfg.json", "curves.jsonl"):
-        assert (again / name).read_bytes() == (whole / name).read_bytes()
+        for seed in (0, 1):
+            there, here = (path.with_name(path.name.removesuffix("0") + str(seed)) for path in (again, whole))
+            assert (there / name).read_bytes() == (here / name).read_bytes()
 
 
 def test_it_is_measured_like_any_other(whole, captures):

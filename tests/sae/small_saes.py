@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.config import ARCHITECTURES, HAS_K, SAEConfig
 from flux_ir.sae.architectures.losses import TrainingState
 from flux_ir.sae.architectures.make import make_sae

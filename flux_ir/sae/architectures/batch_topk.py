@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.losses import Across, FeatureRows, LossParts, Rows, TrainingState
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder

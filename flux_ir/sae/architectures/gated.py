@@ -6,7 +6,7 @@ So the penalty that keeps features off does not also shrink the ones that are on
 import torch
 from torch import Tensor, nn
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.losses import FeatureRows, LossParts, Rows, TrainingState
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.losses import FeatureRows, LossParts, Rows, TrainingState
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder

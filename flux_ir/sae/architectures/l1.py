@@ -1,6 +1,6 @@
 """L1, also called standard (Bricken et al. 2023; the penalty as in Conerly et al. 2024): relu, and activations cost."""
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.losses import FeatureRows, LossParts, Rows, TrainingState
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 

@@ -1,6 +1,6 @@
 """TopK (Gao et al. 2024): of each token, the k largest pre-activations, those of them above 0."""
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.losses import FeatureRows, LossParts, Rows, Scalar, TrainingState
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder, SparseFeatures
 from flux_ir.sae.kernels.choose import EncodedTopK, encode_top_k, sparse_decode

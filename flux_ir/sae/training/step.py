@@ -98,6 +98,10 @@ class Trainer:
             raise FluxIRError("two autoencoders of one run have the same name", hint="give each of them once")
         self.members, self.settings, self.ranks = list(members), settings, ranks
         self.steps_done = 0
+        self.whitenings: dict[SiteKey, Whitening] = {}
+        for member in self.members:  # one for each site, whatever each of its autoencoders was given
+            if member.whitening is not None:
+                member.whitening = self.whitenings.setdefault(member.site, member.whitening)
 
     @property
     def tokens_seen(self) -> int:
@@ -121,8 +125,11 @@ class Trainer:
         return Progress(self.steps_done, self.tokens_seen, numbers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds once."""
-        return {name: tensor for member in self.members for name, tensor in member.tensors().items()}
+        """What a checkpoint holds once: weights and what belongs to them, and the whitening of each site."""
+        state = {name: tensor for member in self.members for name, tensor in member.tensors().items()}
+        for site, whitening in self.whitenings.items():
+            state |= {f"whitening/{site or 'array'}/{name}": one for name, one in whitening.tensors().items()}
+        return state
 
     def shard(self) -> Shard:
         """What this process adds to a checkpoint: its rows of the moments, if the first does not hold them as well."""
@@ -139,6 +146,11 @@ class Trainer:
     def load(self, saved: SavedRun) -> None:
         """Go on from a checkpoint, with any number of processes."""
         self.steps_done = int(saved.state["optimiser_step"])
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name not in saved.shared:
+                    raise FluxIRError(f"{saved.path} lacks {name}", hint="delete it, or use another --output_dir")
+                tensor.copy_(saved.shared[name])
         for member in self.members:
             member.load(saved, self.steps_done)
 
@@ -243,19 +255,12 @@ class Member:
         state: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
         state |= {f"buffers/{name}": buffer for name, buffer in self.sae.named_buffers()}
         state["tokens_since_fired"] = self.dead.tokens_since_fired
-        if self.whitening is not None:
-            state |= {f"whitening/{name}": tensor for name, tensor in self.whitening.tensors().items()}
         if self.average is not None:
             state |= {f"average/{name}": average for name, average in self.average.averages.items()}
         return {f"{self.name}/{name}": tensor for name, tensor in state.items()}
 
     def load(self, saved: SavedRun, steps_done: int) -> None:
-        """Go on from a checkpoint."""
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                if name not in saved.shared:
-                    raise FluxIRError(f"{saved.path} lacks {name}", hint="delete it, or use another --output_dir")
-                tensor.copy_(saved.shared[name])
+        """Take up the optimiser's moments of a checkpoint, whose weights are in place."""
         self.optimiser.load(steps_done, lambda name, rows: saved.moment(f"{self.name}/{name}", rows))
         self._refresh_shadows()
 

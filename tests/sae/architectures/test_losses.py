@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flux_ir.sae.architectures.make import losses
+from flux_ir.sae.architectures import losses
 from flux_ir.sae.architectures.losses import OneProcess
 
 
