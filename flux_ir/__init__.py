@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
     from flux_ir.recording.recorder import MemorySink, Recorder
+    from flux_ir.recording.text_recorder import TextRecorder
     from flux_ir.sae.evaluation.splice import spliced
     from flux_ir.sites import Site
 
@@ -90,6 +91,7 @@ _MODULES = {
     "spliced": "flux_ir.sae.evaluation.splice",
     "Studied": "flux_ir.api.study",
     "train_sae": "flux_ir.api.train_sae",
+    "TextRecorder": "flux_ir.recording.text_recorder",
     "Trained": "flux_ir.api.train_sae",
     "TrainingRow": "flux_ir.api.train_sae",
     "Visualization": "flux_ir.api.visualize",
@@ -114,6 +116,7 @@ __all__ = [
     "ScoredConcepts",
     "Site",
     "Studied",
+    "TextRecorder",
     "Trained",
     "TrainingRow",
     "Visualization",

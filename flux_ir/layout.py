@@ -78,10 +78,8 @@ class RunFolder:
         """The folder of pictures decoded with this lens."""
         return self.intermediates / f"decoded{_suffix(lens)}"
 
-    def decoded_image(
-        self, lens: Literal["euler", "x0"], step: int, kind: Literal["double", "single"], block: int
-    ) -> Path:
-        """What one block would have drawn at one step."""
+    def decoded_image(self, lens: Literal["euler", "x0"], step: int, kind: str, block: int) -> Path:
+        """What one block would have drawn at one step; `kind` is double or single."""
         return self.decoded(lens) / f"step_{step}" / f"{kind}_block_{block}.jpg"
 
     def sheet(self, lens: Literal["euler", "x0"]) -> Path:

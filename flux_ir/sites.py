@@ -1,7 +1,10 @@
-"""Places in the transformer whose output can be recorded, by name: one grammar for flags, file keys and plots.
+"""Places in the networks whose output can be recorded, by name: one grammar for flags, file keys and plots.
 
 `double.18.img` is the image output of double block 18, `single.9` text and image behind single block 9, `single.9.img`
 its image half; a last word names a part of the block (`double.18.img.mlp`). `recording.recorder` listens there.
+
+`t5.12` and `clip.7` are the outputs of layers of the text encoders. Those run once for a prompt: their sites have no
+step. `recording.text_recorder` listens there.
 """
 
 import difflib
@@ -14,32 +17,44 @@ from typing import Literal, get_args
 
 from flux_ir.errors import FluxIRError
 
-Kind = Literal["double", "single"]
+Kind = Literal["t5", "clip", "double", "single"]
 Stream = Literal["img", "txt"]
 Part = Literal["attn", "mlp", "neurons", "update", "out"]
 
 # In the order sites sort by. None is the whole: both streams of a single block, the block's own output.
 _KINDS: tuple[Kind, ...] = get_args(Kind)
-_STREAMS: dict[Kind, tuple[Stream | None, ...]] = {"double": ("img", "txt"), "single": (None, "img", "txt")}
+_PER_PROMPT: tuple[Kind, ...] = ("t5", "clip")
+_STREAMS: dict[Kind, tuple[Stream | None, ...]] = {
+    "t5": (None,),
+    "clip": (None,),
+    "double": ("img", "txt"),
+    "single": (None, "img", "txt"),
+}
 _PARTS: dict[Kind, tuple[Part | None, ...]] = {
+    "t5": (None,),
+    "clip": (None,),
     "double": (None, "attn", "mlp", "neurons", "update"),
     "single": (None, "neurons", "update", "out"),
 }
 _GRAMMAR = re.compile(
-    r"(?P<kind>double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt))?(\.(?P<part>attn|mlp|neurons|update|out))?"
+    r"(?P<kind>t5|clip|double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt))?(\.(?P<part>attn|mlp|neurons|update|out))?"
 )
-_HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.img or single.9.out"
+_HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.img, single.9.out, t5.12 or clip.7"
+_PER_PROMPT_HINT = "it is recorded once per prompt: by `capture` and `collect` with such --sites, or a TextRecorder"
 
 
 @functools.total_ordering
 @dataclass(frozen=True, repr=False)
 class Site:
-    """One place in the transformer. `str(site)` is its name; sites sort by depth: double before single, 2 before 10."""
+    """One place in a network. `str(site)` is its name; sites sort by depth: double before single, 2 before 10.
+
+    Those of the text encoders come first.
+    """
 
     kind: Kind
     block: int
     stream: Stream | None = None
-    """None: text and image together, which only single blocks have."""
+    """None: text and image together, which only single blocks have; or there is one stream, as in text encoders."""
     part: Part | None = None
     """None: the block's output. attn, mlp, out: before the gate; neurons: after the activation; update: out - in."""
 
@@ -48,6 +63,8 @@ class Site:
             raise FluxIRError(f"there is no site {self}: {self._what_exists()}", hint=_HINT)
 
     def _what_exists(self) -> str:
+        if self.per_prompt:
+            return f"a layer of {self.kind.upper()} has its output and no parts"
         streams = " or ".join(stream or "none" for stream in _STREAMS[self.kind])
         parts = ", ".join(part for part in _PARTS[self.kind] if part)
         return f"a {self.kind} block has the streams {streams}, and the parts {parts}"
@@ -65,6 +82,11 @@ class Site:
 
     def __repr__(self) -> str:
         return f"Site.parse({str(self)!r})"
+
+    @property
+    def per_prompt(self) -> bool:
+        """Whether it is a layer of a text encoder, whose output belongs to a prompt and to no step."""
+        return self.kind in _PER_PROMPT
 
     @property
     def whole(self) -> "Site":
@@ -99,11 +121,16 @@ def all_sites(depth: int, depth_single_blocks: int) -> list[Site]:
     blocks: dict[Kind, int] = {"double": depth, "single": depth_single_blocks}
     return [
         Site(kind, block, stream, part)
-        for kind in _KINDS
+        for kind in blocks
         for block in range(blocks[kind])
         for stream in _STREAMS[kind]
         for part in _PARTS[kind]
     ]
+
+
+def text_sites(t5_layers: int, clip_layers: int) -> list[Site]:
+    """Every site of text encoders of so many layers: T5's, then CLIP's."""
+    return [Site("t5", layer) for layer in range(t5_layers)] + [Site("clip", layer) for layer in range(clip_layers)]
 
 
 def block_outputs(depth: int, depth_single_blocks: int) -> list[Site]:
@@ -116,6 +143,8 @@ def check_sites(sites: Iterable[Site], depth: int, depth_single_blocks: int) -> 
     available = all_sites(depth, depth_single_blocks)
     unknown = next(iter(sorted(set(sites) - set(available))), None)
     if unknown is not None:
+        if unknown.per_prompt:
+            raise FluxIRError(f"{unknown} is a site of a text encoder, not of the transformer", hint=_PER_PROMPT_HINT)
         raise FluxIRError(
             f"this model has {depth} double and {depth_single_blocks} single blocks, and no site {unknown}",
             hint=f"the nearest are {nearest_names(str(unknown), map(str, available))}",
@@ -135,11 +164,23 @@ def sites_of(sites: SiteNames, depth: int, depth_single_blocks: int) -> list[Sit
     return list(dict.fromkeys(chosen))
 
 
+def sites_among(sites: SiteNames, available: Sequence[Site]) -> list[Site]:
+    """The sites that are meant, each once, by depth. Raises FluxIRError for one that is not among those available."""
+    chosen: set[Site] = set()
+    for name in (sites,) if isinstance(sites, str | Site) else sites:
+        chosen.update([name] if isinstance(name, Site) else match_sites(site_names(name), available))
+    if unknown := sorted(chosen - set(available)):
+        nearest = nearest_names(str(unknown[0]), map(str, available))
+        raise FluxIRError(f"this model has no site {unknown[0]}", hint=f"the nearest are {nearest}")
+    return sorted(chosen)
+
+
 def match_sites(patterns: Iterable[str], available: Sequence[Site]) -> list[Site]:
     """The available sites that match any of the shell patterns (`double.*.img`, `single.3?`, `*.update`), by depth.
 
     A pattern that matches a site of a single block whole does not match its two halves as well: they are views of it.
-    Halves are matched by patterns that name them (`single.*.img`).
+    Halves are matched by patterns that name them (`single.*.img`), and so are layers of the text encoders (`t5.*`):
+    `*` stands for the transformer.
 
     Raises FluxIRError for a pattern that matches nothing, naming the nearest sites.
     """
@@ -148,7 +189,10 @@ def match_sites(patterns: Iterable[str], available: Sequence[Site]) -> list[Site
 
 
 def _matching(pattern: str, available: Sequence[Site]) -> set[Site]:
-    found = {site for site in available if fnmatchcase(str(site), pattern)}
+    names_text = pattern.startswith(_PER_PROMPT)
+    found = {site for site in available if site.per_prompt == names_text and fnmatchcase(str(site), pattern)}
+    if not found and names_text and not any(site.per_prompt for site in available):
+        raise FluxIRError(f"{pattern!r} names sites of a text encoder, not of the transformer", hint=_PER_PROMPT_HINT)
     if not found:
         nearest = nearest_names(pattern, map(str, available))
         raise FluxIRError(f"no site of this model matches {pattern!r}", hint=f"the nearest are {nearest}")

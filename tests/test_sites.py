@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ir.errors import FluxIRError
-from flux_ir.sites import Site, all_sites, as_site, block_outputs, match_sites, sites_of
+from flux_ir.sites import Site, all_sites, as_site, block_outputs, match_sites, sites_among, sites_of, text_sites
 
 blocks = st.integers(0, 99)
 doubles = st.builds(
@@ -26,12 +26,15 @@ singles = st.builds(
 )
 
 
-@given(doubles | singles)
+layers = st.builds(Site, st.sampled_from(["t5", "clip"]), blocks)
+
+
+@given(doubles | singles | layers)
 def test_parsing_a_sites_name_gives_the_site_back(site):
     assert Site.parse(str(site)) == site
 
 
-@given(st.text(alphabet="doublesinge.img0123txt* ", max_size=20))
+@given(st.text(alphabet="doublesinge.img0123txt5cp* ", max_size=20))
 def test_whatever_parses_has_this_name(text):
     try:
         site = Site.parse(text)
@@ -77,6 +80,10 @@ def test_order_is_numeric_and_images_come_first():
         " single.1",
         "single.1\n",
         "single.\N{ARABIC-INDIC DIGIT ONE}",
+        "t5.1.img",
+        "clip.1.mlp",
+        "clip.image",
+        "t5",
     ],
 )
 def test_what_is_no_site_is_refused_with_the_grammar(text):
@@ -93,6 +100,45 @@ def test_a_network_has_every_site_of_the_grammar_once():
     assert sites == sorted(sites)
     assert {site.block for site in sites if site.kind == "double"} == {0, 1}
     assert {site.block for site in sites if site.kind == "single"} == {0, 1, 2}
+
+
+def test_text_encoders_come_before_the_transformer_and_t5_first():
+    names = ["double.0.img", "clip.10", "single.0", "clip.2", "t5.11", "t5.9"]
+    expected = ["t5.9", "t5.11", "clip.2", "clip.10", "double.0.img", "single.0"]
+    assert [str(site) for site in sorted(map(Site.parse, names))] == expected
+    assert list(map(str, text_sites(2, 1))) == ["t5.0", "t5.1", "clip.0"]
+    assert {site.per_prompt for site in text_sites(2, 1)} == {True}
+    assert {site.per_prompt for site in all_sites(2, 3)} == {False}
+
+
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [
+        ("t5.*", ["t5.0", "t5.1", "t5.2"]),
+        ("clip.?, single.0", ["clip.0", "clip.1", "single.0"]),
+        ([Site("clip", 1), "t5.2"], ["t5.2", "clip.1"]),
+        ("*.0", ["single.0"]),
+    ],
+)
+def test_layers_of_text_encoders_are_matched_by_patterns_that_name_them(sites, expected):
+    """`*` means the transformer: a layer of T5 is as large as a picture's tokens, and not every job encodes prompts."""
+    available = [*text_sites(3, 2), *all_sites(1, 1)]
+    assert list(map(str, sites_among(sites, available))) == expected
+    assert sites_among("*", available) == match_sites(["*"], all_sites(1, 1))
+
+
+def test_a_layer_that_is_not_there_is_named_with_the_nearest():
+    available = [*text_sites(3, 2), *all_sites(1, 1)]
+    with pytest.raises(FluxIRError, match=r"no site of this model matches 't5\.7'.*t5\.[012]"):
+        sites_among("t5.7", available)
+    with pytest.raises(FluxIRError, match=r"this model has no site clip\.2 .*clip\.[01]"):
+        sites_among(Site("clip", 2), available)
+
+
+@pytest.mark.parametrize("sites", ["t5.*", "clip.1", [Site("t5", 0)]])
+def test_text_encoders_are_not_looked_for_in_the_transformer(sites):
+    with pytest.raises(FluxIRError, match=r"of a text encoder, not of the transformer .*once per prompt"):
+        sites_of(sites, 2, 3)
 
 
 def test_block_outputs_are_both_streams_of_double_blocks_then_whole_single_blocks():

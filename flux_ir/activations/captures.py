@@ -170,6 +170,11 @@ def _digest(capture: Capture) -> str:
 
 
 def _layout(capture: Capture) -> _Layout:
+    if not capture.sites:
+        raise FluxIRError(
+            f"{capture.path} holds no site of the transformer, only {', '.join(map(str, capture.text_sites[:4]))}",
+            hint="capture again with sites of the transformer, such as double.*.img or single.*",
+        )
     shapes = {site: capture.shape(site) for site in capture.sites}
     batch = max(shape[0] for shape in shapes.values())
     if batch != 1:

@@ -8,7 +8,7 @@ import hashlib
 import platform
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -32,14 +32,15 @@ from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.recording.recorder import Recorder, Sink
+from flux_ir.recording.recorder import Recorder
 from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
+from flux_ir.recording.text_recorder import TextRecorder, TextSink
 from flux_ir.sampling.generate import check_size, check_steps, decode, noise_for, prepare, sample, unlike_latents
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import PackedLatent
-from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_of
+from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_among
 
 SEEDS = 2**31
 MOST_EXIF_BYTES = 60_000  # a JPEG's EXIF data ends at 64 kB
@@ -90,6 +91,9 @@ class Job(NamedTuple):
     txt_tokens: int
     timesteps: list[float]
     sites: list[Site]
+    """Of the transformer."""
+    text_sites: list[Site]
+    """Of the text encoders."""
     kept_steps: list[int]
 
 
@@ -121,7 +125,8 @@ def capture(
 
     The prompt is a text, or the file of its embeddings that `encode_prompt` has saved (`prompt_embeds`): then no text
     encoder is needed. Sizes are in px and multiples of 16; None for a size, `num_steps` or `guidance` is the model's
-    own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step. `lens` says
+    own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step; layers of the
+    text encoders (`t5.*`) are recorded once, and read without a step. `lens` says
     what is decoded (`should_decode_intermediates` False: nothing). `model` is the name of one: `device`, `multi_gpu`,
     `offload` and `dtype` say where and in which precision, `checkpoint` and `ae_checkpoint` where the weights are. Or
     it is a loaded `Suite`, which has settled all of these; it is not loaded again and stays as it is.
@@ -197,6 +202,7 @@ def settle(settings: CaptureSettings) -> Job:
     placement, compute = settle_machine(settings)
     prompt, text = settle_text(settings, spec)
     check_text(settings, prompt)
+    sites = choose_sites(settings, spec)
     return Job(
         spec=spec,
         prompt=prompt,
@@ -210,7 +216,8 @@ def settle(settings: CaptureSettings) -> Job:
         img_tokens=img_tokens,
         txt_tokens=spec.text_tokens if text is None else text.txt.shape[1],
         timesteps=get_schedule(num_steps, img_tokens, shift=spec.shifts_schedule),
-        sites=choose_sites(settings, spec),
+        sites=[site for site in sites if not site.per_prompt],
+        text_sites=[site for site in sites if site.per_prompt],
         kept_steps=check_steps(settings.steps, num_steps),
     )
 
@@ -275,10 +282,14 @@ def settings_json(settings: CaptureSettings) -> dict[str, Any]:
 
 def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
     """The sites to record. Raises FluxIRError if they match nothing, or nothing of them can be decoded but shall be."""
-    flux = spec.flux
     if settings.sites is None:
-        return block_outputs(flux.depth, flux.depth_single_blocks)
-    sites = sorted(sites_of(settings.sites, flux.depth, flux.depth_single_blocks))
+        return block_outputs(spec.flux.depth, spec.flux.depth_single_blocks)
+    sites = sites_among(settings.sites, spec.sites)
+    if sites[0].per_prompt and settings.prompt_embeds is not None:
+        raise FluxIRError(
+            f"{sites[0]} is recorded while a prompt is encoded, and --prompt_embeds is one that was encoded before",
+            hint="pass its --prompt, or leave the layers of text encoders out of --sites",
+        )
     if settings.should_decode_intermediates and not image_outputs(sites):
         raise FluxIRError(
             f"only image outputs of whole blocks can be decoded, and --sites keeps none: it keeps {sites[0]} and such",
@@ -339,15 +350,16 @@ def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
         metadata=metadata,
         steps=job.kept_steps,
         dtype=job.compute.dtype,
+        text_sites={site: job.spec.text_shape(site) for site in job.text_sites},
     )
 
 
-def paint(job: Job, suite: Suite, sink: Sink, progress: Watch) -> PackedLatent:
+def paint(job: Job, suite: Suite, sink: CaptureWriter, progress: Watch) -> PackedLatent:
     """Load the model and walk from noise to the finished latent, with everything recorded into `sink`."""
     parts = [part for part in suite.parts if part != "text" or job.text is None]
     for part in follow(progress, "load", parts, total=len(parts)):
         suite.load_part(part)
-    text = job.text or embed(suite, job.prompt, progress)
+    text = job.text or embed(suite, job.prompt, progress, sites=job.text_sites, sink=sink)
     noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)
     latent = inputs.img
@@ -358,12 +370,18 @@ def paint(job: Job, suite: Suite, sink: Sink, progress: Watch) -> PackedLatent:
     return latent
 
 
-def embed(suite: Suite, prompt: str, progress: Watch) -> TextEmbedding:
-    """The prompt's embedding; what the encoders cannot make sense of is said in a note."""
+def embed(
+    suite: Suite, prompt: str, progress: Watch, *, sites: Sequence[Site] = (), sink: TextSink | None = None
+) -> TextEmbedding:
+    """The prompt's embedding; what the encoders cannot make sense of is said in a note.
+
+    Their layers at `sites` go to `sink`.
+    """
     with phase(progress, "text"), suite.text_encoders() as text:
         for note in dict.fromkeys(text.t5.notes(prompt) + text.clip.notes(prompt)):
             progress(Note(f"note: {suite.spec.name}: {note}"))
-        return encode(text.t5, text.clip, [prompt])
+        with TextRecorder(text, sites, sink):
+            return encode(text.t5, text.clip, [prompt])
 
 
 def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
@@ -395,7 +413,7 @@ def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
     weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
     return {
         "captured_steps": job.kept_steps,
-        "sites": [str(site) for site in job.sites],
+        "sites": [str(site) for site in (*job.text_sites, *job.sites)],
         "dtype": job.compute.name,
         "dtype_reason": job.compute.reason,
         "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},

@@ -24,10 +24,12 @@ class SiteSize(NamedTuple):
 
     site: Site
     tokens: int
-    """Per step."""
+    """Per step; of a layer of a text encoder, per prompt."""
     d: int
+    steps: int
+    """How often these are kept: 1 for a layer of a text encoder."""
     bytes: int
-    """Of all kept steps, with the scales of float8."""
+    """Of all of them, with the scales of float8."""
 
 
 class ShardSizes(NamedTuple):
@@ -40,12 +42,12 @@ class ShardSizes(NamedTuple):
 def site_sizes(plan: CapturePlan) -> list[SiteSize]:
     """Every site of one generation, by depth."""
     sizes = []
-    for site in plan.sites:
-        shape = plan.shape(site)
+    for site in (*plan.text_sites, *plan.sites):
+        shape, steps = plan.shape(site), 1 if site.per_prompt else len(plan.kept_steps)
         per_step = prod(shape) * plan.dtype.itemsize
         if plan.scales:
             per_step += prod(shape[:2]) * torch.float32.itemsize
-        sizes.append(SiteSize(site, shape[1], shape[2], per_step * len(plan.kept_steps)))
+        sizes.append(SiteSize(site, shape[1], shape[2], steps, per_step * steps))
     return sizes
 
 

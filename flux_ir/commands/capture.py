@@ -53,7 +53,7 @@ class CaptureOptions(Picture, Steps, Readings, Compute, Offload, Checkpoints, Ru
 
     sites: tuple[str, ...] | None = option(
         None,
-        help="which sites to record, as shell patterns such as double.*.img or single.3?",
+        help="which sites to record, as shell patterns such as double.*.img, single.3? or t5.*",
         group=KEEP,
         default_text="every block's output",
     )

@@ -138,11 +138,12 @@ def _enough_memory() -> Iterator[None]:
 def _size_rows(plan: CapturePlan, captures: int, total: int, *, what: str = "captures") -> Rows:
     """Tokens and bytes of every site, and of everything: `total` is exact."""
     steps, sizes = len(plan.kept_steps), site_sizes(plan)
-    tokens = sum(size.tokens for size in sizes) * steps * captures
+    tokens = sum(size.tokens * size.steps for size in sizes) * captures
     factors = (counted(len(sizes), "site"), counted(steps, "step"), counted(captures, "generation"))
     rows: Rows = [("tokens", f"{tokens}", " x ".join(factors))]
     for size in sizes:
-        note = f"{size.tokens} tokens x {size.d} per step, {in_units(size.bytes * captures)}"
+        per = "prompt" if size.site.per_prompt else "step"
+        note = f"{size.tokens} tokens x {size.d} per {per}, {in_units(size.bytes * captures)}"
         rows.append((str(size.site), f"{size.bytes * captures} B", note))
     rest = total - sum(size.bytes for size in sizes) * captures
     rows.append(("state and layout", f"{rest} B", "what each step began with, and the files' own structure"))

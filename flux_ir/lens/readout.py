@@ -67,7 +67,8 @@ def readable_sites(capture: Capture) -> list[Site]:
     readable = image_outputs(capture.sites)
     if not readable:
         raise FluxIRError(
-            f"a lens reads image outputs of blocks, and {capture.path} holds none: it has {capture.sites[0]} and such",
+            f"a lens reads image outputs of blocks, and {capture.path} holds none: it has "
+            f"{(*capture.sites, *capture.text_sites)[0]} and such",
             hint="capture again with sites such as double.*.img or single.*",
         )
     return readable

@@ -13,6 +13,7 @@ from typing import Any
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.transformer import FluxParams
+from flux_ir.sites import Site, all_sites, text_sites
 
 ASSETS = Path(__file__).with_name("assets")
 PARAMS_FILE = "params.json"
@@ -38,6 +39,10 @@ class ModelSpec:
     autoencoder_env: tuple[str, ...]
     text_tokens: int
     """Length every prompt is padded to for T5."""
+    t5_layers: int
+    clip_layers: int
+    clip_tokens: int
+    """Length every prompt is padded to for CLIP."""
     default_steps: int
     shifts_schedule: bool
     """Whether the times of the Euler steps move towards noise as the picture grows."""
@@ -53,6 +58,20 @@ class ModelSpec:
     """The folder in the package that holds every file of the model; None: not shipped."""
     sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Hex digest of each shipped file, by its path in `assets`."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site: of the text encoders, then of the transformer, in depth order."""
+        return [
+            *text_sites(self.t5_layers, self.clip_layers),
+            *all_sites(self.flux.depth, self.flux.depth_single_blocks),
+        ]
+
+    def text_shape(self, site: Site) -> tuple[int, int]:
+        """Tokens and width of a site of a text encoder, of one prompt."""
+        if site.kind == "t5":
+            return self.text_tokens, self.flux.context_in_dim
+        return self.clip_tokens, self.flux.vec_in_dim
 
 
 # The autoencoder is the same in every published FLUX.1 repository.
@@ -94,6 +113,9 @@ _DEV = ModelSpec(
     transformer_env=("FLUX_DEV", "FLUX_MODEL"),
     autoencoder_env=("FLUX_AE", "AE"),
     text_tokens=512,
+    t5_layers=24,
+    clip_layers=12,
+    clip_tokens=77,
     default_steps=50,
     shifts_schedule=True,
     default_guidance=2.5,
@@ -156,6 +178,8 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
             f"{name} ships in the package, but its weights are not there: no {folder / PARAMS_FILE}",
             hint="make them with `python -m flux_ir.demo.train`",
         )
+    t5 = read_object(folder / "t5" / "config.json", required=("num_layers",))
+    clip = read_object(folder / "clip" / "config.json", required=("num_hidden_layers", "max_position_embeddings"))
     facts = read_object(folder / PARAMS_FILE, required=("flux", "autoencoder", "text_tokens", "default_steps"))
     provenance = read_object(folder / PROVENANCE_FILE, required=("files",))
     autoencoder = AutoEncoderParams(**facts["autoencoder"])
@@ -169,6 +193,9 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
         transformer_env=(name.upper().replace("-", "_"), "FLUX_MODEL"),
         autoencoder_env=("FLUX_AE",),
         text_tokens=facts["text_tokens"],
+        t5_layers=t5["num_layers"],
+        clip_layers=clip["num_hidden_layers"],
+        clip_tokens=clip["max_position_embeddings"],
         default_steps=facts["default_steps"],
         shifts_schedule=facts.get("shifts_schedule", False),
         default_guidance=2.5,

@@ -19,7 +19,7 @@ from flux_ir.models.text import TextEncoder, load_clip, load_t5
 from flux_ir.models.text_sources import TextSource
 from flux_ir.models.transformer import Flux
 from flux_ir.models.weights import load_autoencoder, load_flux
-from flux_ir.sites import Site, all_sites
+from flux_ir.sites import Site
 
 ModelPart = Literal["text", "transformer", "autoencoder"]
 
@@ -63,8 +63,10 @@ class Suite:
 
     @property
     def sites(self) -> list[Site]:
-        """Every site of the transformer, in depth order: what can be recorded and changed."""
-        return all_sites(self.spec.flux.depth, self.spec.flux.depth_single_blocks)
+        """Every site, in depth order: those of the transformer can be changed too, those of the text encoders recorded
+        once per prompt.
+        """
+        return self.spec.sites
 
     def load(self) -> Iterator[ModelPart]:
         """Load every part, yielding its name once it is there. Raises FluxIRError as `weights` and `text` do."""

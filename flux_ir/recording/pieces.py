@@ -67,9 +67,24 @@ def pieces_of_site(plan: CapturePlan, step: int, site: Site, value: Tensor) -> l
     return [Piece(site, values), Piece(ScaleOf(site), scale)]
 
 
-def places(plan: CapturePlan, file: Mapping[str, Any]) -> dict[tuple[int, Of], StoredTensor]:
-    """Which tensor of a laid-out capture's dictionary (`Archive.contents`) is which."""
-    found: dict[tuple[int, Of], StoredTensor] = {}
+def pieces_of_text(plan: CapturePlan, site: Site, value: Tensor) -> list[Piece]:
+    """A layer of a text encoder, likewise."""
+    if site not in plan.text_sites:
+        raise not_planned(None, site)
+    _check(plan, None, site, value, plan.shape(site), plan.dtype)
+    if not plan.scales:
+        return [Piece(site, rounded(value, plan.dtype))]
+    values, scale = scaled(value)
+    return [Piece(site, values), Piece(ScaleOf(site), scale)]
+
+
+def places(plan: CapturePlan, file: Mapping[str, Any]) -> dict[tuple[int | None, Of], StoredTensor]:
+    """Which tensor of a laid-out capture's dictionary (`Archive.contents`) is which, by step (None: it has none)."""
+    found: dict[tuple[int | None, Of], StoredTensor] = {}
+    for site in plan.text_sites:
+        found[None, site] = file["text_sites"][str(site)]
+        if plan.scales:
+            found[None, ScaleOf(site)] = file["text_scales"][str(site)]
     for index, step in enumerate(plan.kept_steps):
         for part in ("img_state", "y"):
             found[step, part] = file["denoising_context"][part][index]
@@ -80,20 +95,25 @@ def places(plan: CapturePlan, file: Mapping[str, Any]) -> dict[tuple[int, Of], S
     return found
 
 
-def not_planned(step: int, of: Of) -> FluxIRError:
+def not_planned(step: int | None, of: Of) -> FluxIRError:
     """What to say of a tensor that has no place in the file, or none left."""
     return FluxIRError(
-        f"{of} at step {step} is not in the plan of this capture, or came twice",
+        f"{of}{at_step(step)} is not in the plan of this capture, or came twice",
         hint="record the sites and the steps of the plan, one forward for each step",
     )
 
 
-def _check(plan: CapturePlan, step: int, of: Of, value: Tensor, shape: Shape, dtype: torch.dtype) -> None:
+def at_step(step: int | None) -> str:
+    """Where a tensor belongs, in words behind its name."""
+    return "" if step is None else f" at step {step}"
+
+
+def _check(plan: CapturePlan, step: int | None, of: Of, value: Tensor, shape: Shape, dtype: torch.dtype) -> None:
     fits = value.dtype == dtype or (plan.rounds and value.is_floating_point())
     if tuple(value.shape) != shape or not fits:
         wanted = "floats" if plan.rounds else str(dtype)
         raise FluxIRError(
-            f"{of} at step {step} must be {wanted} {list(shape)}, as planned: got {value.dtype} {list(value.shape)}",
+            f"{of}{at_step(step)} must be {wanted} {list(shape)}, as planned: got {value.dtype} {list(value.shape)}",
             hint="plan the capture with the sizes and the dtype the network runs with",
         )
 

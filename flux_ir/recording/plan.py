@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -45,6 +45,8 @@ class CapturePlan:
     rounds: bool = False
     """Whether values of any float dtype are taken and rounded to `dtype`; float8 gets a scale per token. If not, only
     values of that dtype are taken, and kept bit for bit."""
+    text_sites: Mapping[Site, tuple[int, int]] = field(default_factory=dict)
+    """Layers of the text encoders, kept once and not per step: tokens and width of each."""
 
     def __post_init__(self) -> None:
         num_steps = len(self.timesteps) - 1
@@ -55,7 +57,7 @@ class CapturePlan:
                 f"steps to keep must be among the schedule's {num_steps}, counted from 0: got {unknown or 'none'}",
                 hint=f"pass --steps between 0 and {num_steps - 1}, or more --num_steps",
             )
-        if not self.sites:
+        if not self.sites and not self.text_sites:
             raise FluxIRError("a capture needs at least one site: got none", hint="leave --sites out for every block")
         check_sites(self.sites, self.flux.depth, self.flux.depth_single_blocks)
         if self.rounds and self.dtype not in ROUNDED:
@@ -66,6 +68,7 @@ class CapturePlan:
         # frozen, so not by plain assignment
         object.__setattr__(self, "steps", tuple(steps))
         object.__setattr__(self, "sites", tuple(sorted(set(self.sites))))
+        object.__setattr__(self, "text_sites", dict(sorted(self.text_sites.items())))
         object.__setattr__(self, "timesteps", tuple(self.timesteps))
         object.__setattr__(self, "metadata", json.loads(json.dumps(dict(self.metadata))))
 
@@ -105,7 +108,9 @@ class CapturePlan:
         return self.batch, self.flux.vec_in_dim
 
     def shape(self, site: Site) -> Shape:
-        """[batch, tokens, width] of one site at one step, as kept."""
+        """[batch, tokens, width] of one site at one step, as kept; of a layer of a text encoder."""
+        if site.per_prompt:
+            return self.batch, *self.text_sites[site]
         return self._shape(site, self.kept_img_tokens)
 
     def full_shape(self, site: Site) -> Shape:
@@ -125,7 +130,10 @@ def capture_bytes(plan: CapturePlan) -> int:
     if plan.scales:
         per_step += sum(prod(plan.shape(site)[:2]) for site in plan.sites) * torch.float32.itemsize
     positions = plan.kept_img_tokens * torch.int32.itemsize if plan.img_positions is not None else 0
-    return per_step * len(plan.kept_steps) + positions
+    text = sum(prod(plan.shape(site)) for site in plan.text_sites) * plan.dtype.itemsize
+    if plan.scales:
+        text += sum(prod(plan.shape(site)[:2]) for site in plan.text_sites) * torch.float32.itemsize
+    return per_step * len(plan.kept_steps) + positions + text
 
 
 def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
     A double block kept with both streams stands under `double_blocks` as pairs, a single block kept whole under
     `single_blocks`; every other site, a lone stream too, stands under `sites` by its name (where there are such).
     Every site has its scales under `scales`, where the plan has such; `token_positions` is there where not all image
-    tokens are.
+    tokens are. Layers of the text encoders stand under `text_sites` (and `text_scales`), one tensor each.
     """
     steps = plan.kept_steps
     file: dict[str, Any] = {"double_blocks": {}, "single_blocks": {}, "denoising_context": {}, "metadata": {}}
@@ -156,7 +164,12 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
         "timestep_pairs": [(plan.timesteps[step], plan.timesteps[step + 1]) for step in steps],
         "guidance": plan.guidance,
     }
-    file["metadata"] = {**plan.metadata, "captured_steps": list(steps), "sites": [str(site) for site in plan.sites]}
+    names = [str(site) for site in (*plan.text_sites, *plan.sites)]
+    file["metadata"] = {**plan.metadata, "captured_steps": list(steps), "sites": names}
+    if plan.text_sites:
+        file["text_sites"] = {str(site): make(plan.shape(site), plan.dtype) for site in plan.text_sites}
+        if plan.scales:
+            file["text_scales"] = {str(s): make(plan.shape(s)[:2], torch.float32) for s in plan.text_sites}
     if plan.scales:
         file["scales"] = {str(s): [make(plan.shape(s)[:2], torch.float32) for _ in steps] for s in plan.sites}
     if plan.img_positions is not None:
@@ -175,7 +188,7 @@ def stored_value(file: Mapping[str, Any], site: Site, index: int) -> Any:
 
 
 def stored_sites(file: Mapping[str, Any]) -> list[Site]:
-    """The sites a capture's dictionary holds, in depth order."""
+    """The transformer's sites that a capture's dictionary holds, in depth order."""
     sites = [Site.parse(name) for name in file.get("sites", {})]
     sites += [Site.parse(f"single.{_number(name)}") for name in file["single_blocks"]]
     for name in file["double_blocks"]:

@@ -47,9 +47,13 @@ class MemorySink:
         """What each step began with."""
         self.values: dict[tuple[int, Site], Tensor] = {}
         """By step and site, [batch, tokens, d] each."""
+        self.text: dict[Site, Tensor] = {}
+        """By layer of a text encoder, [prompts, tokens, d] each: they have no step."""
 
     def __repr__(self) -> str:
-        return f"<MemorySink: {len({site for _, site in self.values})} sites, {len(self.contexts)} steps>"
+        layers = f", {len(self.text)} layers of text encoders" if self.text else ""
+        sites = len({site for _, site in self.values})
+        return f"<MemorySink: {sites} sites, {len(self.contexts)} steps{layers}>"
 
     def begin_step(self, step: int, context: StepContext) -> None:
         self.contexts[step] = context
@@ -57,9 +61,24 @@ class MemorySink:
     def write(self, step: int, site: Site, value: Tensor) -> None:
         self.values[step, site] = value.detach()
 
-    def read(self, site: str | Site, step: int) -> Tokens:
-        """One site at one step, [batch, tokens, d]. Raises FluxIRError for one that was not recorded."""
+    def write_text(self, site: Site, value: Tensor) -> None:
+        self.text[site] = value.detach()
+
+    def read(self, site: str | Site, step: int | None = None) -> Tokens:
+        """One site at one step, [batch, tokens, d]; a layer of a text encoder without one.
+
+        Raises FluxIRError for one that was not recorded.
+        """
         site = as_site(site)
+        check_step(site, step)
+        if site.per_prompt:
+            if site not in self.text:
+                raise FluxIRError(
+                    f"{site} was not recorded",
+                    hint=f"the nearest of the sites recorded are {nearest_names(str(site), map(str, self.text))}",
+                )
+            return self.text[site]
+        assert step is not None
         if (step, site) not in self.values:
             steps = sorted(recorded for recorded, other in self.values if other == site)
             names = {str(other) for _, other in self.values}
@@ -70,6 +89,14 @@ class MemorySink:
                 else f"the nearest of the sites recorded are {nearest_names(str(site), names)}",
             )
         return self.values[step, site]
+
+
+def check_step(site: Site, step: int | None) -> None:
+    """Raises FluxIRError for a site of the transformer without a step, and for a layer of a text encoder with one."""
+    if site.per_prompt and step is not None:
+        raise FluxIRError(f"{site} is recorded once per prompt and has no step: got {step}", hint="leave the step out")
+    if not site.per_prompt and step is None:
+        raise FluxIRError(f"{site} is recorded at every step: got none", hint="say which, such as step=0")
 
 
 class RecordingComplete(Exception):  # noqa: N818 (a signal, not an error)

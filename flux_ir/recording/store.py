@@ -22,10 +22,20 @@ from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file, disk_error, newest_capture
 from flux_ir.recording.archive import Archive, Record, StoredTensor, blank_tensors, laid_out_bytes, lay_out
 from flux_ir.recording.filler import QUEUE_BYTES, RecordFiller
-from flux_ir.recording.pieces import Of, Piece, not_planned, pieces_of_context, pieces_of_site, places, positions
+from flux_ir.recording.pieces import (
+    Of,
+    Piece,
+    at_step,
+    not_planned,
+    pieces_of_context,
+    pieces_of_site,
+    pieces_of_text,
+    places,
+    positions,
+)
 from flux_ir.recording.plan import CapturePlan, Shape, capture_bytes, contents, stored_sites, stored_value
 from flux_ir.recording.precision import READ_AS, dequantised
-from flux_ir.recording.recorder import StepContext
+from flux_ir.recording.recorder import StepContext, check_step
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
 from flux_ir.sites import Site, as_site, nearest_names
 
@@ -50,7 +60,7 @@ class CaptureWriter:
     def __init__(self, path: Path, plan: CapturePlan, *, queue_bytes: int = QUEUE_BYTES) -> None:
         self.path, self.plan, self.queue_bytes = path, plan, queue_bytes
         self._open = ExitStack()
-        self._missing: dict[tuple[int, Of], Record] = {}
+        self._missing: dict[tuple[int | None, Of], Record] = {}
 
     def __enter__(self) -> "CaptureWriter":
         with ExitStack() as opened:  # undone at once if a later part fails
@@ -83,7 +93,12 @@ class CaptureWriter:
         for piece in pieces_of_site(self.plan, step, site, value):
             self._put(step, piece)
 
-    def _put(self, step: int, piece: Piece) -> None:
+    def write_text(self, site: Site, value: Tensor) -> None:
+        """Writes one layer of a text encoder."""
+        for piece in pieces_of_text(self.plan, site, value):
+            self._put(None, piece)
+
+    def _put(self, step: int | None, piece: Piece) -> None:
         record = self._missing.pop((step, piece.of), None)
         if record is None:
             raise not_planned(step, piece.of)
@@ -94,7 +109,7 @@ class CaptureWriter:
             step, of = next(iter(self._missing))
             raise FluxIRError(
                 f"the capture {self.path} is not complete: "
-                f"{len(self._missing)} tensors never came, first {of} at step {step}",
+                f"{len(self._missing)} tensors never came, first {of}{at_step(step)}",
                 hint="run every step of the schedule while the capture is open",
             )
 
@@ -163,7 +178,9 @@ class Capture:
         self._context = self._contents["denoising_context"]
         self.metadata: dict[str, Any] = self._contents["metadata"]
         self.sites: list[Site] = stored_sites(self._contents)
-        """What is stored. The halves of a stored single block can be read as well."""
+        """What is stored of the transformer. The halves of a stored single block can be read as well."""
+        self.text_sites: list[Site] = sorted(map(Site.parse, self._contents.get("text_sites", {})))
+        """The layers of the text encoders that are stored: they are read without a step."""
         count = len(self._context["timestep_pairs"])
         self.steps: list[int] = list(self.metadata.get("captured_steps", range(count)))
         self._index = {step: index for index, step in enumerate(self.steps)}
@@ -171,7 +188,8 @@ class Capture:
 
     def __repr__(self) -> str:
         model, dtype = self.metadata["model"], str(self.dtype).removeprefix("torch.")
-        return f"<capture of {model}: {len(self.sites)} sites, steps {_listed(self.steps)}, {dtype}, {self.path}>"
+        sites = len(self.sites) + len(self.text_sites)
+        return f"<capture of {model}: {sites} sites, steps {_listed(self.steps)}, {dtype}, {self.path}>"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,7 +199,7 @@ class Capture:
     @property
     def stored_dtype(self) -> torch.dtype:
         """Of the values of the sites in the file."""
-        dtype: torch.dtype = self._stored(self.sites[0], 0).dtype
+        dtype: torch.dtype = self._stored((*self.sites, *self.text_sites)[0], 0).dtype
         return dtype
 
     @property
@@ -194,26 +212,33 @@ class Capture:
         """[batch, tokens, width] of one site, as at the first kept step."""
         site = as_site(site)
         batch, tokens, width = self._stored(site, 0).shape
+        if site.per_prompt:
+            return batch, tokens, width
         txt_tokens = self._context["txt_seq_len"][0]
         if site not in self._known:  # a half
             tokens = txt_tokens if site.stream == "txt" else tokens - txt_tokens
         return batch, tokens, width
 
-    def read(self, site: str | Site, step: int) -> Tokens:
+    def read(self, site: str | Site, step: int | None = None) -> Tokens:
         """One site at one step: [batch, tokens, width], mapped from the file; float8 with scales becomes bfloat16.
 
-        Raises FluxIRError for a site or a step that was not captured.
+        Layers of the text encoders (`t5.12`) have no step. Raises FluxIRError for a site or a step that was not
+        captured.
         """
         return dequantised(*self.read_stored(site, step))
 
-    def read_stored(self, site: str | Site, step: int) -> tuple[Tensor, Tensor | None]:
+    def read_stored(self, site: str | Site, step: int | None = None) -> tuple[Tensor, Tensor | None]:
         """The values as the file holds them, mapped from it, and the scales [batch, tokens] of float8 values."""
         place = self.place_of(as_site(site), step)
         values = self.archive.tensor(place.values)[:, place.tokens]
         return values, None if place.scale is None else self.archive.tensor(place.scale)[:, place.tokens]
 
-    def place_of(self, site: Site, step: int) -> StoredSite:
+    def place_of(self, site: Site, step: int | None) -> StoredSite:
         """Where the file holds one site at one step. Raises FluxIRError for a site or a step that was not captured."""
+        check_step(site, step)
+        if step is None:
+            scale = self._contents.get("text_scales", {}).get(str(site))
+            return StoredSite(self._stored(site, 0), scale, slice(None))
         index, scale = self._index_of(step), None
         values = self._stored(site, index)
         if "scales" in self._contents:
@@ -224,11 +249,15 @@ class Capture:
     def _stored(self, site: Site, index: int) -> StoredTensor:
         """What holds the site, or the single block it is half of. Raises FluxIRError if it was not captured."""
         stored = site if site in self._known else site.whole
-        if stored not in self._known:
+        if stored not in self._known and site not in self.text_sites:
+            sites = (*self.text_sites, *self.sites)
             raise FluxIRError(
-                f"{site} was not captured in {self.path}, which holds {len(self.sites)} sites",
-                hint=f"the nearest are {nearest_names(str(site), map(str, self.sites))}",
+                f"{site} was not captured in {self.path}, which holds {len(sites)} sites",
+                hint=f"the nearest are {nearest_names(str(site), map(str, sites))}",
             )
+        if site.per_prompt:
+            layer: StoredTensor = self._contents["text_sites"][str(site)]
+            return layer
         found: StoredTensor = stored_value(self._contents, stored, index)
         return found
 
@@ -251,7 +280,7 @@ class Capture:
         for group in ("double_blocks", "single_blocks", "sites", "scales"):
             lists |= {f"{group}.{name}": values for name, values in self._contents.get(group, {}).items()}
         wrong = {name: len(values) for name, values in lists.items() if len(values) != len(self.steps)}
-        if wrong or not self.sites or not self.steps:
+        if wrong or not (self.sites or self.text_sites) or not self.steps:
             raise FluxIRError(
                 f"{self.path} must hold one tensor per site and step: got {len(self.sites)} sites, "
                 f"{len(self.steps)} steps, and other lengths of {wrong or 'nothing'}",

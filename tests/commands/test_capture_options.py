@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from flux_ir.api.capture import CaptureSettings, settle
+from flux_ir.api.models import encode_prompt, load_model
 from flux_ir.recording.store import load_capture
+from flux_ir.recording.text_recorder import TextRecorder
 from flux_ir.sites import Site
 from tests.commands.run_folder import BLOCKS, DEPTH, LAST, QUICK, SMALL, SPEC, files_in, metadata_of, pixels_of
 
@@ -45,6 +47,21 @@ def test_what_is_captured_changes_neither_the_picture_nor_other_tensors(captured
     assert (folder / "img_0.jpg").read_bytes() == (captured_run.folder / "img_0.jpg").read_bytes()
     half = load_capture(folder).read(Site("single", 0, "img"), 1)
     assert torch.equal(half, load_capture(captured_run.folder).read(Site("single", 0, "img"), 1))
+
+
+def test_layers_of_the_text_encoders_are_kept_once_and_change_nothing(captured_run, run):
+    folder = run(*captured_run.words, "--sites", "t5.*,clip.1,single.*", "--steps", "0,1")
+    assert (folder / "img_0.jpg").read_bytes() == (captured_run.folder / "img_0.jpg").read_bytes()
+    capture = load_capture(folder)
+    layers = [*(f"t5.{layer}" for layer in range(SPEC.t5_layers)), "clip.1"]
+    assert list(map(str, capture.text_sites)) == layers
+    assert metadata_of(folder)["sites"][: len(layers)] == layers
+    assert capture.read("t5.2").shape == (1, SPEC.text_tokens, SPEC.flux.context_in_dim)
+    assert capture.read("clip.1").shape == (1, SPEC.clip_tokens, SPEC.flux.vec_in_dim)
+    suite = load_model("flux-tiny", parts=["text"])
+    with suite.text_encoders() as text, TextRecorder(text, "t5.2") as recorder:
+        encode_prompt(suite, captured_run.prompt)
+    assert torch.equal(capture.read("t5.2"), recorder.sink.read("t5.2"))
 
 
 def test_nothing_is_decoded_on_request(run, capsys):

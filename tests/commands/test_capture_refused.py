@@ -28,6 +28,8 @@ def refused(capsys, *words):
         ("--num_steps 0", "--num_steps must be at least 1: got 0", ""),
         ("--sites duble.*", r"no site of this model matches 'duble\.\*'", "the nearest are double"),
         (f"--sites single.{DEPTH_SINGLE}", "no site of this model matches", "the nearest are single"),
+        ("--sites t5.7,single.1", r"no site of this model matches 't5\.7'", "the nearest are t5"),
+        ("--sites t5.*", "--sites keeps none: it keeps t5.0", "--should_decode_intermediates False"),
         ("--steps 1,3,4 --num_steps 3", "--steps counts from 0 to 2 with 3 steps: got 3, 4", "choose other --steps"),
         ("--sites double.*.txt", "--sites keeps none: it keeps double.0.txt", "--should_decode_intermediates False"),
         ("--checkpoint nowhere/x.safetensors", "--checkpoint must name .*: got 'nowhere/x.safetensors'", "correct"),

@@ -43,7 +43,11 @@ def amount(rows, name):
 
 @pytest.mark.parametrize(
     "words",
-    [("--steps", "1"), ("--sites", "double.0.*,single.1,single.2.img", "--dtype", "float32", "--width", "64")],
+    [
+        ("--steps", "1"),
+        ("--sites", "double.0.*,single.1,single.2.img", "--dtype", "float32", "--width", "64"),
+        ("--sites", "t5.*,clip.1,single.1", "--steps", "1"),
+    ],
 )
 def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
     words = ("--model", "flux-tiny", "--num_steps", "2", "--prompt", LONG, *words)
@@ -53,7 +57,7 @@ def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
     assert capture(list(words)) == 0
     (written,) = (tmp_path / "out").glob("*/intermediates/capture_*.pt")
     assert amount(rows, "in all") == written.stat().st_size
-    sites = [name for name in rows if name.startswith(("double.", "single."))]
+    sites = [name for name in rows if name.startswith(("double.", "single.", "t5.", "clip."))]
     assert sum(amount(rows, name) for name in [*sites, "state and layout"]) == written.stat().st_size
     assert rows["what limits"][0] in ("compute", "copy", "disk")
     assert rows["pictures"][0] == "1"

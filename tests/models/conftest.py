@@ -106,7 +106,7 @@ def no_named_files(monkeypatch):
 
 
 @pytest.fixture
-def packaged_folder(tmp_path, tiny_flux, tiny_autoencoder, save, save_text):
+def packaged_folder(tmp_path, tiny_flux, tiny_autoencoder, save, save_text, text_folders):
     """The folder of a packaged model, as the export of `demo` writes it."""
     folder = tmp_path / "assets" / "flux-tiny"
     flux, autoencoder = tiny_flux(dtype=torch.bfloat16), tiny_autoencoder(dtype=torch.bfloat16)
@@ -114,6 +114,7 @@ def packaged_folder(tmp_path, tiny_flux, tiny_autoencoder, save, save_text):
     save(autoencoder, folder / "ae.safetensors")
     for encoder in ("t5", "clip"):
         save_text(folder / encoder, folder / encoder)
+        (folder / encoder / "config.json").write_bytes((getattr(text_folders, encoder) / "config.json").read_bytes())
     params = {"flux": asdict(flux.params), "autoencoder": asdict(autoencoder.params)}
     (folder / "params.json").write_text(json.dumps(params | {"text_tokens": 20, "default_steps": 8}))
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -13,7 +13,7 @@ from flux_ir.models.sources import ModelSource, locate_autoencoder, locate_trans
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.models.text_sources import EncoderSource, TextSource
-from flux_ir.sites import all_sites
+from flux_ir.sites import all_sites, text_sites
 
 PROMPT = ["a red circle"]
 
@@ -210,6 +210,9 @@ def test_an_offloaded_transformer_computes_what_a_resident_one_does(suite, tiny_
 
 
 def test_a_model_says_what_it_is_and_which_sites_it_has(suite):
-    flux = suite().spec.flux
-    assert suite().sites == all_sites(flux.depth, flux.depth_single_blocks)
+    model = suite()
+    flux = model.spec.flux
+    with model.text_encoders() as encoders:
+        layers = encoders.t5.model.params.num_layers, encoders.clip.model.params.num_hidden_layers
+    assert model.sites == [*text_sites(*layers), *all_sites(flux.depth, flux.depth_single_blocks)]
     assert repr(suite()) == "<flux-tiny: 2 double and 3 single blocks of width 64, float32 on cpu>"
