@@ -53,7 +53,7 @@ from flux_ir.sites import Stream
 By = Literal["auto", "activations", "decoder"]
 Level = Literal["image", "token"]
 RESULT, PICTURE = "compare.json", "compare.png"
-VERSION = 1
+VERSION = 2
 NULL_SCORES, MOST_DRAWS = 10_000, 100
 """The null is drawn until it has at least so many pairs, but not more often than that."""
 
@@ -125,8 +125,8 @@ def compare_features(
     Where the generations are the same, pairs are also tested for a change of frequency and of mean activation, by
     `permutations`, and CKA of the activations themselves is measured on about `cka_tokens` tokens (0: not at all).
 
-    Written to compare/`name` in the first folder, by default called as the second. Raises FluxIRError for what a user
-    can mend.
+    Written to compare/`name` in the first folder, by default called as the second. A comparison with another folder
+    that happens to have this name is not written over. Raises FluxIRError for what a user can mend.
     """
     settings = CompareSettings(
         by=by,
@@ -151,9 +151,11 @@ def compare_features(
         folder.check_done("score")
     where = _result_folder(a, b, name)
     digest = digest_of([VERSION, a.settings.digest, b.settings.digest, asdict(settings)])
-    if (known := _read(where / RESULT)) is not None and known.get("digest") == digest and (where / PICTURE).is_file():
-        progress(Note(f"the comparison in {where} is complete"))
-        return Comparison(where / RESULT, known)
+    if (known := _read(where / RESULT)) is not None:
+        if known.get("digest") == digest and (where / PICTURE).is_file():
+            progress(Note(f"the comparison in {where} is complete"))
+            return Comparison(where / RESULT, known)
+        _check_same_other(where, known, b)
     content = {"version": VERSION, "digest": digest} | _Comparing(a, b, settings, progress).result()
     _draw(where / PICTURE, content)
     with complete_file(where / RESULT) as beside:
@@ -166,6 +168,17 @@ def _result_folder(a: FeatureFolder, b: FeatureFolder, name: str | None) -> Path
     if name in ("", ".", "..") or Path(name).name != name:
         raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="it is made below compare/")
     return a.path / "compare" / name
+
+
+def _check_same_other(where: Path, known: Mapping[str, Any], b: FeatureFolder) -> None:
+    """Raises FluxIRError where a comparison stands that is with other features: names of folders can meet."""
+    side = known.get("b", {})
+    if side.get("scored", b.settings.digest) != b.settings.digest:
+        raise FluxIRError(
+            f"{where} holds a comparison with another folder {side.get('features')}, of "
+            f"{side.get('site') or 'an array'}: {b.path} has other features",
+            hint="give this comparison a --name of its own, or delete that one",
+        )
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:
@@ -392,6 +405,7 @@ class _Comparing:
         folder = self.folders[side]
         return {
             "features": folder.path.resolve().name,
+            "scored": folder.settings.digest,
             "model": folder.settings.model,
             "site": folder.settings.site,
             "stream": self.streams[side],

@@ -218,6 +218,18 @@ def test_a_comparison_is_not_made_twice_and_the_same_one_has_the_same_bytes(fold
     assert changed.content["digest"] != json.loads(again.read_text())["digest"]
 
 
+def test_a_comparison_with_another_folder_of_the_same_name_is_not_written_over(folders, tmp_path):
+    first = flux_ir.compare_features(folders / "one", folders / "fresh", permutations=99)
+    before = first.path.read_bytes()
+    namesake = shutil.copytree(folders / "tuned", tmp_path / "elsewhere" / "fresh")
+    with pytest.raises(FluxIRError, match=r"compare.fresh holds a comparison with another folder fresh") as told:
+        flux_ir.compare_features(folders / "one", namesake, permutations=99)
+    assert "--name" in told.value.hint
+    assert first.path.read_bytes() == before
+    named = flux_ir.compare_features(folders / "one", namesake, permutations=99, name="namesake")
+    assert named.path.parent == first.path.parents[1] / "namesake"
+
+
 def test_other_generations_and_other_widths_are_one_clear_line(folders, small, tmp_path):
     write_collection(tmp_path / "others", 2, sites=("double.0.img",), img_tokens=12)  # of no known size
     other = score(tmp_path, "others", "one", "others")
