@@ -207,8 +207,10 @@ def at_threshold(scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, 
 
 def bootstrap(
     scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, group: np.ndarray, *, draws: int, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """The middle 95 % of the AUROC over draws of groups (prompts) with replacement. `group` is [tokens], from 0 on.
+
+    Draws without positives or without negatives have no AUROC and are left out; None if there is no other.
 
     Of more than `_NEGATIVES` negatives as many are taken for this, by chance: what they vary by is little beside what
     the positives do. The interval is moved by what that changes of the AUROC itself.
@@ -219,6 +221,8 @@ def bootstrap(
         some = positive & counted
         some[np.random.default_rng(seed).choice(who, _NEGATIVES, replace=False)] = True
     found = np.array(weighted_auroc(scores, positive, some, _drawn(group, draws, seed)))
+    if np.isnan(found).all():
+        return None
     moved = 0.0 if some is counted else auroc(scores, positive, counted) - auroc(scores, positive, some)
     low, high = np.nanquantile(found, [0.025, 0.975]) + moved
     return max(0.0, float(low)), min(1.0, float(high))

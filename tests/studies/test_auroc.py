@@ -124,6 +124,14 @@ def test_the_bootstrap_draws_whole_groups():
     assert bootstrap(of_group[group], positive, everyone, group, draws=400, seed=0) == (low, high)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_bootstrap_without_a_draw_of_both_sides_is_no_interval():
+    scores, group = np.arange(4.0), np.array([0, 0, 1, 1])
+    nobody, everyone = np.zeros(4, bool), np.ones(4, bool)
+    assert bootstrap(scores, nobody, everyone, group, draws=3, seed=0) is None
+    assert bootstrap(scores, group == 0, everyone, group, draws=50, seed=0) == (0, 0)
+
+
 def test_the_bootstrap_of_many_negatives_stays_around_the_auroc_of_all():
     rng = np.random.default_rng(2)
     group, positive = np.arange(60_000) // 100, rng.random(60_000) < 0.02
