@@ -58,13 +58,23 @@ def run_study(
     with complete_file(folder / "study.toml") as beside:
         beside.write_text(file.to_toml(), encoding="utf-8")
     run = _Run(file, folder, progress)
-    results = []
-    for stage in file.stages:
-        if stage in chosen:
-            results.append(run.stage(stage))
-        else:
-            run.look_up(stage, needed=bool(chosen & _behind(file, stage)))
-    return Studied(folder, tuple(results))
+    absent = [stage for stage in file.stages if not run.look_up(stage)]
+    to_run = chosen & set(absent)
+    if missing := [stage for stage in absent if stage not in chosen and to_run & _behind(file, stage)]:
+        raise _not_run(file, folder, chosen, missing)
+    return Studied(folder, tuple(run.stage(stage) for stage in file.stages if stage in chosen))
+
+
+def _not_run(file: StudyFile, folder: Path, chosen: set[str], missing: Sequence[str]) -> FluxIRError:
+    """Says what the chosen stages build on that is not there, and the command that makes it."""
+    builds = next(stage for stage in file.stages if stage in chosen & _behind(file, missing[0]))
+    others = any((folder / "stages").glob(f"{missing[0]}-*.json"))
+    together = ",".join(stage for stage in file.stages if stage in chosen or stage in missing)
+    return FluxIRError(
+        f"{builds} builds on {missing[0]}, which is not finished with these settings"
+        f"{', only with others' if others else ''}",
+        hint=f"run flux-ir study {file.path} --only {together}: what is there already is skipped",
+    )
 
 
 def _chosen(file: StudyFile, from_: str | None, only: Sequence[str] | None) -> set[str]:
@@ -86,8 +96,8 @@ def _chosen(file: StudyFile, from_: str | None, only: Sequence[str] | None) -> s
 
 def _behind(file: StudyFile, stage: str) -> set[str]:
     """The stages that build on this one."""
-    needs = {"train": {"collect"}, "evaluate": {"collect", "train"}}
-    return {name for name in file.stages if stage in needs.get(name, {"collect", "train"} - {name})}
+    needs: dict[str, set[str]] = {"collect": set(), "train": {"collect"}}
+    return {name for name in file.stages if stage in needs.get(name, {"collect", "train"})}
 
 
 class _Run:
@@ -116,16 +126,11 @@ class _Run:
         )
         return StageResult(stage, made[stage], seconds)
 
-    def look_up(self, stage: str, *, needed: bool) -> None:
-        """Find the result of a stage that is not to be run."""
+    def look_up(self, stage: str) -> bool:
+        """Whether the result of a stage is there."""
         there = _read_record(self._record(stage))
-        if there is not None:
-            self.found |= there
-        elif needed:
-            raise FluxIRError(
-                f"the stage {stage} was not run with these settings, and others build on it",
-                hint="leave out --only and --from, or begin at it",
-            )
+        self.found |= there or {}
+        return there is not None
 
     def _record(self, stage: str) -> Path:
         """The file that says a stage is done; also settles its key."""

@@ -101,7 +101,13 @@ def test_only_needs_what_it_builds_on(studied, tmp_path, capsys):
     folder, _ = studied
     file = changed(studied, tmp_path, "captions = 6", "captions = 7")
     assert main([str(file), "--output_dir", str(folder / "studies"), "--only", "evaluate"]) == 2
-    assert "the stage collect was not run with these settings" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert "evaluate builds on collect, which is not finished with these settings, only with others" in error
+    assert f"run flux-ir study {file} --only collect,train,evaluate: what is there already is skipped" in error
+    assert main([str(file), "--output_dir", str(tmp_path / "none"), "--only", "collect,features"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "features builds on train, which is not finished with these settings hint" in error.replace(" -> ", " ")
+    assert not list((tmp_path / "none" / "small").glob("captures-*"))
 
 
 def test_prompts_of_a_file_are_taken_once_and_sampled_by_the_seed(tmp_path):
