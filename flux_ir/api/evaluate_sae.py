@@ -115,7 +115,7 @@ class Judge:
 
     def judge(self, folder: Path) -> EvaluatedSAE:
         """All numbers of the autoencoder in a folder."""
-        sae = self._load(folder)
+        sae = self._load(folder, self.progress)
         subject = subject_of(sae, self.source, held_out=self.settings.held_out)
         self._check(folder, sae, subject)
         evaluation = self._evaluate(sae, sae.config.d_sae, subject)
@@ -128,8 +128,8 @@ class Judge:
             baselines[name] = self._baselines[shared]
         return EvaluatedSAE(folder, sae.config, subject, k, evaluation, baselines, None)
 
-    def _load(self, folder: Path) -> SparseAutoencoder:
-        return load_for(folder, self.source, self.settings.site).to(self.device)
+    def _load(self, folder: Path, progress: Watch = unwatched) -> SparseAutoencoder:
+        return load_for(folder, self.source, self.settings.site, progress).to(self.device)
 
     def _check(self, folder: Path, sae: SparseAutoencoder, subject: Subject) -> None:
         """Raise what can be known before anything is computed; say what the numbers will not show."""
@@ -216,9 +216,10 @@ def find_saes(paths: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def load_for(folder: Path, source: TokenSource, asked: str | None) -> SparseAutoencoder:
+def load_for(folder: Path, source: TokenSource, asked: str | None, progress: Watch = unwatched) -> SparseAutoencoder:
     """The autoencoder of a folder, whichever program saved it, of the site that was asked for.
 
+    Another site than the one it says it was trained on is noted.
     Raises FluxIRError if neither the autoencoder nor `asked`, which is --site, names a site of the captures.
     """
     sae = load_any(folder)
@@ -229,6 +230,9 @@ def load_for(folder: Path, source: TokenSource, asked: str | None) -> SparseAuto
     if asked is not None:
         # Other programs have other names for the models, so theirs cannot be compared with ours.
         model = sae.config.model if sae.config.model in model_names() else None
+        trained_on = sae.config.site
+        if trained_on is not None and _is_site(trained_on) and Site.parse(trained_on) != Site.parse(asked):
+            progress(Note(f"note: {folder} was trained on {trained_on}, and is used on {asked}, as --site says"))
         sae.config = replace(sae.config, site=str(Site.parse(asked)), model=model)
     elif sae.config.site is None or not _is_site(sae.config.site):
         named = f"the site {sae.config.site!r}, which FLUX does not have" if sae.config.site else "no site"

@@ -105,7 +105,7 @@ def prepare(
 ) -> Scoring:
     """The autoencoder and its activations, checked against each other. What will be missing is noted."""
     source = open_source(captures)
-    loaded = load_for(sae, source, None if site is None else str(site))
+    loaded = load_for(sae, source, None if site is None else str(site), progress)
     if steps is not None:
         if not steps or not set(steps) <= set(source.steps):
             raise FluxIRError(

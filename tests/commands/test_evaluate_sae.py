@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from flux_ir.activations.source import open_source
+from flux_ir.api.evaluate_sae import load_for
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.evaluate_sae import main as evaluate_sae
 from flux_ir.commands.main import main as flux_ir
@@ -204,6 +205,22 @@ def test_an_autoencoder_without_a_site_is_measured_on_the_site_that_is_named(swe
     assert numbers_of(tmp_path / "ours")["overall"] == numbers_of(tmp_path / "theirs")["overall"]
     assert evaluate_sae(["--sae", str(sweep / "few"), "--captures", str(captures), "--baselines", "None"]) == 0
     assert numbers_of(tmp_path / "ours")["overall"]["fvu"] == numbers_of(sweep / "few")["overall"]["fvu"]
+
+
+def test_another_site_than_that_of_the_training_is_noted(sweep, captures, tmp_path, capsys):
+    ours = load_sae(sweep / "few")
+    other = make_sae(SAEConfig.from_dict(ours.config.to_dict() | {"site": "single.3.img"}))
+    save_sae(other, tmp_path / "other")
+    words = ["--captures", str(captures), "--site", "single.6.img", "--max_tokens", "64", "--baselines", "None"]
+    assert evaluate_sae(["--sae", str(tmp_path / "other"), *words]) == 0
+    noted = " ".join(capsys.readouterr().err.split())
+    assert "other was trained on single.3.img, and is used on single.6.img, as --site says" in noted
+    source = open_source(captures)
+    notes = []
+    load_for(tmp_path / "other", source, "single.6.img", notes.append)
+    load_for(sweep / "few", source, "single.6.img", notes.append)
+    load_for(sweep / "few", source, None, notes.append)
+    assert len(notes) == 1
 
 
 def test_a_site_that_flux_does_not_have_is_named(sweep, captures, tmp_path, capsys):
