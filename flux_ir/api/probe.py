@@ -100,6 +100,8 @@ def probe(
     for site, step in follow(progress, "probe", places, total=len(places)):
         parts = Part(source, pick, site, step), Part(other, told, site, step)
         key = settings | {"site": str(parts[0].site), "step": step}
+        if any(part.used is not None for part in parts):
+            key["padding"] = "left out"
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = Path(output_dir) / PARTS / f"probe_step_{step}_{digest}.json"
         if path.is_file():

@@ -63,6 +63,7 @@ NOTES = (
     "the opposite relation draws the same pictures, so an image token can tell the two only by a trace of the caption",
     "hard negatives: of patches those of other objects (of other backgrounds), of pictures those of two objects",
     "a picture's number is that of its largest token; the probe of a picture reads mean, maximum and minimum",
+    "padding of the text is left out of all of these",
     "intervals are draws of prompts, with all their pictures, and the null permutes whole prompts",
 )
 
@@ -171,7 +172,7 @@ class _Scoring:
         placement = plan(torch.cuda.device_count(), device=settings.device)
         progress(Note(f"on {placement.transformer} ({placement.reason})"))
         self.placement = placement
-        loaded = load_for(settings.sae, self.sources["pick"], settings.site)
+        loaded = load_for(settings.sae, self.sources["pick"], settings.site, progress)
         subjects = {name: subject_of(loaded, source, held_out=0.0) for name, source in self.sources.items()}
         self.site = subjects["pick"].site
         self.steps = self._steps(loaded)
@@ -283,6 +284,8 @@ class _Scoring:
             "device": self.placement.transformer.split(":")[0],
             "asked": len(bench.comparisons),
         }
+        if any(part.used is not None for part in (bench.pick, bench.report)):
+            key["padding"] = "left out"
         if row in OF_THE_SAE:
             key["sae"] = self.weights
         elif row in ("untrained", "random"):

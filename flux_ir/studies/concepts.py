@@ -177,7 +177,7 @@ class Readers:
             case "neurons":
                 return best_directions(self.bench, self._neurons, None)
             case "pca":
-                return best_directions(self.bench, self._space, principal_axes(self._space.pick))
+                return best_directions(self.bench, self._space, principal_axes(self._read))
             case "random":
                 return best_directions(self.bench, self._space, random_directions(d, count, self.bench.seed))
             case "mean_difference":
@@ -209,6 +209,12 @@ class Readers:
     def _space(self) -> Space:
         return Space(self.bench.pick.values(), self.bench.report.values())
 
+    @property
+    def _read(self) -> Tensor:
+        """The tokens of the set that picks, without padding: [tokens, d]."""
+        used = self.bench.pick.used
+        return self._space.pick if used is None else self._space.pick[used.flatten()]
+
     @cached_property
     def _noisy(self) -> Space:
         return Space(self.bench.pick.noisy(), self.bench.report.noisy())
@@ -221,7 +227,7 @@ class Readers:
     def _untrained(self) -> SparseAutoencoder:
         """One with as many features as the autoencoder, so many of them per token, as training would start it."""
         config = SAEConfig("topk", self._space.pick.shape[1], self.sae.config.d_sae, k=self.k, seed=self.bench.seed)
-        return make_sae(config, sample=self._space.pick[:: max(1, len(self._space.pick) // 100_000)].float())
+        return make_sae(config, sample=self._read[:: max(1, len(self._read) // 100_000)].float())
 
 
 def features_per_token(sae: SparseAutoencoder, part: Part) -> int:
@@ -229,7 +235,8 @@ def features_per_token(sae: SparseAutoencoder, part: Part) -> int:
     if sae.config.architecture in HAS_K and sae.config.k is not None:
         return sae.config.k
     codes = part.codes(sae)
-    return min(max(1, round(len(codes.token) / codes.tokens)), sae.config.d_sae)
+    tokens = codes.tokens if part.used is None else int(part.used.sum())
+    return min(max(1, round(len(codes.token) / tokens)), sae.config.d_sae)
 
 
 def limited(labels: Labels, most: int, seed: int) -> Labels:

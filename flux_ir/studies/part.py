@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.activations.blocks import NoisySource, TokenRun, TokenSource
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import FluxIRError, counted
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import Filters
 from flux_ir.sites import Site
@@ -92,6 +92,29 @@ class Part:
         """Some pictures after another: their numbers among the labelled ones, and their tokens [images, tokens, d]."""
         for rows, run, kept in self._runs():
             yield rows, run.floats()[torch.from_numpy(kept)].float()
+
+    @cached_property
+    def used(self) -> Tensor | None:
+        """Which tokens are no padding of the text: bool [images, tokens]. None: all.
+
+        Raises FluxIRError for a picture whose text is all padding: there is nothing to read.
+        """
+        if self.site is None or self.site.stream != "txt":
+            return None
+        parts = list[Tensor]()
+        for _, run, kept in self._runs():
+            used, chosen = Filters().used(run), torch.from_numpy(kept)
+            parts.append(torch.ones(len(kept), self.tokens_per_image).bool() if used is None else used[chosen])
+        found = torch.cat(parts)
+        if bool(found.all()):
+            return None
+        if empty := int((~found.any(1)).sum()):
+            raise FluxIRError(
+                f"every text must have a token that is no padding: {counted(empty, 'generation')} of {self.site} "
+                "have none",
+                hint="give the labels of generations with a prompt",
+            )
+        return found
 
     def values(self) -> Tensor:
         """All tokens of the labelled pictures, as stored: [images * tokens, d]."""

@@ -5,6 +5,7 @@ there are features (axes, neurons): beside the best feature stands what the best
 to, so that what is compared is what there is to pick from. Next: `concepts`, the study made of these rows.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ class Answer(NamedTuple):
     auroc: float
     """AUROC on the other one."""
     interval: tuple[float, float] | None
-    """The middle 95 % over draws of the reported prompts; None: not asked for."""
+    """The middle 95 % over draws of the reported prompts; None: not asked for, or no draw had both sides."""
     recall: float
     """The share of positives above the threshold."""
     precision: float | None
@@ -248,11 +249,13 @@ def _columns(
     which = torch.arange(part.images) if images is None else torch.from_numpy(images)
     numbers = torch.tensor([number for number, _ in chosen])
     signs = torch.tensor([float(sign) for _, sign in chosen])
-    found = []
+    used, found = part.used, []
     for some in torch.split(which, max(1, _NUMBERS // (each * max(len(chosen), tokens.shape[1])))):
         block = tokens.reshape(-1, each, tokens.shape[1])[some]
         values = block[:, :, numbers].float() if directions is None else block.float() @ directions[:, numbers]
         values *= signs
+        if used is not None and not of_tokens:
+            values.masked_fill_(~used[some, :, None], -math.inf)
         found.append(values.flatten(0, 1) if of_tokens else values.amax(1))
     return torch.cat(found).numpy()
 
@@ -282,8 +285,8 @@ def probes(bench: Bench, space: Space, *, shuffled: bool = False) -> Iterator[An
     order = permuted(bench.pick.labels, (bench.seed, 1)) if shuffled else None
     for of_tokens in (True, False):
         asked = [one for one in bench.comparisons if one.question.of_tokens == of_tokens]
-        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image)
-        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image)
+        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image, bench.pick.used)
+        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image, bench.report.used)
         for comparison in asked:
             probe = fitted(bench, comparison, there, order)
             scores = [_scores(probe, tokens) for tokens in (there, here)]
@@ -313,7 +316,9 @@ def number_probes(bench: Bench, space: Space, least: int) -> list[NumberAnswer]:
         rows = np.flatnonzero(np.isfinite(fit_on)), np.flatnonzero(np.isfinite(judge_on))
         if len(rows[1]) < least or 2 * len(rows[0]) < least:
             continue
-        x = [pooled(tokens, part.tokens_per_image) for tokens, part in zip(space, (there, here), strict=True)]
+        x = [
+            pooled(tokens, part.tokens_per_image, part.used) for tokens, part in zip(space, (there, here), strict=True)
+        ]
         probe = fit_ridge(x[0][torch.from_numpy(rows[0])], fit_on[rows[0]], there.labels.groups[rows[0]])
         predicted = probe.scores(x[1][torch.from_numpy(rows[1])])
         worth = r_squared(predicted, judge_on[rows[1]])
@@ -324,8 +329,8 @@ def number_probes(bench: Bench, space: Space, least: int) -> list[NumberAnswer]:
 def mean_differences(bench: Bench, space: Space) -> Iterator[Answer]:
     """The direction from the mean of the negatives to that of the positives."""
     for of_tokens in (True, False):
-        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image)
-        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image)
+        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image, bench.pick.used)
+        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image, bench.report.used)
         for comparison in [one for one in bench.comparisons if one.question.of_tokens == of_tokens]:
             positive, counted = bench.pick.flags(comparison)
             means = [_mean(there, np.flatnonzero(side)) for side in (positive, counted & ~positive)]
@@ -340,10 +345,20 @@ def fitted(bench: Bench, comparison: Comparison, x: Tensor, order: np.ndarray | 
     return fit_probe(x[torch.from_numpy(rows)].float(), positive[rows], bench.pick.groups(comparison)[rows])
 
 
-def pooled(tokens: Tensor, tokens_per_image: int) -> Tensor:
-    """The mean, the largest and the smallest of every picture's tokens, dimension by dimension: [images, 3 d]."""
+def pooled(tokens: Tensor, tokens_per_image: int, used: Tensor | None = None) -> Tensor:
+    """The mean, the largest and the smallest of every picture's tokens, dimension by dimension: [images, 3 d].
+
+    `used`, [images, tokens], are the tokens that are no padding; None: all.
+    """
     blocks = torch.split(tokens.reshape(-1, tokens_per_image, tokens.shape[1]), 64)
-    parts = [torch.cat([b.mean(1), b.amax(1), b.amin(1)], dim=1) for b in (block.float() for block in blocks)]
+    if used is None:
+        parts = [torch.cat([b.mean(1), b.amax(1), b.amin(1)], dim=1) for b in (block.float() for block in blocks)]
+        return torch.cat(parts)
+    parts = []
+    for values, kept in zip((block.float() for block in blocks), torch.split(used[:, :, None], 64), strict=True):
+        mean = values.where(kept, 0).sum(1) / kept.sum(1)
+        ends = values.where(kept, -math.inf).amax(1), values.where(kept, math.inf).amin(1)
+        parts.append(torch.cat([mean, *ends], dim=1))
     return torch.cat(parts)
 
 

@@ -1,5 +1,6 @@
 """The rows of the study on tokens of which it is known what they mean."""
 
+import copy
 from dataclasses import replace
 from math import comb
 
@@ -26,7 +27,29 @@ from flux_ir.studies.rows import (
     probes,
     random_directions,
 )
-from tests.studies.drawn import SITE, D, channels, drawn
+from tests.studies.drawn import SITE, TEXT, TOKENS, D, TrueScenes, channels, drawn
+
+
+class Texts(TrueScenes):
+    """The tokens of pictures as if they were those of texts, each of another length; the others are padding."""
+
+    @classmethod
+    def of(cls, source):
+        texts = copy.copy(source)
+        texts.__class__, texts.values = cls, source.values.clone()
+        return texts
+
+    def fill_padding(self, value):
+        for image in range(len(self.scenes)):
+            self.values[:, image, length_of(image) :] = value
+
+    def read_run(self, images, site, step, tokens=None, memory=None):
+        lengths = [length_of(image) for image in images]
+        return super().read_run(images, site, step, tokens)._replace(txt_tokens=TOKENS, used_txt=lengths)
+
+
+def length_of(image):
+    return 5 + image % 7
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +185,26 @@ def test_pictures_are_means_and_extremes_of_their_tokens():
     expected = tokens.float().reshape(3, 4, 3)
     found = pooled(tokens, 4)
     assert torch.allclose(found, torch.cat([expected.mean(1), expected.amax(1), expected.amin(1)], 1))
+
+
+def test_what_stands_in_padding_changes_no_row(bench):
+    asked = [one for one in bench.comparisons if not one.question.of_tokens][:2]
+    sides = [(Texts.of(part.source), part.labels) for part in (bench.pick, bench.report)]
+    found = []
+    for padding in (0.0, 1e4):
+        for source, _ in sides:
+            source.fill_padding(padding)
+        texts = Bench(*(Part(source, labels, TEXT, 0) for source, labels in sides), asked, draws=0)
+        readers = Readers(texts, channels(), None, null_draws=0)
+        names = ("sae", "untrained", "pca", "random", "mean_difference", "probe")
+        found.append({name: [(a.auroc, a.picked_on, a.chosen) for a in readers.row(name)] for name in names})
+    assert found[0] == found[1]
+    lengths = [length_of(int(image)) for image in texts.report.labels.images]
+    assert texts.report.used.sum(1).tolist() == lengths
+    dense = texts.report.values()
+    rows = [row[:length] for row, length in zip(dense.reshape(-1, TOKENS, D), lengths, strict=True)]
+    expected = torch.stack([torch.cat([row.mean(0), row.amax(0), row.amin(0)]) for row in rows])
+    assert torch.allclose(pooled(dense, TOKENS, texts.report.used), expected, atol=1e-6)
 
 
 def test_principal_axes_are_orthonormal_and_in_order():
