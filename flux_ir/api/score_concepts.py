@@ -396,6 +396,8 @@ class MeanRow(NamedTuple):
     negatives: Negatives
     concepts: int
     aurocs: dict[RowName, float]
+    recalls: dict[RowName, float]
+    """At 95 % precision where the threshold was picked; the null has none."""
     of_fewer: dict[int, float]
     """What the best of fewer features is expected to come to, by how many: as many as some readers have."""
 
@@ -403,17 +405,22 @@ class MeanRow(NamedTuple):
 def mean_rows(rows: Mapping[RowName, Any]) -> list[MeanRow]:
     """What a step's rows come to, kind by kind."""
     groups: dict[tuple[Any, Any, Any], dict[Any, list[float]]] = {}
+    recalls: dict[tuple[Any, Any, Any], dict[RowName, list[float]]] = {}
     for row, answered in rows.items():
         for one in answered["answers"]:
-            group = groups.setdefault((one["kind"], one["level"], one["negatives"]), {})
+            words = one["kind"], one["level"], one["negatives"]
+            group = groups.setdefault(words, {})
             group.setdefault(row, []).append(one["auroc"])
+            if "recall" in one:
+                recalls.setdefault(words, {}).setdefault(row, []).append(one["recall"])
             for count, expected in (one.get("chosen", {}).get("expected_of_fewer", {}) if row == "sae" else {}).items():
                 group.setdefault(int(count), []).append(expected)
     found = list[MeanRow]()
     for words, of_rows in groups.items():
         means = {row: sum(each) / len(each) for row, each in of_rows.items()}
         of_fewer = {count: means.pop(count) for count in list(means) if isinstance(count, int)}
-        found.append(MeanRow(*words, max(map(len, of_rows.values())), means, of_fewer))
+        recall = {row: sum(each) / len(each) for row, each in recalls.get(words, {}).items()}
+        found.append(MeanRow(*words, max(map(len, of_rows.values())), means, recall, of_fewer))
     return found
 
 

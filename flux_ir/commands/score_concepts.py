@@ -76,9 +76,10 @@ def run(options: ScoreConceptsOptions) -> None:
 
 
 def tables(scored: "ScoredConcepts") -> list[list[tuple[str, ...]]]:
-    """How many positives there are of every concept, then for each step the mean AUROC of every kind, row by row.
+    """How many positives there are of every concept, then for each step the mean AUROC and recall of every kind.
 
-    Last, what the best of fewer features is expected to come to: of as many as other readers have to pick from.
+    A reader's recall is at 95 % precision, beside its AUROC. Last, what the best of fewer features is expected to come
+    to: of as many as other readers have to pick from.
     """
     from flux_ir.api.score_concepts import LEVEL_WORDS, NEGATIVES_WORDS, mean_rows
     from flux_ir.studies.concepts import ROW_TITLES
@@ -87,13 +88,16 @@ def tables(scored: "ScoredConcepts") -> list[list[tuple[str, ...]]]:
     for step, rows in scored.result["steps"].items():
         means = mean_rows(rows)
         fewer = sorted({count for one in means for count in one.of_fewer})
-        titles = [*(ROW_TITLES[row] for row in rows), *(f"best of {count}" for count in fewer)]
-        table = [(f"step {step}, mean AUROC", "concepts", *titles)]
-        sizes = ["" if (size := rows[row]["candidates"]) is None else str(size) for row in rows]
+        columns = [(row, what) for row in rows for what in ("auroc", "recall") if (row, what) != ("null", "recall")]
+        titles = ["recall" if what == "recall" else ROW_TITLES[row] for row, what in columns]
+        titles += [f"best of {count}" for count in fewer]
+        table = [(f"step {step}, mean AUROC, recall at 95 % precision", "concepts", *titles)]
+        sizes = [str(rows[row]["candidates"] or "") if what == "auroc" else "" for row, what in columns]
         table.append(("candidates, each with both signs", "", *sizes, *map(str, fewer)))
         for one in means:
             name = f"{one.kind}, {LEVEL_WORDS[one.level]}, {NEGATIVES_WORDS[one.negatives]}"
-            cells = [f"{one.aurocs[row]:.3f}" if row in one.aurocs else "" for row in rows]
+            means_of = {"auroc": one.aurocs, "recall": one.recalls}
+            cells = [f"{means_of[what][row]:.3f}" if row in means_of[what] else "" for row, what in columns]
             cells += [f"{one.of_fewer[count]:.3f}" if count in one.of_fewer else "" for count in fewer]
             table.append((name, str(one.concepts), *cells))
         found.append(table)
@@ -101,7 +105,10 @@ def tables(scored: "ScoredConcepts") -> list[list[tuple[str, ...]]]:
 
 
 def counts_table(questions: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Positives to pick with and to report on, and those to report on by the shape they are of."""
+    """Positives to pick with and to report on, and those to report on by the shape they are of.
+
+    Where a concept is not asked about, the negatives are named against which positives or negatives are too few.
+    """
     from flux_ir.api.score_concepts import LEVEL_WORDS
 
     shapes = list(next((one["by_shape"] for one in questions if one["by_shape"]), {}))
@@ -113,7 +120,8 @@ def counts_table(questions: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]
         hard = next((other for other in same if other["negatives"] == "hard"), None)
         by_shape = [str(one["by_shape"][shape]) if one["by_shape"] else "" for shape in shapes]
         name = f"{one['kind']} {one['concept']}, {LEVEL_WORDS[one['level']]}"
-        few = "" if all(other["asked"] for other in same) else " (too few)"
+        against = " and ".join(other["negatives"] for other in same if not other["asked"])
+        few = f" (too few against {against})" if against else ""
         counts = [str(one[side]["positives"]) for side in ("pick", "report")]
         table.append((name + few, *counts, "" if hard is None else str(hard["report"]["positives"]), *by_shape))
     return table

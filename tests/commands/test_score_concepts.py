@@ -1,6 +1,7 @@
 """`flux-ir score-concepts` and `flux-ir probe` as they are typed, on small collections of flux-tiny with pictures."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flux_ir.activations.source import open_source
-from flux_ir.api.score_concepts import labels_of, score_concepts
+from flux_ir.api.score_concepts import LEVEL_WORDS, labels_of, score_concepts
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.commands.probe import main as probe
@@ -83,6 +84,21 @@ def test_features_are_scored_on_what_the_judge_saw_and_a_rerun_changes_no_byte(w
         assert one["asked"] == enough
     assert result["sets"]["pick"]["prompts"] + sum(result["sets"]["pick"]["left_out"].values()) >= 20
     assert Image.open(folder / "concepts_step_2.png").width > 500
+    lines = [re.split(r"  +", line.strip()) for line in printed.splitlines()]
+    few = {line[0] for line in lines if "(too few" in line[0]}
+    for one in result["questions"]:
+        same = [o for o in result["questions"] if all(o[key] == one[key] for key in ("kind", "concept", "level"))]
+        against = " and ".join(o["negatives"] for o in sorted(same, key=lambda o: o["negatives"]) if not o["asked"])
+        name = f"{one['kind']} {one['concept']}, {LEVEL_WORDS[one['level']]}"
+        assert (f"{name} (too few against {against})" in few) == bool(against)
+    (titles,) = [line for line in lines if line[0].startswith("step 2, mean AUROC")]
+    assert titles[2:6] == ["best feature", "recall", "PCA axis", "recall"]
+    (means,) = [line for line in lines if line[0] == "colour, any patch, hard ones"]
+    for column, row in ((2, "sae"), (4, "pca")):
+        words_ = {"kind": "colour", "level": "any", "negatives": "hard"}
+        chosen = [a for a in rows[row]["answers"] if all(a[key] == word for key, word in words_.items())]
+        expected = [np.mean([a[number] for a in chosen]) for number in ("auroc", "recall")]
+        assert [float(cell) for cell in means[column : column + 2]] == pytest.approx(expected, abs=6e-4)
     before = {path: path.read_bytes() for path in (tmp_path / "concepts").rglob("*") if path.is_file()}
     assert score(words) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "concepts").rglob("*") if path.is_file()} == before
