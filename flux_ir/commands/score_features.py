@@ -38,7 +38,10 @@ def run(options: ScoreFeaturesOptions) -> None:
 
 
 def summary(folder: "FeatureFolder") -> list[str]:
-    """A line per stream: how many features there are of each density, and what the autoencoder leaves unexplained."""
+    """Lines per stream: how many features there are of each density, and what the autoencoder leaves unexplained.
+
+    That is told of the whole autoencoder, and of each step where there are several.
+    """
     lines = []
     for stream, counts in folder.described["counts"].items():
         fvu = folder.fvu["per_stream"][stream]
@@ -47,6 +50,10 @@ def summary(folder: "FeatureFolder") -> list[str]:
         )
         left = "" if fvu is None else f"; FVU {100 * fvu:.2f}%"
         lines.append(f"{stream}: {folder.settings.d_sae} features on {counts['tokens']} tokens: {said}{left}")
+        of_steps = {step: folder.fvu["per_step_and_stream"][f"{step}.{stream}"] for step in folder.steps}
+        if len(of_steps) > 1:
+            each = ", ".join(f"{step}: {'-' if fvu is None else f'{100 * fvu:.2f}%'}" for step, fvu in of_steps.items())
+            lines.append(f"{stream}: FVU by step: {each}")
     return lines
 
 

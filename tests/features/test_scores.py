@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import flux_ir
+from flux_ir.commands.score_features import summary
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import ImageRow, ScorePart
 from flux_ir.features.folder import open_features
@@ -98,6 +99,15 @@ def test_the_unexplained_variance_is_that_of_its_definition(small, name, site, s
         rows = np.isfinite(x[:, chosen, ..., 0])
         some, hat = x[:, chosen][rows], x_hat[:, chosen][rows]
         assert found == pytest.approx(((some - hat) ** 2).sum() / ((some - some.mean(0)) ** 2).sum(), rel=1e-5)
+
+
+def test_the_commands_say_the_unexplained_variance_of_every_step(small):
+    folder = open_features(small / "features" / "whole")
+    lines = summary(folder)
+    assert [line.split(":")[0] for line in lines] == ["img", "img", "txt", "txt"]
+    for stream, line in (("img", lines[1]), ("txt", lines[3])):
+        each = [f"{step}: {100 * folder.fvu['per_step_and_stream'][f'{step}.{stream}']:.2f}%" for step in STEPS]
+        assert line == f"{stream}: FVU by step: {', '.join(each)}"
 
 
 def test_the_same_command_again_changes_no_byte_and_missing_parts_are_made_again(small, tmp_path):
