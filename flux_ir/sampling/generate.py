@@ -1,10 +1,12 @@
 """Whole prompts: noise and text in, steps out, pixels at the end. The pictures of a batch are independent."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
@@ -13,7 +15,6 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step, denoise
 from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, text_ids, unpack
-from flux_ir.sampling.side_by_side import side_by_side
 from flux_ir.shapes import Latent, PackedLatent, Pixels, Pooled, PositionIds, TxtTokens
 
 
@@ -131,3 +132,32 @@ def to_pixels(pictures: torch.Tensor) -> Pixels:
         )
     scaled = 127.5 * pictures.float().clamp(-1, 1) + 127.5
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+# ---- Pictures on a CPU: several at a time, each on its own share of the cores.
+# Threads that share a small picture wait for each other at every layer, and all the more where other programs run;
+# those that have one each never do. What a picture's share is depends on its size alone, so that a picture has the same
+# bits by itself and among others.
+
+
+PIXELS_PER_THREAD = 256 * 256  # with fewer, a second thread gains less than it waits
+
+
+def threads_per_picture(pixels: int, threads: int) -> int:
+    """How many of `threads` work on a picture of so many pixels."""
+    return min(threads, max(1, pixels // PIXELS_PER_THREAD))
+
+
+def side_by_side(work: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -> Tensor:
+    """`work(batch)` on the CPU, row by row: `pixels` is the size of the picture that each row stands for.
+
+    One row at a time is also faster than several together: what a layer hands to the next stays in the cache.
+    """
+    available = torch.get_num_threads()
+    share = threads_per_picture(pixels, available)
+    workers = available // share
+    try:
+        with ThreadPoolExecutor(workers, "pictures", initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            return torch.cat(list(pool.map(work, batch.chunk(len(batch)))))
+    finally:
+        torch.set_num_threads(available)  # a thread sets the number for itself, and for all that start later

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from flux_ir.activations.shards import read_shard
 from flux_ir.collecting import clip_images
-from flux_ir.collecting.captions import read_captions
 from flux_ir.collecting.clip_images import ClipCollection, ClipSettings, Networks
-from flux_ir.collecting.image_sources import ShardedImages, check_images, open_images
+from flux_ir.collecting.image_sources import ShardedImages, check_images, open_images, read_captions
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.errors import FluxIRError
 from flux_ir.models.clip import ClipVisionParams, Preprocessing

@@ -14,9 +14,8 @@ from PIL import Image
 from flux_ir.commands.explore_features import main
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.feature_list import prompt_words
-from flux_ir.explorer.feature_maps import Entries, encode_maps
 from flux_ir.explorer.feature_pages import PagesSettings, write_pages
-from flux_ir.explorer.feature_records import shard_records
+from flux_ir.explorer.feature_records import Entries, encode_maps, shard_records
 from flux_ir.explorer.feature_stages import read_groups, read_panels
 from flux_ir.features.folder import open_features
 from tests.explorer.feature_folder import add_later_stages, make_feature_folder, random_values

@@ -7,7 +7,7 @@ from PIL import Image
 
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import read_run
-from flux_ir.explorer.sprites import (
+from flux_ir.explorer.page import (
     BAND_PIXELS,
     MOST_TILE_PX,
     NOTHING,

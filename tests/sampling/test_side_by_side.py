@@ -5,8 +5,7 @@ import threading
 import pytest
 import torch
 
-from flux_ir.sampling.generate import decode
-from flux_ir.sampling.side_by_side import side_by_side, threads_per_picture
+from flux_ir.sampling.generate import decode, side_by_side, threads_per_picture
 
 SIDE_PX = 128
 
