@@ -94,7 +94,7 @@ def test_no_module_needs_transformers():
     code = (
         "import sys, importlib; sys.modules['transformers'] = None\n"
         f"for module in {modules}: importlib.import_module(module)\n"
-        "from flux_ir.demo.train_text import build_t5, build_tokenizer\n"
+        "from recipes.flux_tiny.text import build_t5, build_tokenizer\n"
         "from flux_ir.errors import FluxIRError\n"
         "try: build_t5(build_tokenizer())\n"
         "except FluxIRError as error: print(error)"

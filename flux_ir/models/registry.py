@@ -176,7 +176,7 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
     if not (folder / PARAMS_FILE).is_file():
         raise FluxIRError(
             f"{name} ships in the package, but its weights are not there: no {folder / PARAMS_FILE}",
-            hint="make them with `python -m flux_ir.demo.train`",
+            hint="install the package again, or make them in a checkout: `python -m recipes.flux_tiny.train`",
         )
     t5 = read_object(folder / "t5" / "config.json", required=("num_layers",))
     clip = read_object(folder / "clip" / "config.json", required=("num_hidden_layers", "max_position_embeddings"))

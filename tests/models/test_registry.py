@@ -81,7 +81,7 @@ def test_packaged_model_without_its_weights_says_how_to_make_them(tmp_path, monk
     monkeypatch.setitem(PACKAGED_MODELS, "flux-tiny", tmp_path / "nothing")
     with pytest.raises(FluxIRError, match="its weights are not there") as error:
         get_spec("flux-tiny")
-    assert "python -m flux_ir.demo.train" in error.value.hint
+    assert "python -m recipes.flux_tiny.train" in error.value.hint
 
 
 def test_damaged_facts_of_a_packaged_model_are_an_error_naming_the_file(packaged_folder):

@@ -358,6 +358,16 @@ class WeightAverage:
         weights: list[Tensor] = [p.data for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.averages.values()), weights, weight)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, under the names of the weights."""
+        return self.averages
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from stored averages."""
+        for name, average in self.averages.items():
+            average.copy_(state_dict[name])
+
     @torch.no_grad()
     def take_over(self) -> None:
         """Put the averages in the place of the weights. Rows of length one average to slightly less than that."""

@@ -9,13 +9,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from flux_ir.demo.checkpoints import Checkpoint, step_generator
-from flux_ir.demo.evaluate import BARS, bar_for, main, write_quality
-from flux_ir.demo.export import export
 from flux_ir.demo.judge import Row
 from flux_ir.demo.scenes import scenes
-from flux_ir.demo.train_autoencoder import AE_PARAMS, AutoencoderConfig, crops, measure_latents, train_autoencoder
-from flux_ir.demo.train_flow import (
+from flux_ir.errors import FluxIRError
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.placement import plan
+from flux_ir.models.registry import packaged_spec
+from flux_ir.models.sources import locate_model
+from flux_ir.models.suite import Suite
+from flux_ir.models.text import encode, load_clip, load_t5
+from recipes.flux_tiny.autoencoder import AE_PARAMS, AutoencoderConfig, crops, measure_latents, train_autoencoder
+from recipes.flux_tiny.checkpoints import Checkpoint, step_generator
+from recipes.flux_tiny.evaluate import BARS, bar_for, main, write_quality
+from recipes.flux_tiny.export import export
+from recipes.flux_tiny.flow import (
     FLUX_PARAMS,
     Bank,
     FlowConfig,
@@ -24,7 +31,7 @@ from flux_ir.demo.train_flow import (
     start_model,
     train_flow,
 )
-from flux_ir.demo.train_text import (
+from recipes.flux_tiny.text import (
     TEXT_TOKENS,
     Describer,
     TextConfig,
@@ -35,13 +42,6 @@ from flux_ir.demo.train_text import (
     token_targets,
     train_text,
 )
-from flux_ir.errors import FluxIRError
-from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.placement import plan
-from flux_ir.models.registry import packaged_spec
-from flux_ir.models.sources import locate_model
-from flux_ir.models.suite import Suite
-from flux_ir.models.text import encode, load_clip, load_t5
 
 SMALL_AE = AutoencoderConfig(steps=4, batch=2, crop_px=32)
 SMALL_TEXT = TextConfig(steps=6, batch=8)
@@ -178,7 +178,7 @@ def test_measured_latents_have_mean_zero_and_variance_one() -> None:
     torch.manual_seed(0)
     autoencoder = AutoEncoder(AE_PARAMS).eval()
     autoencoder.params = measure_latents(autoencoder, seed=0, count=4)
-    from flux_ir.demo.train_autoencoder import picture_batches
+    from recipes.flux_tiny.autoencoder import picture_batches
 
     with torch.no_grad():
         latents = torch.cat([autoencoder.encode(batch) for batch in picture_batches(0, 4)])

@@ -1,4 +1,4 @@
-"""Makes flux-tiny, from nothing to the files in `flux_ir/models/assets/flux-tiny`: `python -m flux_ir.demo.train`.
+"""Makes flux-tiny, from nothing to the files in `flux_ir/models/assets/flux-tiny`: `python -m recipes.flux_tiny.train`.
 
 Four stages, each with its own checkpoint in the run folder: the autoencoder, the text encoders, the flow model, the
 export. Stop it whenever you like; the same command goes on where it stopped.
@@ -15,11 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
-from flux_ir.demo.checkpoints import Checkpoint
 from flux_ir.demo.drawing import SIDE_PX
-from flux_ir.demo.export import export
-from flux_ir.demo.train_autoencoder import AE_PARAMS, AutoencoderConfig, measure_latents, train_autoencoder
-from flux_ir.demo.train_flow import (
+from flux_ir.errors import FluxIRError
+from flux_ir.layout import complete_file
+from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.registry import ASSETS
+from recipes.flux_tiny.autoencoder import AE_PARAMS, AutoencoderConfig, measure_latents, train_autoencoder
+from recipes.flux_tiny.checkpoints import Checkpoint
+from recipes.flux_tiny.export import export
+from recipes.flux_tiny.flow import (
     Bank,
     FlowConfig,
     TextToVelocity,
@@ -28,11 +32,7 @@ from flux_ir.demo.train_flow import (
     start_model,
     train_flow,
 )
-from flux_ir.demo.train_text import Describer, TextConfig, build_clip, build_t5, build_tokenizer, train_text
-from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
-from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.registry import ASSETS
+from recipes.flux_tiny.text import Describer, TextConfig, build_clip, build_t5, build_tokenizer, train_text
 
 console = Console(stderr=True)
 
@@ -112,7 +112,7 @@ def train(training: Training) -> None:
 
 def parse(argv: list[str]) -> tuple[Training, Path, bool]:
     """The training, the folder to export to, and whether to export only."""
-    parser = argparse.ArgumentParser(prog="python -m flux_ir.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.flux_tiny.train", description=__doc__)
     parser.add_argument("--run_dir", type=Path, default=Path("demo_runs/flux-tiny"), help="checkpoints go here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--flow_steps", type=int, default=FlowConfig.steps, help="optimiser steps of the flow model")
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         return 130
-    console.print(f"flux-tiny is in {export_dir}; judge it with python -m flux_ir.demo.evaluate")
+    console.print(f"flux-tiny is in {export_dir}; judge it with python -m recipes.flux_tiny.evaluate")
     return 0
 
 

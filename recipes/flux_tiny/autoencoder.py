@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_ir.demo.checkpoints import Checkpoint, step_generator
 from flux_ir.demo.drawing import SIDE_PX, draw
 from flux_ir.demo.scenes import scene_at, scenes
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams, kl_to_standard_normal
 from flux_ir.models.compute_dtype import bfloat16_on
+from recipes.flux_tiny.checkpoints import Checkpoint, step_generator
 
 AE_PARAMS = AutoEncoderParams(
     resolution=SIDE_PX,

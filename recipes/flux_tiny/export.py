@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flux_ir.demo.train_autoencoder import held_out_psnr_db
-from flux_ir.demo.train_flow import TextToVelocity
 from flux_ir.layout import complete_file, write_json
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.pretrained import CONFIG_FILE
 from flux_ir.models.text import TextEncoder
 from flux_ir.models.text.t5 import T5Encoder
 from flux_ir.models.text.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
+from recipes.flux_tiny.autoencoder import held_out_psnr_db
+from recipes.flux_tiny.flow import TextToVelocity
 
 DEFAULT_STEPS = 8
 PROVENANCE = "provenance.json"
@@ -71,7 +71,7 @@ def provenance(run_dir: Path, folder: Path, psnr_db: float) -> dict[str, object]
         for stage in ("autoencoder", "text", "flow")
     }
     return {
-        "command": "python -m flux_ir.demo.train",
+        "command": "python -m recipes.flux_tiny.train",
         "flux_ir": version("flux-ir"),
         "torch": torch.__version__,
         "transformers": version("transformers"),

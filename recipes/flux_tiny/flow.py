@@ -4,7 +4,6 @@ Rectified flow (Liu et al., 2022): x_t = (1 - t) x0 + t eps, and the network pre
 trained with Muon (Jordan et al., 2024), everything else with AdamW; a moving average of the weights is what ships.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,16 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flux_ir.demo.checkpoints import Checkpoint, step_generator
 from flux_ir.demo.scenes import scenes
-from flux_ir.demo.train_autoencoder import picture_batches
-from flux_ir.demo.train_text import TEXT_DIM, Describer
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import bfloat16_on
 from flux_ir.models.text import TextEncoder
 from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.sae.training.step import WeightAverage
 from flux_ir.sampling.latents import image_ids, pack, text_ids
+from recipes.flux_tiny.autoencoder import picture_batches
+from recipes.flux_tiny.checkpoints import Checkpoint, step_generator
+from recipes.flux_tiny.text import TEXT_DIM, Describer
 
 FLUX_PARAMS = FluxParams(
     in_channels=64,
@@ -141,26 +141,6 @@ def build_optimisers(model: TextToVelocity, config: FlowConfig) -> list[torch.op
     return [muon, adamw]
 
 
-class MovingAverage:
-    """Exponential moving average of a network's weights, in float32."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards `model`; faster in the first steps, so that the average forgets its random start."""
-        weight = max(1 - self.decay, 1 / (step + 1))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(state_dict)
-
-
 def start_model(describer: Describer, config: FlowConfig, params: FluxParams = FLUX_PARAMS) -> TextToVelocity:
     """An untrained transformer with the pre-trained text encoders."""
     torch.manual_seed(config.seed)
@@ -174,7 +154,7 @@ def train_flow(
 ) -> Iterator[dict[str, float]]:
     """Yields the loss of every optimiser step; the checkpoint holds the model and its moving average (`ema`)."""
     model = model.to(device).train()
-    ema = MovingAverage(model, config.ema_decay)
+    ema = WeightAverage(dict(model.named_parameters()), config.ema_decay)
     muon, adamw = build_optimisers(model, config)
     velocity = torch.compile(model.flux) if config.compile else model.flux
     img_ids = image_ids(config.batch, side_px, side_px).to(device)
@@ -197,5 +177,5 @@ def train_flow(
                 group["lr"] = group["peak_lr"] * learning_rate_factor(config, step)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        ema.update(model, step)
+        ema.update(step)
         yield {"step": step, "loss": loss.item()}

@@ -1,4 +1,4 @@
-"""How well flux-tiny draws what a caption says: `python -m flux_ir.demo.evaluate`.
+"""How well flux-tiny draws what a caption says: `python -m recipes.flux_tiny.evaluate`.
 
 Samples held-out captions at the default number of steps, lets `judge` look at the pixels and prints a table. `--write`
 puts the table into the model's provenance.
@@ -98,7 +98,7 @@ def write_quality(folder: Path, rows: list[Row], num_steps: int) -> None:
     path = folder / PROVENANCE_FILE
     provenance = json.loads(path.read_text(encoding="utf-8"))
     provenance["quality"] = {
-        "command": "python -m flux_ir.demo.evaluate --write",
+        "command": "python -m recipes.flux_tiny.evaluate --write",
         "held_out_captions": sum(row.n for row in rows if row.aspect == "background"),
         "num_steps": num_steps,
         "rows": [{**row._asdict(), "share": round(row.share, 4)} for row in rows],
@@ -108,7 +108,7 @@ def write_quality(folder: Path, rows: list[Row], num_steps: int) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m flux_ir.demo.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.flux_tiny.evaluate", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ASSETS / "flux-tiny", help="the exported model")
     parser.add_argument("--captions", type=int, default=500, help="how many held-out captions")
     parser.add_argument("--num_steps", type=int, default=None, help="Euler steps (default: the model's own)")

@@ -21,13 +21,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from flux_ir.demo.checkpoints import Checkpoint
 from flux_ir.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, scenes, vocabulary
 from flux_ir.errors import FluxIRError
 from flux_ir.models.text import TextEncoder
 from flux_ir.models.text.clip import ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
 from flux_ir.models.text.tokenizer import PromptTokenizer
+from recipes.flux_tiny.checkpoints import Checkpoint
 
 TEXT_TOKENS = 20
 TEXT_DIM = 128
