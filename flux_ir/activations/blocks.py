@@ -45,6 +45,11 @@ class TokenBlock(NamedTuple):
         """The values to compute with, [tokens, d]: bfloat16, float16 or float32."""
         return floats(self.values, self.scale)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(part.nbytes for part in (self.values, self.scale, self.positions) if part is not None)
+
 
 class TokenRun(NamedTuple):
     """Some tokens of images that lie one after the other in a source, at one site and step."""

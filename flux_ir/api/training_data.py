@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flux_ir.activations.blocks import TokenBlock, TokenSource, run_of
-from flux_ir.activations.prefetch import block_bytes, stream_blocks
 from flux_ir.activations.source import open_source
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.collecting.collection import CollectSettings, weights_digest
@@ -37,6 +36,7 @@ from flux_ir.sae.data.whitening import Whitening, repeated, undecided_covariance
 from flux_ir.sae.evaluation.metrics import EvaluationBatch, Group, outlier_limits
 from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
+from flux_ir.threads import ahead
 
 SAMPLE_TOKENS = 8_192  # that b_dec starts from
 MEASURED_TOKENS = 100_000  # that the normalisation is measured on
@@ -371,8 +371,9 @@ def _stream(settings: CollectSettings, suite: Suite) -> Callable[[int], Iterator
     """What begins the live stream of these settings at a generation."""
 
     def blocks(start: int) -> Iterator[TokenBlock]:
-        with stream_blocks(lambda: live_blocks(settings, suite, start=start), capacity_bytes=AHEAD_BYTES) as ahead:
-            yield from ahead
+        live = partial(live_blocks, settings, suite, start=start)
+        with ahead(live, capacity=AHEAD_BYTES, size=lambda block: block.nbytes) as made:
+            yield from made
 
     return blocks
 
@@ -405,5 +406,5 @@ class _Beginning:
                     return
                 self._generations += 1
             generation = block.generation
-            tokens, nbytes = tokens + len(block.values), nbytes + block_bytes(block)
+            tokens, nbytes = tokens + len(block.values), nbytes + block.nbytes
             yield block

@@ -6,7 +6,7 @@ stopped, and memory does not grow with the number of pictures.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -46,6 +46,7 @@ from flux_ir.layout import disk_error
 from flux_ir.models.clip import ClipVision, Preprocessing, TokenChoice, choose_tokens, read_pixels, tokens_of
 from flux_ir.models.text import TextEncoder
 from flux_ir.recording.statistics import SiteStatistics
+from flux_ir.threads import in_order
 
 IMAGE_KEY, TEXT_KEY = "clip.image", "clip.text"
 SHARD_BYTES = 64 * 10**6  # a shard is in memory while it is filled
@@ -253,23 +254,14 @@ def _batches(
     pictures: Iterator[Picture], batch_size: int, networks: Networks
 ) -> Iterator[tuple[list[Picture], Tensor]]:
     """The pictures, batch by batch: the next one is decoded by threads while this one is computed."""
-    read = partial(_read, networks.preprocessing)
-    with ThreadPoolExecutor(READERS, "pictures") as pool:
-        waiting: tuple[list[Picture], list[Future[Tensor]]] | None = None
-        try:
-            while batch := list(islice(pictures, batch_size)):
-                submitted = [pool.submit(read, picture) for picture in batch]
-                if waiting is not None:
-                    yield waiting[0], torch.stack([future.result() for future in waiting[1]])
-                waiting = batch, submitted
-            if waiting is not None:
-                yield waiting[0], torch.stack([future.result() for future in waiting[1]])
-        finally:
-            pool.shutdown(cancel_futures=True)
+    work = partial(_read, networks.preprocessing)
+    with closing(in_order(work, pictures, READERS, most=2 * batch_size, torch_threads=None)) as read:
+        while batch := list(islice(read, batch_size)):
+            yield [picture for picture, _ in batch], torch.stack([pixels for _, pixels in batch])
 
 
-def _read(preprocessing: Preprocessing, picture: Picture) -> Tensor:
-    return read_pixels(picture.content, preprocessing, where=picture.where)
+def _read(preprocessing: Preprocessing, picture: Picture) -> tuple[Picture, Tensor]:
+    return picture, read_pixels(picture.content, preprocessing, where=picture.where)
 
 
 def _check_finite(key: str, values: Tensor, batch: Sequence[Picture]) -> None:

@@ -50,7 +50,7 @@ from flux_ir.collecting.shard_notes import (
     merge_statistics,
 )
 from flux_ir.collecting.storage import Storage, one_job_at
-from flux_ir.collecting.workers import borrowed, in_order, replicas
+from flux_ir.collecting.workers import borrowed, replicas
 from flux_ir.distributed import Ranks, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import disk_error
@@ -63,6 +63,7 @@ from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import unpack
 from flux_ir.shapes import PackedLatent, Pixels
+from flux_ir.threads import in_order
 
 GPU_WRITERS = 4
 """Threads that write what one GPU records: rounding, checksums and statistics of a batch take longer than its copy."""
@@ -136,14 +137,14 @@ class Collector:
         workers = max(2, self.workers)
         shards = map(self.collection.shard, self.shards)
         look = partial(self._look_at, checksums=checksums)
-        for shard, intact in in_order(look, shards, workers):
+        for shard, intact in in_order(look, shards, workers, torch_threads=1):
             if not intact:
                 self._open.append(shard.number)
                 self.missing += len(shard.items)
             prompts = list(dict.fromkeys(item.prompt for item in shard.items))
             needed = set() if intact else set(prompts)
             needs = partial(needs_encoding, self.storage, needed=needed, checksums=checksums)
-            for prompt, to_encode in zip(prompts, in_order(needs, prompts, workers), strict=True):
+            for prompt, to_encode in zip(prompts, in_order(needs, prompts, workers, torch_threads=1), strict=True):
                 if to_encode:
                     self._to_encode[prompt] = None
             yield intact
@@ -208,10 +209,10 @@ class Collector:
         with ExitStack() as stack:
             jobs = self._jobs(shards, stack.enter_context(open_shards()))
             if self.two_stages:
-                drawn = stack.enter_context(closing(in_order(draw, jobs, 1)))
-                yield from in_order(self._write, drawn, self.workers)
+                drawn = stack.enter_context(closing(in_order(draw, jobs, 1, torch_threads=1)))
+                yield from in_order(self._write, drawn, self.workers, torch_threads=1)
             else:
-                yield from in_order(lambda job: self._write(draw(job)), jobs, self.workers)
+                yield from in_order(lambda job: self._write(draw(job)), jobs, self.workers, torch_threads=1)
 
     def _jobs(self, shards: Iterable[Shard], opened: "list[OpenShard]") -> "Iterator[_Job]":
         """The batches to record, and in the list the shards that they are written to."""

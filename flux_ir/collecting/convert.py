@@ -31,12 +31,12 @@ from flux_ir.collecting.prompts import WorkItem, prompts_digest
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.shard_notes import FileFacts, Statistics
 from flux_ir.collecting.storage import Storage, one_job_at
-from flux_ir.collecting.workers import in_order
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.store import load_capture
 from flux_ir.sites import Site
+from flux_ir.threads import in_order
 
 OLD_VERSION = 1
 
@@ -98,7 +98,7 @@ class Conversion:
             ends = list(accumulate(map(len, shard.batches)))
             spans = [range(end - len(batch), end) for end, batch in zip(ends, shard.batches, strict=True)]
             convert = partial(self._convert_batch, opened[0], rows)
-            for written in in_order(convert, spans, torch.get_num_threads()):
+            for written in in_order(convert, spans, torch.get_num_threads(), torch_threads=1):
                 opened[0].count(written)
             opened[0].finish()
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from flux_ir.collecting.storage import Storage, move_aside
-from flux_ir.collecting.workers import in_order
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding, encode
+from flux_ir.threads import in_order
 
 Made = TypeVar("Made")
 
@@ -102,7 +102,7 @@ def _embedded(
     def embed(prompt: str) -> Made:
         return then([prompt], _embed_chunk(encoders, [prompt]))
 
-    yield from in_order(embed, prompts, torch.get_num_threads())
+    yield from in_order(embed, prompts, torch.get_num_threads(), torch_threads=1)
 
 
 def _embed_chunk(encoders: TextEncoders, prompts: Sequence[str], *, fill_to: int = 1) -> list[EmbeddedPrompt]:

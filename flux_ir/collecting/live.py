@@ -18,11 +18,12 @@ from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.collecting.prompts import WorkItem, WorkList
 from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, batches_of, check_finite, record_batch
-from flux_ir.collecting.workers import in_order, replicas
+from flux_ir.collecting.workers import replicas
 from flux_ir.distributed import Ranks
 from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
 from flux_ir.recording.pieces import ScaleOf, pieces_of_site, positions
+from flux_ir.threads import in_order
 
 
 def live_blocks(
@@ -47,7 +48,7 @@ def live_blocks(
         size = settings.batch_size or (cpu_batch(recipe) if on_cpu else gpu_batch(model, recipe))
         record = partial(_record, replicas(model, workers), recipe)
         batches = _batches(suite, work, shards, images, size, start)
-        with closing(in_order(record, batches, workers)) as recorded:
+        with closing(in_order(record, batches, workers, torch_threads=1)) as recorded:
             for skipped, batch in recorded:
                 for generation in batch.generations()[skipped:]:
                     yield from blocks_of(recipe, generation)

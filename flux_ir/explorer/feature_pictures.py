@@ -8,7 +8,7 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import ScorePart
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.layout import complete_file
+from flux_ir.threads import in_order
 
 SHARD = 1024
 """Pictures of a file of facts."""
@@ -28,7 +29,6 @@ FOLDER = 1000
 """Pictures of a folder of small pictures, and of patches."""
 QUALITY = 80
 READERS = 2  # threads: Pillow decodes outside Python's lock
-AHEAD = 64  # pictures that are worked on at once
 
 WIDE = 65536
 """Features that have a number of two bytes."""
@@ -50,14 +50,13 @@ def draw_thumbnails(folder: FeatureFolder, target: Path, images: Sequence[int], 
     """
     missing = [image for image in images if not numbered(target, image, ".webp").exists()]
     yield from (image for image in images if image not in set(missing))
-    with ThreadPoolExecutor(READERS, thread_name_prefix="thumbnail") as pool:
-        for start in range(0, len(missing), AHEAD):
-            some = missing[start : start + AHEAD]
-            paths = [_picture(folder, image) for image in some]
-            for image, small in zip(some, pool.map(lambda path: _thumbnail(path, side_px), paths), strict=True):
-                with complete_file(numbered(target, image, ".webp")) as beside:
-                    beside.write_bytes(small)
-                yield image
+    paths = ((image, _picture(folder, image)) for image in missing)
+    drawn = in_order(lambda item: (item[0], _thumbnail(item[1], side_px)), paths, READERS, torch_threads=None)
+    with closing(drawn):
+        for image, small in drawn:
+            with complete_file(numbered(target, image, ".webp")) as beside:
+                beside.write_bytes(small)
+            yield image
 
 
 def _picture(folder: FeatureFolder, image: int) -> Path:

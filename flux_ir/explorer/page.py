@@ -4,7 +4,6 @@ import io
 import os
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from math import ceil, isqrt
 from pathlib import Path
@@ -17,6 +16,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import Block, Lens, Run, read_run, run_entry
 from flux_ir.explorer.document import filled, joined, policy, safe_json
 from flux_ir.layout import complete_file
+from flux_ir.threads import in_order
 
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data
 STYLES = ("base.css", "explorer.css")
@@ -222,10 +222,9 @@ def _draw_band(run: Run, lens: Lens, plan: Plan, blocks: Sequence[Block]) -> byt
         if (path := run.pictures[lens].get((block, step))) is not None
     ]
     band = Image.new("RGB", (size[0] * len(run.steps), size[1] * len(blocks)), NOTHING)
-    with ThreadPoolExecutor(READERS, thread_name_prefix="thumbnail") as pool:
-        tiles = pool.map(lambda place: _thumbnail(place[0], size), places)
-        for (_, corner), tile in zip(places, tiles, strict=True):
-            band.paste(tile, corner)
+    tiles = in_order(lambda place: _thumbnail(place[0], size), places, READERS, torch_threads=None)
+    for (_, corner), tile in zip(places, tiles, strict=True):
+        band.paste(tile, corner)
     jpeg = io.BytesIO()
     band.save(jpeg, format="JPEG", quality=QUALITY)
     return jpeg.getvalue()

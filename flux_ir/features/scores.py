@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flux_ir.collecting.workers import in_order
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import FeatureSettings, FeatureTable
 from flux_ir.features.folder import FeatureFolder, write_tensors
@@ -26,6 +25,7 @@ from flux_ir.features.scoring import Sample, Scoring, Tokens
 from flux_ir.features.table import Sums, counts_of, unexplained
 from flux_ir.sae.kernels.choose import sparse_decode
 from flux_ir.sites import Stream
+from flux_ir.threads import in_order
 
 CHUNK_TOKENS = 8192
 """Tokens encoded before they are sorted into rows. Bits may depend on it, so no flag changes it."""

@@ -5,7 +5,7 @@ Beside the pictures stand the numbers of `measures`, collected into one `lens.js
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.shapes import PackedLatent, Pixels
 from flux_ir.sites import Site
+from flux_ir.threads import in_order
 
 # Drift beyond these is no rounding (of a bf16 state on another device, with much to spare), and no likeness either.
 ROUNDING, NOT_THE_SAME = 0.01, 0.25
@@ -137,18 +138,12 @@ class LensDecoder:
                 f"state is {self.drift:.1%} off the sampler's",
                 hint="capture again; with --checkpoint it is read by the weights you name, whatever they give",
             )
-        with ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="jpeg") as pool:
-            waiting: list[Future[Decoded]] = []
-            try:
-                for places, pixels in self._batches():
-                    waiting += [pool.submit(self._write, place, pixels, i) for i, place in enumerate(places)]
-                    while waiting and (waiting[0].done() or len(waiting) > WAITING_PICTURES):
-                        yield waiting.pop(0).result()
-                for future in waiting:
-                    yield future.result()
-            except BaseException:  # Ctrl-C and full disks above all: what is not begun is left
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        jobs = ((place, pixels, row) for places, pixels in self._batches() for row, place in enumerate(places))
+        written = in_order(
+            lambda job: self._write(*job), jobs, WRITER_THREADS, most=WAITING_PICTURES, torch_threads=None
+        )
+        with closing(written):
+            yield from written
 
     def _batches(self) -> Iterator[tuple[list[Place], Pixels]]:
         places: list[Place] = []

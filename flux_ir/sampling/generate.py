@@ -1,7 +1,6 @@
 """Whole prompts: noise and text in, steps out, pixels at the end. The pictures of a batch are independent."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step, denoise
 from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, text_ids, unpack
 from flux_ir.shapes import Latent, PackedLatent, Pixels, Pooled, PositionIds, TxtTokens
+from flux_ir.threads import in_order
 
 
 class Inputs(NamedTuple):
@@ -156,8 +156,4 @@ def side_by_side(work: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -
     available = torch.get_num_threads()
     share = threads_per_picture(pixels, available)
     workers = available // share
-    try:
-        with ThreadPoolExecutor(workers, "pictures", initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            return torch.cat(list(pool.map(work, batch.chunk(len(batch)))))
-    finally:
-        torch.set_num_threads(available)  # a thread sets the number for itself, and for all that start later
+    return torch.cat(list(in_order(work, batch.chunk(len(batch)), workers, torch_threads=share)))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from flux_ir.activations.prefetch import running_ahead, stream_blocks
 from flux_ir.activations.source import open_source
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import collect
@@ -17,6 +16,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.sites import Site
+from flux_ir.threads import ahead
 
 PROMPTS = ["a red circle", "a small blue square", "a red circle", "a large green triangle on a white background"]
 SITES = tuple(map(Site.parse, ("double.0.img", "double.1.txt", "single.1", "single.2.img.neurons")))
@@ -74,7 +74,7 @@ def test_live_blocks_are_those_of_a_collection_bit_for_bit(suite, tmp_path, dtyp
         for step in source.steps
         for site in source.sites
     ]
-    with stream_blocks(lambda: live_blocks(settings, suite), capacity_bytes=10**6) as blocks:
+    with ahead(lambda: live_blocks(settings, suite), capacity=10**6, size=lambda block: block.nbytes) as blocks:
         live = list(blocks)
     assert len(live) == len(expected) == len(PROMPTS) * 2 * len(SITES)
     for block, stored in zip(live, expected, strict=True):
@@ -100,9 +100,13 @@ def test_ranks_share_the_groups(suite):
 
 
 def test_every_iterator_of_a_stream_begins_anew_and_leaves_no_hook(suite):
-    blocks = running_ahead(lambda: live_blocks(settings_of(), suite), capacity_bytes=10**6)
-    first, again = next(blocks()), next(blocks())
-    assert_same(first, again)
+    found = []
+    for _ in range(2):
+        with ahead(
+            lambda: live_blocks(settings_of(), suite), capacity=10**6, size=lambda block: block.nbytes
+        ) as blocks:
+            found.append(next(blocks))
+    assert_same(*found)
     with suite.transformer() as model:
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

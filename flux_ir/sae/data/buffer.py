@@ -7,7 +7,6 @@ first.
 """
 
 import threading
-import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data.feed import Feed, Read, Row, Rows
 from flux_ir.sae.data.filters import SiteKey
+from flux_ir.sae.kernels.spare_memory import SpareMemory
 
 READERS = 3  # threads that read blocks: some wait for the disk while others check and move rows
 _SPARE = 2  # buffers whose memory waits to be used again
@@ -159,7 +159,7 @@ class Filler:
         self.feed, self.seed, self.capacity, self.device = feed, seed, capacity, device
         self.prefetch, self.page_cache = prefetch, page_cache
         self._layout = feed.layout
-        self._spare: dict[SiteKey, _SpareMemory] = defaultdict(_SpareMemory)
+        self._spare: dict[SiteKey, SpareMemory] = defaultdict(lambda: SpareMemory(_SPARE))
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._own = threading.local()
         self._threads: list[ThreadPoolExecutor] = []
@@ -281,24 +281,7 @@ class Filler:
         """Uninitialised memory [rows, d]."""
         if self.device.type != "cpu":
             return torch.empty(rows, row.d, dtype=row.dtype, device=self.device)
-        return self._spare[site].bytes(rows * row.nbytes).view(row.dtype).view(rows, row.d)
-
-
-class _SpareMemory:
-    """Memory that is given out again when the last tensor that used it is gone: fresh pages cost more than reading."""
-
-    def __init__(self) -> None:
-        self._free: deque[NDArray[np.uint8]] = deque(maxlen=_SPARE)
-
-    def bytes(self, nbytes: int) -> Tensor:
-        """An uninitialised tensor uint8 [nbytes]."""
-        memory = self._free.pop() if self._free else np.empty(nbytes, np.uint8)
-        if memory.nbytes < nbytes:
-            memory = np.empty(nbytes, np.uint8)
-        # The tensor's storage holds `loan` and nothing else does, so its end is the end of every batch of the buffer.
-        loan = memory[:nbytes]
-        weakref.finalize(loan, self._free.append, memory)
-        return torch.from_numpy(loan)
+        return self._spare[site].empty((rows, row.d), row.dtype)
 
 
 def _taken(values: Tensor, rows: slice | NDArray[np.int64]) -> Tensor:

@@ -6,9 +6,6 @@ few features share many entries (auxiliary features, tests) the dense product ov
 Numbers agree with `reference`; with a bfloat16 shadow, to bfloat16's accuracy.
 """
 
-from collections.abc import Callable
-from functools import cached_property
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +15,7 @@ from torch.nn import functional as F
 
 from flux_ir.sae.kernels.reference import EncodedTopK
 from flux_ir.sae.kernels.selection import largest, top_k
+from flux_ir.sae.kernels.spare_memory import SpareMemory
 
 __all__ = ["adam_rows_", "encode_top_k", "sparse_decode", "top_k"]
 
@@ -186,7 +184,7 @@ def rows_gradient(values: Tensor, indices: Tensor, vectors: Tensor, d_sae: int, 
     """The gradient [F, d] of a weight matrix: for each feature the sum, over its entries, of value times the token's
     vector. Entries are sorted by feature; each row of the result is written once.
     """
-    gradient = _BUFFERS.empty((d_sae, vectors.shape[1]), dtype)
+    gradient = _GRADIENTS.empty((d_sae, vectors.shape[1]), dtype)
     used = _Used.of(indices, d_sae)
     if used is not None:
         part = used.dense(values, vectors.dtype).t() @ vectors
@@ -207,43 +205,7 @@ def rows_gradient(values: Tensor, indices: Tensor, vectors: Tensor, d_sae: int, 
     return gradient
 
 
-class _Buffers:
-    """Memory for gradients that is used again once nothing refers to the last one made of it.
-
-    A fresh allocation of this size comes from the kernel page by page: clearing the 38 MB of one gradient takes longer
-    than computing it.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._kept: list[Tensor] = []
-        self._lock = Lock()
-        # Not part of PyTorch's public face: without it every gradient gets fresh memory.
-        self._users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-
-    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """A tensor of unknown content that shares memory with no other in use."""
-        if self._users is None:
-            return torch.empty(shape, dtype=dtype)
-        with self._lock:
-            for buffer in self._kept:
-                if buffer.shape == shape and buffer.dtype == dtype and self._count(buffer) == self._at_rest:
-                    return buffer.detach()
-            buffer = torch.empty(shape, dtype=dtype)
-            self._kept = [buffer, *self._kept][: self.most]
-            return buffer.detach()
-
-    def _count(self, tensor: Tensor) -> int:
-        return 0 if self._users is None else self._users(tensor.untyped_storage()._cdata)
-
-    @cached_property
-    def _at_rest(self) -> int:
-        """The count of a storage that only one tensor refers to (and the asking itself)."""
-        alone = torch.empty(1)
-        return self._count(alone)
-
-
-_BUFFERS = _Buffers(most=4)
+_GRADIENTS = SpareMemory(most=4)
 
 
 @torch.no_grad()

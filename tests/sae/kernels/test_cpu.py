@@ -152,14 +152,3 @@ def test_adam_takes_vectors_too():
     torch.optim.Adam([theirs], lr=0.1).step()
     cpu.adam_rows_(weight, gradient, torch.zeros(9), torch.zeros(9), step=1, lr=0.1)
     torch.testing.assert_close(weight, theirs.detach())
-
-
-def test_memory_of_a_gradient_is_used_again_once_it_is_let_go():
-    buffers = cpu._Buffers(most=2)
-    first = buffers.empty((3, 4), torch.float32)
-    place = first.data_ptr()
-    assert buffers.empty((3, 4), torch.float32).data_ptr() != place
-    del first
-    assert {buffers.empty((3, 4), torch.float32).data_ptr() for _ in range(3)} <= {b.data_ptr() for b in buffers._kept}
-    assert buffers.empty((4, 3), torch.float32).shape == (4, 3)
-    assert len(buffers._kept) == 2
