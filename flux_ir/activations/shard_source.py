@@ -63,20 +63,22 @@ class ShardSource:
         shards: Sequence[ShardFile],
         *,
         settings: bytes = b"",
-        clip_key: str | None = None,
+        key: str | None = None,
         fetch: Callable[[str], Path] | None = None,
     ) -> None:
-        """`settings` is the content of collection.json; `clip_key` what is read of a collection without sites.
+        """`settings` is the content of collection.json; `key` the tensors without a step that are read in the
+        place of sites: CLIP's activations, or a layer of a text encoder.
 
         `fetch` brings a shard of a collection that is elsewhere, by its path there.
         """
-        self._shards, self._settings, self._clip_key, self._fetch = list(shards), settings, clip_key, fetch
+        self._shards, self._settings, self._without_step, self._fetch = list(shards), settings, key, fetch
         first = self._shards[0]
         for shard in self._shards:
             _check_same(first, shard)
-        keys = [found for key in first.tensors if (found := _SITE_KEY.fullmatch(key)) and found["site"] != "state"]
-        self.sites: Sequence[Site] = sorted({Site.parse(key["site"]) for key in keys})
-        self.steps: Sequence[int] = sorted({int(key["step"]) for key in keys}) or [0]
+        names = first.tensors if key is None else ()
+        found = [match for name in names if (match := _SITE_KEY.fullmatch(name)) and match["site"] != "state"]
+        self.sites: Sequence[Site] = sorted({Site.parse(match["site"]) for match in found})
+        self.steps: Sequence[int] = sorted({int(match["step"]) for match in found}) or [0]
         self.model: str | None = first.metadata.get("model")
         self._txt_tokens: int = first.metadata.get("txt_tokens") or 0
         self._starts = [0]
@@ -97,7 +99,7 @@ class ShardSource:
         for shard in self._shards:
             described = {key: [str(tensor.dtype), tensor.shape] for key, tensor in shard.tensors.items()}
             digest.update(json.dumps([described, shard.metadata], sort_keys=True).encode())
-        digest.update((self._clip_key or "").encode())
+        digest.update((self._without_step or "").encode())
         return digest.hexdigest()[:16]
 
     def d(self, site: SiteName) -> int:
@@ -246,12 +248,13 @@ class ShardSource:
     def _key(self, site: Site | None, step: int) -> str:
         """The name of the tensor that holds the site. Raises FluxIRError for what is not there."""
         if not self.sites:
-            if site is not None or step != 0 or self._clip_key is None:
+            if site is not None or step != 0 or self._without_step is None:
+                what = f"{self._without_step} has" if is_layer(self._without_step or "") else "activations of CLIP have"
                 raise FluxIRError(
-                    f"activations of CLIP have no sites, and the step 0 only: got {site} at step {step}",
+                    f"{what} no sites, and the step 0 only: got {site} at step {step}",
                     hint="leave --site and --steps out",
                 )
-            return self._clip_key
+            return self._without_step
         stored = self._stored(site)
         if step not in self.steps:
             raise FluxIRError(
@@ -279,8 +282,9 @@ class ShardSource:
         return range(self._txt_tokens) if site.stream == "txt" else range(self._txt_tokens, count)
 
     def _leading(self, site: Site | None) -> int:
-        if site is None:
-            return 0
+        if site is None:  # of T5 it is known which tokens are padding: the leading ones are the prompt's
+            is_t5 = self._without_step is not None and self._without_step.startswith("t5.")
+            return len(self._stored_tokens(None)) if is_t5 else 0
         return len(self._stored_tokens(site)) if site.stream == "txt" else leading_txt(site, self._txt_tokens)
 
 
@@ -316,16 +320,24 @@ def is_collection(folder: Path) -> bool:
     return (folder / _SETTINGS).is_file() or (folder / _SHARDS).is_dir()
 
 
-def open_collection(folder: Path, *, clip_key: str | None = None) -> ShardSource:
+def is_layer(name: str) -> bool:
+    """Whether this is the name of a layer of a text encoder, `t5.12`."""
+    try:
+        return Site.parse(name).per_prompt
+    except FluxIRError:
+        return False
+
+
+def open_collection(folder: Path, *, key: str | None = None) -> ShardSource:
     """The generations of a collection that are finished. Raises FluxIRError for an old one, and one without any."""
     path = folder / _SETTINGS
     settings = path.read_bytes() if path.is_file() else b""
     _check_version(str(folder), settings, old=(folder / "groups").is_dir())
     shards = [read_shard(file) for file in sorted((folder / _SHARDS).glob("*.safetensors"))]
-    return _source(str(folder), shards, settings, clip_key, None)
+    return _source(str(folder), shards, settings, key, None)
 
 
-def open_remote_collection(url: str, *, clip_key: str | None = None) -> ShardSource:
+def open_remote_collection(url: str, *, key: str | None = None) -> ShardSource:
     """The finished generations of a collection at a URL that fsspec has a filesystem for.
 
     Raises FluxIRError if there is no collection, or a package is missing.
@@ -343,25 +355,25 @@ def open_remote_collection(url: str, *, clip_key: str | None = None) -> ShardSou
     # By its settings too: another collection at the same address must not be taken for this one.
     cache = _cache_folder() / hashlib.sha256(url.encode() + b"\n" + settings).hexdigest()[:16]
     downloads = Downloads(filesystem, root, cache / "files", max_bytes=_max_bytes())
-    return _source(url, list(_remote_shards(filesystem, root)), settings, clip_key, downloads.fetch)
+    return _source(url, list(_remote_shards(filesystem, root)), settings, key, downloads.fetch)
 
 
 def _source(
     where: str,
     shards: Sequence[ShardFile],
     settings: bytes,
-    clip_key: str | None,
+    key: str | None,
     fetch: Callable[[str], Path] | None,
 ) -> ShardSource:
     if not shards:
         raise FluxIRError(
             f"the collection {where} holds no finished shard yet", hint="let flux-ir collect go on for a while"
         )
-    if clip_key is None and CLIP_IMAGE in shards[0].tensors:
-        clip_key = CLIP_IMAGE
-    if clip_key is not None and clip_key not in shards[0].tensors:
-        raise FluxIRError(f"the collection {where} holds no {clip_key}", hint=f"it holds {_listed(shards[0].tensors)}")
-    return ShardSource(shards, settings=settings, clip_key=clip_key, fetch=fetch)
+    if key is None and CLIP_IMAGE in shards[0].tensors:
+        key = CLIP_IMAGE
+    if key is not None and key not in shards[0].tensors:
+        raise FluxIRError(f"the collection {where} holds no {key}", hint=f"it holds {_listed(shards[0].tensors)}")
+    return ShardSource(shards, settings=settings, key=key, fetch=fetch)
 
 
 def _remote_shards(filesystem: Any, root: str) -> Iterator[ShardFile]:

@@ -16,6 +16,7 @@ from flux_ir.activations.shard_source import (
     CLIP_TEXT,
     STATISTICS,
     is_collection,
+    is_layer,
     open_collection,
     open_remote_collection,
 )
@@ -33,14 +34,15 @@ def open_source(path: Path | str) -> TokenSource:
     what `flux-ir export` wrote; a plain array [tokens, d] or [images, tokens, d] (.npy, .safetensors) or a folder of
     these; or the URL of a collection, of which shards are fetched when they are read.
 
-    Of what `flux-ir collect-clip` made, the pictures; `NAME/clip.text` names its captions.
+    Of what `flux-ir collect-clip` made, the pictures; `NAME/clip.text` names its captions. Where `flux-ir collect`
+    kept layers of the text encoders, `NAME/t5.12` names one: like pictures under CLIP these have no step.
 
     Raises FluxIRError for a path that holds none of these or two kinds of them, a broken file, and files that do not
     belong together.
     """
-    path, clip_key = _without_clip_key(path)
+    path, key = _without_key(path)
     if (url := as_url(path)) is not None:
-        return open_remote_collection(url, clip_key=clip_key)
+        return open_remote_collection(url, key=key)
     where = Path(path)
     if not where.exists():
         raise FluxIRError(f"there is nothing at {where}", hint=f"name {_KINDS}")
@@ -48,7 +50,7 @@ def open_source(path: Path | str) -> TokenSource:
         arrays = {*where.glob("*.safetensors")} - {where / STATISTICS}
         if strays := sorted([*where.glob("*.pt"), *where.glob("*.npy"), *arrays]):
             raise _two_kinds(f"{where} is a collection and holds {strays[0].name}")
-        return open_collection(where, clip_key=clip_key)
+        return open_collection(where, key=key)
     if where.is_dir():
         return _open_folder(where)
     if where.suffix == ".pt":
@@ -58,11 +60,11 @@ def open_source(path: Path | str) -> TokenSource:
     raise FluxIRError(f"{where} is no file of activations that is known by its name", hint=f"name {_KINDS}")
 
 
-def _without_clip_key(path: Path | str) -> tuple[Path | str, str | None]:
-    """A path, and which activations of CLIP its last part names."""
-    for key in (CLIP_IMAGE, CLIP_TEXT):
-        if str(path).endswith(f"/{key}") and not Path(path).exists():
-            return str(path)[: -len(key) - 1], key
+def _without_key(path: Path | str) -> tuple[Path | str, str | None]:
+    """A path, and which activations without a step its last part names."""
+    where, _, last = str(path).rpartition("/")
+    if where and (last in (CLIP_IMAGE, CLIP_TEXT) or is_layer(last)) and not Path(path).exists():
+        return where, last
     return path, None
 
 

@@ -29,7 +29,7 @@ from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import load_clip
 from flux_ir.sampling.generate import check_size
-from flux_ir.sites import SiteNames, all_sites, match_sites, site_names
+from flux_ir.sites import SiteNames, sites_among
 
 NOTED_PROMPTS = 256
 
@@ -174,7 +174,7 @@ def collection_job(
     width, height = side_px(width, spec), side_px(height, spec)
     check_size(height, width)
     num_steps = spec.default_steps if num_steps is None else num_steps
-    chosen = match_sites(site_names(sites), all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
+    chosen = sites_among(sites, spec.sites)
     if isinstance(model, Suite):
         check_settled(dtype=dtype, device=device, offload=offload, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint)
         placement, compute = model.placement, dtype_as_loaded(model)
@@ -187,7 +187,8 @@ def collection_job(
         height=height,
         num_steps=num_steps,
         guidance=spec.default_guidance if guidance is None else guidance,
-        sites=tuple(chosen),
+        sites=tuple(site for site in chosen if not site.per_prompt),
+        text_sites=tuple(site for site in chosen if site.per_prompt),
         steps=tuple(range(num_steps) if steps is None else steps),
         stored_dtype=getattr(torch, store_dtype),
         network_dtype=compute.dtype,
@@ -220,7 +221,7 @@ def collection_job(
 def tokens_per_generation(recipe: Recipe) -> int:
     """Tokens that are kept of one generation, over all sites and steps."""
     shape = recipe.plan()
-    return sum(shape.shape(site)[1] for site in recipe.sites) * len(recipe.steps)
+    return sum(shape.shape(site)[1] for _, site in recipe.places)
 
 
 def _check(recipe: Recipe) -> None:
@@ -255,7 +256,7 @@ def _opening(job: CollectionJob, ranks: Ranks) -> str:
         where = f"{ranks.world_size} processes, each on a {torch.device(placement.transformer).type} device"
     generations = len(job.settings.prompts) * job.settings.repeats
     until = "all steps run" if recipe.to_the_end else f"no step runs after {recipe.steps[-1]}"
-    work = f"generations {generations}, sites {len(recipe.sites)}, {until}"
+    work = f"generations {generations}, sites {len(recipe.sites) + len(recipe.text_sites)}, {until}"
     return f"{recipe.spec.name} on {where}, {job.compute}: {work}"
 
 

@@ -248,7 +248,7 @@ def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:
     sites = _of_stream(choose_sites(source, _patterns(settings, source)), settings)
     split = split_source(source, settings.held_out)
     filters = norm_limits(source, sites, filters, split=split)
-    name = path.resolve().name if path.is_dir() else path.stem
+    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else path.name  # NAME/t5.12
     described = {
         "content": source.identity,
         "generations": len(source.generations),

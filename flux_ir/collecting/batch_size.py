@@ -49,5 +49,6 @@ def _held(recipe: Recipe) -> int:
 def _try(model: Flux, recipe: Recipe, batch: int) -> None:
     flux = recipe.spec.flux
     txt, y = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim), torch.zeros(1, flux.vec_in_dim)
-    text = EmbeddedPrompt(TextEmbedding(txt, y), 0)
+    layers = {site: torch.zeros(1, *recipe.spec.text_shape(site)) for site in recipe.text_sites}
+    text = EmbeddedPrompt(TextEmbedding(txt, y), 0, layers)
     record_batch(model, recipe, [WorkItem("", "", number, number) for number in range(batch)], [text] * batch)

@@ -104,7 +104,7 @@ class CollectSettings:
             "height": recipe.height,
             "num_steps": recipe.num_steps,
             "guidance": recipe.guidance,
-            "sites": [str(site) for site in recipe.sites],
+            "sites": [str(site) for site in (*recipe.text_sites, *recipe.sites)],
             "steps": list(recipe.steps),
             "dtype": str(recipe.network_dtype).removeprefix("torch."),
             "store_dtype": str(recipe.stored_dtype).removeprefix("torch."),
@@ -140,7 +140,7 @@ class Shard(NamedTuple):
         facts = {
             "model": recipe.spec.name,
             "txt_tokens": recipe.spec.text_tokens,
-            "sites": [str(site) for site in recipe.sites],
+            "sites": [str(site) for site in (*recipe.text_sites, *recipe.sites)],
             "steps": list(recipe.steps),
             "width": recipe.width,
             "height": recipe.height,

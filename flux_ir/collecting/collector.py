@@ -57,7 +57,7 @@ from flux_ir.layout import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.suite import Suite
 from flux_ir.models.transformer import Flux
-from flux_ir.recording.pieces import ScaleOf, pieces_of_context, pieces_of_site, positions
+from flux_ir.recording.pieces import ScaleOf, pieces_of_context, pieces_of_site, pieces_of_text, positions
 from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
@@ -168,7 +168,7 @@ class Collector:
         if not self._to_encode:
             return
         with self.suite.text_encoders() as encoders:
-            yield from encode_prompts(encoders, list(self._to_encode), self.storage)
+            yield from encode_prompts(encoders, list(self._to_encode), self.storage, self.recipe.text_sites)
         self._to_encode = {}
         self.suite.free_text_encoders()
 
@@ -337,11 +337,10 @@ class OpenShard:
                 writer.write(key, row, tensor)
             except OSError as error:
                 raise disk_error(writer.path, error) from error
-        for step in self.recipe.steps:
-            for site in self.recipe.sites:
-                key = site_key(site, step)
-                sums = statistics.setdefault(key, SiteStatistics(tensors[key].shape[-1]))
-                sums.add(tensors[key], tensors.get(scale_key(key)))
+        for step, site in self.recipe.places:
+            key = site_key(site, step)
+            sums = statistics.setdefault(key, SiteStatistics(tensors[key].shape[-1]))
+            sums.add(tensors[key], tensors.get(scale_key(key)))
 
     def _opened(self) -> ShardWriter:
         """The file, laid out by the first who needs it."""
@@ -395,11 +394,12 @@ def _kept_tensors(recipe: Recipe, generation: RecordedGeneration) -> dict[str, T
         tensors[POSITIONS_KEY] = kept[None]
     for step, context in generation.contexts.items():
         tensors[state_key(step)] = pieces_of_context(plan, step, context)[0].value
-    for (step, site), value in generation.values.items():
-        pieces = {piece.of: piece.value for piece in pieces_of_site(plan, step, site, value)}
-        tensors[site_key(site, step)] = pieces[site]
+    for (at, site), value in generation.values.items():
+        made = pieces_of_text(plan, site, value) if at is None else pieces_of_site(plan, at, site, value)
+        pieces = {piece.of: piece.value for piece in made}
+        tensors[site_key(site, at)] = pieces[site]
         if (scale := pieces.get(ScaleOf(site))) is not None:
-            tensors[scale_key(site_key(site, step))] = scale
+            tensors[scale_key(site_key(site, at))] = scale
     return tensors
 
 

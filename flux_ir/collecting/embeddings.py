@@ -5,8 +5,10 @@ way the bits of a prompt's embedding depend on the prompt alone, and on nothing 
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from threading import local
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import safetensors
@@ -17,6 +19,8 @@ from torch import Tensor
 from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding, encode
+from flux_ir.recording.text_recorder import TextRecorder
+from flux_ir.sites import Site
 from flux_ir.threads import in_order
 
 Made = TypeVar("Made")
@@ -31,6 +35,8 @@ class EmbeddedPrompt(NamedTuple):
     text: TextEmbedding
     used_txt: int
     """How many of the text tokens are the prompt's, and not padding."""
+    layers: Mapping[Site, Tensor] = MappingProxyType({})
+    """[1, tokens, d] of every layer of the text encoders that is kept."""
 
 
 def embedding_name(prompt: str) -> str:
@@ -50,9 +56,11 @@ def needs_encoding(storage: Storage, prompt: str, *, needed: Collection[str], ch
     return True
 
 
-def encode_prompts(encoders: TextEncoders, prompts: Sequence[str], storage: Storage) -> Iterator[str]:
-    """Encodes and keeps every prompt; yields each when it is kept."""
-    for kept in _embedded(encoders, prompts, partial(_keep, storage)):
+def encode_prompts(
+    encoders: TextEncoders, prompts: Sequence[str], storage: Storage, sites: Sequence[Site] = ()
+) -> Iterator[str]:
+    """Encodes and keeps every prompt, with the layers at `sites`; yields each when it is kept."""
+    for kept in _embedded(encoders, prompts, partial(_keep, storage), sites):
         yield from kept
 
 
@@ -65,12 +73,14 @@ def read_embedding(storage: Storage, prompt: str) -> EmbeddedPrompt | None:
     """The kept embedding; None where there is none, or its file is broken."""
     try:
         tensors = safetensors.torch.load(storage.read(embedding_name(prompt)))
-        digest = _digest(tensors["txt"], tensors["y"], tensors["used_txt"])
-        intact = torch.equal(tensors["sha256"], digest)
+        parts = [tensors.pop(name) for name in ("txt", "y", "used_txt")]
+        said = tensors.pop("sha256")
+        layers = {site: tensors[str(site)] for site in sorted(map(Site.parse, tensors))}
+        intact = torch.equal(said, _digest(*parts, *layers.values()))
     except (FileNotFoundError, KeyError, safetensors.SafetensorError):
         return None
-    text = TextEmbedding(tensors["txt"], tensors["y"])
-    return EmbeddedPrompt(text, int(tensors["used_txt"])) if intact else None
+    txt, y, used_txt = parts
+    return EmbeddedPrompt(TextEmbedding(txt, y), int(used_txt), layers) if intact else None
 
 
 def read_used_txt(storage: Storage, prompt: str) -> int | None:
@@ -85,31 +95,56 @@ def read_used_txt(storage: Storage, prompt: str) -> int | None:
 def embedding_content(embedded: EmbeddedPrompt) -> bytes:
     """The file of an embedded prompt: it has the same size for every prompt."""
     (txt, y), used_txt = embedded.text, torch.tensor(embedded.used_txt)
-    tensors = {"txt": txt, "y": y, "used_txt": used_txt, "sha256": _digest(txt, y, used_txt)}
+    digest = _digest(txt, y, used_txt, *(embedded.layers[site] for site in sorted(embedded.layers)))
+    tensors = {"txt": txt, "y": y, "used_txt": used_txt, "sha256": digest}
+    tensors |= {str(site): layer for site, layer in embedded.layers.items()}
     return safetensors.torch.save(tensors)
 
 
+class _LayersOfThread(local):
+    """What this thread's prompts put out at every layer: threads share the networks, and so their hooks."""
+
+    def __init__(self) -> None:
+        self.layers: dict[Site, Tensor] = {}
+
+    def write_text(self, site: Site, value: Tensor) -> None:
+        self.layers[site] = value.cpu()
+
+
 def _embedded(
-    encoders: TextEncoders, prompts: Sequence[str], then: Callable[[Sequence[str], list[EmbeddedPrompt]], Made]
+    encoders: TextEncoders,
+    prompts: Sequence[str],
+    then: Callable[[Sequence[str], list[EmbeddedPrompt]], Made],
+    sites: Sequence[Site] = (),
 ) -> Iterator[Made]:
     """Embeds all prompts; what `then` makes of every chunk of them, in order."""
-    if _device(encoders).type != "cpu":
-        for start in range(0, len(prompts), CHUNK):
-            chunk = prompts[start : start + CHUNK]
-            yield then(chunk, _embed_chunk(encoders, chunk, fill_to=CHUNK))
+    if not prompts:
         return
+    heard = _LayersOfThread()
+    with TextRecorder(encoders, sites, heard):
+        if _device(encoders).type != "cpu":
+            for start in range(0, len(prompts), CHUNK):
+                chunk = prompts[start : start + CHUNK]
+                yield then(chunk, _embed_chunk(encoders, chunk, heard, fill_to=CHUNK))
+            return
 
-    def embed(prompt: str) -> Made:
-        return then([prompt], _embed_chunk(encoders, [prompt]))
+        def embed(prompt: str) -> Made:
+            return then([prompt], _embed_chunk(encoders, [prompt], heard))
 
-    yield from in_order(embed, prompts, torch.get_num_threads(), torch_threads=1)
+        yield from in_order(embed, prompts, torch.get_num_threads(), torch_threads=1)
 
 
-def _embed_chunk(encoders: TextEncoders, prompts: Sequence[str], *, fill_to: int = 1) -> list[EmbeddedPrompt]:
+def _embed_chunk(
+    encoders: TextEncoders, prompts: Sequence[str], heard: _LayersOfThread, *, fill_to: int = 1
+) -> list[EmbeddedPrompt]:
     filled = [*prompts, *[""] * (fill_to - len(prompts))]
     txt, y = (part.cpu() for part in encode(encoders.t5, encoders.clip, filled))
     return [
-        EmbeddedPrompt(TextEmbedding(txt[i : i + 1].clone(), y[i : i + 1].clone()), used_tokens(encoders, prompt))
+        EmbeddedPrompt(
+            TextEmbedding(txt[i : i + 1].clone(), y[i : i + 1].clone()),
+            used_tokens(encoders, prompt),
+            {site: layer[i : i + 1].clone() for site, layer in heard.layers.items()},
+        )
         for i, prompt in enumerate(prompts)
     ]
 

@@ -44,6 +44,8 @@ class Recipe:
     network_dtype: torch.dtype
     tokens_per_image: int | None = None
     """How many image tokens are kept, at random places; None: all."""
+    text_sites: tuple[Site, ...] = ()
+    """Layers of the text encoders: recorded when a prompt is encoded, and kept with every generation of it."""
     to_the_end: bool = False
     """Whether all steps run, for the sake of the picture. If not, the forward of the last recorded step ends behind its
     deepest site."""
@@ -51,6 +53,7 @@ class Recipe:
     def __post_init__(self) -> None:
         # frozen, so not by plain assignment; sorted, so that a setting has one spelling
         object.__setattr__(self, "sites", tuple(sorted(set(self.sites))))
+        object.__setattr__(self, "text_sites", tuple(sorted(set(self.text_sites))))
         object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
 
     @property
@@ -78,7 +81,13 @@ class Recipe:
             context_dtype=self.network_dtype,
             img_positions=self.positions(item or WorkItem("", "", 0, 0)),
             rounds=True,
+            text_sites={site: self.spec.text_shape(site) for site in self.text_sites},
         )
+
+    @property
+    def places(self) -> list[tuple[int | None, Site]]:
+        """Everything that is kept of a generation: layers of text encoders, which have no step, then step by step."""
+        return [(None, site) for site in self.text_sites] + [(step, site) for step in self.steps for site in self.sites]
 
     def positions(self, item: WorkItem) -> list[int] | None:
         """The image tokens that are kept of this generation, in order: drawn with a seed that is its id."""
@@ -91,12 +100,12 @@ class Recipe:
         """The tensors of a shard of so many generations, those of larger elements first: every one begins aligned."""
         plan = self.plan()
         tensors: dict[str, ShardTensor] = {}
+        for step, site in self.places:
+            _, tokens, d = plan.shape(site)
+            tensors[site_key(site, step)] = ShardTensor(plan.dtype, (images, tokens, d))
+            if plan.scales:
+                tensors[scale_key(site_key(site, step))] = ShardTensor(torch.float32, (images, tokens))
         for step in plan.kept_steps:
-            for site in plan.sites:
-                _, tokens, d = plan.shape(site)
-                tensors[site_key(site, step)] = ShardTensor(plan.dtype, (images, tokens, d))
-                if plan.scales:
-                    tensors[scale_key(site_key(site, step))] = ShardTensor(torch.float32, (images, tokens))
             tensors[state_key(step)] = ShardTensor(plan.of_context, (images, *plan.img_shape[1:]))
         if plan.img_positions is not None:
             tensors[POSITIONS_KEY] = ShardTensor(torch.int32, (images, plan.kept_img_tokens))
@@ -120,8 +129,8 @@ class RecordedGeneration(NamedTuple):
 
     item: WorkItem
     used_txt: int
-    values: Mapping[tuple[int, Site], Tensor]
-    """[1, tokens, d] per step and site, as the network made them."""
+    values: Mapping[tuple[int | None, Site], Tensor]
+    """[1, tokens, d] per step and site, as the network made them; layers of text encoders have the step None."""
     contexts: Mapping[int, StepContext]
     latent: PackedLatent | None
     """The finished picture's; None where the steps did not run to the end."""
@@ -132,7 +141,7 @@ class RecordedBatch(NamedTuple):
 
     items: Sequence[WorkItem]
     used_txt: Sequence[int]
-    values: Mapping[tuple[int, Site], Tensor]
+    values: Mapping[tuple[int | None, Site], Tensor]
     contexts: Mapping[int, StepContext]
     latent: PackedLatent | None
 
@@ -171,7 +180,9 @@ def record_batch(
         item = items[error.row]
         whose = f"first for {item.prompt[:40]!r} with the seed {item.seed}"
         raise FluxIRError(f"{error.message}, {whose}", hint=error.hint) from error
-    on_host = {of: _to_host(value) for of, value in sink.values.items()}
+    on_host: dict[tuple[int | None, Site], Tensor] = {of: _to_host(value) for of, value in sink.values.items()}
+    for site in recipe.text_sites:
+        on_host[None, site] = torch.cat([one.layers[site] for one in embedded])
     contexts = {step: StepContext(_to_host(img), _to_host(y), txt) for step, (img, y, txt) in sink.contexts.items()}
     finished = _to_host(latent) if recipe.to_the_end and latent is not None else None
     if device.type == "cuda":
@@ -181,19 +192,20 @@ def record_batch(
 
 def check_finite(recipe: Recipe, recorded: RecordedBatch) -> None:
     """Raises FluxIRError that names the first step and site whose values hold NaN or infinity."""
+    tensors = {str(site): recorded.values[None, site] for site in recipe.text_sites}
     for step in recipe.steps:
-        tensors = {"the state before it": recorded.contexts[step].img}
-        tensors |= {str(site): recorded.values[step, site] for site in recipe.sites}
-        for name, value in tensors.items():
-            # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
-            if isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
-                continue
-            item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
-            raise FluxIRError(
-                f"values that are kept must be finite: at step {step}, {name} holds NaN or infinity, "
-                f"first for {item.prompt[:40]!r} with the seed {item.seed}",
-                hint="look for weights that are not finite, or compute in float32: --dtype float32",
-            )
+        tensors[f"at step {step}, the state before it"] = recorded.contexts[step].img
+        tensors |= {f"at step {step}, {site}": recorded.values[step, site] for site in recipe.sites}
+    for name, value in tensors.items():
+        # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
+        if isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
+            continue
+        item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
+        raise FluxIRError(
+            f"values that are kept must be finite: {name} holds NaN or infinity, "
+            f"first for {item.prompt[:40]!r} with the seed {item.seed}",
+            hint="look for weights that are not finite, or compute in float32: --dtype float32",
+        )
 
 
 def _to_host(value: Tensor) -> Tensor:
@@ -208,4 +220,5 @@ def recorded_bytes(recipe: Recipe) -> int:
     """Bytes that one generation takes in memory until it is written."""
     plan = recipe.plan()
     values = sum(prod(plan.full_shape(site)) for site in plan.sites) * len(plan.kept_steps)
+    values += sum(prod(plan.shape(site)) for site in plan.text_sites)
     return values * recipe.network_dtype.itemsize

@@ -55,9 +55,7 @@ def shard_sizes(collection: Collection, used_txt: Callable[[str], int]) -> Shard
     """Bytes of all shards; `used_txt` counts the text tokens of a prompt, which stand in a shard's header."""
     recipe = collection.settings.recipe
     plan = recipe.plan()
-    empty = {
-        site_key(site, step): SiteStatistics(plan.shape(site)[-1]) for site in plan.sites for step in plan.kept_steps
-    }
+    empty = {site_key(site, step): SiteStatistics(plan.shape(site)[-1]) for step, site in recipe.places}
     statistics = len(notes_content(ShardNotes(FileFacts(0, ""), [], {}, empty)))
     shards = notes = 0
     for number in range(collection.shards):
@@ -73,7 +71,8 @@ def embeddings_bytes(recipe: Recipe, work: WorkList) -> int:
     flux, dtype = recipe.spec.flux, recipe.network_dtype
     txt = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim, dtype=dtype)
     text = TextEmbedding(txt, torch.zeros(1, flux.vec_in_dim, dtype=dtype))
-    return len(embedding_content(EmbeddedPrompt(text, 0))) * len(set(work.prompts))
+    layers = {site: torch.zeros(1, *recipe.spec.text_shape(site), dtype=dtype) for site in recipe.text_sites}
+    return len(embedding_content(EmbeddedPrompt(text, 0, layers))) * len(set(work.prompts))
 
 
 def latents_bytes(recipe: Recipe, work: WorkList) -> int:

@@ -43,7 +43,7 @@ class CollectOptions(Picture, Steps, Compute, Offload, Checkpoints, Plan):
         group=PROMPTS,
     )
     sites: tuple[str, ...] = option(
-        REQUIRED, help="which sites to keep, as shell patterns such as double.18.img or single.3?", group=KEEP
+        REQUIRED, help="which sites to keep, as shell patterns such as double.18.img, single.3? or t5.12", group=KEEP
     )
     output_dir: str = option(
         REQUIRED, help="the collection's folder, such as captures/NAME: new, or one to go on with", group=MACHINE
