@@ -9,6 +9,7 @@ resolves the same versions at any date and with any uv. `requirements.lock` hold
 for `pip install --require-hashes`. Neither names the host of a registry; uv.lock does, so it is not committed.
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT, LOCK, PINNED = ROOT / "pyproject.toml", ROOT / "uv.lock", ROOT / "requirements.lock"
 EXPORT = "uv export -q --frozen --no-header --no-annotate --no-emit-project --no-dev"
 BLOCK = re.compile(r"^constraint-dependencies = \[\n.*?^\]\n", flags=re.MULTILINE | re.DOTALL)
-PYTHON_ONLY = re.compile(r"python_full_version [<>=!]+ '[^']+'")
+PYTHON_BOUND = re.compile(r"python_full_version (>=|<|==) '([^']+)'")
+Version = tuple[int, ...]
 
 
 def main(words: list[str]) -> int:
@@ -52,17 +54,32 @@ def constraints(lock: dict) -> list[str]:
 
 
 def pythons(markers: list[str]) -> str:
-    """The Python versions of a list of markers, as one bound: `python_full_version < '3.12'`."""
-    named = {bound for marker in markers for bound in PYTHON_ONLY.findall(marker)}
-    upper = [bound for bound in named if "<" in bound]
-    if upper:
-        return max(upper, key=version_of)
-    return f"python_full_version >= '{'.'.join(map(str, min(map(version_of, named))))}'"
+    """The Python versions of a list of markers, as one range: `python_full_version >= '3.11.5'`."""
+    ranges = [bounds(marker) for marker in markers]
+    lower = min((low for low, _ in ranges), key=lambda low: low or ())  # (): from the oldest Python on
+    upper = max((high for _, high in ranges), key=lambda high: high or (math.inf,))  # None: to the newest
+    words = [
+        f"python_full_version {sign} '{'.'.join(map(str, version))}'"
+        for sign, version in ((">=", lower), ("<", upper))
+        if version
+    ]
+    if not words:
+        raise SystemExit(f"two versions of one package differ by something else than Python: {markers}")
+    return " and ".join(words)
 
 
-def version_of(bound: str) -> tuple[int, ...]:
-    """(3, 12) of `python_full_version < '3.12'` and of `== '3.12.*'`."""
-    return tuple(int(number) for number in re.findall(r"\d+", bound))
+def bounds(marker: str) -> tuple[Version | None, Version | None]:
+    """The first Python of a marker and the first behind it; None where it names none. `== '3.12.*'` is 3.12 to 3.13."""
+    lower = upper = None
+    for sign, text in PYTHON_BOUND.findall(marker):
+        version = tuple(int(number) for number in re.findall(r"\d+", text))
+        if sign in (">=", "=="):
+            lower = version
+        if sign == "==":
+            version = (*version[:-1], version[-1] + 1)
+        if sign in ("<", "=="):
+            upper = version
+    return lower, upper
 
 
 def write_constraints(pins: list[str]) -> None:
