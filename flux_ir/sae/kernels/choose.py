@@ -4,6 +4,7 @@ All functions take float32 weights; `shadow` is their bfloat16 copy (kept fresh 
 what the large products are made with. Codes have the form values [n, k], indices [n, k] int64.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,20 +21,22 @@ from flux_ir.sae.kernels.reference import EncodedTopK
 __all__ = ["EncodedTopK", "Path", "adam_rows_", "encode_top_k", "path_for", "sparse_decode", "top_k", "using"]
 
 Path = Literal["reference", "cpu", "gpu"]
+ASKED_FOR = "FLUX_IR_TRITON"
 _FORCED: list[Path] = []
 
 
 def path_for(tensor: Tensor) -> Path:
     """The path that works on `tensor`. Each path then chooses between sparse and dense products by the sizes.
 
-    Triton's kernels sum in float32: float64 on a GPU goes to the reference, and so does everything on a
-    device without Triton (it comes with PyTorch for Linux).
+    On a GPU that is the reference, unless the environment variable FLUX_IR_TRITON is 1: Triton's kernels never ran on
+    one. They sum in float32, so float64 goes to the reference in any case, and everything where there is no Triton (it
+    comes with PyTorch for Linux).
     """
     if _FORCED:
         return _FORCED[-1]
     if tensor.device.type == "cpu":
         return "cpu"
-    usable = tensor.is_cuda and tensor.element_size() <= 4 and _has_triton()
+    usable = tensor.is_cuda and tensor.element_size() <= 4 and os.environ.get(ASKED_FOR) == "1" and _has_triton()
     return "gpu" if usable else "reference"
 
 

@@ -1,5 +1,7 @@
-"""TopK autoencoders on a GPU: gathers of the chosen rows in Triton, or dense bfloat16 products where those are faster.
+# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels as its own)
+"""TopK autoencoders on a GPU, in Triton. It never ran on one so far, so FLUX_IR_TRITON=1 has to ask for it.
 
+Chosen rows are gathered, or products are dense in bfloat16 where those are faster.
 A gathered row moves 2 d bytes per entry, a dense product makes 2 F d operations per token: at 4.3 TB/s and 790 TFLOP/s
 they take equally long where F = 184 k. Above that, the weight gradients come from one index of the entries sorted by
 feature, shared by both matrices; every row of a gradient is summed by one program and written once, so that the same
@@ -11,17 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flux_ir.sae.kernels.reference import EncodedTopK
 from flux_ir.sae.kernels.selection import largest, top_k
-from flux_ir.sae.kernels.triton_kernels import (
-    adam_kernel,
-    row_products_kernel,
-    rows_gradient_kernel,
-    weighted_rows_kernel,
-)
 
 __all__ = ["adam_rows_", "encode_top_k", "sparse_decode", "top_k"]
 
@@ -263,3 +260,113 @@ def adam_rows_(
         triton.next_power_of_2(d),
         num_warps=8,
     )
+
+
+# ---- The kernels, in Triton: sums are float32 whatever the operands are. Matrices are contiguous.
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def weighted_rows_kernel(values, indices, weight, bias, out, d, k, has_bias: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out[token] = sum over entries of value * weight[index] (+ bias), `width` columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * width + tl.arange(0, width)
+    inside = columns < d
+    total = tl.zeros([width], dtype=tl.float32)
+    if has_bias:
+        total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    for entry in range(k):
+        value = tl.load(values + token * k + entry).to(tl.float32)
+        row = tl.load(indices + token * k + entry)
+        total += value * tl.load(weight + row * d + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * d + columns, total, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_products_kernel(vectors, indices, weight, out, d, k, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out[token, entry] = <vectors[token], weight[index]>; the token's vector stays in registers (width >= d)."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, width)
+    inside = columns < d
+    vector = tl.load(vectors + token * d + columns, mask=inside, other=0.0).to(tl.float32)
+    for entry in range(k):
+        row = tl.load(indices + token * k + entry)
+        other = tl.load(weight + row * d + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + token * k + entry, tl.sum(vector * other, axis=0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rows_gradient_kernel(  # type: ignore[no-untyped-def]
+    values,
+    order,
+    starts,
+    vectors,
+    out,
+    sums,
+    d,
+    k,
+    width: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    """out[feature] = sum over the feature's entries of value * vectors[token]; sums[feature] = sum of the values."""
+    feature = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * width + tl.arange(0, width)
+    inside = columns < d
+    start = tl.load(starts + feature)
+    end = tl.load(starts + feature + 1)
+    total = tl.zeros([width], dtype=tl.float32)
+    total_value = tl.zeros([at_once], dtype=tl.float32)
+    for first in range(start, end, at_once):
+        places = first + tl.arange(0, at_once)
+        present = places < end
+        entry = tl.load(order + places, mask=present, other=0)
+        value = tl.load(values + entry, mask=present, other=0.0).to(tl.float32)
+        where = (entry // k)[:, None] * d + columns[None, :]
+        block = tl.load(vectors + where, mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(value[:, None] * block, axis=0)
+        total_value += value
+    tl.store(out + feature * d + columns, total, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(sums + feature, tl.sum(total_value, axis=0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def adam_kernel(  # type: ignore[no-untyped-def]
+    weight,
+    gradient,
+    exp_avg,
+    exp_avg_sq,
+    shadow,
+    scale,
+    d,
+    step_size,
+    beta1,
+    beta2,
+    root_correction,
+    eps,
+    has_scale: tl.constexpr,
+    unit_rows: tl.constexpr,
+    has_shadow: tl.constexpr,
+    width: tl.constexpr,
+):
+    """One row: project, Adam, back to length 1, round into the shadow. Everything is read and written once."""
+    columns = tl.arange(0, width)
+    inside = columns < d
+    place = tl.program_id(0).to(tl.int64) * d + columns
+    w = tl.load(weight + place, mask=inside, other=0.0)
+    g = tl.load(gradient + place, mask=inside, other=0.0)
+    if has_scale:
+        g *= tl.load(scale)
+    if unit_rows:
+        g -= tl.sum(g * w, axis=0) * w
+    m = tl.load(exp_avg + place, mask=inside, other=0.0)
+    v = tl.load(exp_avg_sq + place, mask=inside, other=0.0)
+    m += (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    w -= step_size * m / (tl.sqrt(v) / root_correction + eps)
+    if unit_rows:
+        w /= tl.sqrt(tl.sum(w * w, axis=0))
+    tl.store(exp_avg + place, m, mask=inside)
+    tl.store(exp_avg_sq + place, v, mask=inside)
+    tl.store(weight + place, w, mask=inside)
+    if has_shadow:
+        tl.store(shadow + place, w, mask=inside)
