@@ -16,9 +16,19 @@ from typing import Literal
 from torch import Tensor
 
 from flux_ir.sae.kernels import cpu, reference
-from flux_ir.sae.kernels.reference import EncodedTopK
+from flux_ir.sae.kernels.reference import AdamStep, EncodedTopK
 
-__all__ = ["EncodedTopK", "Path", "adam_rows_", "encode_top_k", "path_for", "sparse_decode", "top_k", "using"]
+__all__ = [
+    "AdamStep",
+    "EncodedTopK",
+    "Path",
+    "adam_rows_",
+    "encode_top_k",
+    "path_for",
+    "sparse_decode",
+    "top_k",
+    "using",
+]
 
 Path = Literal["reference", "cpu", "gpu"]
 ASKED_FOR = "FLUX_IR_TRITON"
@@ -109,30 +119,12 @@ def adam_rows_(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    how: AdamStep,
     *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    unit_rows: bool = False,
-    scale: Tensor | float | None = None,
     shadow: Tensor | None = None,
 ) -> None:
-    """One step of Adam in place, in one pass over the rows; `step` counts from 1 and `gradient` may be overwritten.
+    """One step of Adam in place, in one pass over the rows; `gradient` may be overwritten.
 
-    With `unit_rows` the rows of `weight` have length 1 before and after: what of the gradient would only change their
-    length is taken away first. `scale` multiplies the gradient (clipping). `shadow` becomes the bfloat16 of the result.
+    `shadow` becomes the bfloat16 of the result.
     """
-    _path(weight).adam_rows_(
-        weight,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        unit_rows=unit_rows,
-        scale=scale,
-        shadow=shadow,
-    )
+    _path(weight).adam_rows_(weight, gradient, exp_avg, exp_avg_sq, how, shadow=shadow)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flux_ir.sae.kernels.reference import EncodedTopK
+from flux_ir.sae.kernels.reference import AdamStep, EncodedTopK
 from flux_ir.sae.kernels.selection import largest, top_k
 from flux_ir.sae.kernels.spare_memory import SpareMemory
 
@@ -214,18 +214,13 @@ def adam_rows_(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    how: AdamStep,
     *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    unit_rows: bool = False,
-    scale: Tensor | float | None = None,
     shadow: Tensor | None = None,
 ) -> None:
     """As `choose.adam_rows_`, over blocks of rows that stay in the cache from the projection to the shadow."""
     rows = max(1, ADAM_ENTRIES * len(weight) // max(1, weight.numel()))
-    steps = [torch.tensor(float(step))]
+    steps, (beta1, beta2) = [torch.tensor(float(how.step))], how.betas
     shadows = torch.split(weight, rows) if shadow is None else torch.split(shadow, rows)
     blocks = zip(
         torch.split(weight, rows),
@@ -235,15 +230,15 @@ def adam_rows_(
         strict=True,
     )
     for (w, g, m, v), rounded in zip(blocks, shadows, strict=True):
-        if scale is not None:
-            g.mul_(scale)
-        if unit_rows:
+        if how.scale is not None:
+            g.mul_(how.scale)
+        if how.unit_rows:
             g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
         torch._fused_adam_(
             [w], [g], [m], [v], [], steps,
-            lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+            lr=how.lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=how.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        if unit_rows:
+        if how.unit_rows:
             w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
         if shadow is not None:
             rounded.copy_(w)

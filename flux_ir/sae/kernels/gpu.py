@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flux_ir.sae.kernels.reference import EncodedTopK
+from flux_ir.sae.kernels.reference import AdamStep, EncodedTopK
 from flux_ir.sae.kernels.selection import largest, top_k
 
 __all__ = ["adam_rows_", "encode_top_k", "sparse_decode", "top_k"]
@@ -229,18 +229,13 @@ def adam_rows_(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    how: AdamStep,
     *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    unit_rows: bool = False,
-    scale: Tensor | float | None = None,
     shadow: Tensor | None = None,
 ) -> None:
     """As `choose.adam_rows_`: one program per row."""
     d = weight[0].numel()
-    factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=weight.device)
+    factor = None if how.scale is None else torch.as_tensor(how.scale, dtype=torch.float32, device=weight.device)
     adam_kernel[(len(weight),)](
         weight,
         gradient.contiguous(),
@@ -249,13 +244,13 @@ def adam_rows_(
         weight if shadow is None else shadow,
         weight if factor is None else factor,
         d,
-        lr / (1 - betas[0] ** step),
-        betas[0],
-        betas[1],
-        (1 - betas[1] ** step) ** 0.5,
-        eps,
-        scale is not None,
-        unit_rows,
+        how.lr / (1 - how.betas[0] ** how.step),
+        how.betas[0],
+        how.betas[1],
+        (1 - how.betas[1] ** how.step) ** 0.5,
+        how.eps,
+        how.scale is not None,
+        how.unit_rows,
         shadow is not None,
         triton.next_power_of_2(d),
         num_warps=8,

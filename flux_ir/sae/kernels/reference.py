@@ -65,35 +65,41 @@ def sparse_decode(
     return x_hat if b_dec is None else x_hat + b_dec
 
 
+class AdamStep(NamedTuple):
+    """What one step of Adam is told besides its tensors."""
+
+    step: int
+    """Counted from 1."""
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    unit_rows: bool = False
+    """Rows of the weight have length 1 before and after: what of the gradient would only change the length is taken
+    away first."""
+    scale: Tensor | float | None = None
+    """What the gradient is multiplied by (clipping)."""
+
+
 @torch.no_grad()
 def adam_rows_(
     weight: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    how: AdamStep,
     *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    unit_rows: bool = False,
-    scale: Tensor | float | None = None,
     shadow: Tensor | None = None,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015) in place, `step` counted from 1; `gradient` may be overwritten.
-
-    With `unit_rows` the rows of `weight` have length 1 before and after: what of the gradient would only change their
-    length is taken away first. `scale` multiplies the gradient (clipping). `shadow` becomes the rounded new weight.
-    """
-    if scale is not None:
-        gradient = gradient * scale
-    if unit_rows:
+    """One step of Adam (Kingma & Ba 2015) in place; `shadow` becomes the rounded weight."""
+    if how.scale is not None:
+        gradient = gradient * how.scale
+    if how.unit_rows:
         gradient = gradient - (gradient * weight).sum(-1, keepdim=True) * weight
-    exp_avg.mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    corrected_sq = exp_avg_sq / (1 - betas[1] ** step)
-    weight.sub_(lr / (1 - betas[0] ** step) * exp_avg / (corrected_sq.sqrt() + eps))
-    if unit_rows:
+    exp_avg.mul_(how.betas[0]).add_(gradient, alpha=1 - how.betas[0])
+    exp_avg_sq.mul_(how.betas[1]).addcmul_(gradient, gradient, value=1 - how.betas[1])
+    corrected_sq = exp_avg_sq / (1 - how.betas[1] ** how.step)
+    weight.sub_(how.lr / (1 - how.betas[0] ** how.step) * exp_avg / (corrected_sq.sqrt() + how.eps))
+    if how.unit_rows:
         weight.div_(weight.norm(dim=-1, keepdim=True))
     if shadow is not None:
         shadow.copy_(weight)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.kernels.choose import adam_rows_
+from flux_ir.sae.kernels.choose import AdamStep, adam_rows_
 
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10  # Gao et al. 2024, appendix A: gradients of rare features are small, 1e-8 would drown them
@@ -85,6 +85,7 @@ class RowAdam:
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         scale = None if clip is None else (clip / (norm + _TINY)).clamp(max=1.0)
         self.steps_done += 1
+        how = AdamStep(self.steps_done, learning_rate, self.betas, self.eps, scale=scale)
         vectors = []
         for name, parameter in self.parameters.items():
             if parameter.ndim < 2:
@@ -97,12 +98,7 @@ class RowAdam:
                 gradients[name][own],
                 self.first[name],
                 self.second[name],
-                step=self.steps_done,
-                lr=learning_rate,
-                betas=self.betas,
-                eps=self.eps,
-                unit_rows=name in self.unit_rows,
-                scale=scale,
+                how._replace(unit_rows=name in self.unit_rows),
                 shadow=None if shadow is None else shadow[own],
             )
             self._hand_round(name)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.sae.kernels import reference
+from flux_ir.sae.kernels.reference import AdamStep
 
 
 class Case(NamedTuple):
@@ -120,12 +121,7 @@ def assert_adam_is_pytorchs(path: ModuleType, *, unit_rows: bool, scale: float |
             gradient.clone(),
             first,
             second,
-            step=number,
-            lr=0.01,
-            betas=(0.8, 0.99),
-            eps=1e-7,
-            unit_rows=unit_rows,
-            scale=None if scale is None else torch.tensor(scale),
+            AdamStep(number, 0.01, (0.8, 0.99), 1e-7, unit_rows, None if scale is None else torch.tensor(scale)),
             shadow=shadow,
         )
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)

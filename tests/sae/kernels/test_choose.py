@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flux_ir.sae.kernels import choose, cpu, reference
+from flux_ir.sae.kernels.reference import AdamStep
 
 
 def test_a_cpu_takes_the_cpus_path():
@@ -48,8 +49,10 @@ def test_few_used_features_are_multiplied_densely(most):
 def test_adam_through_the_door_steps_in_place():
     weight = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
     same, gradient = weight.clone(), torch.randn(5, 4)
-    choose.adam_rows_(weight, gradient.clone(), torch.zeros(5, 4), torch.zeros(5, 4), step=1, lr=0.1, unit_rows=True)
-    reference.adam_rows_(same, gradient, torch.zeros(5, 4), torch.zeros(5, 4), step=1, lr=0.1, unit_rows=True)
+    choose.adam_rows_(
+        weight, gradient.clone(), torch.zeros(5, 4), torch.zeros(5, 4), AdamStep(1, lr=0.1, unit_rows=True)
+    )
+    reference.adam_rows_(same, gradient, torch.zeros(5, 4), torch.zeros(5, 4), AdamStep(1, lr=0.1, unit_rows=True))
     torch.testing.assert_close(weight, same)
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(5))
 

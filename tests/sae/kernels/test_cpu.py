@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flux_ir.sae.kernels import cpu, reference
+from flux_ir.sae.kernels.reference import AdamStep
 from tests.sae.kernels.cases import CASES, Case, assert_adam_is_pytorchs, assert_same_step, parameters, step
 
 
@@ -150,5 +151,5 @@ def test_adam_takes_vectors_too():
     theirs = weight.clone().requires_grad_()
     theirs.grad = gradient.clone()
     torch.optim.Adam([theirs], lr=0.1).step()
-    cpu.adam_rows_(weight, gradient, torch.zeros(9), torch.zeros(9), step=1, lr=0.1)
+    cpu.adam_rows_(weight, gradient, torch.zeros(9), torch.zeros(9), AdamStep(1, lr=0.1))
     torch.testing.assert_close(weight, theirs.detach())

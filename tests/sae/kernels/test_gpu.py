@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flux_ir.sae.kernels.reference import AdamStep
 from tests.sae.kernels.cases import CASES, assert_same_step, parameters
 
 ROOT = Path(__file__).parents[3]
@@ -59,6 +60,6 @@ def test_a_step_of_adam_on_a_gpu_is_that_of_the_reference():
         own = weight.to(device, copy=True)
         moments = torch.zeros_like(own), torch.zeros_like(own)
         for number in range(1, 4):
-            path.adam_rows_(own, gradient.to(device, copy=True), *moments, step=number, lr=0.01, unit_rows=True)
+            path.adam_rows_(own, gradient.to(device, copy=True), *moments, AdamStep(number, lr=0.01, unit_rows=True))
         outcomes.append(own.cpu())
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-6)
