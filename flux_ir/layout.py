@@ -8,12 +8,14 @@ import difflib
 import errno
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,3 +192,12 @@ def _full_disk_behind(error: BaseException | None) -> OSError | None:
 def _free_bytes(path: Path) -> int:
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     return shutil.disk_usage(folder).free
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of this package, of others and of Python, as files say what made them.
+
+    Not from what is installed: a clone that is run in place has no installed package.
+    """
+    found = {name: str(import_module(name).__version__) for name in ("flux_ir", *packages)}
+    return found | {"python": platform.python_version()}

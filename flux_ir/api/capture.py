@@ -5,14 +5,11 @@ then the space on the disk; and only then a weight is read.
 """
 
 import hashlib
-import platform
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run
 from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, write_json
+from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, versions, write_json
 from flux_ir.lens.readout import image_outputs
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.paths import CACHE, HUB, PACKAGE
@@ -421,13 +418,7 @@ def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
         "files": {
             part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
         },
-        "versions": {
-            # Not from the installed package: a clone that is run in place has none.
-            "flux_ir": import_module("flux_ir").__version__,
-            "torch": torch.__version__,
-            "tokenizers": version("tokenizers"),
-            "python": platform.python_version(),
-        },
+        "versions": versions("torch", "tokenizers"),
         "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "
         "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions in dtype",
     }

@@ -4,15 +4,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import write_json
+from flux_ir.layout import versions, write_json
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.sae.architectures.config import HAS_K, SAEConfig
 from flux_ir.sae.data.held_out import Subject
@@ -116,7 +113,7 @@ def as_json(judged: EvaluatedSAE, settings: EvaluateSAESettings) -> dict[str, An
         **to_json(judged.evaluation),
         "baselines": {name: {"k": k, **to_json(found)} for name, (k, found) in judged.baselines.items()},
         "splice": judged.splice,
-        "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
+        "versions": versions("torch"),
     }
 
 

@@ -4,12 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.activations.source import open_source
@@ -17,7 +15,7 @@ from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.api.score_concepts import JUDGED, MAX_TOKENS, PARTS, labels_of
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.layout import write_json
+from flux_ir.layout import versions, write_json
 from flux_ir.sae.data.filters import choose_sites
 from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sites import SiteNames, site_names
@@ -116,12 +114,11 @@ def probe(
             hint="label more pictures, or lower --least_positives",
         )
     folder = Path(output_dir) / (Path(str(captures)).resolve().name if name is None else name)
-    versions = {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__}
     sizes = {
         side: {"pictures": len(one.images), "prompts": len(set(one.prompts))}
         for side, one in zip(("pick", "report"), (pick, told), strict=True)
     }
-    result = {"settings": settings, "sets": sizes, "sites": found, "versions": versions}
+    result = {"settings": settings, "sets": sizes, "sites": found, "versions": versions("torch")}
     write_json(folder / RESULT, result)
     draw(folder / "probes.png", result)
     return Probed(folder, result)

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from flux_ir.api.evaluate_sae import load_for
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.score_features import folder_path
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.layout import write_json
+from flux_ir.layout import versions, write_json
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
@@ -205,7 +204,7 @@ class _Scoring:
             "notes": list(NOTES),
             "questions": questions,
             "steps": steps,
-            "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
+            "versions": versions("torch"),
         }
         for at, rows in steps.items():
             if rows:

@@ -5,7 +5,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from flux_ir.api.training_data import TrainingData
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, write_json
+from flux_ir.layout import complete_file, versions, write_json
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.data.batches import TokenBatches
@@ -274,7 +273,7 @@ class Run:
             "config": sae.config.to_dict(),
             "measured_on": self._measured_on,
             "result": to_json(found),
-            "versions": {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__},
+            "versions": versions("torch"),
         }
         write_json(folder / TRAINING, about)
         save_sae(sae, folder)

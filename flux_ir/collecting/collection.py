@@ -16,11 +16,8 @@ Next: `collector`, which does the work.
 """
 
 import json
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +41,7 @@ from flux_ir.collecting.shard_notes import (
 )
 from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
+from flux_ir.layout import versions
 from flux_ir.models.sources import ModelSource
 from flux_ir.recording.statistics import write_statistics
 
@@ -348,11 +346,6 @@ def weights_digest(source: ModelSource, *, autoencoder: bool) -> str:
 
 def versions_of(device: torch.device) -> dict[str, str]:
     """What else may decide about the last bit: programs and, for a GPU, its name."""
-    versions = {
-        # Not from the installed package: a clone that is run in place has none.
-        "flux_ir": import_module("flux_ir").__version__,
-        "torch": torch.__version__,
-        "tokenizers": version("tokenizers"),
-        "python": platform.python_version(),
-    }
-    return versions | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    return versions("torch", "tokenizers") | (
+        {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    )

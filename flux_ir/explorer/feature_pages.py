@@ -16,7 +16,6 @@ import shutil
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ from flux_ir.explorer.feature_records import Group, Panels, shard_records
 from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels, token_strings
 from flux_ir.features.contents import COMMON, PLACE_R2, RARE, digest_of
 from flux_ir.features.folder import FeatureFolder
-from flux_ir.layout import complete_file, write_json
+from flux_ir.layout import complete_file, versions, write_json
 from flux_ir.sites import Stream
 from flux_ir.visualize.heatmap import COLOURS
 
@@ -250,7 +249,7 @@ def _data(
     known = folder.settings
     return {
         "schema": SCHEMA,
-        "flux_ir": version("flux-ir"),
+        "flux_ir": versions()["flux_ir"],
         "name": folder.path.name,
         "site": known.site,
         "facts": _facts(folder),

@@ -4,7 +4,6 @@ import io
 import os
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from math import ceil, isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import Block, Lens, Run, read_run, run_entry
 from flux_ir.explorer.document import filled, joined, policy, safe_json
-from flux_ir.layout import complete_file
+from flux_ir.layout import complete_file, versions
 from flux_ir.threads import in_order
 
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data
@@ -39,7 +38,7 @@ def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path
     beside = Beside(target)
     links: Links = Inside() if single_file else beside
     runs = [read_run(output_dir, generation_id) for generation_id in dict.fromkeys(generation_ids)]
-    data = {"schema": SCHEMA, "flux_ir": version("flux-ir"), "runs": [_entry(run, links) for run in runs]}
+    data = {"schema": SCHEMA, "flux_ir": versions()["flux_ir"], "runs": [_entry(run, links) for run in runs]}
     with complete_file(target) as page, page.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_page(data, links))
     beside.remove_stale()

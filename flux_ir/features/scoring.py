@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings
 from flux_ir.features.folder import FORMAT, VERSION, FeatureFolder, open_features, read_tensors, write_tensors
 from flux_ir.features.table import BINS_PER_OCTAVE
-from flux_ir.layout import complete_file, write_json
+from flux_ir.layout import complete_file, versions, write_json
 from flux_ir.sae.architectures.config import HAS_K
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import Filters, SiteKey, all_finite
@@ -149,8 +148,7 @@ def begin_folder(path: Path, scoring: Scoring, sae: Path, captures: str, picture
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if (path / "features.json").is_file():
         return open_features(path)
-    versions = {"flux_ir": import_module("flux_ir").__version__, "torch": torch.__version__}
-    described = {"format": FORMAT, "version": VERSION, "settings": known, "paths": paths, "versions": versions}
+    described = {"format": FORMAT, "version": VERSION, "settings": known, "paths": paths, "versions": versions("torch")}
     write_json(path / "features.json", {**described, "stages": {}})
     return open_features(path)
 
