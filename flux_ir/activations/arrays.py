@@ -50,7 +50,7 @@ class _Piece(NamedTuple):
     """The first row, counted over all images."""
     tokens: int
     position: int
-    """Of the first row, in its image or in the whole array."""
+    """Where the first row is, in its image or in the whole array."""
 
 
 class ArraySource:
@@ -198,7 +198,7 @@ class ArrayFile:
 
     @property
     def rows(self) -> int:
-        """Of all images together."""
+        """How many all images have together."""
         return prod(self.shape[:-1])
 
     @property
@@ -228,7 +228,7 @@ class ArrayFile:
 
 
 def rows_digest(array: ArrayFile, first: int, tokens: int, reader: SpanReader) -> str:
-    """Of evenly spaced rows among `tokens` of an array, 16 of them or all: 16 hex digits."""
+    """The digest of evenly spaced rows among `tokens` of an array, 16 of them or all: 16 hex digits."""
     count = min(tokens, _DIGEST_ROWS)
     rows = [number * (tokens - 1) // max(count - 1, 1) for number in range(count)]
     if tokens * array.row_bytes <= _AT_ONCE_BYTES:

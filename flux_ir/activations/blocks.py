@@ -63,7 +63,7 @@ class TokenRun(NamedTuple):
     txt_tokens: int
     """How many of these tokens, the leading ones, are text."""
     used_txt: Sequence[int | None]
-    """Of each image: how many of its text tokens are not padding; None: unknown."""
+    """For each image how many of its text tokens are not padding; None: unknown."""
 
     def floats(self) -> Tensor:
         """The values to compute with, [images, tokens, d]: bfloat16, float16 or float32."""
@@ -142,7 +142,7 @@ class Sampling(NamedTuple):
     timesteps: tuple[float, ...]
     guidance: float
     dtype: torch.dtype
-    """Of the network."""
+    """The dtype of the network."""
 
     @property
     def shape(self) -> tuple[Any, ...]:

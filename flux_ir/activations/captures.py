@@ -164,7 +164,7 @@ class CaptureSource:
 
 
 def _digest(capture: Capture) -> str:
-    """Of every record's size and CRC-32, which stand in the directory of the file: nothing else is read."""
+    """The digest of every record's size and CRC-32, which stand in the directory of the file: nothing else is read."""
     records = sorted((name, info.file_size, info.CRC) for name, info in capture.archive.infos.items())
     return hashlib.sha256(repr(records).encode()).hexdigest()[:16]
 

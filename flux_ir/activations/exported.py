@@ -47,7 +47,7 @@ class Facts:
     prompt: str = ""
     model: str | None = None
     txt_tokens: int = 0
-    """Of the whole text: so many tokens lead those of a single block."""
+    """The length of the whole text: so many tokens lead those of a single block."""
     used_txt: int | None = None
     img_positions: Sequence[int] | None = None
     """None: all image tokens are there."""

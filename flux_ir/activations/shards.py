@@ -101,7 +101,7 @@ class ShardLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole file."""
+        """Bytes of the whole file."""
         return len(self.header()) + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def header(self) -> bytes:

@@ -88,9 +88,9 @@ class Job(NamedTuple):
     txt_tokens: int
     timesteps: list[float]
     sites: list[Site]
-    """Of the transformer."""
+    """Those in the transformer."""
     text_sites: list[Site]
-    """Of the text encoders."""
+    """Those in the text encoders."""
     kept_steps: list[int]
 
 

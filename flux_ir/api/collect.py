@@ -46,7 +46,7 @@ class Collected(NamedTuple):
     tokens: int
     """That are kept, over all sites and steps."""
     bytes: int
-    """Of shards, pictures and latents: without the index, the statistics and the embedded prompts."""
+    """What shards, pictures and latents take: without the index, the statistics and the embedded prompts."""
 
 
 class CollectionJob(NamedTuple):

@@ -343,7 +343,7 @@ class _Comparing:
     def _changes(
         self, pairs: Pairs, matched: NDArray[np.bool_], scores: Sequence[csr_array | None]
     ) -> dict[str, Change]:
-        """Of the share of images each pair is active on, and of its mean activation (as a length in raw space).
+        """How the share of images that each pair is active on changes, and its mean activation (a length in raw space).
 
         Only what is matched is tested.
         """

@@ -67,7 +67,7 @@ class EvaluatedSAE(NamedTuple):
     config: SAEConfig
     subject: Subject
     k: int
-    """Of the baselines: the autoencoder's own k, or the nearest whole number to its L0."""
+    """What the baselines have: the autoencoder's own k, or the nearest whole number to its L0."""
     evaluation: Evaluation
     baselines: dict[str, tuple[int, Evaluation]]
     """k, which may be less where there are not so many features, and the numbers."""

@@ -66,7 +66,7 @@ class Visualization(NamedTuple):
     files: dict[str, Path]
     """What was written, by what it is: "film", "page", or "page 1, 400 x 300 px" and so on for sheets."""
     frames: int
-    """Of a film; 0 for anything else."""
+    """How many a film has; 0 for anything else."""
     size_px: tuple[int, int]
     """Width and height of a film's frames."""
     seconds: float

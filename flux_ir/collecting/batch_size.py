@@ -15,7 +15,7 @@ CPU_BATCH = 8
 """On a CPU: with flux-tiny 1.8 times the speed of single generations, and no slower than 16 (which take twice the
 memory). With wider networks it makes less of a difference."""
 MOST_BYTES = 2**30
-"""Of recordings that a batch may hold in memory until they are written."""
+"""The size of the recordings that a batch may hold in memory until they are written."""
 
 
 def cpu_batch(recipe: Recipe) -> int:

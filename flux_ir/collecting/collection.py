@@ -47,7 +47,7 @@ from flux_ir.recording.statistics import write_statistics
 
 COLLECTION, INDEX, CHECKSUM = "collection.json", "index.jsonl", "stats.sha256"
 VERSION = 2
-"""Of the folder's layout. Version 1 had a capture file for every generation."""
+"""The version of the folder's layout. Version 1 had a capture file for every generation."""
 
 EXTRAS = {"image": ("pictures", ".jpg"), "latent": ("latents", ".safetensors")}
 """What may be kept of a generation besides its shard, each in a folder of its own."""
@@ -123,7 +123,7 @@ class Shard(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the shard's file in the collection."""
+        """The name of the shard's file in the collection."""
         return shard_name(self.number)
 
     def layout(self, recipe: Recipe, used_txt: Sequence[int]) -> ShardLayout:

@@ -26,7 +26,7 @@ class WorkItem(NamedTuple):
     repeat: int
     """Counted from 0 for every prompt; a prompt that stands on several lines counts on."""
     seed: int
-    """Of its noise, 63 bits."""
+    """The seed of its noise, 63 bits."""
 
 
 def work_item(base_seed: int, prompt: str, repeat: int) -> WorkItem:

@@ -40,7 +40,7 @@ class Recipe:
     sites: tuple[Site, ...]
     steps: tuple[int, ...]
     stored_dtype: torch.dtype
-    """Of the activations in the shard."""
+    """The dtype of the activations in the shard."""
     network_dtype: torch.dtype
     tokens_per_image: int | None = None
     """How many image tokens are kept, at random places; None: all."""

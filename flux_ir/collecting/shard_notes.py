@@ -37,7 +37,7 @@ class ShardNotes(NamedTuple):
     file: FileFacts
     used_txt: list[int]
     extras: dict[str, list[FileFacts]]
-    """Of every generation, by the kind of file."""
+    """The files of every generation, by the kind of file."""
     statistics: Statistics
 
 

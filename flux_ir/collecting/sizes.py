@@ -29,7 +29,7 @@ class SiteSize(NamedTuple):
     steps: int
     """How often these are kept: 1 for a layer of a text encoder."""
     bytes: int
-    """Of all of them, with the scales of float8."""
+    """What all of them take, with the scales of float8."""
 
 
 class ShardSizes(NamedTuple):

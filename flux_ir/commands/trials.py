@@ -52,7 +52,7 @@ class Pace(NamedTuple):
     """Bytes in all of what was only measured: pictures."""
 
     def seconds(self, units: int) -> float:
-        """Of the whole work."""
+        """How long the whole work takes."""
         return sum(self.once.values()) + units * self.unit
 
     @property

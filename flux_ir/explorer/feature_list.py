@@ -90,7 +90,7 @@ def columns_text(columns: Sequence[Column]) -> str:
 
 
 def first_pictures(folder: FeatureFolder, stream: Stream, image: Ints, token: NDArray[Any]) -> dict[str, str]:
-    """Of the first of each feature's largest examples [d_sae, n]: the pictures, and where in them the value is.
+    """Pictures of the first of each feature's largest examples [d_sae, n], and where in them the value is.
 
     `top` are their numbers, int32, -1 for none; `peaks` are across and down on the square in the middle of the picture,
     a byte each, 255 being the whole; what lies beyond is on its edge.
@@ -144,7 +144,7 @@ def prompt_words(folder: FeatureFolder, image: Ints) -> dict[str, Any]:
 
 
 def common_words(folder: FeatureFolder, image: Ints, most: int = 4) -> Iterator[str]:
-    """Of each feature, the words most of its largest examples' prompts have and few prompts have otherwise.
+    """For each feature, the words most of its largest examples' prompts have and few prompts have otherwise.
 
     What the list shows of a feature that nobody has labelled. A word counts by n log2(n / expected), and needs three
     letters: "of" and "on" say little.

@@ -156,7 +156,7 @@ def _score(squared_lengths: Float[Tensor, "*permutations d_sae"], powers: Float[
 
 
 def _mean_cosine(units: Float[Tensor, "images d"]) -> Tensor:
-    """Of two different images: the mean of the score over all permutations, whatever the weights."""
+    """The mean cosine of two different images: the mean of the score over all permutations, whatever the weights."""
     n = len(units)
     return (units.sum(dim=0).square().sum() - n) / max(1, n * (n - 1))
 

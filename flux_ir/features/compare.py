@@ -260,7 +260,7 @@ def align(
 
 
 def _tokens(source: TokenSource, image: int, site: Site | None, step: int) -> Tensor:
-    """Of text, those that are not padding."""
+    """The tokens of an image at a step; of text those that are not padding."""
     block = source.read(image, site, step)
     values = block.floats()
     if block.used_txt is not None and block.txt_tokens == len(values):

@@ -44,7 +44,7 @@ class FeatureSettings:
     images: int
     """Generations."""
     tokens: Mapping[Stream, int]
-    """Of each stream of a generation, padding among them; the most, where generations differ."""
+    """How many each stream of a generation has, padding among them; the most, where generations differ."""
 
     @property
     def digest(self) -> str:

@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 from flux_ir.errors import FluxIRError
 
 NEIGHBOURS = 16
-"""Of each kind, kept for each feature."""
+"""How many of each kind are kept for each feature."""
 BLOCK_VALUES = 2**27
-"""Of a block of products [some features, d_sae]: half a gigabyte in float32."""
+"""The size of a block of products [some features, d_sae]: half a gigabyte in float32."""
 
 
 class Neighbours(NamedTuple):

@@ -112,7 +112,7 @@ class Studio(NamedTuple):
     model: Flux
     autoencoder: AutoEncoder
     site: Site
-    """Of one stream."""
+    """A site of one stream."""
     directions: Float[Tensor, "d_sae d"]
     """W_dec."""
     amounts: Float[Tensor, "d_sae"]

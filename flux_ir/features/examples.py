@@ -32,7 +32,7 @@ ALIKE = 8
 AT_ONCE, ENTRIES_AT_ONCE = 4096, 1 << 21
 """Features, and pairs of an image and a feature, that are compared at a time."""
 BINS_PER_OCTAVE, OCTAVES = 16, 16
-"""Of the histogram of S, which the shares are cut by: so finely, from the lowest edge of the table's histograms."""
+"""How fine the histogram of S is, which the shares are cut by, from the lowest edge of the table's histograms."""
 
 FILE = "examples.safetensors"
 

@@ -91,7 +91,7 @@ class FeatureFolder:
 
     @property
     def fvu(self) -> Mapping[str, Any]:
-        """Of the whole autoencoder: overall, per_step, per_stream, per_step_and_stream ("2.img")."""
+        """The FVU of the whole autoencoder: overall, per_step, per_stream, per_step_and_stream ("2.img")."""
         self.check_done("score")
         found: Mapping[str, Any] = self.described["fvu"]
         return found

@@ -92,7 +92,7 @@ class Verdict:
     score_silent: NDArray[np.float64]
     """Balanced accuracy against any silent images."""
     q: NDArray[np.float64]
-    """Of Fisher's exact test against look-alikes, over all features judged."""
+    """The q-value of Fisher's exact test against look-alikes, over all features judged."""
 
 
 CLIP_SHARES = (0.05, 0.15, 0.4)
@@ -179,7 +179,7 @@ def _silent_ones(
     sketches: NDArray[np.float32],
     directions: NDArray[np.float32],
 ) -> tuple[Ints, Ints]:
-    """Of each feature, silent images of the pool: those most like its strong ones, and any."""
+    """For each feature, silent images of the pool: those most like its strong ones, and any."""
     d_sae = len(strong)
     alike, silent = (np.full((d_sae, EACH), -1, np.int64) for _ in range(2))
     if not len(pool):
@@ -212,7 +212,7 @@ def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def describe(candidates: Candidates, side: Sides) -> Description:
-    """Of every feature the candidate that tells its strong images best from silent ones, on the describer's images.
+    """For every feature the candidate that tells its strong images best from silent ones, on the describer's images.
 
     The score is balanced accuracy, silent images being look-alikes and others in equal parts. A second candidate is
     joined to the first, by "or" or by "and", if the score gains 0.05.

@@ -30,7 +30,7 @@ from flux_ir.sites import Stream
 
 SAMPLE_IMAGES = 64
 OCTAVES_BELOW = 12
-"""Of the histograms, below the length of a token's deviation; there are 16 in all."""
+"""How far the histograms reach below the length of a token's deviation; there are 16 in all."""
 PIXELS_PER_TOKEN = 16
 
 SAMPLE_FILE = Path("scores", "sample.safetensors")

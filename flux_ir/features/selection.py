@@ -47,7 +47,7 @@ class Ranked(NamedTuple):
     features: list[int]
     values: list[float]
     q: list[float] | None
-    """Of each, where the list has only those that are more than chance; None: no such test was made."""
+    """The q-value of each, where the list has only those that are more than chance; None: no such test was made."""
     images: list[list[int]] | None = None
     """Examples of each, where the list is made by them."""
 

@@ -167,7 +167,7 @@ class Sums:
         return 1 - (1 - explained) * (independent - 1) / (independent - places)
 
     def deviations(self, sample_mean: torch.Tensor) -> list[Deviation]:
-        """Of the tokens of each step from their own mean; `sample_mean` [steps, d_in] is what was subtracted."""
+        """How far the tokens of each step are from their mean; `sample_mean` [steps, d_in] is what was subtracted."""
         found = []
         for at, tokens in enumerate(self.tokens.tolist()):
             deviation = Deviation(self.known.d_in)

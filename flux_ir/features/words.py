@@ -313,7 +313,7 @@ def prompt_numbers_of(prompts: Sequence[str]) -> NDArray[np.int64]:
 
 
 def read_words(folder: FeatureFolder, stream: Stream = "img") -> list[list[tuple[str, float, int]]] | None:
-    """Of each feature the words that lift it: word, PMI [bits], and how many prompts have it and a strong image.
+    """For each feature the words that lift it: word, PMI [bits], and how many prompts have it and a strong image.
 
     None: flux-ir label-features has not been run.
     """

@@ -50,7 +50,7 @@ class ClipVisionParams(ClipParams):
     num_attention_heads: int = 12
     num_channels: int = 3
     image_size: int = 224
-    """Of both sides, in pixels."""
+    """The length of both sides [px]."""
     patch_size: int = 32
 
     @property
@@ -129,7 +129,7 @@ class Preprocessing(NamedTuple):
     resample: int
     """How Pillow reduces pictures: 3 is bicubic."""
     mean: tuple[float, ...]
-    """Of the channels, of values in [0, 1]."""
+    """The mean of each channel, of values in [0, 1]."""
     std: tuple[float, ...]
 
 

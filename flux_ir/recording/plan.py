@@ -35,9 +35,9 @@ class CapturePlan:
     steps: Sequence[int] | None = None
     """The steps to keep; None: all."""
     dtype: torch.dtype = torch.bfloat16
-    """Of what the sites put out."""
+    """The dtype of what the sites put out."""
     context_dtype: torch.dtype | None = None
-    """Of the sampler's state and the pooled text; None: the same as `dtype` (bfloat16, where that is float8)."""
+    """That of the sampler's state and the pooled text; None: the same as `dtype` (bfloat16, where that is float8)."""
     batch: int = 1
     img_positions: Sequence[int] | None = None
     """The image tokens to keep, by their places on the image grid, row by row: of every site, every step, and the
@@ -94,17 +94,17 @@ class CapturePlan:
 
     @property
     def img_shape(self) -> Shape:
-        """Of the packed state before a step, as kept."""
+        """The shape of the packed state before a step, as kept."""
         return self.batch, self.kept_img_tokens, self.flux.in_channels
 
     @property
     def full_img_shape(self) -> Shape:
-        """Of the packed state before a step, as the sampler has it."""
+        """The shape of the packed state before a step, as the sampler has it."""
         return self.batch, self.img_tokens, self.flux.in_channels
 
     @property
     def y_shape(self) -> Shape:
-        """Of the pooled text."""
+        """The shape of the pooled text."""
         return self.batch, self.flux.vec_in_dim
 
     def shape(self, site: Site) -> Shape:

@@ -275,7 +275,7 @@ def module_of(site: Site) -> str:
 
 
 def stream_of(site: Site, output: Any) -> Tensor:
-    """Of a module's output, the tensor that the site is in: double blocks put out a pair, image first."""
+    """The tensor of a module's output that the site is in: double blocks put out a pair, image first."""
     if not isinstance(output, tuple):
         return output
     return output[0] if site.stream == "img" else output[1]

@@ -193,12 +193,12 @@ class Capture:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what `read` gives: the dtype of the file, but bfloat16 for float8 with scales."""
+        """What `read` gives: the dtype of the file, but bfloat16 for float8 with scales."""
         return READ_AS if "scales" in self._contents else self.stored_dtype
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the values of the sites in the file."""
+        """The dtype of the sites' values in the file."""
         dtype: torch.dtype = self._stored((*self.sites, *self.text_sites)[0], 0).dtype
         return dtype
 

@@ -52,7 +52,7 @@ class LabelFile(NamedTuple):
     masks: Mapping[tuple[str, str], Mapping[str, Path]]
     """By kind and concept, the mask of each picture that has one, by its id."""
     digest: str
-    """Of the content: 16 hex digits."""
+    """A digest of the content: 16 hex digits."""
 
     def labels(self, source: TokenSource, follow: Callable[[Sequence[int]], Iterable[int]] = iter) -> Labels:
         """What they say about the generations of a source. Raises FluxIRError if that is nothing."""
@@ -141,7 +141,7 @@ class LabelFile(NamedTuple):
 
 
 def _prompts(source: TokenSource, images: np.ndarray) -> tuple[str, ...]:
-    """Of each image its prompt; where it has none, as a picture of CLIP's, its id."""
+    """The prompt of each image; where it has none, as a picture of CLIP's, its id."""
     known = (source.generations[int(image)] for image in images)
     return tuple(one.prompt or one.id for one in known)
 

@@ -74,7 +74,8 @@ class Labels:
     images: np.ndarray
     """int64 [images]: which generations of the source, ascending. Those whose picture is in doubt are missing."""
     prompts: tuple[str, ...]
-    """Of each image; of one without, its id. Pictures of one prompt stay together where they are drawn or permuted."""
+    """The prompt of each image, or its id where it has none. Pictures of one prompt stay together where they are drawn
+    or permuted."""
     questions: tuple[Question, ...]
     """Those about tokens first."""
     tokens: np.ndarray

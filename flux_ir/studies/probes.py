@@ -17,7 +17,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.studies.auroc import auroc
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Of the squared length of the weights, for inputs of unit variance and a loss per token."""
+"""Penalties on the squared length of the weights, for inputs of unit variance and a loss per token."""
 MOST_OF_EACH = 8192
 """Most positives, and most negatives, that a probe is fitted on: drawn anew for each."""
 
@@ -31,7 +31,7 @@ class Probe(NamedTuple):
     penalty: float
 
     def scores(self, x: Tensor) -> np.ndarray:
-        """Of each row: float32."""
+        """The score of each row: float32."""
         return (x.float() @ self.weight + self.bias).numpy()
 
 

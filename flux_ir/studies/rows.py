@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     recall: float
     """The share of positives above the threshold."""
     precision: float | None
-    """Of what is above it; None: nothing is."""
+    """The share of positives in what is above it; None: nothing is."""
     chosen: Mapping[str, Any]
     """What was picked: a feature and its sign, a penalty."""
 
@@ -55,7 +55,7 @@ class Bench:
     report: Part
     comparisons: Sequence[Comparison]
     draws: int
-    """Of the bootstrap; 0: no intervals."""
+    """How many the bootstrap has; 0: no intervals."""
     seed: int = 0
 
     def answer(self, comparison: Comparison, pick: np.ndarray, report: np.ndarray, chosen: Mapping[str, Any]) -> Answer:
@@ -87,7 +87,7 @@ class FeatureRows:
 
     @cached_property
     def _aurocs(self) -> dict[Comparison, np.ndarray]:
-        """Of every feature on the set that picks."""
+        """The AUROC of every feature on the set that picks."""
         return {comparison: self.there.aurocs(comparison) for comparison in self.bench.comparisons}
 
     def best(self, fewer: Sequence[int] = ()) -> Iterator[Answer]:

@@ -20,7 +20,7 @@ _PLACES = np.linspace(0, len(STOPS) - 1, 256)
 COLOURS = np.stack([np.interp(_PLACES, range(len(STOPS)), channel) for channel in zip(*STOPS, strict=True)], axis=1)
 """The same in 256 levels, [256, 3]."""
 OPACITY = 0.8
-"""Of the strongest colour."""
+"""The opacity of the strongest colour."""
 
 
 def scale_top(values: Grid, percentile: float = 100.0) -> float:

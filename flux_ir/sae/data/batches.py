@@ -240,7 +240,7 @@ def _capacity(pool_bytes: int, batch_tokens: int, tokens: int | None, layout: Ma
 
 
 def _memory_bytes() -> int:
-    """Of this machine; 0 where that is not told."""
+    """The memory of this machine [bytes]; 0 where that is not told."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 

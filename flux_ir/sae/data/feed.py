@@ -23,8 +23,8 @@ from flux_ir.sae.data.filters import Filters, SiteKey, all_finite
 from flux_ir.sae.data.splits import Side, Split
 
 SITE_BYTES, BLOCK_BYTES = 2 * 2**20, 4 * 2**20
-"""Of a block: at least so much of each site, which is one read, and of all sites together. It stays in the processor's
-cache from reading to its last use."""
+"""The least size of a block: of each site, which is one read, and of all sites together. It stays in the cache of the
+processor from reading to its last use."""
 _GAP_BYTES = 2**18  # images of the other side are read along and dropped, where no more lie between two
 _WAITING_BLOCKS = 1024  # of a stream, until their last site has come
 

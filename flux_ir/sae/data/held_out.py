@@ -19,7 +19,7 @@ from flux_ir.sae.data.splits import Side, Split, split_source
 from flux_ir.sites import Site, nearest_names
 
 ORDER_SEED = 0
-"""Of the order that tokens are read in."""
+"""The seed of the order that tokens are read in."""
 _BLOCK_ROWS = 1024  # small: where a limit cuts the reading short, what was read is a fair sample of all
 
 

@@ -27,7 +27,7 @@ LEAST_TOKENS = 100_000
 MOST_REPEATS = 16
 """Generations of one prompt that are compared at once, and so held in memory."""
 FLOOR = 1e-3
-"""Of the mean variance, added to every direction: directions without any noise would be infinitely long."""
+"""The share of the mean variance that is added to every direction: one without noise would be infinitely long."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class _Sums:
         self.counts[step, rows] += 1
 
     def noise(self) -> Tensor:
-        """Of tokens around the mean of their prompt, step and position."""
+        """The covariance of tokens around the mean of their prompt, step and position."""
         return self.noise_squares / max(self.differences, 1)
 
     def positions(self) -> Tensor:
-        """Of the means of steps and positions, without what means of so many prompts differ by anyway."""
+        """That of the means of steps and positions, without what means of so many prompts differ by anyway."""
         there = self.counts > 0
         sums, counts = self.means[there], self.counts[there][:, None]
         means, prompts = sums / counts, counts.sum()

@@ -304,7 +304,7 @@ class _Atoms:
         return missing.square().sum(1) / torch.where(size > 0, size, 1.0)
 
     def _unlike_each_other(self, rows: Tensor, threshold: float) -> Iterator[int]:
-        """Of these rows, in order, those that no single one before them explains: 1 - cos^2 above the threshold."""
+        """The numbers of those rows that no single one before them explains: 1 - cos^2 above the threshold."""
         likeness = (self.unit[rows] @ self.unit[rows].T).clamp_min(0).square().cpu()
         kept: list[int] = []
         for place, row in enumerate(rows.tolist()):

@@ -27,7 +27,7 @@ class BaselineFits:
 
     @cached_property
     def covariance(self) -> Covariance:
-        """Of the training tokens."""
+        """The covariance of the training tokens."""
         covariance = Covariance(self.subject.source.d(self.subject.site), self.device)
         for batch in self.subject.tokens("training", self.batch_tokens, self.fit_tokens):
             covariance.add(batch.values.to(self.device))
@@ -35,7 +35,7 @@ class BaselineFits:
 
     @property
     def mean(self) -> Tensor:
-        """Of the training tokens, float32 [d]."""
+        """The mean of the training tokens, float32 [d]."""
         return self.covariance.mean.float()
 
     def pca(self, k: int) -> Baseline:

@@ -148,7 +148,7 @@ def _linear_shapes(d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
 
 
 def _unit_rows_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
-    """Of an AutoEncoder, which they scale on loading so that rows of the decoder have length 1."""
+    """The tensors of an AutoEncoder, which they scale on loading so that rows of the decoder have length 1."""
     ours = _linear_to_ours(theirs) | {"b_dec": theirs["bias"]}
     lengths = ours["W_dec"].norm(dim=1)
     ours["W_dec"] = ours["W_dec"] / torch.where(lengths > 0, lengths, 1.0)[:, None]
@@ -156,7 +156,7 @@ def _unit_rows_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
 
 
 def _new_to_ours(theirs: Mapping[str, Tensor]) -> _Tensors:
-    """Of an AutoEncoderNew, which does not take b_dec off the input."""
+    """The tensors of an AutoEncoderNew, which does not take b_dec off the input."""
     ours = _linear_to_ours(theirs) | {"b_dec": theirs["decoder.bias"]}
     return ours | {"b_enc": ours["b_enc"] + ours["b_dec"] @ ours["W_enc"]}
 
