@@ -24,9 +24,9 @@ from flux_ir.collecting.storage import LocalStorage
 from flux_ir.commands.report import bytes_at, peak_host_bytes
 from flux_ir.distributed import Ranks
 from flux_ir.errors import in_units
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.recording.recorder import MemorySink, Recorder

@@ -7,7 +7,7 @@ import torch
 from measure import Target, arguments, interleaved, machine, parse, print_report
 from networks import FULL, SIDE_PX, TXT_TOKENS, random_flux, random_inputs
 
-from flux_ir.models.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.recorder import Recorder, RecordingComplete, StepContext
 from flux_ir.sampling.denoise import per_sample
 from flux_ir.sampling.generate import Inputs

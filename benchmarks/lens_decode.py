@@ -15,8 +15,8 @@ from flux_ir.layout import RunFolder
 from flux_ir.lens.decode import LensDecoder
 from flux_ir.lens.readout import read_step
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import get_spec
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.store import Capture, load_capture
 from flux_ir.sampling.generate import to_pixels
 from flux_ir.sampling.image import jpeg_bytes

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.registry import get_spec
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux, FluxParams
 from flux_ir.sampling.generate import Inputs, noise_for, prepare
 
 FULL = get_spec("flux-schnell").flux

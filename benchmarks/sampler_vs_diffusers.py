@@ -10,8 +10,8 @@ from measure import Target, arguments, interleaved, keep_freed_memory, machine, 
 from networks import FULL, NARROW, SIDE_PX, TXT_TOKENS, WIDE, random_flux, random_inputs
 from torch import Tensor
 
-from flux_ir.models.keymap import to_diffusers
-from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.models.checkpoints.keymap import to_diffusers
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.sampling.denoise import per_sample
 from flux_ir.sampling.generate import Inputs
 

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
-from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 
 # A shell's `&` has its children ignore Ctrl-C, and theirs: tests that press it would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)

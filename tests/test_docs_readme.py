@@ -95,7 +95,7 @@ def test_the_tree_has_every_room():
     [
         ("attic/   what is kept", ["attic/"]),
         ("flux_ir/   models/, attic/ (old things)", ["attic/"]),
-        ("flux_ir/\n  models/   attention, attics", ["attics"]),
+        ("flux_ir/\n  models/   autoencoder, attics", ["attics"]),
         ("flux_ir/\n  models/   the networks; attic/ holds old ones", ["attic/"]),
         ("flux_ir/\n  sites, attic   shared nouns", ["attic"]),
         ("flux_ir/\n  models/   networks; `attic` keeps old ones", ["attic"]),

@@ -22,11 +22,11 @@ from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, versions, write_json
 from flux_ir.lens.readout import image_outputs
+from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
-from flux_ir.models.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.placement import Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.recording.recorder import Recorder

@@ -21,11 +21,11 @@ from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.collecting.storage import one_job_at, open_storage
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.clip import TokenChoice, load_vision, locate_clip, read_preprocessing
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.placement import Placement, plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import load_clip
 from flux_ir.sampling.generate import check_size

@@ -31,13 +31,13 @@ from flux_ir.features.scoring import Scoring, half_of
 from flux_ir.features.selection import Ranked, Selection, ranked, read_lists
 from flux_ir.layout import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import Placement, plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 from flux_ir.sites import Site, Stream
 from flux_ir.visualize.feature_sheet import Example, draw_feature_sheet
 from flux_ir.visualize.heatmap import OPACITY

@@ -15,13 +15,13 @@ from flux_ir.layout import RunFolder, newest_capture, write_json
 from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
+from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer
+from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
-from flux_ir.models.paths import CACHE, HUB, PACKAGE
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_autoencoder, locate_transformer
-from flux_ir.models.transformer import Flux
-from flux_ir.models.weights import load_autoencoder, load_flux
 from flux_ir.recording.store import Capture, load_capture
 from flux_ir.shapes import Pixels
 from flux_ir.visualize.frames import find_run, is_run_name

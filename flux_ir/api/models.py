@@ -22,10 +22,10 @@ from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import ModelSpec, get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import ModelPart, Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling import generate

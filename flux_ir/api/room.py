@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError, in_units
-from flux_ir.models.contents import Part, blank_network
-from flux_ir.models.headers import read_entries
+from flux_ir.models.checkpoints.headers import read_entries
+from flux_ir.models.checkpoints.inspect import Part, blank_network
+from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.placement import Placement
 from flux_ir.models.suite import Suite
-from flux_ir.models.text_sources import EncoderSource
 
 # Of a text encoder's checkpoint, what is never loaded: T5's decoder, CLIP's picture half.
 _LEFT_OUT = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")

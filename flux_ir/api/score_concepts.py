@@ -23,10 +23,10 @@ from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.score_features import folder_path
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.layout import versions, write_json
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import SiteKey

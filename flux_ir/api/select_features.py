@@ -44,11 +44,11 @@ from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.scoring import Scoring
 from flux_ir.features.selection import Ranked, Selection, make_lists, write_lists
 from flux_ir.features.significance import q_values
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
 from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.formats import load_any, weights_file

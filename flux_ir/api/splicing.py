@@ -12,10 +12,10 @@ from flux_ir.api.evaluation_files import EvaluateSAESettings
 from flux_ir.api.progress import Note, Watch, follow, phase
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder

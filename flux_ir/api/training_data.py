@@ -19,10 +19,10 @@ from flux_ir.collecting.prompts import prompts_digest, read_prompts
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.initialise import normalisation_of
 from flux_ir.sae.data.batches import TokenBatches

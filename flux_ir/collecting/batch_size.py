@@ -8,8 +8,8 @@ from flux_ir.activations.shards import SHARD_IMAGES
 from flux_ir.collecting.embeddings import EmbeddedPrompt
 from flux_ir.collecting.prompts import WorkItem
 from flux_ir.collecting.recipe import Recipe, record_batch, recorded_bytes
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 
 CPU_BATCH = 8
 """On a CPU: with flux-tiny 1.8 times the speed of single generations, and no slower than 16 (which take twice the

@@ -42,7 +42,7 @@ from flux_ir.collecting.shard_notes import (
 from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import versions
-from flux_ir.models.sources import ModelSource
+from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.recording.statistics import write_statistics
 
 COLLECTION, INDEX, CHECKSUM = "collection.json", "index.jsonl", "stats.sha256"

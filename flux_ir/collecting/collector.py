@@ -55,8 +55,8 @@ from flux_ir.distributed import Ranks, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.pieces import ScaleOf, pieces_of_context, pieces_of_site, pieces_of_text, positions
 from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sampling.generate import decode

@@ -20,8 +20,8 @@ from flux_ir.collecting.prompts import WorkItem, WorkList
 from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, batches_of, check_finite, record_batch
 from flux_ir.collecting.workers import replicas
 from flux_ir.distributed import Ranks
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.pieces import ScaleOf, pieces_of_site, positions
 from flux_ir.threads import in_order
 

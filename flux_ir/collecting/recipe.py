@@ -15,9 +15,9 @@ from flux_ir.activations.shards import POSITIONS_KEY, ShardTensor, scale_key, si
 from flux_ir.collecting.embeddings import EmbeddedPrompt
 from flux_ir.collecting.prompts import WorkItem
 from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
 from flux_ir.sampling.denoise import StateNotFiniteError

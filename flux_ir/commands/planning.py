@@ -24,7 +24,7 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.layout import RunFolder
 from flux_ir.lens.readout import image_outputs
-from flux_ir.models.sources import locate_model
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text.tokenizer import load_tokenizer
 from flux_ir.recording.plan import CapturePlan

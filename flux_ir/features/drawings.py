@@ -26,8 +26,8 @@ from torch.nn.functional import normalize
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.layout import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Edit, Intervention
 from flux_ir.sampling.denoise import per_sample
 from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare, sample

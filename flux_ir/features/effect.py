@@ -21,9 +21,9 @@ from flux_ir.activations.blocks import SampledSource
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.scoring import half_of
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import model_names
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sampling.denoise import per_sample
 from flux_ir.sampling.generate import Inputs, noise_for, prepare, sample

@@ -21,9 +21,9 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.examples import prompt_numbers
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.significance import q_values
+from flux_ir.models.checkpoints.locate_text import tokenizer_on_disk
 from flux_ir.models.registry import ModelSpec, get_spec, model_names
 from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
-from flux_ir.models.text_sources import tokenizer_on_disk
 from flux_ir.sites import Stream
 
 STAGE, WORDS_FILE = "labels", "words.json"

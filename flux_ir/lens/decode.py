@@ -20,7 +20,7 @@ from flux_ir.layout import RunFolder, complete_file
 from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distance
 from flux_ir.lens.readout import Lens, Reading, read_step, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.store import Capture
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes

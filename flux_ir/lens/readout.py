@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.store import Capture
 from flux_ir.sampling.denoise import clean_estimate, euler_step, per_sample
 from flux_ir.shapes import Conditioning, PackedLatent, Tokens, Velocity

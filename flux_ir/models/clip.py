@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models import hub
-from flux_ir.models.hub import Announce
-from flux_ir.models.paths import first_file, shards_present
-from flux_ir.models.pretrained import WEIGHTS, load_pretrained, read_config, read_params, unreadable
+from flux_ir.models.checkpoints import hub
+from flux_ir.models.checkpoints.hub import Announce
+from flux_ir.models.checkpoints.paths import first_file, shards_present
+from flux_ir.models.checkpoints.pretrained import WEIGHTS, load_pretrained, read_config, read_params, unreadable
 from flux_ir.models.registry import read_object
 from flux_ir.models.text.clip import ClipLayers, ClipParams
 from flux_ir.models.text.t5 import blank_embedding

@@ -12,7 +12,7 @@ from typing import Any
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoderParams
-from flux_ir.models.transformer import FluxParams
+from flux_ir.models.flux1.transformer import FluxParams
 from flux_ir.sites import Site, all_sites, text_sites
 
 ASSETS = Path(__file__).with_name("assets")

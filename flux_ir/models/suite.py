@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
+from flux_ir.models.checkpoints.locate import ModelSource
+from flux_ir.models.checkpoints.locate_text import TextSource
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec
-from flux_ir.models.sources import ModelSource
 from flux_ir.models.text import TextEncoder, load_clip, load_t5
-from flux_ir.models.text_sources import TextSource
-from flux_ir.models.transformer import Flux
-from flux_ir.models.weights import load_autoencoder, load_flux
 from flux_ir.sites import Site
 
 ModelPart = Literal["text", "transformer", "autoencoder"]

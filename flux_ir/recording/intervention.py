@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.recorder import (
     NOT_CALLED,
     Listener,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import FluxParams
+from flux_ir.models.flux1.transformer import FluxParams
 from flux_ir.recording.precision import FLOAT8, READ_AS, ROUNDED
 from flux_ir.sites import Site, check_sites
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
 from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_of

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.shapes import PackedLatent, PerSample, Pooled, PositionIds, TxtTokens, Velocity
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import choose_dtype
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 from flux_ir.sampling.denoise import Step, denoise
 from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, text_ids, unpack
 from flux_ir.shapes import Latent, PackedLatent, Pixels, Pooled, PositionIds, TxtTokens

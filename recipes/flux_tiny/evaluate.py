@@ -21,10 +21,10 @@ from flux_ir.demo.judge import Row, judge, tally
 from flux_ir.demo.scenes import held_out_scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import write_json
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import ASSETS, PROVENANCE_FILE, ModelSpec, packaged_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample

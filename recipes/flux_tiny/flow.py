@@ -16,8 +16,8 @@ from flux_ir.demo.scenes import scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import bfloat16_on
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.text import TextEncoder
-from flux_ir.models.transformer import Flux, FluxParams
 from flux_ir.sae.training.step import WeightAverage
 from flux_ir.sampling.latents import image_ids, pack, text_ids
 from recipes.flux_tiny.autoencoder import picture_batches

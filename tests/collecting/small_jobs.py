@@ -12,9 +12,9 @@ from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.sites import Site
 

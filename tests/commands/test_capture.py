@@ -16,9 +16,9 @@ from PIL import Image
 
 from flux_ir.commands.capture import CaptureOptions
 from flux_ir.commands.cli.option import flags
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.recording.store import load_capture

@@ -7,8 +7,8 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.lens.readout import image_outputs, read_step, readable_sites, velocity_at
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.recorder import Recorder
 from flux_ir.recording.store import Capture, CapturePlan, CaptureWriter, load_capture
 from flux_ir.sampling.denoise import Step

@@ -21,8 +21,8 @@ from flux_ir.commands.capture import main as capture
 from flux_ir.commands.lens import main as lens
 from flux_ir.lens.readout import read_step
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_model
-from flux_ir.models.weights import load_flux
+from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.checkpoints.load import load_flux
 from flux_ir.recording.store import load_capture
 
 output = Path(sys.argv[1])

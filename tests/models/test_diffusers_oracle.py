@@ -8,12 +8,12 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.contents import blank_network
-from flux_ir.models.keymap import diffusers_parts, from_diffusers, to_diffusers
+from flux_ir.models.checkpoints.inspect import blank_network
+from flux_ir.models.checkpoints.keymap import diffusers_parts, from_diffusers, to_diffusers
+from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
+from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import MODELS
-from flux_ir.models.sources import locate_autoencoder, locate_transformer
-from flux_ir.models.transformer import Flux
-from flux_ir.models.weights import load_autoencoder, load_flux
 
 
 def their_transformer(params):

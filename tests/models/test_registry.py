@@ -6,7 +6,7 @@ import pytest
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.contents import blank_network
+from flux_ir.models.checkpoints.inspect import blank_network
 from flux_ir.models.registry import (
     DEFAULT_MODEL,
     MODELS,

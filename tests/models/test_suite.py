@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate import ModelSource, locate_autoencoder, locate_transformer
+from flux_ir.models.checkpoints.locate_text import EncoderSource, TextSource
 from flux_ir.models.placement import Placement, plan
 from flux_ir.models.registry import packaged_spec
-from flux_ir.models.sources import ModelSource, locate_autoencoder, locate_transformer
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
-from flux_ir.models.text_sources import EncoderSource, TextSource
 from flux_ir.sites import all_sites, text_sites
 
 PROMPT = ["a red circle"]

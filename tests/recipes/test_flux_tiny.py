@@ -13,9 +13,9 @@ from flux_ir.demo.judge import Row
 from flux_ir.demo.scenes import scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import packaged_spec
-from flux_ir.models.sources import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode, load_clip, load_t5
 from recipes.flux_tiny.autoencoder import AE_PARAMS, AutoencoderConfig, crops, measure_latents, train_autoencoder

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import get_spec, model_names
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sites import Site
 from tests.recording.listeners import IMG_TOKENS, TXT_TOKENS, every_site, hooks_on

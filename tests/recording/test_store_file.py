@@ -34,7 +34,7 @@ def test_the_size_is_told_exactly(tmp_path, plan, run):
 
 def test_the_size_is_that_of_the_published_models():
     """57 blocks of flux-dev at 1024 px and 50 steps: the original program's 80.7 GB."""
-    from flux_ir.models.transformer import FluxParams
+    from flux_ir.models.flux1.transformer import FluxParams
 
     params = FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)
     sites, times = block_outputs(19, 38), [i / 50 for i in range(51)]

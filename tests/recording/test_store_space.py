@@ -52,7 +52,7 @@ except FluxIRError as error:
 SETUP = """
 from flux_ir.recording.recorder import Recorder, StepContext
 from flux_ir.recording.store import CapturePlan
-from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.sites import block_outputs
 params = FluxParams(64, 64, 24, 40, 64, 4.0, 4, 2, 3, (4, 6, 6), 10_000, True, False)
 plan = CapturePlan(params, block_outputs(2, 3), [1.0, 0.5, 0.0], txt_tokens=7, img_tokens=12, guidance=1.0, metadata={},

@@ -9,10 +9,10 @@ import torch
 from flux_ir.demo.drawing import draw
 from flux_ir.demo.scenes import scene_at
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.load import load_autoencoder
+from flux_ir.models.checkpoints.locate import locate_autoencoder
 from flux_ir.models.registry import get_spec
-from flux_ir.models.sources import locate_autoencoder
 from flux_ir.models.text import TextEmbedding
-from flux_ir.models.weights import load_autoencoder
 from flux_ir.sampling.denoise import clean_estimate, euler_step
 from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample, to_pixels, unlike_latents
 from flux_ir.sampling.image import jpeg_bytes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.pretrained import load_pretrained, read_config, read_params
+from flux_ir.models.checkpoints.pretrained import load_pretrained, read_config, read_params
 from flux_ir.models.text.clip import ClipPhrase, ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
 from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer

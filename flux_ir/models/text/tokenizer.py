@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.pretrained import unreadable
+from flux_ir.models.checkpoints.pretrained import unreadable
 from flux_ir.models.registry import read_object
 from flux_ir.shapes import TokenIds
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.sites import Site
 
 BaselineName = Literal["pca", "random", "neurons", "itda"]

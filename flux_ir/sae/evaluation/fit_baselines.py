@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.sae.data.held_out import Subject
 from flux_ir.sae.evaluation.baselines import ITDA, PCA, Baseline, Covariance, Neurons, RandomDictionary
 from flux_ir.sae.evaluation.metrics import Evaluation, evaluate

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.models.transformer import Flux
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.evaluation.metrics import DENSE_VALUES, Reconstructor

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import read_header
+from flux_ir.models.checkpoints.headers import read_header
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.jumprelu import JumpReLU
 from flux_ir.sae.architectures.make import bare_sae

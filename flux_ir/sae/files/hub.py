@@ -11,7 +11,7 @@ from typing import Any
 
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import complete_file
-from flux_ir.models.hub import Announce, download_repository, upload_folder
+from flux_ir.models.checkpoints.hub import Announce, download_repository, upload_folder
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.folder import ACTIVATIONS_FILE, CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_sae
 from flux_ir.sae.files.formats import load_any

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from flux_ir.models.pretrained import load_pretrained, read_params
+from flux_ir.models.checkpoints.pretrained import load_pretrained, read_params
 from flux_ir.models.text.clip import ClipPhrase, ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params, distance_buckets
 

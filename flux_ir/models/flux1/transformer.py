@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.attention import rotary_table
-from flux_ir.models.blocks import (
+from flux_ir.models.flux1.attention import rotary_table
+from flux_ir.models.flux1.blocks import (
     TIME_CHANNELS,
     DoubleStreamBlock,
     LastLayer,

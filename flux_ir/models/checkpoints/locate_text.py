@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models import hub
-from flux_ir.models.headers import is_index, read_entries, shards
-from flux_ir.models.hub import Announce
-from flux_ir.models.paths import (
+from flux_ir.models.checkpoints import hub
+from flux_ir.models.checkpoints.headers import is_index, read_entries, shards
+from flux_ir.models.checkpoints.hub import Announce
+from flux_ir.models.checkpoints.paths import (
     CACHE,
     HUB,
     PACKAGE,
@@ -24,7 +24,7 @@ from flux_ir.models.paths import (
     shards_present,
     verified,
 )
-from flux_ir.models.pretrained import CONFIG_FILE, WEIGHTS, read_config
+from flux_ir.models.checkpoints.pretrained import CONFIG_FILE, WEIGHTS, read_config
 from flux_ir.models.registry import ModelSpec, read_object
 
 Encoder = Literal["t5", "clip"]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import TensorEntry, is_index, plain_weights, read_entries, read_tensor
-from flux_ir.models.paths import first_file, weight_names
+from flux_ir.models.checkpoints.headers import TensorEntry, is_index, plain_weights, read_entries, read_tensor
+from flux_ir.models.checkpoints.paths import first_file, weight_names
 from flux_ir.models.registry import read_object
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.models.autoencoder import AutoEncoderParams
-from flux_ir.models.transformer import FluxParams
+from flux_ir.models.flux1.transformer import FluxParams
 
 _OUTSIDE_BLOCKS = {
     "img_in": "x_embedder",

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import plain_weights, read_entries, read_tensor, shards
+from flux_ir.models.checkpoints.headers import plain_weights, read_entries, read_tensor, shards
 
 
 @pytest.fixture

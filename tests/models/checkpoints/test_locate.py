@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import shards
-from flux_ir.models.keymap import to_diffusers
+from flux_ir.models.checkpoints.headers import shards
+from flux_ir.models.checkpoints.keymap import to_diffusers
+from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_model, locate_transformer
 from flux_ir.models.registry import packaged_spec
-from flux_ir.models.sources import locate_autoencoder, locate_model, locate_transformer
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 STEM = "diffusion_pytorch_model"

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flux_ir.models.contents import blank_network
-from flux_ir.models.keymap import diffusers_parts, from_diffusers, to_diffusers
+from flux_ir.models.checkpoints.inspect import blank_network
+from flux_ir.models.checkpoints.keymap import diffusers_parts, from_diffusers, to_diffusers
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import get_spec
-from flux_ir.models.transformer import Flux
 
 
 def shapes(network):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flux_ir.models.blocks import Modulation, timestep_embedding
+from flux_ir.models.flux1.blocks import Modulation, timestep_embedding
 
 
 def test_time_embedding_holds_cosines_then_sines_of_a_thousand_times_t():

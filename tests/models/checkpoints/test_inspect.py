@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.contents import inspect
-from flux_ir.models.keymap import to_diffusers
+from flux_ir.models.checkpoints.inspect import inspect
+from flux_ir.models.checkpoints.keymap import to_diffusers
 from flux_ir.models.registry import MODELS
 
 

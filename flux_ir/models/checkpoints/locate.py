@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models import hub
-from flux_ir.models.contents import Part, WeightSource, holds, inspect
-from flux_ir.models.hub import Announce
-from flux_ir.models.paths import (
+from flux_ir.models.checkpoints import hub
+from flux_ir.models.checkpoints.hub import Announce
+from flux_ir.models.checkpoints.inspect import Part, WeightSource, holds, inspect
+from flux_ir.models.checkpoints.locate_text import EncoderSource, TextSource, download_encoder, encoder_on_disk
+from flux_ir.models.checkpoints.paths import (
     CACHE,
     COMPONENT_FOLDERS,
     HUB,
@@ -30,7 +31,6 @@ from flux_ir.models.paths import (
     weight_names,
 )
 from flux_ir.models.registry import ModelSpec
-from flux_ir.models.text_sources import EncoderSource, TextSource, download_encoder, encoder_on_disk
 
 _DIFFUSERS_FILES = weight_names("diffusion_pytorch_model")
 _SUFFIXES = ("*.safetensors", "*.sft")

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate_text import locate_text, tokenizer_on_disk
 from flux_ir.models.registry import packaged_spec
 from flux_ir.models.text import load_clip, load_t5
-from flux_ir.models.text_sources import locate_text, tokenizer_on_disk
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 REPO = "black-forest-labs/FLUX.1-schnell"

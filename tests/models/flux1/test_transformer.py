@@ -8,7 +8,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.transformer import Flux, FluxParams
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 
 GOLDEN = ["schnell_like", "dev_like"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux_ir.models.attention import QKNorm, SelfAttention, attention
+from flux_ir.models.flux1.attention import QKNorm, SelfAttention, attention
 from flux_ir.shapes import Conditioning, ImgTokens, PerSample, Rotation, Shift, Tokens, TxtTokens, Velocity
 
 TIME_CHANNELS = 256

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.headers import is_index, shards
+from flux_ir.models.checkpoints.headers import is_index, shards
 from flux_ir.models.registry import ModelSpec
 
 PACKAGE, CACHE, HUB = "the package", "the hub's cache", "the hub"

@@ -13,11 +13,11 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.headers import TensorEntry, plain_weights, read_entries
-from flux_ir.models.keymap import Parts, diffusers_parts
-from flux_ir.models.paths import RECORDED
+from flux_ir.models.checkpoints.headers import TensorEntry, plain_weights, read_entries
+from flux_ir.models.checkpoints.keymap import Parts, diffusers_parts
+from flux_ir.models.checkpoints.paths import RECORDED
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import MODELS, ModelSpec, read_object
-from flux_ir.models.transformer import Flux
 
 Part = Literal["transformer", "autoencoder"]
 Layout = Literal["bfl", "diffusers"]

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.contents import Part, WeightSource, blank_network, layout_parts
-from flux_ir.models.headers import read_tensor
+from flux_ir.models.checkpoints.headers import read_tensor
+from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
-from flux_ir.models.transformer import Flux
 
 Network = TypeVar("Network", Flux, AutoEncoder)
 Advance = Callable[[int], None]

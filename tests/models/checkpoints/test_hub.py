@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys
 from flux_ir.errors import FluxIRError
-from flux_ir.models import hub
+from flux_ir.models.checkpoints import hub
 try:
     if sys.argv[1] == "cached":
         print(hub.cached("black-forest-labs/FLUX.1-dev", "ae.safetensors"))

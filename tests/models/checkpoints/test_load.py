@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.contents import blank_network, inspect
-from flux_ir.models.keymap import to_diffusers
+from flux_ir.models.checkpoints.inspect import blank_network, inspect
+from flux_ir.models.checkpoints.keymap import to_diffusers
+from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
+from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer
 from flux_ir.models.registry import MODELS, packaged_spec
-from flux_ir.models.sources import locate_autoencoder, locate_transformer
-from flux_ir.models.weights import load_autoencoder, load_flux
 
 
 def same_weights(loaded, original):
@@ -95,9 +95,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from flux_ir.models.registry import MODELS
-from flux_ir.models.sources import locate_transformer
-from flux_ir.models.transformer import FluxParams
-from flux_ir.models.weights import load_flux
+from flux_ir.models.checkpoints.locate import locate_transformer
+from flux_ir.models.flux1.transformer import FluxParams
+from flux_ir.models.checkpoints.load import load_flux
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flux_ir.models.attention import RMSNorm, attention, rotary_table, rotate
+from flux_ir.models.flux1.attention import RMSNorm, attention, rotary_table, rotate
 
 AXES_DIM, THETA = (4, 6, 6), 10_000
 offsets = st.tuples(*[st.integers(-200, 200)] * 3)

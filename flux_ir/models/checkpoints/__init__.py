@@ -1,0 +1,4 @@
+"""From a name to weights: `locate` says in which order sources are asked, `inspect` what a file is, `load` loads it.
+
+Text encoders have `locate_text` and `pretrained`. Below: `keymap` (names of diffusers), `headers`, `paths`, `hub`.
+"""
