@@ -19,7 +19,8 @@ from flux_ir.threads import in_order
 
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data
 STYLES = ("base.css", "explorer.css")
-SCRIPTS = ("shared.js", "explorer.js")
+REGIONS = ("state", "address", "pictures", "head", "grid", "viewer", "curves", "gallery", "main")
+SCRIPTS = ("shared.js", *(f"runs/{region}.js" for region in REGIONS))
 
 
 def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path, *, single_file: bool = False) -> Path:
