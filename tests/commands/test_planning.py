@@ -95,7 +95,7 @@ def test_scales_of_float8_count_for_their_site():
     recipe = Recipe(SPEC, 64, 48, 3, 2.5, (site,), (0, 2), torch.float8_e4m3fn, torch.bfloat16)
     (size,) = site_sizes(recipe.plan())
     tokens, d = SPEC.text_tokens + 12, SPEC.flux.hidden_size
-    assert size == (site, tokens, d, 2 * tokens * (d + 4))
+    assert size == (site, tokens, d, 2, 2 * tokens * (d + 4))
 
 
 @pytest.mark.parametrize("command", ["capture", "collect"])
