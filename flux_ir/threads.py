@@ -23,6 +23,7 @@ def in_order(
     workers: int,
     *,
     most: int | None = None,
+    eager: bool = False,
     torch_threads: int | None,
 ) -> Generator[Made, None, None]:
     """`work` of every item, by so many threads, in the order of the items.
@@ -30,6 +31,9 @@ def in_order(
     At most `most` items are taken before the first of their results is asked for (None: twice as many as threads), so
     memory stays flat. With `torch_threads` each thread computes on so many cores: on one, what it makes has the same
     bits however many threads there are. None is for work that does not compute with torch.
+
+    `eager` gives a result as soon as it is there, where items take longer to come than the work on them; else so many
+    are taken first, so that threads have work while the consumer is busy.
     """
     if torch_threads is None:
         pool = ThreadPoolExecutor(workers, "in_order")
@@ -42,7 +46,7 @@ def in_order(
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) >= (most or 2 * workers):
+            while waiting and (len(waiting) >= (most or 2 * workers) or (eager and waiting[0].done())):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -56,7 +56,7 @@ class Canvas:
 
 def reads_out(site: Site) -> bool:
     """Whether the last layer can read tokens of this site: image tokens as blocks put them out or add to them."""
-    return site.stream != "txt" and site.part in (None, "update")
+    return site.stream != "txt" and site.part in (None, "update") and not site.per_prompt
 
 
 @torch.no_grad()

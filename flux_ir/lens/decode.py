@@ -140,7 +140,7 @@ class LensDecoder:
             )
         jobs = ((place, pixels, row) for places, pixels in self._batches() for row, place in enumerate(places))
         written = in_order(
-            lambda job: self._write(*job), jobs, WRITER_THREADS, most=WAITING_PICTURES, torch_threads=None
+            lambda job: self._write(*job), jobs, WRITER_THREADS, most=WAITING_PICTURES, eager=True, torch_threads=None
         )
         with closing(written):
             yield from written
