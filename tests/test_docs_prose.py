@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WIDTH = 100
 PAGES = [
-    path.relative_to(ROOT).as_posix() for folder in (".", "docs", "benchmarks") for path in (ROOT / folder).glob("*.md")
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "docs", "docs/reference", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
 ]
 
 
