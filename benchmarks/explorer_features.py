@@ -27,7 +27,7 @@ from playwright.sync_api import CDPSession, Page, sync_playwright
 from flux_ir.explorer.feature_pages import PagesSettings, write_pages
 from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings
 from flux_ir.features.folder import FORMAT, VERSION, FeatureFolder, open_features, write_tensors
-from flux_ir.layout import write_json
+from flux_ir.files import write_json
 
 FEATURES, IMAGES, SIDE, STEPS = 65_536, 10_000, 16, (2, 5, 7)
 TOP, QUANTILES, PER_QUANTILE, RANDOM, SILENT = 24, 5, 4, 8, 8

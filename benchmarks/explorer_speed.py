@@ -20,7 +20,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from flux_ir.explorer.data import find_runs
 from flux_ir.explorer.page import write_explorer
-from flux_ir.layout import RunFolder, write_json
+from flux_ir.files import write_json
+from flux_ir.layout import RunFolder
 
 DOUBLE, SINGLE, STEPS, SIDE_PX = 19, 38, 50, 256
 CHROMIUM = "/usr/bin/chromium"

@@ -20,7 +20,8 @@ from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run
 from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import RunFolder, complete_file, disk_error, new_generation_id, versions, write_json
+from flux_ir.files import complete_file, disk_error, versions, write_json
+from flux_ir.layout import RunFolder, new_generation_id
 from flux_ir.lens.readout import image_outputs
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE

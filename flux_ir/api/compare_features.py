@@ -44,7 +44,7 @@ from flux_ir.features.matching import (
     random_directions,
 )
 from flux_ir.features.significance import q_values
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file, read_json
 from flux_ir.lens.measures import json_number
 from flux_ir.sae.evaluation.plots import ScatterGroup, scatter
 from flux_ir.sae.files.formats import load_any, weights_file
@@ -151,7 +151,8 @@ def compare_features(
         folder.check_done("score")
     where = _result_folder(a, b, name)
     digest = digest_of([VERSION, a.settings.digest, b.settings.digest, asdict(settings)])
-    if (known := _read(where / RESULT)) is not None:
+    if (where / RESULT).is_file():
+        known = read_json(where / RESULT)
         if known.get("digest") == digest and (where / PICTURE).is_file():
             progress(Note(f"the comparison in {where} is complete"))
             return Comparison(where / RESULT, known)
@@ -179,14 +180,6 @@ def _check_same_other(where: Path, known: Mapping[str, Any], b: FeatureFolder) -
             f"{side.get('site') or 'an array'}: {b.path} has other features",
             hint="give this comparison a --name of its own, or delete that one",
         )
-
-
-def _read(path: Path) -> Mapping[str, Any] | None:
-    try:
-        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found
 
 
 class _Comparing:

@@ -29,7 +29,7 @@ from flux_ir.features.heatmaps import draw_overlay, scale_of, sheet_line
 from flux_ir.features.labels import read_labels
 from flux_ir.features.scoring import Scoring, half_of
 from flux_ir.features.selection import Ranked, Selection, ranked, read_lists
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import DtypeWord, choose_dtype

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import versions, write_json
+from flux_ir.files import versions, write_json
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.sae.architectures.config import HAS_K, SAEConfig
 from flux_ir.sae.data.held_out import Subject

@@ -1,7 +1,6 @@
 """From captures to plain arrays, a generation at a time."""
 
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from flux_ir.activations.source import TokenBlock, TokenSource, open_source
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, read_json, write_json
 from flux_ir.sites import Site, SiteNames, Stream, match_sites, site_names
 
 
@@ -112,9 +111,9 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path, hint="name a new folder with --output_dir")
         differences = [name for name in settings if earlier[name] != settings[name]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise FluxIRError(
             f"{path} is not of an export: {error!r}", hint="name a new folder with --output_dir"
         ) from error

@@ -21,7 +21,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.neuronpedia import Rows, batches, description_rows, names_of
 from flux_ir.features.words import find_tokenizer, prompt_tokens
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.sites import Stream
 
 FeatureFormat = Literal["csv", "parquet", "neuronpedia"]

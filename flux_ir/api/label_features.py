@@ -49,7 +49,7 @@ from flux_ir.features.words import (
     strong_prompts,
     token_lists,
 )
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file, read_json
 from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
 from flux_ir.models.placement import plan
 from flux_ir.models.text import load_phrase_tower
@@ -163,14 +163,11 @@ def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
 
     Raises FluxIRError for any other file, and for ids that the folder does not have.
     """
+    hint = 'write {"red": ["0123456789abcdef", ...]}; images.jsonl has the ids'
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        concepts = {str(name): [str(one) for one in ids] for name, ids in said.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise FluxIRError(
-            f"{path} must be a JSON object of concepts, each with a list of ids: {error}",
-            hint='write {"red": ["0123456789abcdef", ...]}; images.jsonl has the ids',
-        ) from error
+        concepts = {str(name): [str(one) for one in ids] for name, ids in read_json(path, hint=hint).items()}
+    except TypeError as error:
+        raise FluxIRError(f"{path} must hold concepts, each with a list of ids: {error}", hint=hint) from error
     numbers = {row.id: row.index for row in folder.images}
     unknown = [one for ids in concepts.values() for one in ids if one not in numbers]
     if unknown:

@@ -1,6 +1,5 @@
 """From a finished capture to pictures, numbers and a contact sheet: all of `read_lens`, the end of `capture`."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import RunFolder, newest_capture, write_json
+from flux_ir.files import read_json, write_json
+from flux_ir.layout import RunFolder, newest_capture
 from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
@@ -205,17 +205,6 @@ def final_picture(folder: RunFolder) -> Pixels | None:
 def earlier_report(folder: RunFolder) -> dict[str, Any] | None:
     """The run's `lens.json`, or None if there is none yet. Raises FluxIRError if it is broken."""
     return read_json(folder.lens_json) if folder.lens_json.exists() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One of the run's own JSON files. Raises FluxIRError if it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FluxIRError(f"{path} must be JSON: {error}", hint="delete it, or make the run again") from error
-    if not isinstance(value, dict):
-        raise FluxIRError(f"{path} must be a JSON object: got {value!r:.40}", hint="delete it, or make the run again")
-    return value
 
 
 def recorded_path(files: dict[str, Any], part: str) -> Path | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.placement import plan

@@ -15,7 +15,7 @@ from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.api.score_concepts import JUDGED, MAX_TOKENS, PARTS, labels_of
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.layout import versions, write_json
+from flux_ir.files import read_json, versions, write_json
 from flux_ir.sae.data.filters import choose_sites
 from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sites import SiteNames, site_names
@@ -103,7 +103,7 @@ def probe(
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = Path(output_dir) / PARTS / f"probe_step_{step}_{digest}.json"
         if path.is_file():
-            made = json.loads(path.read_text(encoding="utf-8"))["found"]
+            made = read_json(path, required=("found",))["found"]
         else:
             made = _probed(*parts, known, least_positives, bootstrap)
             write_json(path, {"key": key, "found": made})

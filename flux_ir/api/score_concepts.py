@@ -22,7 +22,7 @@ from flux_ir.api.evaluate_sae import load_for
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.score_features import folder_path
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.layout import versions, write_json
+from flux_ir.files import read_json, versions, write_json
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
@@ -254,7 +254,7 @@ class _Scoring:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.settings.output_dir / PARTS / f"{row}_step_{step}_{digest}.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["found"]
+            return read_json(path, required=("found",))["found"]
         total = len(readers.bench.comparisons)
         stage = f"{row}, step {step}"
         if row == "null":

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flux_ir.api.progress import Note, Progress, Watch, unwatched
 from flux_ir.api.study_file import PICK, REPORT, STAGES, StudyFile, read_study
 from flux_ir.errors import FluxIRError, nearest
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, read_json, write_json
 
 
 class StageResult(NamedTuple):
@@ -156,7 +156,7 @@ def _read_record(record: Path) -> dict[str, tuple[Path, ...]] | None:
     """What a finished stage has made; None if it is not finished, or if something of it is gone."""
     if not record.is_file():
         return None
-    named = json.loads(record.read_text(encoding="utf-8"))
+    named = read_json(record)
     folder = record.parents[1]
     found = {name: tuple(folder / path for path in paths) for name, paths in named.items()}
     return found if all(path.exists() for paths in found.values() for path in paths) else None

@@ -17,7 +17,7 @@ from flux_ir.api.training_data import TrainingData
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, versions, write_json
+from flux_ir.files import complete_file, read_json, versions, write_json
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.data.batches import TokenBatches
@@ -287,8 +287,7 @@ class Run:
             return ()
         found = []
         for name, config in self.planned.members.items():
-            about = json.loads((self.planned.folder / name / TRAINING).read_text(encoding="utf-8"))
-            result = about["result"]
+            result = read_json(self.planned.folder / name / TRAINING, required=("result",))["result"]
             folder = self.planned.folder / name
             found.append(Trained(folder, config.d_sae, self._measured_on, result["overall"], result["outliers"]))
         return tuple(found)
@@ -302,7 +301,7 @@ class Run:
                 raise FluxIRError(
                     f"{about.parent} holds another autoencoder already", hint="pass another --name or --output_dir"
                 )
-            self._check(json.loads(about.read_text(encoding="utf-8"))["described"], about.parent)
+            self._check(read_json(about, required=("described",))["described"], about.parent)
         return len(there) == len(self.planned.members)
 
     def _check(self, before: Mapping[str, Any], where: Path | None) -> None:

@@ -42,7 +42,7 @@ from flux_ir.collecting.shard_notes import (
 from flux_ir.collecting.storage import Storage, one_job_at
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import disk_error
+from flux_ir.files import disk_error
 from flux_ir.models.clip import ClipVision, Preprocessing, TokenChoice, choose_tokens, read_pixels, tokens_of
 from flux_ir.models.text import TextEncoder
 from flux_ir.recording.statistics import SiteStatistics

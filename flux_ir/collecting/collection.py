@@ -41,7 +41,7 @@ from flux_ir.collecting.shard_notes import (
 )
 from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import versions
+from flux_ir.files import versions
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.recording.statistics import write_statistics
 

@@ -53,7 +53,7 @@ from flux_ir.collecting.storage import Storage, one_job_at
 from flux_ir.collecting.workers import borrowed, replicas
 from flux_ir.distributed import Ranks, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import disk_error
+from flux_ir.files import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from flux_ir.distributed import Ranks, first_rank_value
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import disk_error
+from flux_ir.files import disk_error
 
 SCRATCH = "partial"
 """The folder of files that are being written. It is gone from a finished collection."""

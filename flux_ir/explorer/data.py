@@ -4,7 +4,6 @@ Only what lies in the run folders is read: which pictures there are, `lens.json`
 from their content.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.layout import RunFolder
 
 Kind = Literal["double", "single"]
@@ -21,6 +21,7 @@ LENSES: tuple[Lens, ...] = ("euler", "x0")
 NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db")
 FACTS = ("model", "seed", "width", "height", "guidance", "num_steps", "timestamp")  # shown as they are
 
+_MAKE_AGAIN = "make the run again, or leave it out by naming the others with --generation_id"
 _FOLDER = re.compile(r"[0-9a-f]{8}")
 _STEP = re.compile(r"step_(0|[1-9]\d*)")
 _PICTURE = re.compile(r"(double|single)_block_(0|[1-9]\d*)\.jpg")
@@ -83,7 +84,7 @@ def find_runs(output_dir: Path) -> list[str]:
 def read_run(output_dir: Path, generation_id: str) -> Run:
     """One run from its folder. Raises FluxIRError where there is no such run, no picture in it, or a broken file."""
     folder = RunFolder(output_dir, generation_id)
-    metadata = _read_object(folder.find_metadata())
+    metadata = read_json(folder.find_metadata(), hint=_MAKE_AGAIN)
     pictures = {lens: found for lens, found in _pictures(folder).items() if found}
     if not pictures:
         raise FluxIRError(
@@ -140,13 +141,15 @@ def _numbers(lens_json: Path) -> dict[tuple[Block, int], dict[str, float | None]
         return {}
     numbers: dict[tuple[Block, int], dict[str, float | None]] = {}
     try:
-        for site, rows in _read_object(lens_json)["sites"].items():
+        for site, rows in read_json(lens_json, hint=_MAKE_AGAIN)["sites"].items():
             if parsed := _SITE.fullmatch(site):
                 block = Block("double" if parsed[1] == "double" else "single", int(parsed[2]))
                 for row in rows:
                     numbers[block, row["step"]] = {name: _finite(row.get(name)) for name in NUMBERS}
     except (KeyError, TypeError, AttributeError) as error:
-        raise _broken(lens_json, f"{type(error).__name__}: {error}") from error
+        raise FluxIRError(
+            f"{lens_json} is not what this program writes: {type(error).__name__}: {error}", hint=_MAKE_AGAIN
+        ) from error
     return numbers
 
 
@@ -157,20 +160,3 @@ def _finite(value: object) -> float | None:
 def _interval(timesteps: Sequence[float], step: int) -> tuple[float, float] | None:
     """Flow time before and after a step."""
     return (timesteps[step], timesteps[step + 1]) if step + 1 < len(timesteps) else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _broken(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise _broken(path, f"it holds a {type(value).__name__}, not an object")
-    return value
-
-
-def _broken(path: Path, why: str) -> FluxIRError:
-    return FluxIRError(
-        f"{path} is not what this program writes: {why}",
-        hint="make the run again, or leave it out by naming the others with --generation_id",
-    )

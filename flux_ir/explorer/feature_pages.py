@@ -11,7 +11,6 @@ Everything but the page is a classic script that hands over one value, since mod
 Memory holds the numbers of all features (some 100 bytes each), and the examples of 1,024 of them.
 """
 
-import json
 import shutil
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from flux_ir.explorer.feature_records import Group, Panels, shard_records
 from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels, token_strings
 from flux_ir.features.contents import COMMON, PLACE_R2, RARE, digest_of
 from flux_ir.features.folder import FeatureFolder
-from flux_ir.layout import complete_file, versions, write_json
+from flux_ir.files import complete_file, read_json, versions, write_json
 from flux_ir.sites import Stream
 from flux_ir.visualize.heatmap import COLOURS
 
@@ -175,7 +174,7 @@ def _digest(folder: FeatureFolder, settings: PagesSettings) -> str:
 def _begin(target: Path, digest: str, *parts: str) -> None:
     """Make a folder ready: if these parts of it were made for another digest, they are deleted."""
     note = target / "made_for.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("digest") == digest:
+    if note.is_file() and read_json(note).get("digest") == digest:
         return
     for part in parts:
         for path in target.glob(part):

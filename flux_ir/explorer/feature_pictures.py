@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import ScorePart
 from flux_ir.features.folder import FeatureFolder
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.threads import in_order
 
 SHARD = 1024

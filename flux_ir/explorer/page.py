@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import Block, Lens, Run, read_run, run_entry
 from flux_ir.explorer.document import filled, joined, policy, safe_json
-from flux_ir.layout import complete_file, versions
+from flux_ir.files import complete_file, versions
 from flux_ir.threads import in_order
 
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data

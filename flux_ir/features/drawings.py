@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flux_ir.features.folder import FeatureFolder
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding

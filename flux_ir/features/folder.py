@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import Examples, FeatureSettings, FeatureTable, ImageRow, ScorePart, digest_of
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, read_json, write_json
 from flux_ir.sites import Stream
 
 FORMAT, VERSION = "flux_ir features", 1
@@ -277,9 +277,9 @@ def read_description(folder: Path) -> Mapping[str, Any]:
             f"{folder} holds no features: there is no {file.name}", hint="make it with flux-ir score-features"
         )
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
+        described = read_json(file, hint="delete the folder, and score again")
         version = described["version"] if described["format"] == FORMAT else None
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise FluxIRError(
             f"{file} is no description of features: {error}", hint="delete the folder, and score again"
         ) from error

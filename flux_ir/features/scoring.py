@@ -21,7 +21,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings
 from flux_ir.features.folder import FORMAT, VERSION, FeatureFolder, open_features, read_tensors, write_tensors
 from flux_ir.features.table import BINS_PER_OCTAVE
-from flux_ir.layout import complete_file, versions, write_json
+from flux_ir.files import complete_file, versions, write_json
 from flux_ir.sae.architectures.config import HAS_K
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import Filters, SiteKey, all_finite

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flux_ir.features.folder import FeatureFolder, read_tensors, write_tensors
-from flux_ir.layout import write_json
+from flux_ir.files import read_json, write_json
 from flux_ir.sites import Stream
 
 FILE, LISTS = "selection.safetensors", "selection.json"
@@ -204,7 +204,7 @@ def read_lists(folder: FeatureFolder, stream: Stream) -> list[Ranked]:
     path = folder.path / LISTS
     if not path.is_file():
         return []
-    lists = json.loads(path.read_text(encoding="utf-8"))["lists"].get(stream, [])
+    lists = read_json(path, required=("lists",))["lists"].get(stream, [])
     return [
         Ranked(
             one["name"],

@@ -6,7 +6,6 @@ chance is Fisher's exact test, over prompts and not over images: those of one pr
 `labels`, which makes the best description of these words and judges it.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_array, csr_array
 from scipy.stats import hypergeom
 
-from flux_ir.errors import FluxIRError
 from flux_ir.features.examples import prompt_numbers
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.significance import q_values
+from flux_ir.files import read_json
 from flux_ir.models.checkpoints.locate_text import tokenizer_on_disk
 from flux_ir.models.registry import ModelSpec, get_spec, model_names
 from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
@@ -331,10 +330,4 @@ def read_result(folder: FeatureFolder, file: str) -> Mapping[str, Any] | None:
     """A file of the stage of words and labels; None: it has not been run. Raises FluxIRError for one that is broken."""
     if STAGE not in folder.stages:
         return None
-    try:
-        found: Mapping[str, Any] = json.loads((folder.path / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FluxIRError(
-            f"{folder.path / file} cannot be read: {error}", hint="run flux-ir label-features again"
-        ) from error
-    return found
+    return read_json(folder.path / file, hint="run flux-ir label-features again")

@@ -19,11 +19,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.checkpoints import hub
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.paths import first_file, shards_present
 from flux_ir.models.checkpoints.pretrained import WEIGHTS, load_pretrained, read_config, read_params, unreadable
-from flux_ir.models.registry import read_object
 from flux_ir.models.text.clip import ClipLayers, ClipParams
 from flux_ir.models.text.t5 import blank_embedding
 from flux_ir.shapes import Image as Images
@@ -193,7 +193,7 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     path = first_file(folder, _PIXELS)
     if path is None:
         raise unreadable(folder, f"no {_PIXELS[0]}", what=WHAT)
-    said = read_object(path)
+    said = read_json(path)
     said = said.get("image_processor", said)
     steps = ("do_resize", "do_center_crop", "do_normalize")
     if skipped := [name for name in steps if said.get(name) is False]:

@@ -4,13 +4,12 @@ Next: `sources`, which finds a spec's files, and `weights`, which loads them.
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.transformer import FluxParams
 from flux_ir.sites import Site, all_sites, text_sites
@@ -178,10 +177,10 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
             f"{name} ships in the package, but its weights are not there: no {folder / PARAMS_FILE}",
             hint="install the package again, or make them in a checkout: `python -m recipes.flux_tiny.train`",
         )
-    t5 = read_object(folder / "t5" / "config.json", required=("num_layers",))
-    clip = read_object(folder / "clip" / "config.json", required=("num_hidden_layers", "max_position_embeddings"))
-    facts = read_object(folder / PARAMS_FILE, required=("flux", "autoencoder", "text_tokens", "default_steps"))
-    provenance = read_object(folder / PROVENANCE_FILE, required=("files",))
+    t5 = read_json(folder / "t5" / "config.json", required=("num_layers",))
+    clip = read_json(folder / "clip" / "config.json", required=("num_hidden_layers", "max_position_embeddings"))
+    facts = read_json(folder / PARAMS_FILE, required=("flux", "autoencoder", "text_tokens", "default_steps"))
+    provenance = read_json(folder / PROVENANCE_FILE, required=("files",))
     autoencoder = AutoEncoderParams(**facts["autoencoder"])
     return ModelSpec(
         name=name,
@@ -205,18 +204,3 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
         assets=folder,
         sha256=provenance["files"],
     )
-
-
-def read_object(path: Path, *, required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A JSON object with at least the required keys. Raises FluxIRError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FluxIRError(f"{path} must be readable JSON: {error}", hint="install or download it again") from error
-    missing = [key for key in required if key not in value]
-    if missing or not isinstance(value, dict):
-        raise FluxIRError(
-            f"{path} must be an object with the keys {', '.join(required)}: it lacks {', '.join(missing)}",
-            hint="install or download it again",
-        )
-    return value

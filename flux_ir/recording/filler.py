@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.layout import disk_error
+from flux_ir.files import disk_error
 from flux_ir.recording.archive import Record
 
 QUEUE_BYTES = 256 * 2**20

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.recording.precision import dequantised
 
 OUTLIER_RATIO = 6.0

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, disk_error, newest_capture
+from flux_ir.files import complete_file, disk_error
+from flux_ir.layout import newest_capture
 from flux_ir.recording.archive import Archive, Record, StoredTensor, blank_tensors, laid_out_bytes, lay_out
 from flux_ir.recording.filler import QUEUE_BYTES, RecordFiller
 from flux_ir.recording.pieces import (

@@ -17,7 +17,7 @@ from flux_ir.activations.blocks import DrawnSource, Generation, TokenSource
 from flux_ir.demo.judge import Sight, compare, find_objects, match_objects
 from flux_ir.demo.scenes import Scene, parse_caption
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 
 PATCH_PX = 16
 """The side of the square of pixels that an image token stands for."""

@@ -17,7 +17,7 @@ import imageio_ffmpeg
 from PIL import Image
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.visualize.palette import Palette
 
 _LOOP_FOR_EVER = b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"

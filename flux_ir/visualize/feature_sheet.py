@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.visualize.heatmap import OPACITY, legend, overlay, short_number
 
 PAGE, INK, FAINT, RULE = (250, 250, 248), (30, 30, 34), (110, 110, 118), (226, 226, 222)

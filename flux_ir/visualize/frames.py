@@ -4,7 +4,6 @@ A decoded generation has one picture per block and step: a grid. What should be 
 that are there and from `lens.json`, so that a picture that has gone missing is noticed. `film.py` draws the frames.
 """
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.layout import RunFolder, check_generation_id
 
 LATEST = "latest"
@@ -89,7 +89,7 @@ def run_facts(folder: RunFolder) -> dict[str, Any]:
     """The run's metadata: model, seed, prompt and so on. Empty if the file is gone: it only names what is shown."""
     if not any(folder.intermediates.glob("metadata_*.json")):
         return {}
-    return _read_json(folder.find_metadata())
+    return read_json(folder.find_metadata())
 
 
 def find_cells(folder: RunFolder, lens: Lens) -> list[Cell]:
@@ -175,7 +175,8 @@ def _cells_on_record(folder: RunFolder, lens: Lens) -> Iterator[Cell]:
     """The cells whose picture `lens.json` has a number for. Nothing if there is no such file yet."""
     if not folder.lens_json.exists():
         return
-    for site, rows in _read_json(folder.lens_json).get("sites", {}).items():
+    numbers = read_json(folder.lens_json, hint="delete it, and decode the capture again")
+    for site, rows in numbers.get("sites", {}).items():
         if match := _SITE.fullmatch(site):
             for row in rows:
                 if f"psnr_{lens}_db" in row:
@@ -184,16 +185,6 @@ def _cells_on_record(folder: RunFolder, lens: Lens) -> Iterator[Cell]:
 
 def _kind(text: str) -> Kind:
     return "double" if text == "double" else "single"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FluxIRError(f"{path} must be JSON: {error}", hint="delete it, and decode the capture again") from error
-    if not isinstance(content, dict):
-        raise FluxIRError(f"{path} must hold a JSON object", hint="delete it, and decode the capture again")
-    return content
 
 
 def _nothing_decoded(folder: RunFolder, lens: Lens) -> FluxIRError:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 
 PAGE, INK, FAINT = (250, 250, 248), (30, 30, 34), (110, 110, 118)
 LONGEST_SIDE_PX = 6000  # JPEG viewers stay comfortable; cells shrink to fit

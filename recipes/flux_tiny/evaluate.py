@@ -20,7 +20,7 @@ from rich.table import Table
 from flux_ir.demo.judge import Row, judge, tally
 from flux_ir.demo.scenes import held_out_scenes
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import write_json
+from flux_ir.files import write_json
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan

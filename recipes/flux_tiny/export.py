@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, write_json
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.pretrained import CONFIG_FILE
 from flux_ir.models.text import TextEncoder

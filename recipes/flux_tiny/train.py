@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_ir.demo.drawing import SIDE_PX
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.registry import ASSETS
 from recipes.flux_tiny.autoencoder import AE_PARAMS, AutoencoderConfig, measure_latents, train_autoencoder

@@ -8,7 +8,8 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
 from flux_ir.explorer.page import write_explorer
-from flux_ir.layout import RunFolder, write_json
+from flux_ir.files import write_json
+from flux_ir.layout import RunFolder
 from tests.explorer.browsing import CHROMIUM, HERE
 
 FLAGS = [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flux_ir.features.contents import HISTOGRAM_BINS, FeatureSettings
 from flux_ir.features.folder import FORMAT, VERSION, FeatureFolder, open_features, part_images, write_tensors
-from flux_ir.layout import write_json
+from flux_ir.files import write_json
 
 PIXELS = 16
 EDGES = 2.0 ** (np.arange(HISTOGRAM_BINS + 1) / 4 - 8)

@@ -234,7 +234,7 @@ def test_what_cannot_be_used_is_said(folder, tmp_path, small):
     (tmp_path / "list.json").write_text('["red"]')
     (tmp_path / "other.json").write_text('{"red": ["ffff"]}')
     for concepts, message in (
-        (tmp_path / "list.json", "must be a JSON object of concepts"),
+        (tmp_path / "list.json", "must be a JSON object"),
         (tmp_path / "other.json", "names 1 generation that .* lacks, such as ffff"),
         (tmp_path / "none.json", "cannot be read"),
     ):

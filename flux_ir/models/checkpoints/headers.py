@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}(?P<suffix>(?:\.\w+)?\.(?:safetensors|bin))")
 # What the format calls the types that hold weights as they are. All others hold codes of some quantisation.
@@ -176,8 +177,8 @@ def shards(index: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(read_json(index, required=("weight_map",), hint="download it again")["weight_map"])
+    except (ValueError, TypeError) as error:
         raise FluxIRError(
             f"{index} must be an index of shards (JSON with a weight_map): {error!r}", hint="download it again"
         ) from error

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.headers import TensorEntry, plain_weights, read_entries
 from flux_ir.models.checkpoints.keymap import Parts, diffusers_parts
 from flux_ir.models.checkpoints.paths import RECORDED
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.registry import MODELS, ModelSpec, read_object
+from flux_ir.models.registry import MODELS, ModelSpec
 
 Part = Literal["transformer", "autoencoder"]
 Layout = Literal["bfl", "diffusers"]
@@ -206,7 +207,7 @@ def _check_autoencoder_config(spec: ModelSpec, source: WeightSource) -> None:
     config = source.path.with_name("config.json")
     if source.layout != "diffusers" or not config.is_file():
         return
-    stored = read_object(config)
+    stored = read_json(config)
     params = spec.autoencoder
     wanted = {
         "scaling_factor": params.scale_factor,

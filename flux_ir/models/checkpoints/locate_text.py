@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.checkpoints import hub
 from flux_ir.models.checkpoints.headers import is_index, read_entries, shards
 from flux_ir.models.checkpoints.hub import Announce
@@ -25,7 +26,7 @@ from flux_ir.models.checkpoints.paths import (
     verified,
 )
 from flux_ir.models.checkpoints.pretrained import CONFIG_FILE, WEIGHTS, read_config
-from flux_ir.models.registry import ModelSpec, read_object
+from flux_ir.models.registry import ModelSpec
 
 Encoder = Literal["t5", "clip"]
 
@@ -184,7 +185,7 @@ def _single_file(
             f"{file} (from {origin}) must hold the {encoder.upper()} text encoder: it has no {_MARKS[encoder]}",
             hint="take the file as transformers or ComfyUI has it, such as t5xxl_fp16 or clip_l",
         )
-    config = _PUBLISHED[encoder] if spec.assets is None else read_object(spec.assets / encoder / CONFIG_FILE)
+    config = _PUBLISHED[encoder] if spec.assets is None else read_json(spec.assets / encoder / CONFIG_FILE)
     tokenizer = _tokenizer_beside(spec, encoder, model_folder(file)) or _fetched_tokenizer(spec, encoder, announce)
     source = EncoderSource(file, tokenizer, origin, config, prefix)
     _check_width(spec, encoder, source, config)

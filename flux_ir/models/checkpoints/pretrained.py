@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.checkpoints.headers import TensorEntry, is_index, plain_weights, read_entries, read_tensor
 from flux_ir.models.checkpoints.paths import first_file, weight_names
-from flux_ir.models.registry import read_object
 
 Network = TypeVar("Network", bound=nn.Module)
 Params = TypeVar("Params")
@@ -93,7 +93,7 @@ def read_config(folder: Path, *, what: str) -> dict[str, Any]:
 
     A quantised model of transformers needs the program that quantised it, and gives other numbers than the plain one.
     """
-    config = read_object(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise FluxIRError(
@@ -123,7 +123,7 @@ def _state(weights: Path, prefix: str, *, what: str) -> dict[str, Tensor]:
         return {name: read_tensor(entry) for name, entry in entries.items()}
     if not is_index(weights):
         return _unpickled(weights, what=what)
-    named: dict[str, str] = read_object(weights, required=("weight_map",))["weight_map"]
+    named: dict[str, str] = read_json(weights, required=("weight_map",))["weight_map"]
     parts = {file: _unpickled(weights.parent / file, what=what) for file in sorted(set(named.values()))}
     return {name: parts[file][name] for name, file in named.items() if name in parts[file]}
 

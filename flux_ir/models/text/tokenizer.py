@@ -17,8 +17,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.checkpoints.pretrained import unreadable
-from flux_ir.models.registry import read_object
 from flux_ir.shapes import TokenIds
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -209,7 +209,7 @@ def _usual_roles(backend: Tokenizer) -> dict[str, str]:
 
 def _roles(folder: Path) -> dict[str, str]:
     """The special tokens that the folder names, by their roles, as transformers calls these."""
-    older = read_object(folder / _SPECIAL_TOKENS) if (folder / _SPECIAL_TOKENS).is_file() else {}
+    older = read_json(folder / _SPECIAL_TOKENS) if (folder / _SPECIAL_TOKENS).is_file() else {}
     said = older | {role: token for role, token in _said(folder).items() if token is not None}
     named = {role: said[role] for role in _ROLES if said.get(role) is not None}
     return {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
@@ -217,4 +217,4 @@ def _roles(folder: Path) -> dict[str, str]:
 
 def _said(folder: Path) -> dict[str, Any]:
     """What the folder says of its tokenizer."""
-    return read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    return read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.sae.evaluation.metrics import Density
 
 DPI = 200

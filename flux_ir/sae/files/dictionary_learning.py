@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, write_json
 from flux_ir.sae.architectures.config import HAS_K, Architecture, SAEConfig
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.foreign import (

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file
 from flux_ir.sae.architectures.config import Architecture, SAEConfig
 from flux_ir.sae.architectures.make import bare_sae
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder

@@ -1,6 +1,5 @@
 """What reading other programs' folders has in common: configs, tensors, and what a mismatch is called."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
 from flux_ir.models.checkpoints.headers import read_header
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.jumprelu import JumpReLU
@@ -28,13 +28,7 @@ def read_config(path: Path, *, program: str) -> dict[str, Any]:
     except OSError as error:
         raise FluxIRError(f"cannot read {path}: {error.strerror}", hint=f"name a folder that {program} saved") from None
     check_pointer(path, data)
-    try:
-        config = json.loads(data)
-    except ValueError as error:
-        raise FluxIRError(f"{path} must be a JSON object: {error}", hint="fetch the folder again") from None
-    if not isinstance(config, dict):
-        raise FluxIRError(f"{path} must be a JSON object: it is not", hint="fetch the folder again")
-    return config
+    return read_json(path, hint="fetch the folder again")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,13 +4,12 @@ The files are those of `files`, so sae-lens reads the same repository as it stan
 `HF_TOKEN`, `HF_ENDPOINT` and their kin are its own.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file
+from flux_ir.files import complete_file, read_json
 from flux_ir.models.checkpoints.hub import Announce, download_repository, upload_folder
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.folder import ACTIVATIONS_FILE, CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_sae
@@ -113,7 +112,7 @@ def _is_plain(value: object) -> bool:
 def _quality(folder: Path) -> str:
     if not (folder / METRICS_FILE).is_file():
         return "Not measured."
-    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    metrics = read_json(folder / METRICS_FILE, required=("overall",))
     numbers, outliers = metrics["overall"], metrics.get("outliers") or {"tokens": 0}
     rows = {text: numbers[name] for name, text in _TOLD.items() if name in numbers}
     if outliers["tokens"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, write_json
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.foreign import (

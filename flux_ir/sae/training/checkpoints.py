@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import complete_file, disk_error, write_json
+from flux_ir.files import complete_file, disk_error, read_json, write_json
 from flux_ir.sae.training.optimiser import Rows
 
 KEPT = 2  # one more than needed: the newest may be damaged
@@ -138,8 +138,8 @@ class SavedRun:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        plain = read_json(path / "state.json", hint="it is no checkpoint of this program: delete the folder")
         try:
-            plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
             self.shared = load_file(path / "shared.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise FluxIRError(f"{path} is no checkpoint of this program: {error}", hint="delete it") from error

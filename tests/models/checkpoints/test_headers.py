@@ -149,7 +149,7 @@ def test_other_kinds_of_weight_files_are_called_what_they_are(tmp_path, start, w
 def test_broken_index_is_an_error_naming_it(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("[]")
-    with pytest.raises(FluxIRError, match=r"index\.json must be an index of shards"):
+    with pytest.raises(FluxIRError, match=r"index\.json must be a JSON object"):
         read_entries(index)
 
 

@@ -290,7 +290,7 @@ def test_pointers_and_cut_files_are_one_clear_line_in_every_layout(layout, folde
         (weights, whole[: len(whole) // 2], f"{weights} is cut short"),
         (weights, whole[:5], weights),
         (weights, b"", weights),
-        (config, described[:20], f"{config} must be a JSON object"),
+        (config, described[:20], f"{config} must be JSON"),
     ]:
         (folder / weights).write_bytes(whole)
         (folder / config).write_bytes(described)
@@ -356,7 +356,7 @@ def test_wrong_folders_are_one_clear_line_each(trained, tmp_path):
         with pytest.raises(FluxIRError, match=message):
             load_any(folder)
     (folder / "cfg.json").write_text("[")
-    with pytest.raises(FluxIRError, match="must be a JSON object"):
+    with pytest.raises(FluxIRError, match="must be JSON"):
         load_any(folder)
     (folder / "cfg.json").write_text(json.dumps({"k": 3}))
     with pytest.raises(FluxIRError, match="must have the field 'd_in'"):
