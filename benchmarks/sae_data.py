@@ -35,7 +35,7 @@ from flux_ir.activations.source import open_source
 from flux_ir.activations.spans import Memory, Span, SpanReader
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
-from flux_ir.sae.data.feed import Row
+from flux_ir.sae.data.feed import TokenFormat
 from flux_ir.sae.data.filters import choose_sites
 from flux_ir.sites import Site
 
@@ -215,7 +215,7 @@ def batches_of(case: Case, folder: Path, options: argparse.Namespace, *, kept: b
     source = open_source(folder)
     sites = choose_sites(source, ["double.*.img"])
     tokens = case.images * case.steps * case.img_tokens
-    slot = slot_bytes({site: Row(case.d, torch.bfloat16) for site in sites})
+    slot = slot_bytes({site: TokenFormat(case.d, torch.bfloat16) for site in sites})
     return TokenBatches(
         source,
         sites,

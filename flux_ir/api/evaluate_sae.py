@@ -18,7 +18,7 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import model_names
 from flux_ir.sae.architectures.config import HAS_K
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.data.held_out import EvaluationTokens, Subject, subject_of
+from flux_ir.sae.data.held_out import EvaluationData, EvaluationTokens, evaluation_data_of
 from flux_ir.sae.evaluation.baselines import Baseline
 from flux_ir.sae.evaluation.fit_baselines import BaselineFits, evaluate_neurons, neurons_of
 from flux_ir.sae.evaluation.metrics import Evaluation, Group, evaluate, outlier_limits
@@ -116,7 +116,7 @@ class Judge:
     def judge(self, folder: Path) -> EvaluatedSAE:
         """All numbers of the autoencoder in a folder."""
         sae = self._load(folder, self.progress)
-        subject = subject_of(sae, self.source, held_out=self.settings.held_out)
+        subject = evaluation_data_of(sae, self.source, held_out=self.settings.held_out)
         self._check(folder, sae, subject)
         evaluation = self._evaluate(sae, sae.config.d_sae, subject)
         k = sae.config.k if sae.config.architecture in HAS_K else max(1, round(evaluation.overall.l0))
@@ -131,7 +131,7 @@ class Judge:
     def _load(self, folder: Path, progress: Watch = unwatched) -> SparseAutoencoder:
         return load_for(folder, self.source, self.settings.site, progress).to(self.device)
 
-    def _check(self, folder: Path, sae: SparseAutoencoder, subject: Subject) -> None:
+    def _check(self, folder: Path, sae: SparseAutoencoder, subject: EvaluationData) -> None:
         """Raise what can be known before anything is computed; say what the numbers will not show."""
         if self.settings.splice:
             self._splicer_for(subject).check(subject)
@@ -148,7 +148,7 @@ class Judge:
         splicer = self._splicer_for(subject)
         return judged._replace(splice=splicer.measure(sae, subject, self._fits_for(subject), judged.k))
 
-    def _fits_for(self, subject: Subject) -> BaselineFits:
+    def _fits_for(self, subject: EvaluationData) -> BaselineFits:
         settings = self.settings
         if _key(subject) not in self._fits:
             self._fits[_key(subject)] = BaselineFits(
@@ -156,21 +156,23 @@ class Judge:
             )
         return self._fits[_key(subject)]
 
-    def _evaluate(self, reconstructor: SparseAutoencoder | Baseline, d_sae: int, subject: Subject) -> Evaluation:
+    def _evaluate(self, reconstructor: SparseAutoencoder | Baseline, d_sae: int, subject: EvaluationData) -> Evaluation:
         limits = self._limits_for(subject)
         return evaluate(reconstructor, self._tokens(subject), d_sae=d_sae, device=self.device, limits=limits)
 
-    def _limits_for(self, subject: Subject) -> Mapping[Group, float]:
+    def _limits_for(self, subject: EvaluationData) -> Mapping[Group, float]:
         """How long an outlier is, of each step and stream of the tokens that are measured on."""
         if _key(subject) not in self._limits:
             steps = subject.filters.steps_of(subject.source.steps)
             self._limits[_key(subject)] = outlier_limits(self._tokens(subject), steps)
         return self._limits[_key(subject)]
 
-    def _tokens(self, subject: Subject) -> Iterator[EvaluationTokens]:
+    def _tokens(self, subject: EvaluationData) -> Iterator[EvaluationTokens]:
         return subject.tokens(subject.side, self.settings.batch_tokens, self.settings.max_tokens)
 
-    def _baseline(self, name: str, subject: Subject, fits: BaselineFits, k: int, d_sae: int) -> tuple[int, Evaluation]:
+    def _baseline(
+        self, name: str, subject: EvaluationData, fits: BaselineFits, k: int, d_sae: int
+    ) -> tuple[int, Evaluation]:
         if name == "neurons":
             with self._splicer_for(subject).suite.transformer() as model:
                 neurons, found = evaluate_neurons(
@@ -191,13 +193,13 @@ class Judge:
         baseline = make[name]()
         return baseline.config.k, self._evaluate(baseline, baseline.config.d_sae, subject)
 
-    def _splicer_for(self, subject: Subject) -> Splicer:
+    def _splicer_for(self, subject: EvaluationData) -> Splicer:
         if self._splicer is None:
             self._splicer = Splicer(self.settings, self.source.model, recorded_dtype(subject), self.progress)
         return self._splicer
 
 
-def _key(subject: Subject) -> str:
+def _key(subject: EvaluationData) -> str:
     """What baselines of two autoencoders must have in common to be the same."""
     return json.dumps(subject.described())
 

@@ -12,20 +12,27 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import versions, write_json
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.sae.architectures.config import HAS_K, SAEConfig
-from flux_ir.sae.data.held_out import Subject
+from flux_ir.sae.data.held_out import EvaluationData
 from flux_ir.sae.evaluation.metrics import Evaluation, Numbers, to_json
-from flux_ir.sae.evaluation.plots import Panel, Run, density_histogram, fvu_per_step, pareto, training_curves
+from flux_ir.sae.evaluation.plots import (
+    CurvePanel,
+    ParetoPoint,
+    density_histogram,
+    fvu_per_step,
+    pareto,
+    training_curves,
+)
 
 BaselineName = Literal["pca", "random", "itda", "neurons"]
 LEAST = {"splice_steps": 0} | dict.fromkeys(("max_tokens", "fit_tokens", "prompts", "splice_batch", "batch_tokens"), 1)
 CURVES = "curves.jsonl"
 PANELS = (
-    Panel("fvu", "FVU of the batch", log=True, percent=True),
-    Panel("l0", "features that fire on a token (L0)"),
-    Panel("dead_share", "dead features", percent=True),
-    Panel("loss", "loss", log=True),
-    Panel("auxiliary", "auxiliary loss"),
-    Panel("learning_rate", "learning rate"),
+    CurvePanel("fvu", "FVU of the batch", log=True, percent=True),
+    CurvePanel("l0", "features that fire on a token (L0)"),
+    CurvePanel("dead_share", "dead features", percent=True),
+    CurvePanel("loss", "loss", log=True),
+    CurvePanel("auxiliary", "auxiliary loss"),
+    CurvePanel("learning_rate", "learning rate"),
 )
 NAMES = {"pca": "PCA", "random": "random directions", "itda": "data points (ITDA)", "neurons": "neurons"}
 
@@ -65,7 +72,7 @@ class EvaluatedSAE(NamedTuple):
 
     folder: Path
     config: SAEConfig
-    subject: Subject
+    subject: EvaluationData
     k: int
     """What the baselines have: the autoencoder's own k, or the nearest whole number to its L0."""
     evaluation: Evaluation
@@ -135,9 +142,9 @@ def draw_fronts(judged: Sequence[EvaluatedSAE]) -> dict[str, Path]:
     for site in sites:
         here = [one for one in judged if place_of(one) == site]
         name = "pareto.png" if len(sites) == 1 else f"pareto_{site.split()[0]}.png"
-        runs = [Run(family_of(one.config), *_l0_fvu(one.evaluation.overall)) for one in here]
+        runs = [ParetoPoint(family_of(one.config), *_l0_fvu(one.evaluation.overall)) for one in here]
         anchors = [
-            Run(NAMES[name], *_l0_fvu(found.overall))
+            ParetoPoint(NAMES[name], *_l0_fvu(found.overall))
             for one in here
             for name, (_, found) in one.baselines.items()
             if name != "neurons"

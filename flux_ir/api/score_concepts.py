@@ -30,7 +30,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import SiteKey
-from flux_ir.sae.data.held_out import filters_of, subject_of
+from flux_ir.sae.data.held_out import evaluation_data_of, filters_of
 from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
@@ -172,7 +172,7 @@ class _Scoring:
         progress(Note(f"on {placement.transformer} ({placement.reason})"))
         self.placement = placement
         loaded = load_for(settings.sae, self.sources["pick"], settings.site, progress)
-        subjects = {name: subject_of(loaded, source, held_out=0.0) for name, source in self.sources.items()}
+        subjects = {name: evaluation_data_of(loaded, source, held_out=0.0) for name, source in self.sources.items()}
         self.site = subjects["pick"].site
         self.steps = self._steps(loaded)
         self.sae = loaded.folded().requires_grad_(False).to(torch.device(placement.transformer))

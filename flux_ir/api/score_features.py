@@ -24,7 +24,7 @@ from flux_ir.features.scoring import (
     settings_of,
     write_sample,
 )
-from flux_ir.sae.data.held_out import subject_of
+from flux_ir.sae.data.held_out import evaluation_data_of
 from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 
@@ -117,7 +117,7 @@ def prepare(
         loaded.config = replace(loaded.config, steps=tuple(chosen))
         filters = dict(loaded.metadata.get("filters") or {}) | {"steps": chosen}
         loaded.metadata = loaded.metadata | {"filters": filters}
-    subject = subject_of(loaded, source, held_out=0.0)
+    subject = evaluation_data_of(loaded, source, held_out=0.0)
     steps = subject.filters.steps_of(source.steps)
     absent = sorted(set(loaded.config.steps or ()) - set(steps))
     if absent:

@@ -19,7 +19,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.data.held_out import Subject
+from flux_ir.sae.data.held_out import EvaluationData
 from flux_ir.sae.evaluation.fit_baselines import BaselineFits
 from flux_ir.sae.evaluation.metrics import rounded
 from flux_ir.sae.evaluation.splice import (
@@ -68,7 +68,7 @@ class Splicer:
             self.progress(Note(f"note: {self.compute.warning}"))
         return Suite(self.spec, source, self.placement, self.compute.dtype)
 
-    def check(self, subject: Subject) -> Site:
+    def check(self, subject: EvaluationData) -> Site:
         """The subject's site. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
         if subject.site is None:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
@@ -81,7 +81,7 @@ class Splicer:
             )
         return subject.site
 
-    def measure(self, sae: SparseAutoencoder, subject: Subject, fits: BaselineFits, k: int) -> dict[str, Any]:
+    def measure(self, sae: SparseAutoencoder, subject: EvaluationData, fits: BaselineFits, k: int) -> dict[str, Any]:
         """What the splices of one autoencoder and of its anchors come to, as `metrics.json` has it."""
         site = self.check(subject)
         runs = held_out_runs(subject, self.settings.prompts)
@@ -134,7 +134,7 @@ def replacements(sae: SparseAutoencoder, fits: BaselineFits, k: int) -> dict[str
     }
 
 
-def held_out_runs(subject: Subject, most: int) -> list[Sampling]:
+def held_out_runs(subject: EvaluationData, most: int) -> list[Sampling]:
     """The first held-out generations, one per prompt. Raises FluxIRError where files do not say how they were made."""
     source, runs = _sampled(subject), dict[str, Sampling]()
     for number, generation in enumerate(source.generations):
@@ -145,12 +145,12 @@ def held_out_runs(subject: Subject, most: int) -> list[Sampling]:
     return list(runs.values())
 
 
-def recorded_dtype(subject: Subject) -> torch.dtype:
+def recorded_dtype(subject: EvaluationData) -> torch.dtype:
     """What the captured model computed in. Raises FluxIRError where files do not say how they were made."""
     return _sampled(subject).sampling(0).dtype
 
 
-def _sampled(subject: Subject) -> SampledSource:
+def _sampled(subject: EvaluationData) -> SampledSource:
     if not isinstance(subject.source, SampledSource):
         where = subject.source.generations[0].path or "a plain array"
         raise FluxIRError(

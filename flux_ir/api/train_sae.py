@@ -16,7 +16,7 @@ from flux_ir.api.curve_loggers import check_logger
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.api.room import free_memory
 from flux_ir.api.training_data import TrainingData, open_data
-from flux_ir.api.training_run import Planned, Run, Trained, TrainingRow
+from flux_ir.api.training_run import Planned, Trained, TrainingRow, TrainingRun
 from flux_ir.api.training_settings import SPARSE, TrainSAESettings
 from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
@@ -113,7 +113,7 @@ def run_training(
         groups = sites_in_lockstep(data.sites, data.filters)
         # Everything that can be wrong with any run is found before the first begins.
         planned = [plan_run(settings, data, sites, device, ranks) for sites in groups]
-        runs = [Run(one, settings, data, ranks, watch, stop) for one in planned]
+        runs = [TrainingRun(one, settings, data, ranks, watch, stop) for one in planned]
         products = _products(device, planned[0].settings.compute_dtype)
         watch(Note(f"{data.note()}; on {device} ({why}), {products}"))
         for run in runs:

@@ -27,9 +27,9 @@ from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.initialise import normalisation_of
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
-from flux_ir.sae.data.feed import Blocks, Row
+from flux_ir.sae.data.feed import Blocks, TokenFormat
 from flux_ir.sae.data.filters import Filters, SiteKey, choose_sites
-from flux_ir.sae.data.held_out import Subject
+from flux_ir.sae.data.held_out import EvaluationData
 from flux_ir.sae.data.measure import measure_normalisation, norm_limits, sample_tokens
 from flux_ir.sae.data.splits import Side, Split, split_prompts, split_source
 from flux_ir.sae.data.whitening import Whitening, repeated, undecided_covariance, whitening_of
@@ -79,7 +79,9 @@ class TrainingData:
         pool_bytes = int(settings.pool_gb * 1e9)
         if callable(self.source):  # which would have to fill the pool before the first batch
             few = max(tokens // LIVE_POOL_SHARE, LIVE_POOL_BATCHES * settings.batch_tokens)
-            pool_bytes = min(pool_bytes, few * slot_bytes({s: Row(self.widths[s], torch.bfloat16) for s in sites}))
+            pool_bytes = min(
+                pool_bytes, few * slot_bytes({s: TokenFormat(self.widths[s], torch.bfloat16) for s in sites})
+            )
         return TokenBatches(
             self.source,
             sites,
@@ -139,7 +141,7 @@ class TrainingData:
         """Held-out tokens of a site; where nothing is held out, training tokens."""
         filters = replace(self.filters, outlier_factor=None, limits={})  # outliers are part of the data
         if not callable(self.source):
-            yield from Subject(self.source, site, self.split, filters).tokens(
+            yield from EvaluationData(self.source, site, self.split, filters).tokens(
                 self._side, EVALUATION_TOKENS, most_tokens
             )
             return

@@ -25,8 +25,8 @@ from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.data.whitening import Whitening
 from flux_ir.sae.evaluation.metrics import evaluate, to_json
 from flux_ir.sae.files.folder import CONFIG_FILE, log_frequency_of, save_sae
-from flux_ir.sae.training.checkpoints import DIVERGED, Checkpoints
-from flux_ir.sae.training.step import Member, Progress, Trainer, TrainSettings, state_of, train
+from flux_ir.sae.training.checkpoints import DIVERGED, TrainingCheckpoints
+from flux_ir.sae.training.step import FinishedStep, Member, Trainer, TrainSettings, state_of, train
 
 TRAINING = "training.json"
 CURVES = "curves.jsonl"
@@ -94,7 +94,7 @@ class TrainingRow(NamedTuple):
     """In the last row of a run that was asked to stop: a checkpoint is saved, and the same call goes on."""
 
 
-class Run:
+class TrainingRun:
     """Its folder is looked at when it is made, so a run that may not be is refused before any begins."""
 
     def __init__(
@@ -108,7 +108,7 @@ class Run:
     ) -> None:
         self.planned, self.asked, self.data, self.ranks = planned, settings, data, ranks
         self.progress, self.stop = progress, stop
-        self.checkpoints = Checkpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
+        self.checkpoints = TrainingCheckpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
         self.described = self._describe()
         self.curves: dict[str, list[Row]] = {name: [] for name in planned.members}
         self.saved, faults = self.checkpoints.last_good()
@@ -229,7 +229,7 @@ class Run:
         wishes = all_sum(torch.tensor([int(due and self.ranks.is_first), int(stopping)]), self.ranks).tolist()
         return wishes[0] > 0, wishes[1] > 0
 
-    def _record(self, trainer: Trainer, progress: Progress, logger: Logger) -> dict[str, Row]:
+    def _record(self, trainer: Trainer, progress: FinishedStep, logger: Logger) -> dict[str, Row]:
         """Add a row to every curve. Raises FluxIRError for a loss that is no number any more."""
         rows: dict[str, Row] = {}
         schedules = {member.name: member.schedule for member in trainer.members}

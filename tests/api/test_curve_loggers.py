@@ -7,11 +7,11 @@ from flux_ir.api.curve_loggers import NoLogger, check_logger, open_logger
 from flux_ir.api.progress import unwatched
 from flux_ir.api.train_sae import plan_run
 from flux_ir.api.training_data import open_data
-from flux_ir.api.training_run import Run
+from flux_ir.api.training_run import TrainingRun
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.training.checkpoints import Shard
+from flux_ir.sae.training.checkpoints import MomentShard
 
 ROWS = {"a": {"step": 3, "tokens": 30, "fvu": 0.5, "loss": None}, "b": {"step": 3, "tokens": 30, "fvu": 0.25}}
 
@@ -61,9 +61,9 @@ def test_two_runs_never_share_an_id_and_one_that_goes_on_keeps_its_own(array, tm
     def run():
         data = open_data(settings, Ranks())
         planned = plan_run(settings, data, data.sites, torch.device("cpu"), Ranks())
-        return Run(planned, settings, data, Ranks(), unwatched, lambda: False)
+        return TrainingRun(planned, settings, data, Ranks(), unwatched, lambda: False)
 
     first, second = run(), run()
     assert first.log_id != second.log_id
-    first.checkpoints.save(1, {"described": first.described, "log_id": first.log_id}, {}, Shard({}, {}))
+    first.checkpoints.save(1, {"described": first.described, "log_id": first.log_id}, {}, MomentShard({}, {}))
     assert run().log_id == first.log_id

@@ -16,7 +16,7 @@ from flux_ir.commands.evaluate_sae import main as evaluate_sae
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
-from flux_ir.sae.data.held_out import subject_of
+from flux_ir.sae.data.held_out import evaluation_data_of
 from flux_ir.sae.data.splits import split_source
 from flux_ir.sae.files.folder import load_sae, save_sae
 from flux_ir.sae.files.formats import save_as
@@ -89,7 +89,7 @@ def test_a_sweep_gets_numbers_pictures_a_table_and_a_front(sweep, captures, caps
 def test_the_numbers_are_those_of_the_held_out_images(sweep, captures):
     assert evaluate_sae(["--sae", str(sweep / "few"), "--captures", str(captures)]) == 0
     found, sae, source = numbers_of(sweep / "few"), load_sae(sweep / "few"), open_source(captures)
-    subject = subject_of(sae, source, held_out=0.9)
+    subject = evaluation_data_of(sae, source, held_out=0.9)
     held_out = [i for i, one in enumerate(source.generations) if subject.split.has("held_out", one.id, one.prompt)]
     assert 0 < len(held_out) < 8
     for step in (None, 0, 1):

@@ -45,10 +45,12 @@ def test_the_measured_fvu_is_that_of_the_file_on_the_held_out_rows(train, array)
     """FVU as defined: numerator and denominator summed over all held-out rows, in raw space."""
     _, _, _, saes = train("--k", "4")
     folder = saes / "tokens" / "array_topk_k4_x4_s0"
-    from flux_ir.sae.data.held_out import subject_of
+    from flux_ir.sae.data.held_out import evaluation_data_of
 
     sae, source = load_sae(folder), open_source(array)
-    x = torch.cat([part.values.float() for part in subject_of(sae, source, held_out=0.5).tokens("held_out", 100)])
+    x = torch.cat(
+        [part.values.float() for part in evaluation_data_of(sae, source, held_out=0.5).tokens("held_out", 100)]
+    )
     assert 0 < len(x) < 2000
     with torch.no_grad():
         fvu = (x - sae(x)).square().sum() / (x - x.mean(dim=0)).square().sum()

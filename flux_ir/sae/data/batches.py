@@ -21,7 +21,7 @@ from flux_ir.activations.blocks import TokenSource
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data.buffer import Batch, Buffer, Filler, Start, slot_bytes
-from flux_ir.sae.data.feed import BLOCK_BYTES, SITE_BYTES, Blocks, Feed, Row, SourceFeed, StreamFeed
+from flux_ir.sae.data.feed import BLOCK_BYTES, SITE_BYTES, Blocks, Feed, SourceFeed, StreamFeed, TokenFormat
 from flux_ir.sae.data.filters import Filters, SiteKey
 from flux_ir.sae.data.splits import Side, Split
 
@@ -224,7 +224,7 @@ class TokenBatches:
             self._next = self._filler.fill(following)
 
 
-def _capacity(pool_bytes: int, batch_tokens: int, tokens: int | None, layout: Mapping[SiteKey, Row]) -> int:
+def _capacity(pool_bytes: int, batch_tokens: int, tokens: int | None, layout: Mapping[SiteKey, TokenFormat]) -> int:
     """Tokens of a buffer: whole batches, as many as half of `pool_bytes` hold, or all `tokens` there are."""
     room = pool_bytes // BUFFERS // slot_bytes(layout)
     if tokens is not None and tokens <= room:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.data.feed import Feed, Read, Row, Rows
+from flux_ir.sae.data.feed import BlockRows, Feed, Read, TokenFormat
 from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.kernels.spare_memory import SpareMemory
 
@@ -54,7 +54,7 @@ class Start(NamedTuple):
     offset: int = 0
 
 
-def slot_bytes(layout: Mapping[SiteKey, Row]) -> int:
+def slot_bytes(layout: Mapping[SiteKey, TokenFormat]) -> int:
     """Bytes of memory that one token of every site takes in a buffer."""
     return sum(row.nbytes for row in layout.values()) + _ABOUT.itemsize
 
@@ -77,7 +77,7 @@ class Buffer:
         """Rows there is room for."""
         return len(self._slots)
 
-    def put(self, first: int, rows: Rows, kept: NDArray[np.int64]) -> None:
+    def put(self, first: int, rows: BlockRows, kept: NDArray[np.int64]) -> None:
         """Write these rows of a block, as those that were read at number `first` and after it."""
         slots, whole = self._slots[first : first + len(kept)], len(kept) == len(rows.is_text)
         about = np.empty(len(kept), _ABOUT)
@@ -108,7 +108,7 @@ class Buffer:
         beside = (torch.from_numpy(about[field].copy()).to(device) for field in ("step", "is_text", "generation"))
         return Batch({site: _taken(values, rows) for site, values in self._values.items()}, *beside)
 
-    def _check_fits(self, site: SiteKey, values: Tensor, rows: Rows) -> None:
+    def _check_fits(self, site: SiteKey, values: Tensor, rows: BlockRows) -> None:
         buffer = self._values[site]
         if values.shape[1] != buffer.shape[1] or values.dtype != buffer.dtype:
             raise FluxIRError(
@@ -150,7 +150,7 @@ class Filler:
         self,
         feed: Feed,
         seed: int,
-        capacity: Callable[[Mapping[SiteKey, Row]], int],
+        capacity: Callable[[Mapping[SiteKey, TokenFormat]], int],
         device: torch.device,
         *,
         prefetch: bool,
@@ -268,7 +268,7 @@ class Filler:
         self._unplaced.appendleft(block)
         if self._layout is None:  # a stream: its blocks are in memory already
             values = block.read.rows({}).values
-            self._layout = {site: Row(rows.shape[1], rows.dtype) for site, rows in values.items()}
+            self._layout = {site: TokenFormat(rows.shape[1], rows.dtype) for site, rows in values.items()}
         capacity, most = self.capacity(self._layout), self.feed.tokens_at_most
         if most is not None:  # the last buffer of an epoch has no more rows than are left
             capacity = min(capacity, most - start.buffer * capacity)
@@ -277,7 +277,7 @@ class Filler:
             values = {site: self._tensor(site, capacity, row) for site, row in self._layout.items()}
         return Buffer(start, values, slots)
 
-    def _tensor(self, site: SiteKey, rows: int, row: Row) -> Tensor:
+    def _tensor(self, site: SiteKey, rows: int, row: TokenFormat) -> Tensor:
         """Uninitialised memory [rows, d]."""
         if self.device.type != "cpu":
             return torch.empty(rows, row.d, dtype=row.dtype, device=self.device)

@@ -32,7 +32,7 @@ Blocks = Callable[[], Iterator[TokenBlock]]
 """Begins a live stream anew: the same blocks in the same order every time."""
 
 
-class Rows(NamedTuple):
+class BlockRows(NamedTuple):
     """The tokens of a block: those that are kept may be trained on."""
 
     ordinal: int
@@ -76,11 +76,11 @@ class Read(NamedTuple):
     ordinal: int
     most_rows: int
     """Rows before those are left out that do not pass the filters."""
-    rows: Callable[[Mapping[SiteKey, Memory]], Rows]
+    rows: Callable[[Mapping[SiteKey, Memory]], BlockRows]
     """Reads it: into a site's memory where there is one. Raises FluxIRError unless all that it keeps is finite."""
 
 
-class Row(NamedTuple):
+class TokenFormat(NamedTuple):
     """What a site's tokens are: their width, and the type of their values."""
 
     d: int
@@ -104,7 +104,7 @@ class Feed(Protocol):
         """Tokens of an epoch before filters that look at tokens; None: unknown."""
 
     @property
-    def layout(self) -> dict[SiteKey, Row] | None:
+    def layout(self) -> dict[SiteKey, TokenFormat] | None:
         """What the rows of each site are; None: it shows when the first block has come."""
 
     @property
@@ -115,7 +115,7 @@ class Feed(Protocol):
         """The blocks of an epoch, from number `start` on."""
 
 
-def each(feed: Feed) -> Iterator[Rows]:
+def each(feed: Feed) -> Iterator[BlockRows]:
     """The blocks of the first epoch, read one after the other. The values of one are overwritten by the next."""
     memories: dict[SiteKey, Memory] = {site: Memory() for site in feed.layout or {}}
     for read in feed.reads(0):
@@ -148,7 +148,7 @@ class SourceFeed:
                 hint="hold out another share with --held_out, or capture more prompts",
             )
         self._tokens = self._common_tokens()
-        self.layout: dict[SiteKey, Row] = {site: self._row(site) for site in sites}
+        self.layout: dict[SiteKey, TokenFormat] = {site: self._row(site) for site in sites}
         self.cut(self._tokens * len(generations))
         self._order = lru_cache(2)(self._permutation)
 
@@ -190,8 +190,8 @@ class SourceFeed:
 
     def _reading(
         self, ordinal: int, images: range, tokens: range, step: int
-    ) -> Callable[[Mapping[SiteKey, Memory]], Rows]:
-        def read(memories: Mapping[SiteKey, Memory]) -> Rows:
+    ) -> Callable[[Mapping[SiteKey, Memory]], BlockRows]:
+        def read(memories: Mapping[SiteKey, Memory]) -> BlockRows:
             runs = {
                 site: self.source.read_run(images, stored, step, tokens, memories.get(site))
                 for site, stored in self._sites.items()
@@ -223,10 +223,10 @@ class SourceFeed:
                 raise _other_tokens(first, counts[first], site, count)
         return counts[first]
 
-    def _row(self, site: SiteKey) -> Row:
+    def _row(self, site: SiteKey) -> TokenFormat:
         generation = int(np.flatnonzero(self._here)[0])
         run = self.source.read_run(range(generation, generation + 1), self._sites[site], self._steps[0], range(1))
-        return Row(self.source.d(self._sites[site]), run.floats().dtype)
+        return TokenFormat(self.source.d(self._sites[site]), run.floats().dtype)
 
 
 class StreamFeed:
@@ -299,7 +299,7 @@ class _Assembler:
         here: NDArray[np.bool_],
         name: Callable[[int], str],
         origin: Callable[[int], str],
-    ) -> Rows:
+    ) -> BlockRows:
         """The rows of these runs, one per site, of `generations` of which some are `here`: on the side asked for.
 
         Raises FluxIRError unless all that they keep is finite.
@@ -310,7 +310,7 @@ class _Assembler:
                 raise _other_tokens(first_site, first.positions.shape[1], site, run.positions.shape[1])
         images, tokens = first.positions.shape
         is_text, every = _text_and_all(images, tokens, first.txt_tokens)
-        rows = Rows(
+        rows = BlockRows(
             ordinal=ordinal,
             step=step,
             values={site: _flat(run.floats()) for site, run in runs.items()},

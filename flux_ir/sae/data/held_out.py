@@ -1,6 +1,7 @@
 """What an autoencoder is judged on: tokens of its site that it was not trained on, chosen as its training chose them.
 
-Its folder says how its data were split and filtered; `Subject` puts that together with a source. Next: `metrics`.
+Its folder says how its data were split and filtered; `EvaluationData` puts that together with a source.
+Next: `metrics`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ class EvaluationTokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationData:
     """A site of a source, and which of its tokens are on which side."""
 
     source: TokenSource
@@ -79,7 +80,7 @@ class Subject:
         }
 
 
-def subject_of(sae: SparseAutoencoder, source: TokenSource, *, held_out: float) -> Subject:
+def evaluation_data_of(sae: SparseAutoencoder, source: TokenSource, *, held_out: float) -> EvaluationData:
     """The tokens to judge an autoencoder on. `held_out` is for one whose folder does not say how its data were split.
 
     Raises FluxIRError for activations of another model, without its site, or of another width.
@@ -97,7 +98,7 @@ def subject_of(sae: SparseAutoencoder, source: TokenSource, *, held_out: float) 
         )
     stored = sae.metadata.get("split")
     split = Split(**stored) if stored else split_source(source, sae.metadata.get("held_out", held_out))
-    return Subject(source, site, split, filters_of(sae, source))
+    return EvaluationData(source, site, split, filters_of(sae, source))
 
 
 def filters_of(sae: SparseAutoencoder, source: TokenSource) -> Filters:

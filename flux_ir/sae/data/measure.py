@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data.batches import TokenBatches
-from flux_ir.sae.data.feed import Blocks, Feed, Rows, SourceFeed, StreamFeed, each
+from flux_ir.sae.data.feed import BlockRows, Blocks, Feed, SourceFeed, StreamFeed, each
 from flux_ir.sae.data.filters import Filters, SiteKey, lengths, sites_in_lockstep
 from flux_ir.sae.data.splits import Split
 
@@ -28,7 +28,7 @@ _PIECE_TOKENS = 4096  # turned into float64 at once
 _SAMPLE_POOL_BYTES = 2**28
 
 
-class Normalisation(NamedTuple):
+class DataNormalisation(NamedTuple):
     """xn = scale * (x - mean): centred, and sqrt(d) long on average."""
 
     mean: Tensor
@@ -47,7 +47,7 @@ def measure_normalisation(
     split: Split | None = None,
     seed: int = 0,
     least_tokens: int = LEAST_TOKENS,
-) -> dict[SiteKey, Normalisation]:
+) -> dict[SiteKey, DataNormalisation]:
     """Mean and scale of each site over at least so many training tokens, or all if there are fewer.
 
     The same tokens are read twice: lengths are measured from the mean. Raises FluxIRError if there are none.
@@ -65,7 +65,7 @@ def measure_normalisation(
     length: dict[SiteKey, float] = defaultdict(float)
     for site, values in _pieces(feed, least_tokens):
         length[site] += float(torch.linalg.vector_norm(values - means[site], dim=1).sum())
-    return {site: Normalisation(mean, _scale(mean, length[site] / tokens), tokens) for site, mean in means.items()}
+    return {site: DataNormalisation(mean, _scale(mean, length[site] / tokens), tokens) for site, mean in means.items()}
 
 
 def norm_limits(
@@ -157,7 +157,7 @@ def _pieces(feed: Feed, least_tokens: int) -> Iterator[tuple[SiteKey, Tensor]]:
             return
 
 
-def _in_float64(rows: Rows) -> Iterator[tuple[SiteKey, Tensor]]:
+def _in_float64(rows: BlockRows) -> Iterator[tuple[SiteKey, Tensor]]:
     for site, values in rows.values.items():
         for kept in torch.split(torch.from_numpy(rows.kept), _PIECE_TOKENS):
             yield site, values[kept.to(values.device)].double().cpu()

@@ -106,7 +106,7 @@ def undecided_covariance(
     """
     groups, half = repeated(source, split), filters.half(site)
     steps, d = filters.steps_of(source.steps), source.d(half)
-    sums = _Sums(steps, source.tokens(half), d)
+    sums = _CovarianceSums(steps, source.tokens(half), d)
     for number in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
         for step in steps:
             blocks = [source.read(index, half, step) for index in groups[number][:MOST_REPEATS]]
@@ -123,7 +123,7 @@ def undecided_covariance(
     return noise + sums.positions()
 
 
-class _Sums:
+class _CovarianceSums:
     """What an analysis of variance of tokens by step, position and prompt adds up. Everything in float64."""
 
     def __init__(self, steps: Sequence[int], tokens: int, d: int) -> None:

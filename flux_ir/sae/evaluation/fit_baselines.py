@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.sae.data.held_out import Subject
+from flux_ir.sae.data.held_out import EvaluationData
 from flux_ir.sae.evaluation.baselines import ITDA, PCA, Baseline, Covariance, Neurons, RandomDictionary
 from flux_ir.sae.evaluation.metrics import Evaluation, evaluate
 from flux_ir.sites import Site
@@ -21,7 +21,7 @@ DRAW_SEED = 0
 class BaselineFits:
     """Makes baselines from the training tokens of one subject. The covariance is computed once."""
 
-    def __init__(self, subject: Subject, *, fit_tokens: int, batch_tokens: int, device: torch.device) -> None:
+    def __init__(self, subject: EvaluationData, *, fit_tokens: int, batch_tokens: int, device: torch.device) -> None:
         self.subject, self.device = subject, device
         self.fit_tokens, self.batch_tokens = fit_tokens, batch_tokens
 
@@ -58,7 +58,7 @@ class BaselineFits:
 
 def evaluate_neurons(
     model: Flux,
-    subject: Subject,
+    subject: EvaluationData,
     k: int,
     *,
     fit_tokens: int,
@@ -84,7 +84,7 @@ def evaluate_neurons(
     return neurons, found
 
 
-def neurons_of(subject: Subject) -> Site:
+def neurons_of(subject: EvaluationData) -> Site:
     """The site of the neurons in the block of the subject's site. Raises FluxIRError if it was not captured."""
     if subject.site is None:
         raise FluxIRError("a plain array has no neurons", hint="leave neurons out of --baselines")

@@ -169,7 +169,7 @@ class Deviation:
         self.count = both
 
 
-class _Sums:
+class _TokenSums:
     """What one step of one stream has added up to. Nothing is read back from the device before `numbers`."""
 
     def __init__(self, d: int, d_sae: int, device: torch.device) -> None:
@@ -187,7 +187,7 @@ class _Sums:
         self.totals += torch.stack([error, cosine.sum(), norm.sum(), norm_hat.sum()])
         self.fired += fired
 
-    def merge(self, other: "_Sums") -> None:
+    def merge(self, other: "_TokenSums") -> None:
         self.deviation.merge(other.deviation)
         self.totals += other.totals
         self.fired += other.fired
@@ -215,7 +215,7 @@ class Evaluator:
     def __init__(self, limits: Mapping[Group, float] | None = None) -> None:
         """`limits`: the length above which a token of each step and stream is an outlier; None: nobody asks."""
         self.limits = limits
-        self._sums: dict[tuple[Group, bool], _Sums] = {}  # True: of outliers
+        self._sums: dict[tuple[Group, bool], _TokenSums] = {}  # True: of outliers
         self._like: tuple[int, int, torch.device] | None = None
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class Evaluator:
             outliers=None if self.limits is None else self._outliers(overall),
         )
 
-    def _outliers(self, overall: _Sums) -> Outliers:
+    def _outliers(self, overall: _TokenSums) -> Outliers:
         ordinary = self._merged(with_outliers=False)
         per_step, per_stream, per_group = self._broken_down(with_outliers=False)
         error, error_left = overall.totals[0].item(), ordinary.totals[0].item()
@@ -297,11 +297,11 @@ class Evaluator:
             {group: sums.numbers() for group, sums in merged.items()},
         )
 
-    def _merged(self, groups: Collection[Group] | None = None, *, with_outliers: bool = True) -> _Sums:
+    def _merged(self, groups: Collection[Group] | None = None, *, with_outliers: bool = True) -> _TokenSums:
         """What these groups, or all of them, have added up to."""
         if self._like is None:
             raise RuntimeError("nothing was added")
-        merged = _Sums(*self._like)
+        merged = _TokenSums(*self._like)
         for group, outlier in sorted(self._sums):  # always in this order, so that the same tokens give the same bits
             if (groups is None or group in groups) and (with_outliers or not outlier):
                 merged.merge(self._sums[group, outlier])
@@ -309,7 +309,7 @@ class Evaluator:
 
     def _add(self, group: Group, *, outliers: bool, chosen: tuple[Tensor, ...]) -> None:
         x, x_hat, features = chosen
-        sums = self._sums.setdefault((group, outliers), _Sums(x.shape[1], features.shape[1], x.device))
+        sums = self._sums.setdefault((group, outliers), _TokenSums(x.shape[1], features.shape[1], x.device))
         sums.add(x, x_hat, (features != 0).sum(0))
 
     def _follow_activations(self, features: Tensor) -> None:

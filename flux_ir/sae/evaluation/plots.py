@@ -56,7 +56,7 @@ _STYLE: Any = {
 }
 
 
-class Panel(NamedTuple):
+class CurvePanel(NamedTuple):
     """One curve of a training run: which number of a row, what it is called, and how its axis runs."""
 
     key: str
@@ -65,7 +65,7 @@ class Panel(NamedTuple):
     percent: bool = False
 
 
-class Run(NamedTuple):
+class ParetoPoint(NamedTuple):
     """One trained dictionary in the plane of L0 and FVU. Runs of one `family` are joined by a line."""
 
     family: str
@@ -84,7 +84,7 @@ class ScatterGroup(NamedTuple):
 
 
 def training_curves(
-    path: Path, rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], title: str, *, subtitle: str = ""
+    path: Path, rows: Sequence[Mapping[str, Any]], panels: Sequence[CurvePanel], title: str, *, subtitle: str = ""
 ) -> None:
     """Each panel's number over the tokens seen (`tokens` of each row).
 
@@ -163,7 +163,9 @@ def fvu_per_step(
         _name_ends(axes, [_End(*points[-1], name, colour) for name, colour, points in curves])
 
 
-def pareto(path: Path, runs: Sequence[Run], title: str, *, subtitle: str = "", anchors: Sequence[Run] = ()) -> None:
+def pareto(
+    path: Path, runs: Sequence[ParetoPoint], title: str, *, subtitle: str = "", anchors: Sequence[ParetoPoint] = ()
+) -> None:
     """L0 against FVU: a line per family, from sparse to dense, the best filled; `anchors` (baselines) in grey."""
     shown, others = ([run for run in group if _drawable(run)] for group in (runs, anchors))
     best = pareto_front(shown)
@@ -186,9 +188,9 @@ def pareto(path: Path, runs: Sequence[Run], title: str, *, subtitle: str = "", a
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor="linecolor", fontsize=9)
 
 
-def pareto_front(runs: Sequence[Run]) -> list[Run]:
+def pareto_front(runs: Sequence[ParetoPoint]) -> list[ParetoPoint]:
     """The runs that no other beats in L0 or FVU without losing in the other, from sparse to dense."""
-    front: list[Run] = []
+    front: list[ParetoPoint] = []
     for run in sorted(runs, key=lambda run: (run.l0, run.fvu)):
         if not front or run.fvu < front[-1].fvu:
             front.append(run)
@@ -291,7 +293,7 @@ def _finite(values: Mapping[int, float]) -> list[tuple[int, float]]:
     return [(step, value) for step, value in sorted(values.items()) if isfinite(value)]
 
 
-def _drawable(run: Run) -> bool:
+def _drawable(run: ParetoPoint) -> bool:
     """A logarithmic axis has no place for zero."""
     return isfinite(run.l0) and isfinite(run.fvu) and run.l0 > 0 and run.fvu > 0
 

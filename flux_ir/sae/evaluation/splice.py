@@ -101,7 +101,7 @@ class SpliceNumbers(NamedTuple):
     """The same as peak signal-to-noise ratio [dB]; None also for equal pictures, whose ratio is infinite."""
 
 
-class _Sums:
+class _SpliceSums:
     def __init__(self) -> None:
         self.squares: dict[int, float] = {}
         self.values: dict[int, int] = {}
@@ -134,7 +134,7 @@ class SpliceMeter:
         check_sites([site], model.params.depth, model.params.depth_single_blocks)
         self.model, self.site, self.replacements = model, site, dict(replacements)
         self.steps = None if steps is None else frozenset(steps)
-        self._sums = {name: _Sums() for name in self.replacements}
+        self._sums = {name: _SpliceSums() for name in self.replacements}
 
     @torch.no_grad()
     def add(self, inputs: Inputs, timesteps: list[float], guidance: float) -> dict[str, PackedLatent]:
@@ -169,7 +169,9 @@ class SpliceMeter:
         """The numbers of every replacement, over all runs added so far."""
         return {name: sums.numbers() for name, sums in self._sums.items()}
 
-    def _compare_velocities(self, sums: _Sums, step: Step, inputs: Inputs, guidance: float, replace: Replace) -> None:
+    def _compare_velocities(
+        self, sums: _SpliceSums, step: Step, inputs: Inputs, guidance: float, replace: Replace
+    ) -> None:
         """One step from the untouched run's own state."""
         of_time, of_guidance = per_sample(step.t_curr, step.before), per_sample(guidance, step.before)
         with spliced(self.model, self.site, replace):

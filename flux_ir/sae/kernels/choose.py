@@ -21,7 +21,7 @@ from flux_ir.sae.kernels.reference import AdamStep, EncodedTopK
 __all__ = [
     "AdamStep",
     "EncodedTopK",
-    "Path",
+    "KernelPath",
     "adam_rows_",
     "encode_top_k",
     "path_for",
@@ -30,12 +30,12 @@ __all__ = [
     "using",
 ]
 
-Path = Literal["reference", "cpu", "gpu"]
+KernelPath = Literal["reference", "cpu", "gpu"]
 ASKED_FOR = "FLUX_IR_TRITON"
-_FORCED: list[Path] = []
+_FORCED: list[KernelPath] = []
 
 
-def path_for(tensor: Tensor) -> Path:
+def path_for(tensor: Tensor) -> KernelPath:
     """The path that works on `tensor`. Each path then chooses between sparse and dense products by the sizes.
 
     On a GPU that is the reference, unless the environment variable FLUX_IR_TRITON is 1: Triton's kernels never ran on
@@ -51,7 +51,7 @@ def path_for(tensor: Tensor) -> Path:
 
 
 @contextmanager
-def using(path: Path) -> Iterator[None]:
+def using(path: KernelPath) -> Iterator[None]:
     """Everything goes this path while the `with` lasts: for tests and benchmarks."""
     _FORCED.append(path)
     try:

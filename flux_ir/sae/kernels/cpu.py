@@ -45,10 +45,10 @@ def encode_top_k(
     if dead is not None and k_aux > 0:
         dead_features = dead.nonzero()[:, 0]
         dead_features = dead_features if len(dead_features) else None
-    return EncodedTopK(*_EncodeTopK.apply(x, encoder, b_enc, b_dec, dead_features, k, k_aux, shadow))
+    return EncodedTopK(*_EncodeTopKOnCPU.apply(x, encoder, b_enc, b_dec, dead_features, k, k_aux, shadow))
 
 
-class _EncodeTopK(torch.autograd.Function):
+class _EncodeTopKOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -114,11 +114,11 @@ def sparse_decode(
     values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
 ) -> Tensor:
     """As `choose.sparse_decode`."""
-    x_hat: Tensor = _SparseDecode.apply(values, indices, decoder, shadow)
+    x_hat: Tensor = _SparseDecodeOnCPU.apply(values, indices, decoder, shadow)
     return x_hat if b_dec is None else x_hat + b_dec
 
 
-class _SparseDecode(torch.autograd.Function):
+class _SparseDecodeOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, shadow: Tensor | None) -> Tensor:
         ctx.save_for_backward(values, indices, decoder, shadow)

@@ -42,10 +42,10 @@ def encode_top_k(
 ) -> EncodedTopK:
     """As `choose.encode_top_k`."""
     dead = dead if k_aux > 0 else None
-    return EncodedTopK(*_EncodeTopK.apply(x, encoder, b_enc, b_dec, dead, k, k_aux, shadow))
+    return EncodedTopK(*_EncodeTopKInTriton.apply(x, encoder, b_enc, b_dec, dead, k, k_aux, shadow))
 
 
-class _EncodeTopK(torch.autograd.Function):
+class _EncodeTopKInTriton(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -110,10 +110,10 @@ def sparse_decode(
     values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
 ) -> Tensor:
     """As `choose.sparse_decode`."""
-    return _SparseDecode.apply(values, indices, decoder, b_dec, shadow)
+    return _SparseDecodeInTriton.apply(values, indices, decoder, b_dec, shadow)
 
 
-class _SparseDecode(torch.autograd.Function):
+class _SparseDecodeInTriton(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, shadow: Tensor | None

@@ -22,7 +22,7 @@ from torch import Tensor
 from flux_ir.distributed import Ranks, all_sum, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, disk_error, read_json, write_json
-from flux_ir.sae.training.optimiser import Rows
+from flux_ir.sae.training.optimiser import RowRange
 
 KEPT = 2  # one more than needed: the newest may be damaged
 DIVERGED = "pass a lower --lr with another --name, and keep --clip at 1: the same command would come to the same end"
@@ -30,14 +30,14 @@ _NAME = re.compile(r"step_(\d{9})")
 _TENSOR = "tensor:"  # stands in the JSON where a tensor was
 
 
-class Shard(NamedTuple):
+class MomentShard(NamedTuple):
     """What one process keeps of the moments: tensors by name, and which rows of the whole they are."""
 
     tensors: dict[str, Tensor]
-    rows: dict[str, Rows]
+    rows: dict[str, RowRange]
 
 
-class Checkpoints:
+class TrainingCheckpoints:
     """The checkpoints of one run in a folder. Every process calls `save` at the same step."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
             raise faults[0]
         return None, []
 
-    def save(self, step: int, state: Mapping[str, Any], shared: Mapping[str, Tensor], shard: Shard) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], shared: Mapping[str, Tensor], shard: MomentShard) -> Path:
         """Write the checkpoint of a step, which may hold tensors anywhere in `state`; all but the last two are deleted.
 
         Of `state` and `shared`, those of the first process are written. An empty shard is not.
@@ -154,7 +154,7 @@ class SavedRun:
         """The shared tensors whose name starts with the prefix, by the rest of their name."""
         return {name.removeprefix(prefix): tensor for name, tensor in self.shared.items() if name.startswith(prefix)}
 
-    def moment(self, name: str, rows: Rows) -> Tensor:
+    def moment(self, name: str, rows: RowRange) -> Tensor:
         """Rows of a moment, put together from the processes that kept them."""
         found = []
         for shard in self._shards:

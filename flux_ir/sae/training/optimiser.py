@@ -22,7 +22,7 @@ EPS = 6.25e-10  # Gao et al. 2024, appendix A: gradients of rare features are sm
 _TINY = 1e-12
 
 
-class Rows(NamedTuple):
+class RowRange(NamedTuple):
     """The rows [start, stop) of a matrix that one process owns."""
 
     start: int
@@ -33,13 +33,13 @@ class Rows(NamedTuple):
         return slice(self.start, self.stop)
 
 
-RowReader = Callable[[str, Rows], Tensor]
+RowReader = Callable[[str, RowRange], Tensor]
 """Reads rows of a stored moment by its name: any rows, whoever wrote them."""
 
 
-def own_rows(count: int, rank: int, world_size: int) -> Rows:
+def own_rows(count: int, rank: int, world_size: int) -> RowRange:
     """The rows of `count` that a process owns: contiguous, in order of rank, equal to within one."""
-    return Rows(count * rank // world_size, count * (rank + 1) // world_size)
+    return RowRange(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 class RowAdam:
@@ -71,11 +71,11 @@ class RowAdam:
         self.first = {name: torch.zeros_like(p[self.rows(name).slice]) for name, p in self.parameters.items()}
         self.second = {name: torch.zeros_like(moment) for name, moment in self.first.items()}
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowRange:
         """The rows of a parameter whose moments this process keeps; all of them, unless it is a sharded matrix."""
         count = len(self.parameters[name])
         if self.ranks is None or self.parameters[name].ndim < 2:
-            return Rows(0, count)
+            return RowRange(0, count)
         return own_rows(count, self.ranks.rank, self.ranks.world_size)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Training: several autoencoders side by side on one resident batch, over one process or many, one step at a time.
 
 `train` walks through batches and yields what each step measured, as tensors: nothing is read back from the device until
-the caller asks (`Progress.read`). Files, tables and clocks are the caller's. With many processes each gives its share
-of every batch; gradients are averaged, so that the weights are those of one process with the whole batch.
+the caller asks (`FinishedStep.read`). Files, tables and clocks are the caller's. With many processes each gives its
+share of every batch; gradients are averaged, so that the weights are those of one process with the whole batch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from flux_ir.sae.architectures.losses import LossParts, TrainingState
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.data.whitening import Whitening
-from flux_ir.sae.training.checkpoints import SavedRun, Shard
+from flux_ir.sae.training.checkpoints import MomentShard, SavedRun
 from flux_ir.sae.training.optimiser import RowAdam
 from flux_ir.sae.training.resample import resample_dead_
 from flux_ir.sae.training.schedules import Schedule, default_learning_rate
@@ -54,7 +54,7 @@ class TrainSettings:
         return Schedule(self.total_steps, rate, config.k, k_start=start, warmup_steps=self.warmup_steps)
 
 
-class Numbers(NamedTuple):
+class TrainingNumbers(NamedTuple):
     """What one step measured on one autoencoder, on the device; of this process's share of the batch."""
 
     loss: Tensor
@@ -67,21 +67,22 @@ class Numbers(NamedTuple):
     gradient_norm: Tensor
 
 
-class Progress(NamedTuple):
+class FinishedStep(NamedTuple):
     """A finished step: how far the run is, and its numbers by autoencoder."""
 
     optimiser_step: int
     """Steps finished."""
     tokens: int
     """Tokens seen by all processes."""
-    numbers: dict[str, Numbers]
+    numbers: dict[str, TrainingNumbers]
 
     def read(self, ranks: Ranks) -> dict[str, dict[str, float]]:
         """The numbers as floats, averaged over processes, which must all ask. Waits for the device, once."""
         stacked = torch.stack([torch.stack([n.float() for n in numbers]) for numbers in self.numbers.values()])
         rows = AcrossRanks(ranks).mean(stacked).tolist()
         return {
-            name: dict(zip(Numbers._fields, row, strict=True)) for name, row in zip(self.numbers, rows, strict=True)
+            name: dict(zip(TrainingNumbers._fields, row, strict=True))
+            for name, row in zip(self.numbers, rows, strict=True)
         }
 
 
@@ -112,7 +113,7 @@ class Trainer:
     def finished(self) -> bool:
         return self.steps_done >= self.settings.total_steps
 
-    def step(self, batch: Mapping[SiteKey, Tensor]) -> Progress:
+    def step(self, batch: Mapping[SiteKey, Tensor]) -> FinishedStep:
         """One optimiser step of every autoencoder on this process's share of a batch of raw tokens [n, d], by site."""
         number, seen = self.steps_done, self.tokens_seen
         normalised: dict[SiteKey, Tensor] = {}
@@ -122,7 +123,7 @@ class Trainer:
                 normalised[member.site] = member.normalise(self._checked(batch[member.site]))
             numbers[member.name] = member.step(normalised[member.site], number, seen)
         self.steps_done += 1
-        return Progress(self.steps_done, self.tokens_seen, numbers)
+        return FinishedStep(self.steps_done, self.tokens_seen, numbers)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds once: weights and what belongs to them, and the whitening of each site."""
@@ -131,7 +132,7 @@ class Trainer:
             state |= {f"whitening/{site or 'array'}/{name}": one for name, one in whitening.tensors().items()}
         return state
 
-    def shard(self) -> Shard:
+    def shard(self) -> MomentShard:
         """What this process adds to a checkpoint: its rows of the moments, if the first does not hold them as well."""
         tensors, rows = {}, {}
         for member in self.members:
@@ -141,7 +142,7 @@ class Trainer:
                 if not whole or self.ranks.is_first:
                     tensors[f"{member.name}/{key}"] = moment
                     rows[f"{member.name}/{key}"] = member.optimiser.rows(name)
-        return Shard(tensors, rows)
+        return MomentShard(tensors, rows)
 
     def load(self, saved: SavedRun) -> None:
         """Go on from a checkpoint, with any number of processes."""
@@ -161,7 +162,7 @@ class Trainer:
         return rows.to(self.members[0].sae.W_dec.device, non_blocking=True)
 
 
-def train(trainer: Trainer, batches: Iterable[Mapping[SiteKey, Tensor]]) -> Iterator[Progress]:
+def train(trainer: Trainer, batches: Iterable[Mapping[SiteKey, Tensor]]) -> Iterator[FinishedStep]:
     """Step through batches until the run is finished; the caller saves and reads between the steps.
 
     Raises FluxIRError if the batches end before.
@@ -214,7 +215,7 @@ class Member:
         """Raw tokens as its training sees them."""
         return self.sae.normalise(x if self.whitening is None else self.whitening(x))
 
-    def step(self, xn: Tensor, number: int, tokens_seen: int) -> Numbers:
+    def step(self, xn: Tensor, number: int, tokens_seen: int) -> TrainingNumbers:
         """One optimiser step on this process's normalised tokens; `number` counts from 0."""
         # Forward and loss: who is dead is known from the steps before, so AuxK never waits for this batch.
         dead = self.dead.dead(self.settings.dead_after_tokens)
@@ -230,7 +231,7 @@ class Member:
         self._resample(xn, number)
         if self.average is not None:
             self.average.update(number)
-        return Numbers(
+        return TrainingNumbers(
             loss=parts.total.detach(),
             reconstruction=parts.reconstruction.detach(),
             sparsity=parts.sparsity.detach(),

@@ -8,13 +8,13 @@ import torch
 from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, run_of
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
-from flux_ir.sae.data.feed import Row
+from flux_ir.sae.data.feed import TokenFormat
 from flux_ir.sites import Site
 
 IMG, OTHER_IMG, TXT, WHOLE = (Site.parse(name) for name in ("double.0.img", "double.1.img", "double.0.txt", "single.0"))
 TOKENS = {"img": (0, 12), "txt": (7, 0), None: (7, 12)}  # text and image
 PLENTY = 2**30
-SLOT_BYTES = slot_bytes({IMG: Row(5, torch.float32), OTHER_IMG: Row(5, torch.float32)})
+SLOT_BYTES = slot_bytes({IMG: TokenFormat(5, torch.float32), OTHER_IMG: TokenFormat(5, torch.float32)})
 
 
 @dataclass

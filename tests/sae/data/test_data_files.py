@@ -11,7 +11,7 @@ from flux_ir.recording.recorder import StepContext
 from flux_ir.recording.store import CapturePlan
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
-from flux_ir.sae.data.feed import Row
+from flux_ir.sae.data.feed import TokenFormat
 from flux_ir.sae.data.filters import choose_sites
 from flux_ir.sae.data.measure import measure_normalisation
 from flux_ir.sae.data.splits import split_source
@@ -83,7 +83,7 @@ def test_batches_do_not_depend_on_how_files_are_read(captures, shards, kind, pag
     folder, _ = shards(8, sites=["double.0.img", "double.1.img"]) if kind == "shards" else (captures(15), None)
     source = open_source(folder)
     sites = choose_sites(source, ["double.*.img"])
-    slot = slot_bytes({site: Row(source.d(site), torch.bfloat16) for site in sites})
+    slot = slot_bytes({site: TokenFormat(source.d(site), torch.bfloat16) for site in sites})
     known = {"batch_tokens": 20, "pool_bytes": 100 * slot, "epochs": 2}
     plain = rows_of(TokenBatches(source, sites, **known, prefetch=False, page_cache=True), sites[1])
     other = TokenBatches(source, sites, **known, prefetch=prefetch, page_cache=page_cache)
@@ -125,7 +125,7 @@ def test_a_batch_draws_from_many_shards_prompts_steps_and_positions(shards):
     folder, values = shards(8, per_shard=8, sites=["double.0.img"], images_per_prompt=1)
     source = open_source(folder)
     (site,) = choose_sites(source, ["*"])
-    slot = slot_bytes({site: Row(source.d(site), torch.bfloat16)})
+    slot = slot_bytes({site: TokenFormat(source.d(site), torch.bfloat16)})
     tokens = 8 * 8 * 2 * 12
     batches = list(TokenBatches(source, [site], batch_tokens=64, pool_bytes=tokens * slot))  # buffers of a half
     index = {row.numpy().tobytes(): place for place, row in _every_row(values, site)}

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from flux_ir.activations.source import open_source
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.data.held_out import subject_of
+from flux_ir.sae.data.held_out import evaluation_data_of
 from flux_ir.sae.data.splits import Split, split_source
 from flux_ir.sae.evaluation.fit_baselines import BaselineFits, neurons_of
 
@@ -31,7 +31,7 @@ def numbers(subject, side, **limits):
 def test_both_sides_together_are_everything_once(source, random_sae):
     sae = random_sae("topk")
     sae.metadata = {"split": asdict(split_source(source, 0.3))}
-    subject = subject_of(sae, source, held_out=0.5)
+    subject = evaluation_data_of(sae, source, held_out=0.5)
     held_out, training = numbers(subject, "held_out"), numbers(subject, "training")
     assert sorted(held_out + training) == list(range(IMAGES * TOKENS))
     assert {n // TOKENS for n in held_out}.isdisjoint({n // TOKENS for n in training})
@@ -41,36 +41,36 @@ def test_both_sides_together_are_everything_once(source, random_sae):
 def test_the_stored_split_comes_before_the_one_asked_for(source, random_sae):
     sae = random_sae("topk")
     sae.metadata = {"split": {"by": "image", "threshold": 0.25, "run_tokens": 1}}
-    assert subject_of(sae, source, held_out=0.9).split == Split("image", 0.25)
+    assert evaluation_data_of(sae, source, held_out=0.9).split == Split("image", 0.25)
     sae.metadata = {"held_out": 0.3}
-    assert subject_of(sae, source, held_out=0.9).split == split_source(source, 0.3)
+    assert evaluation_data_of(sae, source, held_out=0.9).split == split_source(source, 0.3)
     sae.metadata = {}
-    assert subject_of(sae, source, held_out=0.4).split == split_source(source, 0.4)
+    assert evaluation_data_of(sae, source, held_out=0.4).split == split_source(source, 0.4)
 
 
 def test_a_limit_cuts_the_same_order_short(source, random_sae):
-    subject = subject_of(random_sae("topk"), source, held_out=0.3)
+    subject = evaluation_data_of(random_sae("topk"), source, held_out=0.3)
     assert numbers(subject, "training", max_tokens=10) == numbers(subject, "training")[:10]
 
 
 def test_with_nothing_held_out_it_is_judged_on_what_it_was_trained_on(source, random_sae):
     sae = random_sae("topk")
     sae.metadata = {"split": {"by": "image", "threshold": 0.0, "run_tokens": 1}}
-    subject = subject_of(sae, source, held_out=0.3)
+    subject = evaluation_data_of(sae, source, held_out=0.3)
     assert subject.side == "training"
     assert len(numbers(subject, subject.side)) == IMAGES * TOKENS
 
 
 def test_other_widths_and_steps_are_refused(source, random_sae):
     with pytest.raises(FluxIRError, match="takes activations 9 wide: the array is 12 wide"):
-        subject_of(random_sae("topk", d_in=9), source, held_out=0.1)
+        evaluation_data_of(random_sae("topk", d_in=9), source, held_out=0.1)
     with pytest.raises(FluxIRError, match=r"trained on the steps 3, 4, of which the captures have none"):
-        subject_of(random_sae("topk", steps=(3, 4)), source, held_out=0.1)
+        evaluation_data_of(random_sae("topk", steps=(3, 4)), source, held_out=0.1)
 
 
 def test_baselines_are_made_from_training_tokens_alone(source, random_sae):
     sae = random_sae("topk")
-    subject = subject_of(sae, source, held_out=0.3)
+    subject = evaluation_data_of(sae, source, held_out=0.3)
     fits = BaselineFits(subject, fit_tokens=10_000, batch_tokens=13, device=torch.device("cpu"))
     training = torch.cat([batch.values for batch in subject.tokens("training", 50)]).double()
     assert fits.covariance.count == len(training)
@@ -84,4 +84,4 @@ def test_baselines_are_made_from_training_tokens_alone(source, random_sae):
 
 def test_an_array_has_no_neurons(source, random_sae):
     with pytest.raises(FluxIRError, match="a plain array has no neurons"):
-        neurons_of(subject_of(random_sae("topk"), source, held_out=0.1))
+        neurons_of(evaluation_data_of(random_sae("topk"), source, held_out=0.1))

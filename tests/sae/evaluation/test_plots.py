@@ -9,8 +9,8 @@ from PIL import Image
 
 from flux_ir.sae.evaluation.metrics import density_of
 from flux_ir.sae.evaluation.plots import (
-    Panel,
-    Run,
+    CurvePanel,
+    ParetoPoint,
     _percent,
     _short,
     density_histogram,
@@ -21,11 +21,20 @@ from flux_ir.sae.evaluation.plots import (
     training_curves,
 )
 
-PANELS = (Panel("fvu", "FVU", percent=True), Panel("loss", "loss", log=True), Panel("nothing", "nothing"))
+PANELS = (
+    CurvePanel("fvu", "FVU", percent=True),
+    CurvePanel("loss", "loss", log=True),
+    CurvePanel("nothing", "nothing"),
+)
 ROWS = [{"tokens": 1000 * i, "fvu": 1 / (i + 1), "loss": 2.0**-i} for i in range(20)]
 DENSITY = density_of(torch.logspace(-4, 0, 50, dtype=torch.float64))
 PER_STREAM = {"img": {0: 0.3, 3: 0.2, 7: 0.25}, "txt": {0: 0.1, 3: 0.05, 7: math.nan}}
-RUNS = [Run("topk", 8, 0.3), Run("topk", 16, 0.2), Run("l1", 20, 0.25), Run("broken", 0.0, math.nan)]
+RUNS = [
+    ParetoPoint("topk", 8, 0.3),
+    ParetoPoint("topk", 16, 0.2),
+    ParetoPoint("l1", 20, 0.25),
+    ParetoPoint("broken", 0.0, math.nan),
+]
 
 
 def drawn(path):
@@ -47,7 +56,9 @@ FIGURES = {
         low=0.5,
         high=1.0,
     ),
-    "pareto": lambda path: pareto(path, RUNS, "Front", anchors=[Run("PCA", 8, 0.5), Run("PCA", 16, 0.4)]),
+    "pareto": lambda path: pareto(
+        path, RUNS, "Front", anchors=[ParetoPoint("PCA", 8, 0.5), ParetoPoint("PCA", 16, 0.4)]
+    ),
 }
 
 
@@ -70,8 +81,8 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path, name):
         lambda path: density_histogram(path, density_of(torch.zeros(5, dtype=torch.float64)), "all dead"),
         lambda path: fvu_per_step(path, {"img": {4: 0.5}}, "one step"),
         lambda path: fvu_per_step(path, {"img": {4: math.nan}}, "no number"),
-        lambda path: pareto(path, [Run("topk", 8, 0.3)], "one run"),
-        lambda path: pareto(path, [Run("topk", 0.0, math.nan)], "no run"),
+        lambda path: pareto(path, [ParetoPoint("topk", 8, 0.3)], "one run"),
+        lambda path: pareto(path, [ParetoPoint("topk", 0.0, math.nan)], "no run"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -87,8 +98,10 @@ def test_a_panel_nobody_has_numbers_for_is_left_out(tmp_path):
 
 
 def test_the_front_has_the_runs_that_no_other_beats():
-    a, b, c = Run("f", 8, 0.3), Run("f", 16, 0.2), Run("g", 32, 0.1)
-    assert pareto_front([c, Run("g", 9, 0.31), b, Run("g", 16, 0.25), a, Run("g", 40, 0.1)]) == [a, b, c]
+    a, b, c = ParetoPoint("f", 8, 0.3), ParetoPoint("f", 16, 0.2), ParetoPoint("g", 32, 0.1)
+    assert pareto_front(
+        [c, ParetoPoint("g", 9, 0.31), b, ParetoPoint("g", 16, 0.25), a, ParetoPoint("g", 40, 0.1)]
+    ) == [a, b, c]
     assert pareto_front([]) == []
 
 

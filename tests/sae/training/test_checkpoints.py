@@ -7,34 +7,34 @@ from safetensors.torch import save_file
 
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.training.checkpoints import Checkpoints, SavedRun, Shard, put_tensors, take_tensors
-from flux_ir.sae.training.optimiser import Rows
+from flux_ir.sae.training.checkpoints import MomentShard, SavedRun, TrainingCheckpoints, put_tensors, take_tensors
+from flux_ir.sae.training.optimiser import RowRange
 from tests.full_disk import file_size_limit
 
 ONE = Ranks()
-NOTHING = Shard({}, {})
+NOTHING = MomentShard({}, {})
 
 
 @pytest.fixture
 def shard():
     moment = torch.arange(12.0).reshape(4, 3)
-    return Shard({"encoder.first": moment}, {"encoder.first": Rows(0, 4)})
+    return MomentShard({"encoder.first": moment}, {"encoder.first": RowRange(0, 4)})
 
 
 def test_what_is_saved_comes_back(tmp_path, shard):
     pool = torch.arange(4).to(torch.bfloat16)
     state = {"step": 7, "data": {"pool": pool, "order": [3, 1], "epoch": None}, "rate": 0.5}
     weights = {"a/W_dec": torch.eye(3), "b/W_dec": torch.zeros(2)}
-    saved = SavedRun(Checkpoints(tmp_path, ONE).save(7, state, weights, shard))
+    saved = SavedRun(TrainingCheckpoints(tmp_path, ONE).save(7, state, weights, shard))
     assert torch.equal(saved.state["data"].pop("pool"), pool)
     assert saved.state == {"step": 7, "data": {"order": [3, 1], "epoch": None}, "rate": 0.5}
     assert saved.below("a/").keys() == {"W_dec"}
     assert torch.equal(saved.below("a/")["W_dec"], torch.eye(3))
-    assert torch.equal(saved.moment("encoder.first", Rows(1, 3)), shard.tensors["encoder.first"][1:3])
+    assert torch.equal(saved.moment("encoder.first", RowRange(1, 3)), shard.tensors["encoder.first"][1:3])
 
 
 def test_the_last_two_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints = TrainingCheckpoints(tmp_path, ONE)
     for step in (5, 40, 1000):
         checkpoints.save(step, {}, {"w": torch.ones(1)}, NOTHING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000040", "step_000001000"]
@@ -42,7 +42,7 @@ def test_the_last_two_are_kept(tmp_path):
 
 
 def test_half_a_checkpoint_is_never_read_and_is_cleared_away(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints = TrainingCheckpoints(tmp_path, ONE)
     (tmp_path / "step_000000009.partial").mkdir()
     assert checkpoints.newest() is None
     checkpoints.save(3, {}, {"w": torch.ones(1)}, NOTHING)
@@ -50,7 +50,7 @@ def test_half_a_checkpoint_is_never_read_and_is_cleared_away(tmp_path):
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints = TrainingCheckpoints(tmp_path, ONE)
     checkpoints.save(3, {}, {"w": torch.ones(1)}, NOTHING)
     with pytest.raises(ValueError, match="not JSON compliant"):
         checkpoints.save(4, {"loss": float("nan")}, {"w": torch.ones(1)}, NOTHING)
@@ -58,7 +58,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path, shard):
-    path = Checkpoints(tmp_path, ONE).save(1, {"a": torch.ones(2)}, {"w": torch.ones(1)}, shard)
+    path = TrainingCheckpoints(tmp_path, ONE).save(1, {"a": torch.ones(2)}, {"w": torch.ones(1)}, shard)
     assert sorted(file.name for file in path.iterdir()) == ["rank_0000.safetensors", "shared.safetensors", "state.json"]
     json.loads((path / "state.json").read_text())
 
@@ -67,21 +67,25 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path, shard):
 def test_moments_of_several_processes_are_read_by_any_number(tmp_path, readers):
     """Two processes wrote; each file is made here as its process would make it."""
     whole = torch.arange(21.0).reshape(7, 3)
-    first, second = Rows(0, 3), Rows(3, 7)
-    path = Checkpoints(tmp_path / "0", ONE).save(1, {}, {"w": whole}, Shard({"m": whole[first.slice]}, {"m": first}))
-    other = Checkpoints(tmp_path / "1", ONE).save(1, {}, {"w": whole}, Shard({"m": whole[second.slice]}, {"m": second}))
+    first, second = RowRange(0, 3), RowRange(3, 7)
+    path = TrainingCheckpoints(tmp_path / "0", ONE).save(
+        1, {}, {"w": whole}, MomentShard({"m": whole[first.slice]}, {"m": first})
+    )
+    other = TrainingCheckpoints(tmp_path / "1", ONE).save(
+        1, {}, {"w": whole}, MomentShard({"m": whole[second.slice]}, {"m": second})
+    )
     (other / "rank_0000.safetensors").rename(path / "rank_0001.safetensors")
     saved = SavedRun(path)
     cuts = [7 * reader // readers for reader in range(readers + 1)]
-    parts = [saved.moment("m", Rows(start, stop)) for start, stop in pairwise(cuts)]
+    parts = [saved.moment("m", RowRange(start, stop)) for start, stop in pairwise(cuts)]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_rows_that_nobody_wrote_are_named(tmp_path):
-    part = Shard({"m": torch.ones(2, 3)}, {"m": Rows(0, 2)})
-    saved = SavedRun(Checkpoints(tmp_path, ONE).save(1, {}, {"w": torch.ones(1)}, part))
+    part = MomentShard({"m": torch.ones(2, 3)}, {"m": RowRange(0, 2)})
+    saved = SavedRun(TrainingCheckpoints(tmp_path, ONE).save(1, {}, {"w": torch.ones(1)}, part))
     with pytest.raises(FluxIRError, match="lacks rows of m: 2 of 5"):
-        saved.moment("m", Rows(0, 5))
+        saved.moment("m", RowRange(0, 5))
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
@@ -101,7 +105,7 @@ def test_tensors_are_taken_out_of_a_nest_and_put_back():
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_written_and_pushes_none_out(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints = TrainingCheckpoints(tmp_path, ONE)
     for step in (1, 2):
         checkpoints.save(step, {}, {"a/weights/W_dec": torch.ones(2)}, NOTHING)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -111,13 +115,13 @@ def test_a_checkpoint_that_is_not_finite_is_not_written_and_pushes_none_out(tmp_
     assert "step_000000002 is from before, and kept" in caught.value.message
     assert "pass a lower --lr with another --name" in caught.value.hint
     with pytest.raises(FluxIRError, match=r"encoder.second is not finite"):
-        checkpoints.save(3, {}, {}, Shard({"encoder.second": torch.tensor([float("inf")])}, {}))
+        checkpoints.save(3, {}, {}, MomentShard({"encoder.second": torch.tensor([float("inf")])}, {}))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("damage", ["nan", "cut", "pointer", "no state"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
-    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints = TrainingCheckpoints(tmp_path, ONE)
     for step in (1, 2):
         newest = checkpoints.save(step, {"step": step}, {"w": torch.ones(20)}, NOTHING)
     weights = newest / "shared.safetensors"
@@ -139,7 +143,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
 
 
 def test_a_disk_that_runs_full_leaves_the_earlier_checkpoint_and_nothing_half(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints = TrainingCheckpoints(tmp_path, ONE)
     checkpoints.save(1, {}, {"w": torch.ones(1)}, NOTHING)
     with (
         file_size_limit(100_000),

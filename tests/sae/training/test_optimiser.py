@@ -4,7 +4,7 @@ from torch import nn
 
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.training.optimiser import RowAdam, Rows, own_rows
+from flux_ir.sae.training.optimiser import RowAdam, RowRange, own_rows
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_processes_own_every_row_once(count, world_size):
 
 def test_a_sharded_process_keeps_the_moments_of_its_rows_alone(parameters):
     adam = RowAdam(parameters, ranks=Ranks(1, 2, 1), shard=True)
-    assert adam.rows("encoder") == Rows(3, 7)
+    assert adam.rows("encoder") == RowRange(3, 7)
     assert adam.first["encoder"].shape == (4, 5)
     assert adam.first["b_enc"].shape == (7,)
     adam.first["encoder"] += 1

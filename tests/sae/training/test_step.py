@@ -11,8 +11,8 @@ import torch
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.config import ARCHITECTURES
-from flux_ir.sae.training.checkpoints import Checkpoints, SavedRun
-from flux_ir.sae.training.step import Numbers, state_of, train
+from flux_ir.sae.training.checkpoints import SavedRun, TrainingCheckpoints
+from flux_ir.sae.training.step import TrainingNumbers, state_of, train
 
 _SPEC = importlib.util.spec_from_file_location("training_program", Path(__file__).with_name("training_program.py"))
 program = importlib.util.module_from_spec(_SPEC)
@@ -31,7 +31,9 @@ def trained(trainer, steps=TOTAL):
 
 def saved(trainer, folder):
     """A checkpoint of the trainer, read again."""
-    path = Checkpoints(folder, ONE).save(trainer.steps_done, state_of(trainer, {}), trainer.tensors(), trainer.shard())
+    path = TrainingCheckpoints(folder, ONE).save(
+        trainer.steps_done, state_of(trainer, {}), trainer.tensors(), trainer.shard()
+    )
     return SavedRun(path)
 
 
@@ -96,7 +98,7 @@ def test_a_step_tells_tensors_and_leaves_them_on_the_device():
     progress = trained(make_trainer(["topk"], ONE), 3)
     assert (progress.optimiser_step, progress.tokens) == (3, 3 * BATCH)
     assert all(isinstance(number, torch.Tensor) and number.ndim == 0 for number in progress.numbers["topk_s0"])
-    assert progress.read(ONE)["topk_s0"].keys() == set(Numbers._fields)
+    assert progress.read(ONE)["topk_s0"].keys() == set(TrainingNumbers._fields)
 
 
 def test_dead_features_are_counted_in_tokens():

@@ -15,7 +15,7 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.sae.architectures.config import ARCHITECTURES, SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.data.whitening import whitening_of
-from flux_ir.sae.training.checkpoints import Checkpoints, SavedRun
+from flux_ir.sae.training.checkpoints import SavedRun, TrainingCheckpoints
 from flux_ir.sae.training.step import Member, Trainer, TrainSettings, state_of, train
 from flux_ir.sites import Site
 
@@ -81,7 +81,7 @@ def main(out, steps, *words):
         for progress in islice(train(trainer, batches(trainer.steps_done, ranks)), int(steps)):
             progress.read(ranks)
         if "save" in words:
-            Checkpoints(Path(out).parent, ranks).save(
+            TrainingCheckpoints(Path(out).parent, ranks).save(
                 trainer.steps_done, state_of(trainer, {}), trainer.tensors(), trainer.shard()
             )
         if ranks.is_first:
