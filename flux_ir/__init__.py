@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from flux_ir.api.collect import collect, collect_clip, convert_collection
     from flux_ir.api.compare_features import Comparison, compare_features
     from flux_ir.api.draw_features import DrawnFeatures, draw_features
-    from flux_ir.api.evaluate_sae import evaluate_sae
-    from flux_ir.api.evaluation_files import EvaluatedSAE
+    from flux_ir.api.evaluate_sae import EvaluatedSAE, evaluate_sae
     from flux_ir.api.explore_features import explore_features
     from flux_ir.api.export import export
     from flux_ir.api.export_features import export_features
@@ -56,7 +55,7 @@ _MODULES = {
     "draw_features": "flux_ir.api.draw_features",
     "DrawnFeatures": "flux_ir.api.draw_features",
     "evaluate_sae": "flux_ir.api.evaluate_sae",
-    "EvaluatedSAE": "flux_ir.api.evaluation_files",
+    "EvaluatedSAE": "flux_ir.api.evaluate_sae",
     "explore": "flux_ir.api.visualize",
     "explore_features": "flux_ir.api.explore_features",
     "export": "flux_ir.api.export",

@@ -1,35 +1,34 @@
-"""Reconstructions put back into the model that was captured, on held-out prompts with their own noise."""
+"""The captured model run again, with something put in the place of what one site computed.
+
+Each held-out generation runs from its own prompt, seed and settings, so that nothing differs but the replacement.
+`sae.evaluation.splice` defines the numbers; here are the model, its prompts and its batches.
+"""
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux_ir.activations.blocks import SampledSource, Sampling
-from flux_ir.api.evaluation_files import EvaluateSAESettings
 from flux_ir.api.progress import Note, Watch, follow, phase
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import choose_dtype
+from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
-from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.held_out import EvaluationData
-from flux_ir.sae.evaluation.fit_baselines import BaselineFits
 from flux_ir.sae.evaluation.metrics import rounded
 from flux_ir.sae.evaluation.splice import (
     Replace,
     SpliceMeter,
     SpliceNumbers,
-    mean_ablation,
-    reconstruction,
     recovered,
-    zero_ablation,
 )
 from flux_ir.sampling.generate import decode, noise_for, prepare
 from flux_ir.sites import Site, check_sites
@@ -38,29 +37,43 @@ ANCHORS = ("zero", "mean")
 
 
 class Splicer:
-    """The model, loaded when the first autoencoder asks for it, and the prompts that were embedded for it."""
+    """The model, loaded when the first autoencoder asks for it, and the prompts that were embedded for it.
+
+    `steps` are those to splice at (None: those of the autoencoder), `batch_size` how many generations go through the
+    model together; with `pictures` they run to the end and are decoded. `recorded` is the dtype of the captured run.
+    """
 
     def __init__(
-        self, settings: EvaluateSAESettings, model: str | None, recorded: torch.dtype, progress: Watch
+        self,
+        model: str | None,
+        recorded: torch.dtype,
+        *,
+        steps: tuple[int, ...] | None,
+        batch_size: int,
+        pictures: bool,
+        device: str | None,
+        dtype: DtypeWord,
+        checkpoint: str | Path | None,
+        ae_checkpoint: str | Path | None,
+        progress: Watch,
     ) -> None:
-        name = settings.model or model
-        if name is None:
+        if model is None:
             raise FluxIRError("the captures do not say which model they are of", hint="name it with --model")
-        self.settings, self.progress = settings, progress
-        self.spec = get_spec(name)
-        self.placement = plan(torch.cuda.device_count(), device=settings.device)
-        self.compute = choose_dtype(settings.dtype, self.placement.devices, recorded=recorded)
+        self.spec = get_spec(model)
+        self.steps, self.batch_size, self.pictures, self.progress = steps, batch_size, pictures, progress
+        self.checkpoint, self.ae_checkpoint = checkpoint, ae_checkpoint
+        self.placement = plan(torch.cuda.device_count(), device=device)
+        self.compute = choose_dtype(dtype, self.placement.devices, recorded=recorded)
         self._embedded: dict[str, EmbeddedPrompt] = {}
 
     @cached_property
     def suite(self) -> Suite:
         """The model's parts."""
-        settings = self.settings
         source = locate_model(
             self.spec,
-            settings.checkpoint,
-            settings.ae_checkpoint,
-            autoencoder=settings.splice and settings.pictures,
+            self.checkpoint,
+            self.ae_checkpoint,
+            autoencoder=self.pictures,
             announce=lambda text: self.progress(Note(text)),
         )
         self.progress(Note(f"{self.spec.name} computes in {self.compute}"))
@@ -68,27 +81,30 @@ class Splicer:
             self.progress(Note(f"note: {self.compute.warning}"))
         return Suite(self.spec, source, self.placement, self.compute.dtype)
 
-    def check(self, subject: EvaluationData) -> Site:
-        """The subject's site. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
-        if subject.site is None:
+    def check(self, data: EvaluationData) -> Site:
+        """The site of these tokens. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
+        if data.site is None:
             raise FluxIRError("a plain array is of no model to splice into", hint="leave out --splice")
-        check_sites([subject.site], self.spec.flux.depth, self.spec.flux.depth_single_blocks)
-        last = len(_sampled(subject).sampling(0).timesteps) - 2
-        if any(step > last for step in self.settings.splice_steps or ()):
+        check_sites([data.site], self.spec.flux.depth, self.spec.flux.depth_single_blocks)
+        last = len(_sampled(data).sampling(0).timesteps) - 2
+        if any(step > last for step in self.steps or ()):
             raise FluxIRError(
-                f"a splice is at steps that were sampled, 0 to {last}: got {max(self.settings.splice_steps or ())}",
+                f"a splice is at steps that were sampled, 0 to {last}: got {max(self.steps or ())}",
                 hint="leave out --splice_steps for those that were captured",
             )
-        return subject.site
+        return data.site
 
-    def measure(self, sae: SparseAutoencoder, subject: EvaluationData, fits: BaselineFits, k: int) -> dict[str, Any]:
-        """What the splices of one autoencoder and of its anchors come to, as `metrics.json` has it."""
-        site = self.check(subject)
-        runs = held_out_runs(subject, self.settings.prompts)
+    def measure(self, data: EvaluationData, replacements: Mapping[str, Replace], prompts: int) -> dict[str, Any]:
+        """What the splices come to in the held-out generations of so many prompts, as `metrics.json` has it.
+
+        `replacements` are what is put in place, "zero" and "mean" among them, from which the others recover.
+        """
+        site = self.check(data)
+        runs = held_out_runs(data, prompts)
         self._embed([run.prompt for run in runs])
-        steps = self.settings.splice_steps or tuple(subject.filters.steps_of(subject.source.steps))
+        steps = self.steps or tuple(data.filters.steps_of(data.source.steps))
         with self.suite.transformer() as model:
-            meter = SpliceMeter(model, site, replacements(sae, fits, k), steps=steps)
+            meter = SpliceMeter(model, site, replacements, steps=steps)
             batches = list(self._batches(runs))
             for batch in follow(self.progress, f"splice {site}", batches, total=len(batches)):
                 self._add(meter, batch)
@@ -101,7 +117,7 @@ class Splicer:
         parts = zip(*(self._embedded[run.prompt].text for run in runs), strict=True)
         inputs = prepare(noise, TextEmbedding(*map(torch.cat, parts)), first.height, first.width)
         latents = meter.add(inputs, list(first.timesteps), first.guidance)
-        if self.settings.pictures:
+        if self.pictures:
             with self.suite.autoencoder() as autoencoder:
                 meter.add_pictures(
                     {
@@ -113,8 +129,8 @@ class Splicer:
     def _batches(self, runs: list[Sampling]) -> Iterator[list[Sampling]]:
         for _, alike in groupby(runs, key=lambda run: run.shape):
             together = list(alike)
-            for start in range(0, len(together), self.settings.splice_batch):
-                yield together[start : start + self.settings.splice_batch]
+            for start in range(0, len(together), self.batch_size):
+                yield together[start : start + self.batch_size]
 
     def _embed(self, prompts: list[str]) -> None:
         missing = [prompt for prompt in prompts if prompt not in self._embedded]
@@ -123,41 +139,30 @@ class Splicer:
                 self._embedded |= zip(missing, embed_prompts(encoders, missing), strict=True)
 
 
-def replacements(sae: SparseAutoencoder, fits: BaselineFits, k: int) -> dict[str, Replace]:
-    """What is put in place: the reconstruction, the same with its error, PCA of the same rank, the mean, nothing."""
-    return {
-        "sae": reconstruction(sae, sae.config.d_sae),
-        "sae_with_error": reconstruction(sae, sae.config.d_sae, keep_error=True),
-        "pca": reconstruction(fits.pca(k), k),
-        "mean": mean_ablation(fits.mean),
-        "zero": zero_ablation,
-    }
-
-
-def held_out_runs(subject: EvaluationData, most: int) -> list[Sampling]:
+def held_out_runs(data: EvaluationData, most: int) -> list[Sampling]:
     """The first held-out generations, one per prompt. Raises FluxIRError where files do not say how they were made."""
-    source, runs = _sampled(subject), dict[str, Sampling]()
+    source, runs = _sampled(data), dict[str, Sampling]()
     for number, generation in enumerate(source.generations):
         if len(runs) == most:
             break
-        if generation.prompt not in runs and subject.split.has(subject.side, generation.id, generation.prompt):
+        if generation.prompt not in runs and data.split.has(data.side, generation.id, generation.prompt):
             runs[generation.prompt] = source.sampling(number)
     return list(runs.values())
 
 
-def recorded_dtype(subject: EvaluationData) -> torch.dtype:
+def recorded_dtype(data: EvaluationData) -> torch.dtype:
     """What the captured model computed in. Raises FluxIRError where files do not say how they were made."""
-    return _sampled(subject).sampling(0).dtype
+    return _sampled(data).sampling(0).dtype
 
 
-def _sampled(subject: EvaluationData) -> SampledSource:
-    if not isinstance(subject.source, SampledSource):
-        where = subject.source.generations[0].path or "a plain array"
+def _sampled(data: EvaluationData) -> SampledSource:
+    if not isinstance(data.source, SampledSource):
+        where = data.source.generations[0].path or "a plain array"
         raise FluxIRError(
             f"a splice runs the captured generations again, from their prompt and seed: got {where}",
             hint="use captures made with flux-ir capture or flux-ir collect, or leave out --splice",
         )
-    return subject.source
+    return data.source
 
 
 def as_json(results: Mapping[str, SpliceNumbers], *, runs: int, steps: tuple[int, ...], dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flux_ir.commands.cli.shared import MACHINE, MEASURED, Activations, Checkpoi
 from flux_ir.errors import counted
 
 if TYPE_CHECKING:
-    from flux_ir.api.evaluation_files import EvaluatedSAE
+    from flux_ir.api.evaluate_sae import EvaluatedSAE
     from flux_ir.sae.evaluation.metrics import Evaluation, Numbers
 
 SPLICE = "splice"
@@ -77,8 +77,7 @@ class EvaluateSAEOptions(Activations, Compute, Checkpoints):
 
 def run(options: EvaluateSAEOptions) -> None:
     """Evaluate as the options say. Raises FluxIRError for what a user can mend."""
-    from flux_ir.api.evaluate_sae import run_evaluation
-    from flux_ir.api.evaluation_files import EvaluateSAESettings, draw_fronts
+    from flux_ir.api.evaluate_sae import EvaluateSAESettings, draw_fronts, run_evaluation
     from flux_ir.commands.report import Report, peak_memory
 
     settings = EvaluateSAESettings(
@@ -103,7 +102,7 @@ def titles(judged: "Sequence[EvaluatedSAE]") -> list[str]:
 
 def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
     """One line per autoencoder and per baseline, and one per splice, under headings."""
-    from flux_ir.api.evaluation_files import NAMES, place_of
+    from flux_ir.api.evaluate_sae import NAMES, origin_of
     from flux_ir.commands.report import aligned
     from flux_ir.sae.architectures.config import HAS_K
 
@@ -113,7 +112,7 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
     for title, one in zip(names, judged, strict=True):
         config = one.config
         k = str(config.k) if config.architecture in HAS_K else ""
-        rows.append((title, place_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
+        rows.append((title, origin_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
         rows += _without_outliers(one.evaluation)
         for name, (rank, found) in one.baselines.items():
             rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))

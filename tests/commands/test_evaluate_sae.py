@@ -89,8 +89,8 @@ def test_a_sweep_gets_numbers_pictures_a_table_and_a_front(sweep, captures, caps
 def test_the_numbers_are_those_of_the_held_out_images(sweep, captures):
     assert evaluate_sae(["--sae", str(sweep / "few"), "--captures", str(captures)]) == 0
     found, sae, source = numbers_of(sweep / "few"), load_sae(sweep / "few"), open_source(captures)
-    subject = evaluation_data_of(sae, source, held_out=0.9)
-    held_out = [i for i, one in enumerate(source.generations) if subject.split.has("held_out", one.id, one.prompt)]
+    data = evaluation_data_of(sae, source, held_out=0.9)
+    held_out = [i for i, one in enumerate(source.generations) if data.split.has("held_out", one.id, one.prompt)]
     assert 0 < len(held_out) < 8
     for step in (None, 0, 1):
         steps = (0, 1) if step is None else (step,)

@@ -1,11 +1,13 @@
-"""What a sparse autoencoder has to beat: PCA, a random dictionary and the network's own neurons.
+"""What a sparse autoencoder has to beat: PCA, random directions, data points (ITDA) and the network's own neurons.
 
-Each is used as an autoencoder is (`encode`, `decode`, `forward`, `config.k`, `config.d_sae`), in raw space. The fourth,
-a dictionary of data points, has a file of its own: `itda`.
+Each is used as an autoencoder is (`encode`, `decode`, `forward`, `config.k`, `config.d_sae`), in raw space. First the
+four dictionaries, then gradient pursuit, which encodes where there is no encoder; `BaselineFits` makes them from the
+training tokens of one evaluation.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,9 +17,11 @@ from torch.nn import functional as F
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.sae.data.held_out import EvaluationData
+from flux_ir.sae.evaluation.metrics import Evaluation, evaluate
 from flux_ir.sites import Site
 
-BaselineName = Literal["pca", "random", "neurons", "itda"]
+BaselineName = Literal["pca", "random", "itda", "neurons"]
 Vectors = Float[Tensor, "*batch d"]
 Codes = Float[Tensor, "*batch d_sae"]
 AnyVectors = Float[Tensor, "*batch _d"]  # neurons read vectors of another width than they give back
@@ -209,7 +213,7 @@ def _with_stream(site: Site) -> str:
     return "" if site.stream is None else f".{site.stream}"
 
 
-# ---- A dictionary of data points
+# ---- A dictionary of data points: inference-time decomposition of activations (ITDA, Leask et al. 2025)
 # The relative squared error from which a token becomes an atom. The paper has one; here it falls from pass to pass
 # until the dictionary is full, so that its size can be chosen and the worst explained tokens come first.
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.0)
@@ -350,3 +354,98 @@ def _pursue(x: Tensor, atoms: Tensor, k: int) -> Tensor:
         codes = (codes + length * gradient).clamp_min(0)
         missing = x - codes @ atoms
     return codes
+
+
+# ---- Made for one evaluation
+ITDA_TOKENS = 8  # per atom: most tokens are explained by others
+ITDA_BYTES = 2 * 2**30  # of float32 tokens that atoms are chosen from
+DRAW_SEED = 0
+
+
+class BaselineFits:
+    """Makes baselines from the training tokens of one evaluation. The covariance is computed once."""
+
+    def __init__(self, data: EvaluationData, *, fit_tokens: int, batch_tokens: int, device: torch.device) -> None:
+        self.data, self.device = data, device
+        self.fit_tokens, self.batch_tokens = fit_tokens, batch_tokens
+
+    @cached_property
+    def covariance(self) -> Covariance:
+        """The covariance of the training tokens."""
+        covariance = Covariance(self.data.source.d(self.data.site), self.device)
+        for batch in self.data.tokens("training", self.batch_tokens, self.fit_tokens):
+            covariance.add(batch.values.to(self.device))
+        return covariance
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the training tokens, float32 [d]."""
+        return self.covariance.mean.float()
+
+    def make(self, name: Literal["pca", "random", "itda"], d_sae: int, k: int) -> Baseline:
+        """The baseline of this name, with `d_sae` features where it can have as many as one asks for."""
+        match name:
+            case "pca":
+                return self.pca(k)
+            case "random":
+                return self.random(d_sae, k)
+            case "itda":
+                return self.itda(d_sae, k)
+
+    def pca(self, k: int) -> Baseline:
+        """The k leading components; no more than there are dimensions."""
+        return PCA.of(self.covariance, min(k, len(self.covariance.mean)))
+
+    def random(self, d_sae: int, k: int) -> Baseline:
+        """`d_sae` random directions, k of them at a time."""
+        return RandomDictionary.draw(self.mean, d_sae, k, torch.Generator().manual_seed(DRAW_SEED))
+
+    def itda(self, d_sae: int, k: int) -> Baseline:
+        """At most `d_sae` of the training tokens, k of them at a time."""
+        room = ITDA_BYTES // (4 * len(self.mean))
+        most = min(ITDA_TOKENS * d_sae, room, self.fit_tokens)
+        parts = [batch.values.float() for batch in self.data.tokens("training", self.batch_tokens, most)]
+        tokens = torch.cat(parts)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(DRAW_SEED))
+        return ITDA.fit(tokens[order].to(self.device), self.mean, d_sae, k)
+
+
+def evaluate_neurons(
+    model: Flux,
+    data: EvaluationData,
+    k: int,
+    *,
+    fit_tokens: int,
+    batch_tokens: int,
+    max_tokens: int | None,
+    device: torch.device,
+) -> tuple[Neurons, Evaluation]:
+    """The neurons behind the site, k of them at a time, and how much of what they all write these give back.
+
+    What they have to give back is the feed-forward branch and not the block's output, which holds much more.
+
+    Raises FluxIRError if the captures do not have the neurons.
+    """
+    site = neurons_of(data)
+    of_neurons = replace(data, site=site)
+    total, count = torch.zeros(data.source.d(site), dtype=torch.float64, device=device), 0
+    for batch in of_neurons.tokens("training", batch_tokens, fit_tokens):
+        total += batch.values.to(device).double().sum(0)
+        count += len(batch.values)
+    neurons = Neurons.of(model, site, min(k, len(total)), rest=(total / max(1, count)).float())
+    tokens = of_neurons.tokens(data.side, batch_tokens, max_tokens)
+    found = evaluate(neurons, tokens, d_sae=neurons.config.d_sae, device=device, target=neurons.target)
+    return neurons, found
+
+
+def neurons_of(data: EvaluationData) -> Site:
+    """The site of the neurons in the block of the site. Raises FluxIRError if it was not captured."""
+    if data.site is None:
+        raise FluxIRError("a plain array has no neurons", hint="leave neurons out of --baselines")
+    site = replace(data.site, part="neurons")
+    if site not in data.source.sites and site.whole not in data.source.sites:
+        raise FluxIRError(
+            f"the baseline of neurons needs {site}, which these captures do not have",
+            hint=f"collect it as well, with --sites {data.site},{site}, or leave neurons out of --baselines",
+        )
+    return site

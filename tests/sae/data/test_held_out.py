@@ -10,7 +10,7 @@ from flux_ir.activations.source import open_source
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data.held_out import evaluation_data_of
 from flux_ir.sae.data.splits import Split, split_source
-from flux_ir.sae.evaluation.fit_baselines import BaselineFits, neurons_of
+from flux_ir.sae.evaluation.baselines import BaselineFits, neurons_of
 
 IMAGES, TOKENS, D = 20, 6, 12
 
@@ -24,18 +24,18 @@ def source(tmp_path):
     return open_source(tmp_path / "array.safetensors")
 
 
-def numbers(subject, side, **limits):
-    return [int(n) for batch in subject.tokens(side, 7, **limits) for n in batch.values[:, 0]]
+def numbers(data, side, **limits):
+    return [int(n) for batch in data.tokens(side, 7, **limits) for n in batch.values[:, 0]]
 
 
 def test_both_sides_together_are_everything_once(source, random_sae):
     sae = random_sae("topk")
     sae.metadata = {"split": asdict(split_source(source, 0.3))}
-    subject = evaluation_data_of(sae, source, held_out=0.5)
-    held_out, training = numbers(subject, "held_out"), numbers(subject, "training")
+    data = evaluation_data_of(sae, source, held_out=0.5)
+    held_out, training = numbers(data, "held_out"), numbers(data, "training")
     assert sorted(held_out + training) == list(range(IMAGES * TOKENS))
     assert {n // TOKENS for n in held_out}.isdisjoint({n // TOKENS for n in training})
-    assert numbers(subject, "held_out") == held_out  # in the same order
+    assert numbers(data, "held_out") == held_out  # in the same order
 
 
 def test_the_stored_split_comes_before_the_one_asked_for(source, random_sae):
@@ -49,16 +49,16 @@ def test_the_stored_split_comes_before_the_one_asked_for(source, random_sae):
 
 
 def test_a_limit_cuts_the_same_order_short(source, random_sae):
-    subject = evaluation_data_of(random_sae("topk"), source, held_out=0.3)
-    assert numbers(subject, "training", max_tokens=10) == numbers(subject, "training")[:10]
+    data = evaluation_data_of(random_sae("topk"), source, held_out=0.3)
+    assert numbers(data, "training", max_tokens=10) == numbers(data, "training")[:10]
 
 
 def test_with_nothing_held_out_it_is_judged_on_what_it_was_trained_on(source, random_sae):
     sae = random_sae("topk")
     sae.metadata = {"split": {"by": "image", "threshold": 0.0, "run_tokens": 1}}
-    subject = evaluation_data_of(sae, source, held_out=0.3)
-    assert subject.side == "training"
-    assert len(numbers(subject, subject.side)) == IMAGES * TOKENS
+    data = evaluation_data_of(sae, source, held_out=0.3)
+    assert data.side == "training"
+    assert len(numbers(data, data.side)) == IMAGES * TOKENS
 
 
 def test_other_widths_and_steps_are_refused(source, random_sae):
@@ -70,9 +70,9 @@ def test_other_widths_and_steps_are_refused(source, random_sae):
 
 def test_baselines_are_made_from_training_tokens_alone(source, random_sae):
     sae = random_sae("topk")
-    subject = evaluation_data_of(sae, source, held_out=0.3)
-    fits = BaselineFits(subject, fit_tokens=10_000, batch_tokens=13, device=torch.device("cpu"))
-    training = torch.cat([batch.values for batch in subject.tokens("training", 50)]).double()
+    data = evaluation_data_of(sae, source, held_out=0.3)
+    fits = BaselineFits(data, fit_tokens=10_000, batch_tokens=13, device=torch.device("cpu"))
+    training = torch.cat([batch.values for batch in data.tokens("training", 50)]).double()
     assert fits.covariance.count == len(training)
     torch.testing.assert_close(fits.covariance.mean, training.mean(0))
     assert fits.pca(100).config.k == D
