@@ -1,38 +1,48 @@
-"""Whose folder is this? Reads any autoencoder's folder, and writes one for another program."""
+"""Whose folder is this? Reads any autoencoder's folder, and writes one for another program.
+
+The folders of sae-lens, which are ours too, and of dictionary_learning have files of their own (`folder`, `sae_lens`,
+`dictionary_learning`). Here are the two programs that know TopK alone: sparsify, and earlier autoencoders for
+flow-matching models.
+"""
 
 import filecmp
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
+from safetensors.torch import save_file
+
 from flux_ir.errors import FluxIRError
+from flux_ir.files import complete_file, write_json
+from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.files import dictionary_learning, flow_matching, sparsify
+from flux_ir.sae.files import dictionary_learning
 from flux_ir.sae.files import folder as native
+from flux_ir.sae.files.foreign import (
+    check_finite_weights,
+    check_settings,
+    check_tensors,
+    filled,
+    read_config,
+    read_tensors,
+    refuse,
+    whole_number,
+)
 
 ForeignFormat = Literal["sparsify", "dictionary_learning"]
+ExportFormat = Literal["sae_lens", ForeignFormat]
 Format = Literal["sae_lens", "sparsify", "dictionary_learning", "flow_matching"]
 FOREIGN_FORMATS: tuple[ForeignFormat, ...] = get_args(ForeignFormat)
 
+_SPARSIFY_CONFIG, _SPARSIFY_WEIGHTS = "cfg.json", "sae.safetensors"
+_FLOW_MATCHING_CONFIG, _FLOW_MATCHING_WEIGHTS = "config.json", "model.safetensors"
 _WEIGHTS: dict[Format, str] = {
     "sae_lens": native.WEIGHTS_FILE,
-    "sparsify": sparsify.WEIGHTS_FILE,
+    "sparsify": _SPARSIFY_WEIGHTS,
     "dictionary_learning": dictionary_learning.WEIGHTS_FILE,
-    "flow_matching": flow_matching.WEIGHTS_FILE,
-}
-_READERS: dict[Format, Callable[[Path], SparseAutoencoder]] = {
-    "sae_lens": native.load_sae,
-    "sparsify": sparsify.load_sparsify,
-    "dictionary_learning": dictionary_learning.load_dictionary_learning,
-    "flow_matching": flow_matching.load_flow_matching,
-}
-ExportFormat = Literal["sae_lens", ForeignFormat]
-_WRITERS: dict[ExportFormat, Callable[[SparseAutoencoder, Path], Path]] = {
-    # other programs' decoders are kept as they are
-    "sae_lens": lambda sae, folder: native.save_sae(sae, folder, unit_decoder=False),
-    "sparsify": sparsify.save_sparsify,
-    "dictionary_learning": dictionary_learning.save_dictionary_learning,
+    "flow_matching": _FLOW_MATCHING_WEIGHTS,
 }
 
 
@@ -119,3 +129,107 @@ def _holds(folder: Path, written: Path) -> bool:
         (folder / file.name).is_file() and filecmp.cmp(file, folder / file.name, shallow=False)
         for file in written.iterdir()
     )
+
+
+# ---- EleutherAI's sparsify: `cfg.json` and `sae.safetensors` in a folder named after the site
+_SPARSIFY_FIXED = {"activation": "topk", "skip_connection": False, "transcode": False}
+# `normalize_decoder` and `multi_topk` are about training: the weights compute the same with and without.
+_SPARSIFY_KNOWN = {*_SPARSIFY_FIXED, "d_in", "k", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk"}
+
+
+def save_sparsify(sae: SparseAutoencoder, folder: Path) -> Path:
+    """Write a TopK autoencoder, its normalisation folded in. Raises FluxIRError for other architectures."""
+    config = sae.config
+    if config.architecture != "topk":
+        raise refuse(sae, "sparsify", ("topk",))
+    folded = sae.folded()
+    tensors = {
+        "encoder.weight": folded.encoder,
+        "encoder.bias": folded.b_enc,
+        "W_dec": folded.W_dec,
+        "b_dec": folded.b_dec,
+    }
+    with complete_file(folder / _SPARSIFY_WEIGHTS) as beside:
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, beside)
+    described = {
+        "expansion_factor": math.ceil(config.d_sae / config.d_in),
+        "normalize_decoder": True,
+        "num_latents": config.d_sae,
+        "k": config.k,
+        **_SPARSIFY_FIXED,
+        "multi_topk": False,
+        "d_in": config.d_in,
+    }
+    write_json(folder / _SPARSIFY_CONFIG, described)
+    return folder
+
+
+def load_sparsify(folder: Path) -> SparseAutoencoder:
+    """Read a sparsify folder. Its last part is taken for the site, as sparsify names them.
+
+    Raises FluxIRError for transcoders, group maximum and skip connections, which are no TopK autoencoders.
+    """
+    path, weights_file = folder / _SPARSIFY_CONFIG, folder / _SPARSIFY_WEIGHTS
+    stored = read_config(path, program="sparsify")
+    d_in = whole_number(stored, "d_in", path)
+    different = {name: stored[name] for name, value in _SPARSIFY_FIXED.items() if stored.get(name, value) != value}
+    if different:
+        raise FluxIRError(
+            f"{path} must describe a plain TopK autoencoder: it has {different}", hint="use it with sparsify itself"
+        )
+    check_settings(path, stored, _SPARSIFY_KNOWN, program="sparsify")
+    d_sae = stored.get("num_latents") or d_in * whole_number(stored, "expansion_factor", path)
+    tensors = read_tensors(weights_file)
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    check_tensors(weights_file, tensors, shapes)
+    check_finite_weights(weights_file, tensors)
+    k = whole_number(stored, "k", path)
+    config = SAEConfig(architecture="topk", d_in=d_in, d_sae=d_sae, k=k, site=folder.name)
+    weights = {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
+    return filled(config, weights | {name: tensors[name] for name in ("W_dec", "b_dec")})
+
+
+# ---- Earlier autoencoders for flow-matching models, on the hub: `config.json` and `model.safetensors`
+# There `features` is the width of the activations and `pages` the number of features. They are read and never written:
+# more programs read our own folders.
+
+
+def load_flow_matching(folder: Path) -> SparseAutoencoder:
+    """Read such a folder; the rows of its decoder keep their lengths, which may be other than 1.
+
+    Raises FluxIRError for other settings, and for tensors that do not fit or are not finite.
+    """
+    path = folder / _FLOW_MATCHING_CONFIG
+    stored = read_config(path, program="such a program")
+    d_in, d_sae, k = (whole_number(stored, name, path) for name in ("features", "pages", "k"))
+    check_settings(path, stored, ("features", "pages", "k"), program="the program that made it")
+    tensors = read_tensors(folder / _FLOW_MATCHING_WEIGHTS)
+    shapes = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "bias": (d_in,),
+    }
+    check_tensors(folder / _FLOW_MATCHING_WEIGHTS, tensors, shapes)
+    check_finite_weights(folder / _FLOW_MATCHING_WEIGHTS, tensors)
+    weights = {
+        "W_enc": tensors["encoder.weight"].T,
+        "b_enc": tensors["encoder.bias"],
+        "W_dec": tensors["decoder.weight"].T,
+        "b_dec": tensors["bias"],
+    }
+    return filled(SAEConfig(architecture="topk", d_in=d_in, d_sae=d_sae, k=k), weights)
+
+
+_READERS: dict[Format, Callable[[Path], SparseAutoencoder]] = {
+    "sae_lens": native.load_sae,
+    "sparsify": load_sparsify,
+    "dictionary_learning": dictionary_learning.load_dictionary_learning,
+    "flow_matching": load_flow_matching,
+}
+_WRITERS: dict[ExportFormat, Callable[[SparseAutoencoder, Path], Path]] = {
+    # other programs' decoders are kept as they are
+    "sae_lens": lambda sae, folder: native.save_sae(sae, folder, unit_decoder=False),
+    "sparsify": save_sparsify,
+    "dictionary_learning": dictionary_learning.save_dictionary_learning,
+}
