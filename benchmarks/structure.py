@@ -13,6 +13,7 @@ import tempfile
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,18 @@ PACKAGE = "flux_ir"
 OWN_KIND = ("commands", "architectures")
 """Rooms whose files are members of a family, found by name: one importer is what they shall have."""
 LONG_LINES = 60
+TRAINING_PATH = (
+    "flux_ir.commands.train_sae.run",
+    "flux_ir.api.train_sae.run_training",
+    "flux_ir.api.training_run.TrainingRun.work",
+    "flux_ir.api.training_run.TrainingRun._train",
+    "flux_ir.sae.training.step.train",
+    "flux_ir.sae.training.step.Trainer.step",
+    "flux_ir.sae.training.step.Member.step",
+    "flux_ir.sae.training.optimiser.RowAdam.step",
+)
+"""The functions from the word on the command line to the step that changes the weights, each called by the one before.
+What they are handed stands elsewhere: settings, data, and the loss of an architecture."""
 
 
 class Module(NamedTuple):
@@ -86,6 +99,7 @@ def numbers_of(root: Path) -> dict[str, str]:
         f"modules with one importer, outside {' and '.join(OWN_KIND)}": f"{len(with_one_importer(modules))}",
         f"functions above {LONG_LINES} lines": f"{len(long)}",
         "largest function": f"{largest.lines} lines, {largest.name}",
+        "files opened to follow train-sae from word to weight": files_on(modules, TRAINING_PATH),
         "ignored imports": f"{contract.count('ignore_imports')}",
         "lines with a comment": f"{100 * comments / lines:.1f} %",
         "public names with a docstring": f"{100 * documented / public:.1f} % of {public:,}",
@@ -130,6 +144,32 @@ def imports_of(module: Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(PACKAGE + "."):
             yield node.value
+
+
+def files_on(modules: Sequence[Module], path: Sequence[str]) -> str:
+    """How many files hold the functions of a call path, or the first step of it that the code does not take.
+
+    A step is taken if the function has a call of the next one's name, in the same file or one that it imports.
+    """
+    homes: dict[str, Module] = {}
+    bodies: dict[str, ast.AST] = {}
+    for module in modules:
+        for node in module.tree.body:
+            members = node.body if isinstance(node, ast.ClassDef) else [node]
+            prefix = f"{module.name}.{node.name}." if isinstance(node, ast.ClassDef) else f"{module.name}."
+            for function in members:
+                if isinstance(function, ast.FunctionDef):
+                    homes[prefix + function.name], bodies[prefix + function.name] = module, function
+    for caller, callee in pairwise(path):
+        if caller not in bodies or callee not in bodies:
+            return f"no {caller if caller not in bodies else callee}"
+        calls = (node.func for node in ast.walk(bodies[caller]) if isinstance(node, ast.Call))
+        names = {f.id if isinstance(f, ast.Name) else f.attr for f in calls if isinstance(f, ast.Name | ast.Attribute)}
+        here, there = homes[caller], homes[callee].name
+        reached = here.name == there or any(name.rpartition(".")[0] == there for name in imports_of(here))
+        if callee.rpartition(".")[2] not in names or not reached:
+            return f"{caller} does not call {callee}"
+    return str(len({homes[name].name for name in path}))
 
 
 def functions_of(module: Module) -> Iterator[Function]:
