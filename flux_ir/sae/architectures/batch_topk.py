@@ -49,7 +49,7 @@ class BatchTopK(SparseAutoencoder):
         fvus = []
         variance = losses.variance(xn, state.across)
         for values, indices in chosen.groups:
-            x_hat = x_hat + sparse_decode(values, indices, self.W_dec, None, shadow=self.decoder_shadow)
+            x_hat = x_hat + sparse_decode(values, indices, self.W_dec, None, bf16_copy=self.decoder_bf16)
             fvus.append(losses.squared_error(x_hat, xn) / variance)
         reconstruction = torch.stack(fvus).mean()
         auxiliary = auxiliary_loss(self, xn - x_hat, chosen.found, state)
@@ -97,7 +97,7 @@ class BatchTopK(SparseAutoencoder):
             b_dec=self.b_dec,
             dead=state.dead,
             k_aux=self.config.aux_features,
-            shadow=self.encoder_shadow,
+            bf16_copy=self.encoder_bf16,
         )
 
     @torch.no_grad()

@@ -57,4 +57,4 @@ class Gated(SparseAutoencoder):
     def _reconstruct_held(self, z: Tensor) -> Tensor:
         """The reconstruction with W_dec and b_dec as constants."""
         dtype = self.compute_dtype or z.dtype
-        return Reconstruction.apply(z, self.W_dec.detach(), self.decoder_shadow, dtype) + self.b_dec.detach()
+        return Reconstruction.apply(z, self.W_dec.detach(), self.decoder_bf16, dtype) + self.b_dec.detach()

@@ -60,9 +60,9 @@ class SparseAutoencoder(nn.Module, ABC):
         self.register_buffer("norm_scale", torch.ones(()))
         self.compute_dtype: torch.dtype | None = None
         """What the large products of training are rounded to; None: nothing is rounded."""
-        self.encoder_shadow: Tensor | None = None
+        self.encoder_bf16: Tensor | None = None
         """A rounded copy of `encoder` that whoever steps the weights keeps fresh; None: rounded anew each time."""
-        self.decoder_shadow: Tensor | None = None
+        self.decoder_bf16: Tensor | None = None
         """The same of `W_dec`."""
         self.metadata: dict[str, Any] = {}
         """What is known of its training, as JSON can say it; kept with the file."""
@@ -98,12 +98,12 @@ class SparseAutoencoder(nn.Module, ABC):
     def pre_activations(self, xn: Rows, bias: Float[Tensor, "d_sae"] | None) -> FeatureRows:
         """(xn - b_dec) W_enc [+ bias]."""
         dtype = self.compute_dtype or xn.dtype
-        return PreActivations.apply(xn, self.encoder, bias, self.b_dec, self.encoder_shadow, dtype)
+        return PreActivations.apply(xn, self.encoder, bias, self.b_dec, self.encoder_bf16, dtype)
 
     def reconstruct(self, z: FeatureRows) -> Rows:
         """The normalised tokens that features stand for: z W_dec + b_dec."""
         dtype = self.compute_dtype or z.dtype
-        return Reconstruction.apply(z, self.W_dec, self.decoder_shadow, dtype) + self.b_dec
+        return Reconstruction.apply(z, self.W_dec, self.decoder_bf16, dtype) + self.b_dec
 
     def keep_valid(self) -> None:
         """Put back what a step of the optimiser may have broken, other than the decoder's norm. Nothing, for most."""
@@ -224,7 +224,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         self.keep_valid()
         same = copy.deepcopy(self)
-        same.encoder_shadow = same.decoder_shadow = None
+        same.encoder_bf16 = same.decoder_bf16 = None
         for name in self.in_feature_units:
             getattr(same, name).div_(self.norm_scale)
         same.b_dec.copy_(self._raw_b_dec())

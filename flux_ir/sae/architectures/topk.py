@@ -10,7 +10,7 @@ class TopK(SparseAutoencoder):
     """k features per token, and AuxK: k_aux of the dead ones learn what the living leave unexplained."""
 
     def sparse_features(self, xn: Rows) -> SparseFeatures:
-        found = encode_top_k(xn, self.encoder, self.b_enc, self.config.k, b_dec=self.b_dec, shadow=self.encoder_shadow)
+        found = encode_top_k(xn, self.encoder, self.b_enc, self.config.k, b_dec=self.b_dec, bf16_copy=self.encoder_bf16)
         return SparseFeatures(found.values, found.indices, self.config.d_sae)
 
     def features_of(self, xn: Rows) -> FeatureRows:
@@ -26,9 +26,9 @@ class TopK(SparseAutoencoder):
             b_dec=self.b_dec,
             dead=state.dead,
             k_aux=self.config.aux_features,
-            shadow=self.encoder_shadow,
+            bf16_copy=self.encoder_bf16,
         )
-        x_hat = sparse_decode(found.values, found.indices, self.W_dec, self.b_dec, shadow=self.decoder_shadow)
+        x_hat = sparse_decode(found.values, found.indices, self.W_dec, self.b_dec, bf16_copy=self.decoder_bf16)
         fvu = losses.squared_error(x_hat, xn) / losses.variance(xn, state.across)
         auxiliary = auxiliary_loss(self, xn - x_hat, found, state)
         return losses.parts(
@@ -55,6 +55,6 @@ def auxiliary_loss(
     if found.aux_values is None or found.aux_indices is None or state.dead is None:
         return None
     # b_dec stands in x_hat, so the residual is free of it
-    explained = sparse_decode(found.aux_values, found.aux_indices, sae.W_dec, None, shadow=sae.decoder_shadow)
+    explained = sparse_decode(found.aux_values, found.aux_indices, sae.W_dec, None, bf16_copy=sae.decoder_bf16)
     weight = sae.config.aux_coefficient * state.dead.any()  # not asked on the host, which would have to wait
     return weight * losses.auxk(residual, explained, state.across)

@@ -1,7 +1,7 @@
 """The arithmetic of sparse autoencoders, by the path that suits the device and the sizes. Everyone imports from here.
 
-All functions take float32 weights; `shadow` is their bfloat16 copy (kept fresh by `adam_rows_`) and, where given, is
-what the large products are made with. Codes have the form values [n, k], indices [n, k] int64.
+All functions take float32 master weights; `bf16_copy` (kept fresh by `adam_rows_`) is what the large products are made
+with, where it is given. Codes have the form values [n, k], indices [n, k] int64.
 """
 
 import os
@@ -92,26 +92,26 @@ def encode_top_k(
     b_dec: Tensor | None = None,
     dead: Tensor | None = None,
     k_aux: int = 0,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> EncodedTopK:
     """TopK codes of x [n, d]: relu of the k largest of (x - b_dec) encoder^T + b_enc, encoder [F, d].
 
     `dead` [F] marks the features among which each token's `k_aux` auxiliary ones are chosen, by their pre-activations,
     which may be negative and are returned as they are. Gradients reach encoder, b_enc and b_dec, through chosen entries
-    with a positive value and through all auxiliary ones, and x only where x requires them. `shadow`: bfloat16 copy of
+    with a positive value and through all auxiliary ones, and x only where x requires them. `bf16_copy` is that of
     `encoder`.
     """
-    return _path(x).encode_top_k(x, encoder, b_enc, k, b_dec=b_dec, dead=dead, k_aux=k_aux, shadow=shadow)
+    return _path(x).encode_top_k(x, encoder, b_enc, k, b_dec=b_dec, dead=dead, k_aux=k_aux, bf16_copy=bf16_copy)
 
 
 def sparse_decode(
-    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
+    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, bf16_copy: Tensor | None = None
 ) -> Tensor:
     """Reconstructions [n, d]: the sum of the `indices` rows of decoder [F, d] times `values`, plus b_dec.
 
-    Gradients reach values, decoder and b_dec. `shadow`: bfloat16 copy of `decoder`.
+    Gradients reach values, decoder and b_dec. `bf16_copy` is that of `decoder`.
     """
-    return _path(values).sparse_decode(values, indices, decoder, b_dec, shadow=shadow)
+    return _path(values).sparse_decode(values, indices, decoder, b_dec, bf16_copy=bf16_copy)
 
 
 def adam_rows_(
@@ -121,10 +121,10 @@ def adam_rows_(
     exp_avg_sq: Tensor,
     how: AdamStep,
     *,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
     """One step of Adam in place, in one pass over the rows; `gradient` may be overwritten.
 
-    `shadow` becomes the bfloat16 of the result.
+    `bf16_copy` becomes the bfloat16 of the result.
     """
-    _path(weight).adam_rows_(weight, gradient, exp_avg, exp_avg_sq, how, shadow=shadow)
+    _path(weight).adam_rows_(weight, gradient, exp_avg, exp_avg_sq, how, bf16_copy=bf16_copy)

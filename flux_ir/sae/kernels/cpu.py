@@ -3,7 +3,7 @@
 What it builds on, measured with d = 768, F = 12,288, k = 32 on one core with AVX-512: `embedding_bag` is the decoder,
 and, over entries sorted by feature, the gradient of both weight matrices (2 ms where a dense product takes 100). Where
 few features share many entries (auxiliary features, tests) the dense product over the used features wins: `_Used`.
-Numbers agree with `reference`; with a bfloat16 shadow, to bfloat16's accuracy.
+Numbers agree with `reference`; with a bf16 copy of the weights, to bfloat16's accuracy.
 """
 
 from typing import Any, NamedTuple
@@ -38,14 +38,14 @@ def encode_top_k(
     b_dec: Tensor | None = None,
     dead: Tensor | None = None,
     k_aux: int = 0,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> EncodedTopK:
     """As `choose.encode_top_k`: the pre-activations of a few hundred tokens at a time, chosen from at once."""
     dead_features = None
     if dead is not None and k_aux > 0:
         dead_features = dead.nonzero()[:, 0]
         dead_features = dead_features if len(dead_features) else None
-    return EncodedTopK(*_EncodeTopKOnCPU.apply(x, encoder, b_enc, b_dec, dead_features, k, k_aux, shadow))
+    return EncodedTopK(*_EncodeTopKOnCPU.apply(x, encoder, b_enc, b_dec, dead_features, k, k_aux, bf16_copy))
 
 
 class _EncodeTopKOnCPU(torch.autograd.Function):
@@ -59,9 +59,9 @@ class _EncodeTopKOnCPU(torch.autograd.Function):
         dead: Tensor | None,
         k: int,
         k_aux: int,
-        shadow: Tensor | None,
+        bf16_copy: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        weight = encoder if shadow is None else shadow
+        weight = encoder if bf16_copy is None else bf16_copy
         centred = (x if b_dec is None else x - b_dec).to(weight.dtype)
         bias = b_enc.to(weight.dtype)
         rows = max(128, CHUNK_ENTRIES // len(encoder))
@@ -111,24 +111,24 @@ class _EncodeTopKOnCPU(torch.autograd.Function):
 
 
 def sparse_decode(
-    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
+    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, bf16_copy: Tensor | None = None
 ) -> Tensor:
     """As `choose.sparse_decode`."""
-    x_hat: Tensor = _SparseDecodeOnCPU.apply(values, indices, decoder, shadow)
+    x_hat: Tensor = _SparseDecodeOnCPU.apply(values, indices, decoder, bf16_copy)
     return x_hat if b_dec is None else x_hat + b_dec
 
 
 class _SparseDecodeOnCPU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, shadow: Tensor | None) -> Tensor:
-        ctx.save_for_backward(values, indices, decoder, shadow)
-        return weighted_rows(values, indices, decoder if shadow is None else shadow).to(decoder.dtype)
+    def forward(ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, bf16_copy: Tensor | None) -> Tensor:
+        ctx.save_for_backward(values, indices, decoder, bf16_copy)
+        return weighted_rows(values, indices, decoder if bf16_copy is None else bf16_copy).to(decoder.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, indices, decoder, shadow = ctx.saved_tensors
-        weight = decoder if shadow is None else shadow
+        values, indices, decoder, bf16_copy = ctx.saved_tensors
+        weight = decoder if bf16_copy is None else bf16_copy
         gradient = gradient.to(weight.dtype).contiguous()
         values_gradient = decoder_gradient = None
         if ctx.needs_input_grad[0]:
@@ -216,12 +216,12 @@ def adam_rows_(
     exp_avg_sq: Tensor,
     how: AdamStep,
     *,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
-    """As `choose.adam_rows_`, over blocks of rows that stay in the cache from the projection to the shadow."""
+    """As `choose.adam_rows_`, over blocks of rows that stay in the cache from the projection to the bf16 copy."""
     rows = max(1, ADAM_ENTRIES * len(weight) // max(1, weight.numel()))
     steps, (beta1, beta2) = [torch.tensor(float(how.step))], how.betas
-    shadows = torch.split(weight, rows) if shadow is None else torch.split(shadow, rows)
+    bf16_copies = torch.split(weight, rows) if bf16_copy is None else torch.split(bf16_copy, rows)
     blocks = zip(
         torch.split(weight, rows),
         torch.split(gradient, rows),
@@ -229,7 +229,7 @@ def adam_rows_(
         torch.split(exp_avg_sq, rows),
         strict=True,
     )
-    for (w, g, m, v), rounded in zip(blocks, shadows, strict=True):
+    for (w, g, m, v), rounded in zip(blocks, bf16_copies, strict=True):
         if how.scale is not None:
             g.mul_(how.scale)
         if how.unit_rows:
@@ -240,5 +240,5 @@ def adam_rows_(
         )  # fmt: skip
         if how.unit_rows:
             w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
-        if shadow is not None:
+        if bf16_copy is not None:
             rounded.copy_(w)

@@ -38,11 +38,11 @@ def encode_top_k(
     b_dec: Tensor | None = None,
     dead: Tensor | None = None,
     k_aux: int = 0,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> EncodedTopK:
     """As `choose.encode_top_k`."""
     dead = dead if k_aux > 0 else None
-    return EncodedTopK(*_EncodeTopKInTriton.apply(x, encoder, b_enc, b_dec, dead, k, k_aux, shadow))
+    return EncodedTopK(*_EncodeTopKInTriton.apply(x, encoder, b_enc, b_dec, dead, k, k_aux, bf16_copy))
 
 
 class _EncodeTopKInTriton(torch.autograd.Function):
@@ -56,9 +56,9 @@ class _EncodeTopKInTriton(torch.autograd.Function):
         dead: Tensor | None,
         k: int,
         k_aux: int,
-        shadow: Tensor | None,
+        bf16_copy: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        weight = encoder if shadow is None else shadow
+        weight = encoder if bf16_copy is None else bf16_copy
         centred = (x if b_dec is None else x - b_dec).to(weight.dtype).contiguous()
         bias = b_enc.to(weight.dtype)
         parts = []
@@ -107,25 +107,25 @@ class _EncodeTopKInTriton(torch.autograd.Function):
 
 
 def sparse_decode(
-    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
+    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, bf16_copy: Tensor | None = None
 ) -> Tensor:
     """As `choose.sparse_decode`."""
-    return _SparseDecodeInTriton.apply(values, indices, decoder, b_dec, shadow)
+    return _SparseDecodeInTriton.apply(values, indices, decoder, b_dec, bf16_copy)
 
 
 class _SparseDecodeInTriton(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, shadow: Tensor | None
+        ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, bf16_copy: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(values, indices, decoder, shadow)
-        return weighted_rows(values, indices, decoder if shadow is None else shadow, b_dec)
+        ctx.save_for_backward(values, indices, decoder, bf16_copy)
+        return weighted_rows(values, indices, decoder if bf16_copy is None else bf16_copy, b_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, indices, decoder, shadow = ctx.saved_tensors
-        weight = decoder if shadow is None else shadow
+        values, indices, decoder, bf16_copy = ctx.saved_tensors
+        weight = decoder if bf16_copy is None else bf16_copy
         for_values, _, for_decoder, for_b_dec, _ = ctx.needs_input_grad
         b_dec_gradient = gradient.sum(0) if for_b_dec else None
         gradient = gradient.to(weight.dtype).contiguous()
@@ -231,7 +231,7 @@ def adam_rows_(
     exp_avg_sq: Tensor,
     how: AdamStep,
     *,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
     """As `choose.adam_rows_`: one program per row."""
     d = weight[0].numel()
@@ -241,7 +241,7 @@ def adam_rows_(
         gradient.contiguous(),
         exp_avg,
         exp_avg_sq,
-        weight if shadow is None else shadow,
+        weight if bf16_copy is None else bf16_copy,
         weight if factor is None else factor,
         d,
         how.lr / (1 - how.betas[0] ** how.step),
@@ -251,7 +251,7 @@ def adam_rows_(
         how.eps,
         how.scale is not None,
         how.unit_rows,
-        shadow is not None,
+        bf16_copy is not None,
         triton.next_power_of_2(d),
         num_warps=8,
     )
@@ -330,7 +330,7 @@ def adam_kernel(  # type: ignore[no-untyped-def]
     gradient,
     exp_avg,
     exp_avg_sq,
-    shadow,
+    bf16_copy,
     scale,
     d,
     step_size,
@@ -340,10 +340,10 @@ def adam_kernel(  # type: ignore[no-untyped-def]
     eps,
     has_scale: tl.constexpr,
     unit_rows: tl.constexpr,
-    has_shadow: tl.constexpr,
+    has_bf16_copy: tl.constexpr,
     width: tl.constexpr,
 ):
-    """One row: project, Adam, back to length 1, round into the shadow. Everything is read and written once."""
+    """One row: project, Adam, back to length 1, round into the bf16 copy. Everything is read and written once."""
     columns = tl.arange(0, width)
     inside = columns < d
     place = tl.program_id(0).to(tl.int64) * d + columns
@@ -363,5 +363,5 @@ def adam_kernel(  # type: ignore[no-untyped-def]
     tl.store(exp_avg + place, m, mask=inside)
     tl.store(exp_avg_sq + place, v, mask=inside)
     tl.store(weight + place, w, mask=inside)
-    if has_shadow:
-        tl.store(shadow + place, w, mask=inside)
+    if has_bf16_copy:
+        tl.store(bf16_copy + place, w, mask=inside)

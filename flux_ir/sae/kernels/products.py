@@ -25,7 +25,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PreActivations(torch.autograd.Function):
-    """(x - b_dec) encoder^T [+ bias]: x [n, d], encoder [F, d]. `shadow`: a rounded copy of the encoder, or None."""
+    """(x - b_dec) encoder^T [+ bias]: x [n, d], encoder [F, d]. `bf16_copy`: a rounded copy of the encoder, or None."""
 
     @staticmethod
     def forward(
@@ -34,13 +34,13 @@ class PreActivations(torch.autograd.Function):
         encoder: Tensor,
         bias: Tensor | None,
         b_dec: Tensor,
-        shadow: Tensor | None,
+        bf16_copy: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
         centred = x - b_dec
         ctx.save_for_backward(centred, encoder)
         ctx.dtype, ctx.has_bias = dtype, bias is not None
-        pre = product(centred, (encoder if shadow is None else shadow).T, dtype)
+        pre = product(centred, (encoder if bf16_copy is None else bf16_copy).T, dtype)
         return pre if bias is None else pre.add_(bias)
 
     @staticmethod
@@ -56,13 +56,13 @@ class PreActivations(torch.autograd.Function):
 
 
 class Reconstruction(torch.autograd.Function):
-    """z decoder: z [n, F], decoder [F, d]. `shadow`: a rounded copy of the decoder, or None."""
+    """z decoder: z [n, F], decoder [F, d]. `bf16_copy`: a rounded copy of the decoder, or None."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, decoder: Tensor, shadow: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, z: Tensor, decoder: Tensor, bf16_copy: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(z, decoder)
         ctx.dtype = dtype
-        return product(z, decoder if shadow is None else shadow, dtype)
+        return product(z, decoder if bf16_copy is None else bf16_copy, dtype)
 
     @staticmethod
     @once_differentiable

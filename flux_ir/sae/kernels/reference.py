@@ -41,11 +41,11 @@ def encode_top_k(
     b_dec: Tensor | None = None,
     dead: Tensor | None = None,
     k_aux: int = 0,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> EncodedTopK:
     """TopK codes of x [n, d]: relu of the k largest of (x - b_dec) encoder^T + b_enc (Gao et al. 2024, eq. 1).
 
-    `shadow` is for the fast paths: here every product is made with `encoder` itself.
+    `bf16_copy` is for the fast paths: here every product is made with `encoder` itself.
     """
     pre = F.linear(x if b_dec is None else x - b_dec, encoder, b_enc)
     values, indices = top_k(pre, k)
@@ -57,7 +57,7 @@ def encode_top_k(
 
 
 def sparse_decode(
-    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, shadow: Tensor | None = None
+    values: Tensor, indices: Tensor, decoder: Tensor, b_dec: Tensor | None, *, bf16_copy: Tensor | None = None
 ) -> Tensor:
     """Reconstructions [n, d]: z decoder + b_dec, z [n, F] being zero but for `values` at `indices`."""
     z = values.new_zeros(values.shape[0], decoder.shape[0]).scatter_add(1, indices, values)
@@ -88,9 +88,9 @@ def adam_rows_(
     exp_avg_sq: Tensor,
     how: AdamStep,
     *,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015) in place; `shadow` becomes the rounded weight."""
+    """One step of Adam (Kingma & Ba 2015) in place; `bf16_copy` becomes the rounded weight."""
     if how.scale is not None:
         gradient = gradient * how.scale
     if how.unit_rows:
@@ -101,5 +101,5 @@ def adam_rows_(
     weight.sub_(how.lr / (1 - how.betas[0] ** how.step) * exp_avg / (corrected_sq.sqrt() + how.eps))
     if how.unit_rows:
         weight.div_(weight.norm(dim=-1, keepdim=True))
-    if shadow is not None:
-        shadow.copy_(weight)
+    if bf16_copy is not None:
+        bf16_copy.copy_(weight)

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder: `state.json` (counters, settings, data cursor, curves), `shared.safetensors` (what all
 processes have alike: weights, statistics, thresholds, averages, dead counters, the pool's state) and `rank_0000`,
-`rank_0001`... `.safetensors` (the rows of the moments that each process keeps). It is written beside its name and
-renamed once all have finished. Draws are seeded by the step they happen in, so there is no random state to save.
+`rank_0001`... `.safetensors` (the rows of the moments that each process keeps). It is written to a temporary folder
+that is renamed after a barrier. Draws are seeded by the step they happen in, so there is no random state to save.
 """
 
 import json
@@ -48,7 +48,7 @@ class TrainingCheckpoints:
         return max(self._complete(), default=None)
 
     def last_good(self) -> tuple["SavedRun | None", list[FluxIRError]]:
-        """The latest checkpoint that can be gone on with, read, and what is wrong with those after it.
+        """The latest checkpoint that can be resumed from, read, and what is wrong with those after it.
 
         None: the run has not saved any. Raises FluxIRError if it has, and none of them can be read.
         """
@@ -72,7 +72,7 @@ class TrainingCheckpoints:
         """
         final = self.folder / f"step_{step:09d}"
         self._check_finite(step, {**shared, **shard.tensors})
-        with self._beside(final) as partial:
+        with self._temporary_folder(final) as partial:
             if self.ranks.is_first:
                 plain, tensors = take_tensors(state)
                 _save(partial / "shared.safetensors", {**shared, **tensors})
@@ -108,8 +108,8 @@ class TrainingCheckpoints:
         return [path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name)]
 
     @contextmanager
-    def _beside(self, final: Path) -> Iterator[Path]:
-        """A folder that all processes write to, which gets its name when the last has finished."""
+    def _temporary_folder(self, final: Path) -> Iterator[Path]:
+        """A folder that all processes write to, which is renamed to `final` when the last has finished."""
         partial = final.with_name(f"{final.name}.partial")
         if self.ranks.is_first:
             try:
@@ -145,7 +145,7 @@ class SavedRun:
             raise FluxIRError(f"{path} is no checkpoint of this program: {error}", hint="delete it") from error
         if wrong := not_finite(self.shared):
             raise FluxIRError(
-                f"{path} cannot be gone on with: {wrong[0]} is not finite", hint=f"delete it, and {DIVERGED}"
+                f"{path} cannot be resumed from: {wrong[0]} is not finite", hint=f"delete it, and {DIVERGED}"
             )
         self.state: dict[str, Any] = put_tensors(plain, self.shared)
         self._shards = sorted(path.glob("rank_*.safetensors"))
@@ -156,7 +156,7 @@ class SavedRun:
 
     def moment(self, name: str, rows: RowRange) -> Tensor:
         """Rows of a moment, put together from the processes that kept them."""
-        found = []
+        parts = []
         for shard in self._shards:
             with safe_open(shard, framework="pt") as file:
                 bounds = json.loads(file.metadata()["rows"]).get(name)
@@ -164,13 +164,13 @@ class SavedRun:
                     continue
                 start, stop = max(rows.start, bounds[0]), min(rows.stop, bounds[1])
                 if start < stop:
-                    found.append(file.get_slice(name)[start - bounds[0] : stop - bounds[0]])
-        if sum(map(len, found)) != rows.stop - rows.start:
+                    parts.append(file.get_slice(name)[start - bounds[0] : stop - bounds[0]])
+        if sum(map(len, parts)) != rows.stop - rows.start:
             raise FluxIRError(
-                f"{self.path} lacks rows of {name}: {sum(map(len, found))} of {rows.stop - rows.start} are there",
+                f"{self.path} lacks rows of {name}: {sum(map(len, parts))} of {rows.stop - rows.start} are there",
                 hint="the processes must write to one shared folder",
             )
-        return torch.cat(found)
+        return torch.cat(parts)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,7 +1,8 @@
-"""Adam for one autoencoder: float32 masters, bf16 shadows, unit decoder rows, state that can be spread over processes.
+"""Adam for one autoencoder: float32 master weights, bf16 copies, unit decoder rows, moments that can be sharded.
 
 The matrices have a row per feature; each goes through `kernels.choose.adam_rows_` in one pass (project, step, rescale,
-round into the shadow). Vectors are stepped together. No number is read back from the device.
+round into the bf16 copy), so that weights, gradient and moments are read and written once. Vectors are stepped
+together. No number is read back from the device, which would make the host wait.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -17,9 +18,7 @@ from flux_ir.sae.kernels.choose import AdamStep, adam_rows_
 
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10  # Gao et al. 2024, appendix A: gradients of rare features are small, 1e-8 would drown them
-
-
-_TINY = 1e-12
+_TINY = 1e-12  # keeps a gradient of zeros from dividing by zero
 
 
 class RowRange(NamedTuple):
@@ -50,21 +49,21 @@ class RowAdam:
         parameters: Mapping[str, nn.Parameter],
         *,
         unit_rows: Collection[str] = (),
-        shadows: Mapping[str, Tensor] | None = None,
+        bf16_copies: Mapping[str, Tensor] | None = None,
         betas: tuple[float, float] = BETAS,
         eps: float = EPS,
         ranks: Ranks | None = None,
         shard: bool = False,
     ) -> None:
-        """`unit_rows` names the matrices whose rows keep length one, `shadows` bf16 copies to refresh, by name.
+        """`unit_rows` names the matrices whose rows keep length one; `bf16_copies` are refreshed, by parameter.
 
-        With `shard`, each process keeps the moments of its rows alone, steps them, and hands its rows to the others.
+        With `shard`, each process keeps the moments of its rows alone, steps these rows and broadcasts them.
         """
-        if unknown := (set(unit_rows) | set(shadows or {})) - set(parameters):
+        if unknown := (set(unit_rows) | set(bf16_copies or {})) - set(parameters):
             raise FluxIRError(f"no parameter is called {', '.join(sorted(unknown))}: there are {', '.join(parameters)}")
         self.parameters = dict(parameters)
         self.unit_rows = frozenset(unit_rows)
-        self.shadows = dict(shadows or {})
+        self.bf16_copies = dict(bf16_copies or {})
         self.betas, self.eps = betas, eps
         self.ranks = ranks if shard and ranks is not None and ranks.world_size > 1 else None
         self.steps_done = 0
@@ -92,25 +91,25 @@ class RowAdam:
                 vectors.append(name)
                 continue
             own = self.rows(name).slice
-            shadow = self.shadows.get(name)
+            bf16_copy = self.bf16_copies.get(name)
             adam_rows_(
                 parameter.data[own],
                 gradients[name][own],
                 self.first[name],
                 self.second[name],
                 how._replace(unit_rows=name in self.unit_rows),
-                shadow=None if shadow is None else shadow[own],
+                bf16_copy=None if bf16_copy is None else bf16_copy[own],
             )
-            self._hand_round(name)
+            self._broadcast_rows(name)
         self._step_vectors(vectors, gradients, learning_rate, scale)
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
 
-    def forget(self, name: str, numbers: Tensor) -> None:
-        """Set the moments of the rows of these numbers to zero: they were given new weights."""
+    def forget(self, name: str, features: Tensor) -> None:
+        """Set the moments of these features' rows to zero: they were given new weights."""
         rows = self.rows(name)
-        own = numbers[(numbers >= rows.start) & (numbers < rows.stop)] - rows.start
+        own = features[(features >= rows.start) & (features < rows.stop)] - rows.start
         for moment in (self.first[name], self.second[name]):
             moment[own] = 0
 
@@ -145,16 +144,16 @@ class RowAdam:
         torch._foreach_add_(denominators, self.eps)
         torch._foreach_addcdiv_(weights, first, denominators, -learning_rate / (1 - beta1**self.steps_done))
 
-    def _hand_round(self, name: str) -> None:
+    def _broadcast_rows(self, name: str) -> None:
         """Give every process the rows the others stepped. One broadcast per owner: shares may differ by a row."""
         if self.ranks is None:
             return
-        weight, shadow, mine = self.parameters[name].data, self.shadows.get(name), self.rows(name)
+        weight, bf16_copy, mine = self.parameters[name].data, self.bf16_copies.get(name), self.rows(name)
         for owner in range(self.ranks.world_size):
             rows = own_rows(len(weight), owner, self.ranks.world_size)
             dist.broadcast(weight[rows.slice], src=owner)
-            if shadow is not None and rows != mine:
-                shadow[rows.slice].copy_(weight[rows.slice])
+            if bf16_copy is not None and rows != mine:
+                bf16_copy[rows.slice].copy_(weight[rows.slice])
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:

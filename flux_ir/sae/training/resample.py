@@ -1,9 +1,7 @@
-"""New lives for dead features (Bricken et al. 2023, "Neuron resampling"): they start where the error is largest.
+"""Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): they start again where the error is largest.
 
 AuxK of the TopK family makes this unnecessary there; L1, JumpReLU and Gated have nothing else.
 """
-
-from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 
-_ENCODER_SHARE = 0.2
+_ENCODER_SHARE = 0.2  # of the mean length of living encoder rows
 _ROWS_AT_ONCE = 4096
 
 
@@ -24,17 +22,15 @@ def resample_dead_(
     xn: Float[Tensor, "n d_in"],
     *,
     generator: torch.Generator,
-    moments: Mapping[str, Sequence[Tensor]] | None = None,
-) -> Int[Tensor, "_revived"]:
-    """Give dead features new weights in place, and return their numbers, ascending.
+) -> Int[Tensor, "_resampled"]:
+    """Give dead features new weights in place, and return which features these are, ascending.
 
     Each gets a token of `xn` (normalised; many more than there are dead features), drawn with a probability that grows
     as the square of its loss, none twice. W_dec takes its direction from b_dec, of length 1; the encoder the same at a
     fifth of the mean length of living rows; biases become 0 and other per-feature values the mean of the living ones.
-    Where fewer tokens have an error than features are dead, only so many are revived.
+    Where fewer tokens have an error than features are dead, only so many are resampled.
 
-    `moments`: the optimiser's running averages by the name of their parameter, shaped like it: their entries of revived
-    features become 0. `generator` is on the CPU. Shadows of the weights are the caller's to refresh.
+    `generator` is on the CPU. The optimiser's moments and bf16 copies of the weights are the caller's to reset.
     """
     if dead.all():
         raise FluxIRError(
@@ -42,40 +38,23 @@ def resample_dead_(
             hint="lower the sparsity penalty or the learning rate",
         )
     squared_loss = _losses(sae, xn).square().cpu()
-    numbers = dead.nonzero().flatten()[: int((squared_loss > 0).sum())]
-    if len(numbers) == 0:
-        return numbers
-    chosen = torch.multinomial(squared_loss, len(numbers), replacement=False, generator=generator)
+    features = dead.nonzero().flatten()[: int((squared_loss > 0).sum())]
+    if len(features) == 0:
+        return features
+    chosen = torch.multinomial(squared_loss, len(features), replacement=False, generator=generator)
     directions = F.normalize(xn[chosen.to(xn.device)] - sae.b_dec, dim=1)
     alive = ~dead
     length = sae.encoder[alive].norm(dim=1).mean()
-    sae.W_dec[numbers] = directions
+    sae.W_dec[features] = directions
     if not sae.config.tied:
-        sae.encoder[numbers] = _ENCODER_SHARE * length * directions
+        sae.encoder[features] = _ENCODER_SHARE * length * directions
     for name, parameter in sae.named_parameters():
         if parameter.shape == dead.shape and name != "b_dec":
-            parameter[numbers] = 0 if name.startswith("b_") else parameter[alive].mean()
-    _forget(moments or {}, numbers, dict(sae.named_parameters()))
-    return numbers
+            parameter[features] = 0 if name.startswith("b_") else parameter[alive].mean()
+    return features
 
 
 def _losses(sae: SparseAutoencoder, xn: Tensor) -> Tensor:
     """||xn - x_hat||^2 of each token, without holding the features of all at once."""
     errors = [rows - sae.reconstruct(sae.features_of(rows)) for rows in torch.split(xn, _ROWS_AT_ONCE)]
     return torch.cat([error.square().sum(dim=1) for error in errors])
-
-
-def _forget(moments: Mapping[str, Sequence[Tensor]], numbers: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Set the entries of these features to 0 in all running averages that have one per feature."""
-    for name, averages in moments.items():
-        if name not in parameters:
-            raise FluxIRError(
-                f"moments go by the names of parameters: got {name!r}", hint=f"they are {', '.join(parameters)}"
-            )
-        for average in averages if name != "b_dec" else ():
-            if average.shape != parameters[name].shape:
-                raise FluxIRError(
-                    f"moments of {name} must have its shape {list(parameters[name].shape)}: got {list(average.shape)}",
-                    hint="give the whole running averages, not a part of them",
-                )
-            average[numbers] = 0

@@ -1,4 +1,4 @@
-"""What changes over a training run, as functions of the optimiser step, which is counted from 0.
+"""Schedules of the learning rate, of k and of the sparsity penalty: functions of the optimiser step, counted from 0.
 
 Every length is in optimiser steps, never in tokens or micro-batches: a batch cut into more pieces, or spread over more
 processes, follows the same curves. They are drawn over the whole run, so a run cannot be made longer afterwards.
@@ -21,9 +21,9 @@ def default_learning_rate(d_sae: int) -> float:
     return REFERENCE_LEARNING_RATE / (d_sae / REFERENCE_D_SAE) ** 0.5
 
 
-def shortened(wanted_steps: int, total_steps: int) -> int:
-    """The steps of a warm-up: as many as wanted, but at most a tenth of the run."""
-    return min(wanted_steps, total_steps // 10)
+def shortened(warmup_steps: int, total_steps: int) -> int:
+    """The steps of a warm-up, but at most a tenth of the run."""
+    return min(warmup_steps, total_steps // 10)
 
 
 def rate_factor(step: int, total_steps: int, *, warmup_steps: int, decay_steps: int) -> float:
@@ -81,6 +81,6 @@ class Schedule:
 
     def sparsity_scale(self, step: int) -> float:
         """The share of the sparsity penalty at a step."""
-        wanted = self.sparsity_warmup_steps
-        steps = shortened(SPARSITY_WARMUP_STEPS, self.total_steps) if wanted is None else wanted
+        given = self.sparsity_warmup_steps
+        steps = shortened(SPARSITY_WARMUP_STEPS, self.total_steps) if given is None else given
         return warmed_up(step, steps)

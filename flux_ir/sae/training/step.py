@@ -2,7 +2,8 @@
 
 `train` walks through batches and yields what each step measured, as tensors: nothing is read back from the device until
 the caller asks (`FinishedStep.read`). Files, tables and clocks are the caller's. With many processes each gives its
-share of every batch; gradients are averaged, so that the weights are those of one process with the whole batch.
+share of every batch; an all-reduce averages the gradients, so that the weights are those of one process with the whole
+batch. `Member.step` is the step itself, top to bottom.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -204,9 +205,9 @@ class Member:
         self.whitening = None if whitening is None else whitening.to(sae.W_dec.device)
         self.schedule = settings.schedule(sae)
         self.parameters: dict[str, nn.Parameter] = dict(sae.named_parameters())  # tied weights once
-        shadows = self._make_shadows()
+        bf16_copies = self._make_bf16_copies()
         self.optimiser = RowAdam(
-            self.parameters, unit_rows=["W_dec"], shadows=shadows, ranks=ranks, shard=settings.shard_optimiser
+            self.parameters, unit_rows=["W_dec"], bf16_copies=bf16_copies, ranks=ranks, shard=settings.shard_optimiser
         )
         self.dead = DeadCounter(sae.config.d_sae, sae.W_dec.device)
         self.average = None if settings.ema_decay is None else WeightAverage(self.parameters, settings.ema_decay)
@@ -215,22 +216,22 @@ class Member:
         """Raw tokens as its training sees them."""
         return self.sae.normalise(x if self.whitening is None else self.whitening(x))
 
-    def step(self, xn: Tensor, number: int, tokens_seen: int) -> TrainingNumbers:
-        """One optimiser step on this process's normalised tokens; `number` counts from 0."""
+    def step(self, xn: Tensor, step: int, tokens_seen: int) -> TrainingNumbers:
+        """One optimiser step on this process's normalised tokens; `step` counts from 0."""
         # Forward and loss: who is dead is known from the steps before, so AuxK never waits for this batch.
         dead = self.dead.dead(self.settings.dead_after_tokens)
-        parts = self.sae.loss(xn, self._state(number, tokens_seen, dead))
+        parts = self.sae.loss(xn, self._state(step, tokens_seen, dead))
         # Backward, and the all-reduce of gradients and of which features fired.
         parts.total.backward()  # type: ignore[no-untyped-call]
-        fired = self._share(parts)
+        fired = self._all_reduce(parts)
         # Clip, project the decoder's gradient, Adam, rows back to length one, bf16 copies: one pass over each matrix.
-        norm = self.optimiser.step(self.schedule.rate(number), clip=self.settings.clip)
+        norm = self.optimiser.step(self.schedule.rate(step), clip=self.settings.clip)
         self.sae.keep_valid()
-        # What the step leaves behind: dead counts, new lives for dead features, the EMA of the weights.
+        # What the step leaves behind: dead counts, resampled features, the EMA of the weights.
         self.dead.update(fired, self.settings.batch_tokens)
-        self._resample(xn, number)
+        self._resample(xn, step)
         if self.average is not None:
-            self.average.update(number)
+            self.average.update(step)
         return TrainingNumbers(
             loss=parts.total.detach(),
             reconstruction=parts.reconstruction.detach(),
@@ -248,7 +249,7 @@ class Member:
         if self.average is not None:
             self.average.take_over()
             self.sae.normalise_decoder()
-        self.sae.compute_dtype = self.sae.encoder_shadow = self.sae.decoder_shadow = None
+        self.sae.compute_dtype = self.sae.encoder_bf16 = self.sae.decoder_bf16 = None
         return self.sae if self.whitening is None else self.whitening.fold(self.sae)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -263,20 +264,20 @@ class Member:
     def load(self, saved: SavedRun, steps_done: int) -> None:
         """Take up the optimiser's moments of a checkpoint, whose weights are in place."""
         self.optimiser.load(steps_done, lambda name, rows: saved.moment(f"{self.name}/{name}", rows))
-        self._refresh_shadows()
+        self._refresh_bf16_copies()
 
-    def _state(self, number: int, tokens_seen: int, dead: Tensor) -> TrainingState:
+    def _state(self, step: int, tokens_seen: int, dead: Tensor) -> TrainingState:
         return TrainingState(
-            optimiser_step=number,
+            optimiser_step=step,
             tokens_seen=tokens_seen,
             dead=dead if self.sae.config.aux_features else None,
-            k=self.schedule.k_at(number),
-            l1_scale=self.schedule.sparsity_scale(number),
+            k=self.schedule.k_at(step),
+            l1_scale=self.schedule.sparsity_scale(step),
             across=AcrossRanks(self.ranks),
         )
 
-    def _share(self, parts: LossParts) -> Tensor:
-        """Average the gradients over processes, in place. Returns on how many of them each feature fired."""
+    def _all_reduce(self, parts: LossParts) -> Tensor:
+        """All-reduce the gradients to their mean, in place. Returns on how many processes each feature fired."""
         if self.ranks.world_size == 1:
             return parts.fired
         for name, parameter in self.parameters.items():
@@ -285,40 +286,40 @@ class Member:
             all_sum(parameter.grad, self.ranks).div_(self.ranks.world_size)
         return all_sum(parts.fired.to(torch.int32), self.ranks)
 
-    def _resample(self, xn: Tensor, number: int) -> None:
+    def _resample(self, xn: Tensor, step: int) -> None:
         """Resample dead features if it is time, from the tokens of all processes."""
         every, half = self.settings.resample_steps, self.settings.total_steps // 2
-        if every is None or (number + 1) % every or number + 1 > half:
+        if every is None or (step + 1) % every or step + 1 > half:
             return
-        dead, revived = self.dead.dead(self.settings.dead_after_tokens), []
+        dead, resampled = self.dead.dead(self.settings.dead_after_tokens), []
         xn = AcrossRanks(self.ranks).gather(xn)
         if self.ranks.is_first:
-            # Seeded by the step, so that nothing random has to be saved.
-            generator = torch.Generator().manual_seed(self.sae.config.seed * 1_000_003 + number)
-            revived = resample_dead_(self.sae, dead, xn, generator=generator).tolist()
-        numbers = torch.tensor(first_rank_value(revived, self.ranks), dtype=torch.int64, device=xn.device)
+            # Seeded by the step, so that a checkpoint needs no random state.
+            generator = torch.Generator().manual_seed(self.sae.config.seed * 1_000_003 + step)
+            resampled = resample_dead_(self.sae, dead, xn, generator=generator).tolist()
+        features = torch.tensor(first_rank_value(resampled, self.ranks), dtype=torch.int64, device=xn.device)
         for name, parameter in self.parameters.items():
             if self.ranks.world_size > 1:
                 dist.broadcast(parameter.data, src=0)
-            if name != "b_dec":
-                self.optimiser.forget(name, numbers)
-        self.dead.revive(numbers)
-        self._refresh_shadows()
+            if name != "b_dec":  # the one parameter that has no row for each feature
+                self.optimiser.forget(name, features)
+        self.dead.restart(features)
+        self._refresh_bf16_copies()
 
-    def _make_shadows(self) -> dict[str, Tensor]:
-        """Rounded copies of the matrices, where products are rounded: the optimiser keeps them fresh."""
+    def _make_bf16_copies(self) -> dict[str, Tensor]:
+        """Rounded copies of the matrices, where products are rounded: rounding them anew would be a pass each step."""
         sae, dtype = self.sae, self.settings.compute_dtype
         if dtype == torch.float32:
             return {}
         sae.compute_dtype = dtype
-        sae.decoder_shadow = sae.W_dec.detach().to(dtype)
-        sae.encoder_shadow = sae.decoder_shadow if sae.config.tied else sae.encoder.detach().to(dtype)
-        shadows = {"W_dec": sae.decoder_shadow, "encoder": sae.encoder_shadow}
-        return {name: shadow for name, shadow in shadows.items() if name in self.parameters}
+        sae.decoder_bf16 = sae.W_dec.detach().to(dtype)
+        sae.encoder_bf16 = sae.decoder_bf16 if sae.config.tied else sae.encoder.detach().to(dtype)
+        bf16_copies = {"W_dec": sae.decoder_bf16, "encoder": sae.encoder_bf16}
+        return {name: bf16_copy for name, bf16_copy in bf16_copies.items() if name in self.parameters}
 
-    def _refresh_shadows(self) -> None:
-        for name, shadow in self.optimiser.shadows.items():
-            shadow.copy_(self.parameters[name].detach())
+    def _refresh_bf16_copies(self) -> None:
+        for name, bf16_copy in self.optimiser.bf16_copies.items():
+            bf16_copy.copy_(self.parameters[name].detach())
 
 
 # ---- What a step keeps beside the weights
@@ -339,13 +340,13 @@ class DeadCounter:
         """Whether each feature is dead, bool [F]."""
         return self.tokens_since_fired >= after_tokens
 
-    def revive(self, features: Tensor) -> None:
-        """Start again for the features of a mask or of these numbers: they were given new weights."""
+    def restart(self, features: Tensor) -> None:
+        """Count from 0 again for these features, a mask or indices: they were given new weights."""
         self.tokens_since_fired[features] = 0
 
 
 class WeightAverage:
-    """The average of named parameters, in float32, beside the weights that train."""
+    """The exponential moving average (EMA) of named parameters, in float32, beside the weights that train."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = dict(parameters)
@@ -354,7 +355,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after a step, counted from 0; faster at first, so that the start is forgotten."""
+        """Move towards the weights after a step, counted from 0.
+
+        At first it is the plain mean of all steps so far, so that the weights at the start do not linger in it.
+        """
         weight = max(1 - self.decay, 1 / (step + 1))
         weights: list[Tensor] = [p.data for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.averages.values()), weights, weight)

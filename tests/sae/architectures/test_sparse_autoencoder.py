@@ -132,13 +132,13 @@ def test_everything_but_products_stays_float32_when_products_are_rounded(archite
         torch.testing.assert_close(sae.encode(x), exact, rtol=0.05, atol=0.05 * exact.max().item())
 
 
-def test_shadows_are_what_products_are_made_with(random_sae, tokens):
+def test_bf16_copies_are_what_products_are_made_with(random_sae, tokens):
     sae, x = random_sae("l1"), tokens()
     sae.compute_dtype = torch.bfloat16
     rounded = sae.reconstruct(sae.features_of(sae.normalise(x)))
-    sae.encoder_shadow, sae.decoder_shadow = sae.encoder.detach().bfloat16(), sae.W_dec.detach().bfloat16()
+    sae.encoder_bf16, sae.decoder_bf16 = sae.encoder.detach().bfloat16(), sae.W_dec.detach().bfloat16()
     assert torch.equal(sae.reconstruct(sae.features_of(sae.normalise(x))), rounded)
-    sae.decoder_shadow.zero_()
+    sae.decoder_bf16.zero_()
     assert torch.equal(sae.reconstruct(sae.features_of(sae.normalise(x))), sae.b_dec.expand(30, 12))
 
 

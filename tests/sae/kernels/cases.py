@@ -108,7 +108,7 @@ def assert_adam_is_pytorchs(path: ModuleType, *, unit_rows: bool, scale: float |
     theirs = weight.clone().requires_grad_()
     adam = torch.optim.Adam([theirs], lr=0.01, betas=(0.8, 0.99), eps=1e-7)
     ours, first, second = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
-    shadow = torch.empty_like(weight, dtype=torch.bfloat16)
+    bf16_copy = torch.empty_like(weight, dtype=torch.bfloat16)
     for number, gradient in enumerate(gradients, start=1):
         own = gradient * (1 if scale is None else scale)
         parallel = (own * theirs.detach()).sum(1, keepdim=True) * theirs.detach()
@@ -122,8 +122,8 @@ def assert_adam_is_pytorchs(path: ModuleType, *, unit_rows: bool, scale: float |
             first,
             second,
             AdamStep(number, 0.01, (0.8, 0.99), 1e-7, unit_rows, None if scale is None else torch.tensor(scale)),
-            shadow=shadow,
+            bf16_copy=bf16_copy,
         )
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(second, adam.state[theirs]["exp_avg_sq"], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(shadow.float(), ours, rtol=2**-7, atol=0)  # Triton's interpreter rounds towards 0
+    torch.testing.assert_close(bf16_copy.float(), ours, rtol=2**-7, atol=0)  # Triton's interpreter rounds towards 0

@@ -30,7 +30,7 @@ def main() -> None:
     assert_same_step(gpu, Case(tokens=1100, d=4, features=16, k=1))  # two chunks
     gpu.DENSE_BELOW = 0
     assert_same_bits()
-    assert_shadows_are_used()
+    assert_bf16_copies_are_used()
     for unit_rows in (False, True):
         for scale in (None, 0.3):
             assert_adam_is_pytorchs(gpu, unit_rows=unit_rows, scale=scale, rows=5)
@@ -44,13 +44,13 @@ def assert_same_bits() -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def assert_shadows_are_used() -> None:
+def assert_bf16_copies_are_used() -> None:
     """With a bfloat16 copy the results are near the reference's, and float32."""
     case = Case(tokens=20, d=24, features=50, k=3)
     given = parameters(case)
     code = reference.encode_top_k(given["x"], given["encoder"], given["b_enc"], case.k)
     values, decoder = code.values.requires_grad_(), given["decoder"].requires_grad_()
-    x_hat = gpu.sparse_decode(values, code.indices, decoder, None, shadow=decoder.detach().bfloat16())
+    x_hat = gpu.sparse_decode(values, code.indices, decoder, None, bf16_copy=decoder.detach().bfloat16())
     x_hat.square().sum().backward()
     got = x_hat.detach(), values.grad, decoder.grad
     values.grad = decoder.grad = None

@@ -24,23 +24,23 @@ def test_many_chunks_of_tokens_and_of_features_are_one_step(monkeypatch):
     assert_same_step(cpu, Case(tokens=300, d=6, features=2050, k=2, k_aux=3, dead=40))
 
 
-def test_a_shadow_changes_numbers_by_no_more_than_its_rounding():
+def test_a_bf16_copy_changes_numbers_by_no_more_than_its_rounding():
     given = parameters(Case(tokens=50, d=24, features=2000, k=5))
     code = reference.encode_top_k(given["x"], given["encoder"], given["b_enc"], 5, b_dec=given["b_dec"])
     rounded = given["encoder"].bfloat16()
-    close = cpu.encode_top_k(given["x"], given["encoder"], given["b_enc"], 5, b_dec=given["b_dec"], shadow=rounded)
+    close = cpu.encode_top_k(given["x"], given["encoder"], given["b_enc"], 5, b_dec=given["b_dec"], bf16_copy=rounded)
     assert close.values.dtype == torch.float32
     torch.testing.assert_close(close.values.sort(1).values, code.values.sort(1).values, rtol=0.02, atol=0.02)
-    x_hat = cpu.sparse_decode(code.values, code.indices, given["decoder"], None, shadow=given["decoder"].bfloat16())
+    x_hat = cpu.sparse_decode(code.values, code.indices, given["decoder"], None, bf16_copy=given["decoder"].bfloat16())
     exact = reference.sparse_decode(code.values, code.indices, given["decoder"], None)
     assert x_hat.dtype == torch.float32
     assert (x_hat - exact).norm() < 0.01 * exact.norm()
 
 
-def test_gradients_with_shadows_are_float32_and_close():
+def test_gradients_with_bf16_copies_are_float32_and_close():
     given = parameters(Case(tokens=64, d=24, features=2000, k=5))
     encoder, b_enc = given["encoder"].requires_grad_(), given["b_enc"].requires_grad_()
-    code = cpu.encode_top_k(given["x"], encoder, b_enc, 5, shadow=encoder.detach().bfloat16())
+    code = cpu.encode_top_k(given["x"], encoder, b_enc, 5, bf16_copy=encoder.detach().bfloat16())
     into = torch.randn_like(code.values)
     (code.values * into).sum().backward()
     z = torch.zeros(64, 2000).scatter(1, code.indices, into * (code.values > 0))
@@ -48,9 +48,9 @@ def test_gradients_with_shadows_are_float32_and_close():
     _assert_near(b_enc.grad, z.sum(0))
 
     outcomes = []
-    for path, shadow in ((cpu, given["decoder"].bfloat16()), (reference, None)):
+    for path, bf16_copy in ((cpu, given["decoder"].bfloat16()), (reference, None)):
         values, decoder = (one.detach().clone().requires_grad_() for one in (code.values, given["decoder"]))
-        x_hat = path.sparse_decode(values, code.indices, decoder, None, shadow=shadow)
+        x_hat = path.sparse_decode(values, code.indices, decoder, None, bf16_copy=bf16_copy)
         (x_hat * given["x"]).sum().backward()
         outcomes.append((values.grad, decoder.grad))
     for got, expected in zip(*outcomes, strict=True):

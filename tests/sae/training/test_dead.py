@@ -29,8 +29,8 @@ def test_counts_summed_over_processes_are_taken_as_they_are():
     assert counter.tokens_since_fired.tolist() == [0, 8, 0]
 
 
-def test_revived_features_start_again():
+def test_resampled_features_are_counted_from_zero():
     counter = DeadCounter(3, CPU)
     counter.update(torch.zeros(3, dtype=torch.bool), 9)
-    counter.revive(torch.tensor([True, False, False]))
+    counter.restart(torch.tensor([True, False, False]))
     assert counter.dead(9).tolist() == [False, True, True]

@@ -57,11 +57,11 @@ def test_a_gradient_along_a_decoder_row_does_not_move_it(parameters):
     torch.testing.assert_close(parameters["W_dec"].detach(), before, atol=1e-4, rtol=0)
 
 
-def test_the_shadow_is_the_rounded_weight(parameters):
-    shadow = parameters["encoder"].detach().bfloat16()
+def test_the_bf16_copy_is_the_rounded_weight(parameters):
+    bf16_copy = parameters["encoder"].detach().bfloat16()
     with_gradients(parameters)
-    RowAdam(parameters, shadows={"encoder": shadow}).step(0.1)
-    assert torch.equal(shadow, parameters["encoder"].detach().bfloat16())
+    RowAdam(parameters, bf16_copies={"encoder": bf16_copy}).step(0.1)
+    assert torch.equal(bf16_copy, parameters["encoder"].detach().bfloat16())
 
 
 def test_clipping_scales_all_gradients_by_their_common_norm(parameters):
@@ -119,7 +119,7 @@ def test_stored_moments_go_on_bit_for_bit(parameters):
         assert torch.equal(parameters[name], twins[name]), name
 
 
-def test_the_moments_of_revived_features_are_forgotten(parameters):
+def test_the_moments_of_resampled_features_are_forgotten(parameters):
     adam = RowAdam(parameters)
     with_gradients(parameters)
     adam.step(0.1)

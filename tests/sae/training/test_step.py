@@ -150,8 +150,8 @@ def test_rounded_products_train_float32_weights():
     trained(trainer)
     sae = trainer.members[0].sae
     assert {p.dtype for p in sae.parameters()} == {torch.float32}
-    assert torch.equal(sae.encoder_shadow, sae.encoder.detach().bfloat16())
-    assert torch.equal(sae.decoder_shadow, sae.W_dec.detach().bfloat16())
+    assert torch.equal(sae.encoder_bf16, sae.encoder.detach().bfloat16())
+    assert torch.equal(sae.decoder_bf16, sae.W_dec.detach().bfloat16())
     assert (sae.encoder != sae.encoder.bfloat16()).any()
 
 
@@ -172,7 +172,7 @@ def test_the_average_lies_between_the_weights_and_has_unit_rows_when_finished():
     last, finished = plain.members[0].finish(), averaged.members[0].finish()
     assert not torch.equal(last.encoder, finished.encoder)
     torch.testing.assert_close(finished.W_dec.detach().norm(dim=1), torch.ones(31))
-    assert finished.encoder_shadow is None
+    assert finished.encoder_bf16 is None
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
