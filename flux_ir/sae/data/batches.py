@@ -102,7 +102,7 @@ class TokenBatches:
         )
         self._start = Start()
         self._buffer: Buffer | None = None
-        self._taken = 0  # rows of the buffer that were given out
+        self._given = 0  # rows of the buffer that were given out
         self._next: Future[Buffer] | None = None
         self._ended = False
 
@@ -127,12 +127,12 @@ class TokenBatches:
         if most < 1 or (buffer := self._buffer_with_rows()) is None:
             self.close()
             raise StopIteration
-        first, last = self._taken, min(self._taken + most, buffer.rows)
+        first, last = self._given, min(self._given + most, buffer.rows)
         n, rank, world_size = last - first, self.ranks.rank, self.ranks.world_size
         batch = buffer.batch(first + rank * n // world_size, first + (rank + 1) * n // world_size)
         if first and self._next is None:  # not before the last batch of the buffer before is likely to be gone
             self._prefetch(buffer)
-        self._taken = last
+        self._given = last
         self.tokens += n
         return batch
 
@@ -150,8 +150,8 @@ class TokenBatches:
         self._next = None
 
     def state(self) -> dict[str, Any]:
-        """Where the iterator is: numbers and a text."""
-        start, taken = self._start, self._taken
+        """The position in the data, as JSON can say it."""
+        start, taken = self._start, self._given
         if self._buffer is not None and taken == self._buffer.rows and self._buffer.end is not None:
             start, taken = self._buffer.end, 0
         content = {"content": self.feed.content}
@@ -172,7 +172,7 @@ class TokenBatches:
         _check_same(json.loads(state["settings"]), self._settings | {"content": self.feed.content})
         self.close()
         self._buffer, self._next = None, None
-        self._start, self._taken = Start(*state["start"]), state["taken"]
+        self._start, self._given = Start(*state["start"]), state["taken"]
         self.tokens, self._ended = state["tokens"], state["ended"]
 
     def _buffer_with_rows(self) -> Buffer | None:
@@ -181,12 +181,12 @@ class TokenBatches:
             if self._buffer is None:
                 self._buffer = self._filled(self._start)
             buffer = self._buffer
-            if self._taken < buffer.rows:
+            if self._given < buffer.rows:
                 return buffer
-            if self._taken > buffer.rows:
+            if self._given > buffer.rows:
                 raise FluxIRError(
-                    f"the data end before the place that was saved: a buffer has {buffer.rows} tokens, of which "
-                    f"{self._taken} were given out",
+                    f"the data end before the position that was saved: a buffer has {buffer.rows} tokens, of which "
+                    f"{self._given} were given out",
                     hint="give the same model and the same prompts as before",
                 )
             if not buffer.rows and not buffer.start.buffer:
@@ -198,7 +198,7 @@ class TokenBatches:
             if following is None:
                 self._ended = True
                 return None
-            self._start, self._taken, self._buffer = following, 0, None
+            self._start, self._given, self._buffer = following, 0, None
         return None
 
     def _following(self, buffer: Buffer) -> Start | None:
@@ -219,7 +219,7 @@ class TokenBatches:
 
     def _prefetch(self, buffer: Buffer) -> None:
         following = self._following(buffer)
-        enough = self.max_tokens is not None and self.tokens + buffer.rows - self._taken >= self.max_tokens
+        enough = self.max_tokens is not None and self.tokens + buffer.rows - self._given >= self.max_tokens
         if following is not None and not enough and self._filler.prefetch:
             self._next = self._filler.fill(following)
 
@@ -245,12 +245,12 @@ def _memory_bytes() -> int:
 
 
 def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises FluxIRError that names each setting in which a saved place differs from the present data."""
+    """Raises FluxIRError that names each setting in which a saved position differs from the present data."""
     now = json.loads(json.dumps(now))
     different = [f"{name} was {saved.get(name)} and is {now[name]}" for name in now if saved.get(name) != now[name]]
     if different:
         raise FluxIRError(
-            f"the place in the data was saved with other data or settings: {'; '.join(different)}",
+            f"the position in the data was saved with other data or settings: {'; '.join(different)}",
             hint="resume with the settings and the captures of the first run",
         )
 

@@ -26,8 +26,8 @@ from flux_ir.sae.kernels.spare_memory import SpareMemory
 READERS = 3  # threads that read blocks: some wait for the disk while others check and move rows
 _SPARE = 2  # buffers whose memory waits to be used again
 
-# What a row of a buffer is. Written as one word: memory is slow in random order.
-_ABOUT = np.dtype([("generation", np.int32), ("step", np.int16), ("is_text", np.bool_)], align=True)
+# What is known of a row of a buffer. Written as one word: in random order one access costs less than three.
+_ROW_FACTS = np.dtype([("generation", np.int32), ("step", np.int16), ("is_text", np.bool_)], align=True)
 _Words = NDArray[Any]
 _T = TypeVar("_T")
 
@@ -36,7 +36,10 @@ class Batch(NamedTuple):
     """Tokens in random order, the same ones for every site."""
 
     values: dict[SiteKey, Tensor]
-    """[n, d] for each site, of the data's own dtype (float8 becomes bfloat16). Who holds them holds all of a buffer."""
+    """[n, d] for each site, of the data's own dtype (float8 becomes bfloat16).
+
+    On a CPU these may be views, which keep the memory of their whole buffer from being used again.
+    """
     steps: Tensor
     """int16 [n]."""
     is_text: Tensor
@@ -56,7 +59,7 @@ class Start(NamedTuple):
 
 def slot_bytes(layout: Mapping[SiteKey, TokenFormat]) -> int:
     """Bytes of memory that one token of every site takes in a buffer."""
-    return sum(row.nbytes for row in layout.values()) + _ABOUT.itemsize
+    return sum(row.nbytes for row in layout.values()) + _ROW_FACTS.itemsize
 
 
 class Buffer:
@@ -69,7 +72,7 @@ class Buffer:
         self.rows = 0
         self._values, self._slots = values, slots
         self._words = {site: _words(tensor) for site, tensor in values.items() if tensor.device.type == "cpu"}
-        self._about = np.zeros(len(slots), _ABOUT)
+        self._facts = np.zeros(len(slots), _ROW_FACTS)
         self._order: NDArray[np.int64] | None = None
 
     @property
@@ -80,11 +83,11 @@ class Buffer:
     def put(self, first: int, rows: BlockRows, kept: NDArray[np.int64]) -> None:
         """Write these rows of a block, as those that were read at number `first` and after it."""
         slots, whole = self._slots[first : first + len(kept)], len(kept) == len(rows.is_text)
-        about = np.empty(len(kept), _ABOUT)
-        about["step"] = rows.step
-        about["generation"] = rows.generations if whole else rows.generations[kept]
-        about["is_text"] = rows.is_text if whole else rows.is_text[kept]
-        _as_words(self._about)[slots] = _as_words(about)
+        facts = np.empty(len(kept), _ROW_FACTS)
+        facts["step"] = rows.step
+        facts["generation"] = rows.generations if whole else rows.generations[kept]
+        facts["is_text"] = rows.is_text if whole else rows.is_text[kept]
+        _as_words(self._facts)[slots] = _as_words(facts)
         for site, values in rows.values.items():
             self._check_fits(site, values, rows)
             if site in self._words:
@@ -104,9 +107,9 @@ class Buffer:
     def batch(self, first: int, last: int) -> Batch:
         """Rows `first` to `last` (exclusive) in the order of batches."""
         rows = slice(first, last) if self._order is None else self._order[first:last]
-        about, device = self._about[rows], next(iter(self._values.values())).device
-        beside = (torch.from_numpy(about[field].copy()).to(device) for field in ("step", "is_text", "generation"))
-        return Batch({site: _taken(values, rows) for site, values in self._values.items()}, *beside)
+        facts, device = self._facts[rows], next(iter(self._values.values())).device
+        beside = (torch.from_numpy(facts[field].copy()).to(device) for field in ("step", "is_text", "generation"))
+        return Batch({site: _rows_of(values, rows) for site, values in self._values.items()}, *beside)
 
     def _check_fits(self, site: SiteKey, values: Tensor, rows: BlockRows) -> None:
         buffer = self._values[site]
@@ -161,7 +164,7 @@ class Filler:
         self._layout = feed.layout
         self._spare: dict[SiteKey, SpareMemory] = defaultdict(lambda: SpareMemory(_SPARE))
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._own = threading.local()
+        self._per_thread = threading.local()
         self._threads: list[ThreadPoolExecutor] = []
         self._closing = False
         self._begin(-1, iter(()))
@@ -173,7 +176,7 @@ class Filler:
         return self._run(0, lambda: self._fill(start))
 
     def close(self) -> None:
-        """Ends the threads, and what makes a stream. It can be gone on with from any start."""
+        """Ends the threads, and what makes a stream. It can be resumed from any start."""
         self._closing = True
         for threads in self._threads:
             threads.shutdown(wait=True, cancel_futures=True)
@@ -207,7 +210,7 @@ class Filler:
         while rows < buffer.capacity and not self._closing:
             # no more blocks than may have room: one that has none is read once more, for the next buffer
             while len(placing) <= READERS and rows + possible < buffer.capacity and (block := self._next_block()):
-                placing.append(self._place(block, buffer, placing[-1].end if placing else _already(rows)))
+                placing.append(self._place(block, buffer, placing[-1].end if placing else _resolved(rows)))
                 possible += block.most_rows
             if not placing:
                 break
@@ -220,8 +223,8 @@ class Filler:
         self._unplaced.extendleft(reversed([*rest, *(late.block for late in placing)]))
         if rows and rows == buffer.capacity:
             first = self._unplaced[0] if self._unplaced else None
-            place = (ordinal, 0) if first is None else (first.read.ordinal, first.skip)
-            buffer.end = Start(start.epoch, start.buffer + 1, *place)
+            block_and_offset = (ordinal, 0) if first is None else (first.read.ordinal, first.skip)
+            buffer.end = Start(start.epoch, start.buffer + 1, *block_and_offset)
         buffer.finish(rows)
         return buffer
 
@@ -256,9 +259,9 @@ class Filler:
 
     def _memories(self) -> Mapping[SiteKey, Memory]:
         """What this thread reads into, for each site."""
-        if not hasattr(self._own, "memories"):
-            self._own.memories = {site: Memory(page_cache=self.page_cache) for site in self.feed.layout or {}}
-        memories: Mapping[SiteKey, Memory] = self._own.memories
+        if not hasattr(self._per_thread, "memories"):
+            self._per_thread.memories = {site: Memory(page_cache=self.page_cache) for site in self.feed.layout or {}}
+        memories: Mapping[SiteKey, Memory] = self._per_thread.memories
         return memories
 
     def _new_buffer(self, start: Start) -> Buffer:
@@ -284,7 +287,7 @@ class Filler:
         return self._spare[site].empty((rows, row.d), row.dtype)
 
 
-def _taken(values: Tensor, rows: slice | NDArray[np.int64]) -> Tensor:
+def _rows_of(values: Tensor, rows: slice | NDArray[np.int64]) -> Tensor:
     """Rows of a buffer: on a CPU a view where they lie in order; on a GPU a copy, which costs nothing there."""
     if values.device.type == "cpu":
         return values[rows] if isinstance(rows, slice) else values[torch.from_numpy(rows)]
@@ -293,16 +296,14 @@ def _taken(values: Tensor, rows: slice | NDArray[np.int64]) -> Tensor:
     return values[rows].clone() if isinstance(rows, slice) else values[torch.from_numpy(rows).to(values.device)]
 
 
-def _already(count: int) -> "Future[int]":
+def _resolved(count: int) -> "Future[int]":
     done: Future[int] = Future()
     done.set_result(count)
     return done
 
 
 def _words(values: Tensor) -> _Words:
-    """The bytes of tokens [n, d] as n wide words: NumPy moves them four times as fast as PyTorch, with the interpreter
-    free for other threads.
-    """
+    """The bytes of tokens [n, d] as n wide words: NumPy moves them four times as fast as PyTorch, without the GIL."""
     return _as_words(values.view(torch.uint8).numpy())
 
 

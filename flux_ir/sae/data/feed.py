@@ -115,7 +115,7 @@ class Feed(Protocol):
         """The blocks of an epoch, from number `start` on."""
 
 
-def each(feed: Feed) -> Iterator[BlockRows]:
+def read_blocks(feed: Feed) -> Iterator[BlockRows]:
     """The blocks of the first epoch, read one after the other. The values of one are overwritten by the next."""
     memories: dict[SiteKey, Memory] = {site: Memory() for site in feed.layout or {}}
     for read in feed.reads(0):
@@ -141,8 +141,8 @@ class SourceFeed:
         self._steps = filters.steps_of(source.steps)
         self._sites = {site: filters.half(site) for site in sites}
         generations = source.generations
-        self._here = np.fromiter((split.has(side, one.id, one.prompt) for one in generations), np.bool_)
-        if not self._here.any():
+        self._on_side = np.fromiter((split.has(side, one.id, one.prompt) for one in generations), np.bool_)
+        if not self._on_side.any():
             raise FluxIRError(
                 f"no generation of {len(generations)} is on the {side} side of the split",
                 hint="hold out another share with --held_out, or capture more prompts",
@@ -160,12 +160,12 @@ class SourceFeed:
         self._chunks = -(-self._tokens // rows)  # of each image
         self._chunk_tokens = -(-self._tokens // self._chunks)
         gap = _GAP_BYTES // max(self._tokens * row_bytes, 1)
-        self._spans = _spans(self.source.runs, self._here, most=images, gap=gap)
+        self._spans = _spans(self.source.runs, self._on_side, most=images, gap=gap)
 
     @property
     def tokens_at_most(self) -> int:
         """Exact where nothing is filtered."""
-        return int(self._here.sum()) * len(self._steps) * self._tokens
+        return int(self._on_side.sum()) * len(self._steps) * self._tokens
 
     @property
     def nbytes(self) -> int:
@@ -196,9 +196,9 @@ class SourceFeed:
                 site: self.source.read_run(images, stored, step, tokens, memories.get(site))
                 for site, stored in self._sites.items()
             }
-            here = self._here[images.start : images.stop]
+            on_side = self._on_side[images.start : images.stop]
             generations = np.arange(images.start, images.stop, dtype=np.int32)
-            return self._assembler.rows(ordinal, step, runs, generations, here, self._id, self._origin)
+            return self._assembler.rows(ordinal, step, runs, generations, on_side, self._id, self._origin)
 
         return read
 
@@ -224,13 +224,13 @@ class SourceFeed:
         return counts[first]
 
     def _row(self, site: SiteKey) -> TokenFormat:
-        generation = int(np.flatnonzero(self._here)[0])
+        generation = int(np.flatnonzero(self._on_side)[0])
         run = self.source.read_run(range(generation, generation + 1), self._sites[site], self._steps[0], range(1))
         return TokenFormat(self.source.d(self._sites[site]), run.floats().dtype)
 
 
 class StreamFeed:
-    """A live stream: in the order it comes, one epoch. What was before is had again by beginning anew."""
+    """A live stream: one epoch, in the order it comes. To resume, it is made again from its beginning."""
 
     repeats = False
     tokens_at_most = None
@@ -255,7 +255,7 @@ class StreamFeed:
             runs = {block.site: run_of(block, filters.rows(block)) for block in blocks}
             generations = np.array([numbers[first.generation]], np.int32)
             rows = self._assembler.rows(
-                ordinal, first.step, runs, generations, np.ones(1, np.bool_), ids.__getitem__, _named(ids)
+                ordinal, first.step, runs, generations, np.ones(1, np.bool_), ids.__getitem__, _origins(ids)
             )
             yield Read(ordinal, len(rows.is_text), lambda _, rows=rows: rows)  # type: ignore[misc]
 
@@ -267,16 +267,16 @@ class StreamFeed:
             asked = block.site in sites and (steps is None or block.step in steps)
             if not (asked and self.split.has(self.side, block.generation, block.prompt)):
                 continue
-            there = waiting.setdefault((block.generation, block.step), {})
-            there[block.site] = block
-            if len(there) == len(sites):
+            arrived = waiting.setdefault((block.generation, block.step), {})
+            arrived[block.site] = block
+            if len(arrived) == len(sites):
                 del waiting[block.generation, block.step]
-                yield [there[site] for site in sites]
+                yield [arrived[site] for site in sites]
             elif len(waiting) > _WAITING_BLOCKS:
                 break
         if waiting:
-            (generation, step), there = next(iter(waiting.items()))
-            missing = ", ".join(str(site) for site in sites if site not in there)
+            (generation, step), arrived = next(iter(waiting.items()))
+            missing = ", ".join(str(site) for site in sites if site not in arrived)
             raise FluxIRError(
                 f"a stream must give every site of a step: generation {generation} came without {missing} at step "
                 f"{step}",
@@ -285,7 +285,7 @@ class StreamFeed:
 
 
 class _Assembler:
-    """Makes rows of runs: sees to it that those of all sites are the same tokens, and finds those that are kept."""
+    """Makes rows of runs: checks that those of all sites are the same tokens, and finds the rows that are kept."""
 
     def __init__(self, sites: Sequence[SiteKey], filters: Filters, split: Split, side: Side) -> None:
         self.sites, self.filters, self.split, self.side = list(sites), filters, split, side
@@ -296,11 +296,11 @@ class _Assembler:
         step: int,
         runs: Mapping[SiteKey, TokenRun],
         generations: NDArray[np.int32],
-        here: NDArray[np.bool_],
+        on_side: NDArray[np.bool_],
         name: Callable[[int], str],
         origin: Callable[[int], str],
     ) -> BlockRows:
-        """The rows of these runs, one per site, of `generations` of which some are `here`: on the side asked for.
+        """The rows of these runs, one per site, of `generations`, of which some are `on_side`: the side asked for.
 
         Raises FluxIRError unless all that they keep is finite.
         """
@@ -319,7 +319,7 @@ class _Assembler:
             kept=every,
             origin=origin,
         )
-        masks = [None if here.all() else np.repeat(here, tokens), self._used(first)]
+        masks = [None if on_side.all() else np.repeat(on_side, tokens), self._used(first)]
         masks.append(self._side(first, generations, name))
         rows = rows._replace(kept=_kept(rows.kept, masks))
         rows.check_finite()
@@ -371,13 +371,13 @@ def _other_tokens(first: SiteKey, count: int, site: SiteKey, other: int) -> Flux
     )
 
 
-def _spans(runs: Sequence[range], here: NDArray[np.bool_], *, most: int, gap: int) -> NDArray[np.int64]:
+def _spans(runs: Sequence[range], on_side: NDArray[np.bool_], *, most: int, gap: int) -> NDArray[np.int64]:
     """First and last (exclusive) image of every block: [blocks, 2].
 
-    At most `most` images of one run, with no more than `gap` in a row between them that are not `here`.
+    At most `most` images of one run, with no more than `gap` in a row between them that are not `on_side`.
     """
     starts = np.array([run.start for run in runs])
-    index = np.flatnonzero(here)
+    index = np.flatnonzero(on_side)
     run = np.searchsorted(starts, index, side="right") - 1
     window = (index - starts[run]) // most
     new = (np.diff(run) != 0) | (np.diff(window) != 0) | (np.diff(index) > gap + 1)
@@ -386,5 +386,5 @@ def _spans(runs: Sequence[range], here: NDArray[np.bool_], *, most: int, gap: in
     return np.stack([firsts, lasts], axis=1)
 
 
-def _named(ids: Sequence[str]) -> Callable[[int], str]:
+def _origins(ids: Sequence[str]) -> Callable[[int], str]:
     return lambda generation: f"generation {ids[generation]}"

@@ -1,4 +1,4 @@
-"""Which tokens are trained on: of which sites, stream and steps, without padding or those of outstanding length."""
+"""Which tokens are trained on: of which sites, stream and steps, without padding and far longer ones."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ SiteKey = Site | None
 """A site, or None for the one array of a source that knows no sites."""
 
 NormLimits = Mapping[tuple[SiteKey, int], float]
-"""The length above which a token is an outlier, by site and step (`measure_data.norm_limits`)."""
+"""The length above which a token is an outlier, by site and step (`measure.norm_limits`)."""
 
 # Integers of the same width, and the bits of infinity.
 _INFINITY = {
@@ -109,7 +109,8 @@ def lengths(values: Tensor) -> Tensor:
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. On a CPU this costs no more than reading them, on one thread.
 
-    Read as integers, infinity and NaN are the largest of their sign.
+    Read as integers, infinity and NaN are the largest of their sign. NumPy looks for them: PyTorch keeps a team of
+    OpenMP threads for each thread that calls it, and starting that takes longer than looking through a block.
     """
     if values.device.type != "cpu" or values.dtype not in _INFINITY or not values.numel():
         return bool(torch.isfinite(values).all())

@@ -14,7 +14,7 @@ from torch import Tensor
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.data.feed import SourceFeed, each
+from flux_ir.sae.data.feed import SourceFeed, read_blocks
 from flux_ir.sae.data.filters import Filters, SiteKey
 from flux_ir.sae.data.splits import Side, Split, split_source
 from flux_ir.sites import Site, nearest_names
@@ -47,7 +47,7 @@ class EvaluationData:
         feed.cut(_BLOCK_ROWS)
         waiting: list[EvaluationTokens] = []
         count, left = 0, max_tokens
-        for rows in each(feed):
+        for rows in read_blocks(feed):
             kept = torch.from_numpy(rows.kept[:left])
             values, is_text = rows.values[self.site][kept], torch.from_numpy(rows.is_text)[kept]
             waiting.append(EvaluationTokens(values, torch.full((len(kept),), rows.step), is_text))
@@ -108,13 +108,13 @@ def filters_of(sae: SparseAutoencoder, source: TokenSource) -> Filters:
     steps = stored.get("steps") or sae.config.steps
     if steps is None:
         return filters
-    there = sorted(set(steps) & set(source.steps))
-    if not there:
+    common = sorted(set(steps) & set(source.steps))
+    if not common:
         raise FluxIRError(
             f"the autoencoder was trained on the steps {', '.join(map(str, steps))}, of which the captures have none",
             hint=f"they have {', '.join(map(str, source.steps))}: capture the others as well",
         )
-    return replace(filters, steps=there)
+    return replace(filters, steps=common)
 
 
 def _site_in(sae: SparseAutoencoder, source: TokenSource) -> SiteKey:

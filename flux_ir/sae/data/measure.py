@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data.batches import TokenBatches
-from flux_ir.sae.data.feed import BlockRows, Blocks, Feed, SourceFeed, StreamFeed, each
+from flux_ir.sae.data.feed import BlockRows, Blocks, Feed, SourceFeed, StreamFeed, read_blocks
 from flux_ir.sae.data.filters import Filters, SiteKey, lengths, sites_in_lockstep
 from flux_ir.sae.data.splits import Split
 
@@ -97,16 +97,16 @@ def norm_limits(
 
 def _median_lengths(feed: Feed, steps: set[int], tokens_each: int) -> dict[tuple[SiteKey, int], float]:
     """The median length of the tokens of each site and step, from about so many; no steps: it reads to the end."""
-    found: dict[tuple[SiteKey, int], list[Tensor]] = defaultdict(list)
+    norms: dict[tuple[SiteKey, int], list[Tensor]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
-    for rows in each(feed):
+    for rows in read_blocks(feed):
         if counts[rows.step] < tokens_each:
             counts[rows.step] += len(rows.kept)
             for site, values in rows.values.items():
-                found[site, rows.step].append(lengths(values[torch.from_numpy(rows.kept)]).cpu())
+                norms[site, rows.step].append(lengths(values[torch.from_numpy(rows.kept)]).cpu())
         if steps and all(counts[step] >= tokens_each for step in steps):
             break
-    return {key: median(torch.cat(of).tolist()) for key, of in found.items()}
+    return {key: median(torch.cat(parts).tolist()) for key, parts in norms.items()}
 
 
 def sample_tokens(
@@ -150,7 +150,7 @@ def _feed(
 def _pieces(feed: Feed, least_tokens: int) -> Iterator[tuple[SiteKey, Tensor]]:
     """The tokens that are measured, in float64 and a few at a time: whole blocks until there are enough."""
     tokens = 0
-    for rows in each(feed):
+    for rows in read_blocks(feed):
         yield from _in_float64(rows)
         tokens += len(rows.kept)
         if tokens >= least_tokens:

@@ -57,9 +57,9 @@ class Split:
         return held_out == (side == "held_out")
 
     def tokens(self, side: Side, generation: str, positions: Tensor) -> Tensor | None:
-        """Which tokens of a generation that `has` the side are on it, by their place in their stream: bool [tokens].
+        """Which tokens of a generation that `has` the side are on it, by their position in their stream: bool [tokens].
 
-        None: all. Places are on the same side at every step and site.
+        None: all. A position is on the same side at every step and site.
         """
         if self.by != "tokens":
             return None

@@ -79,7 +79,8 @@ class Whitening:
 
 
 def whitening_of(mean: Float[Tensor, "d"], undecided: Float[Tensor, "d d"]) -> Whitening:
-    """The whitening by what the prompt does not decide, around the mean of the data."""
+    """The whitening by what the prompt does not decide, S, around the mean of the data."""
+    # S^-1/2 and S^1/2 by the eigenvectors of S. The floor keeps a direction without noise from an infinite length.
     exact = undecided.double()
     floor = FLOOR * exact.diagonal().mean()
     variances, axes = torch.linalg.eigh(exact)
@@ -137,8 +138,8 @@ class _CovarianceSums:
         """Generations of one prompt at one step, of which some positions are compared."""
         exact = tokens[:, compared].double()
         means = exact.mean(dim=0)
-        apart = (exact - means).flatten(0, 1)
-        self.noise_squares += apart.T @ apart
+        deviations = (exact - means).flatten(0, 1)
+        self.noise_squares += deviations.T @ deviations
         self.prompt_squares += means.T @ means
         self.differences += (len(exact) - 1) * len(means)
         rows = compared.nonzero().flatten()
@@ -150,9 +151,13 @@ class _CovarianceSums:
         return self.noise_squares / max(self.differences, 1)
 
     def positions(self) -> Tensor:
-        """That of the means of steps and positions, without what means of so many prompts differ by anyway."""
-        there = self.counts > 0
-        sums, counts = self.means[there], self.counts[there][:, None]
+        """The covariance of the means of steps and positions.
+
+        Means over so few prompts differ by chance as well: what is expected of that, within * means / prompts, is taken
+        off the covariance between them.
+        """
+        seen = self.counts > 0
+        sums, counts = self.means[seen], self.counts[seen][:, None]
         means, prompts = sums / counts, counts.sum()
         centre = sums.sum(dim=0) / prompts
         between = ((means - centre) * counts).T @ (means - centre) / prompts

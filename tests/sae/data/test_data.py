@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.data.feed import StreamFeed, each
+from flux_ir.sae.data.feed import StreamFeed, read_blocks
 from flux_ir.sae.data.filters import Filters, sites_in_lockstep
 from flux_ir.sae.data.splits import Split, split_prompts, split_source
 from tests.sae.data.numbered_source import (
@@ -157,6 +157,6 @@ def test_sites_with_other_tokens_do_not_share_batches():
 def test_a_stream_may_give_sites_in_any_order_and_others_besides():
     source = NumberedSource(2, sites=[OTHER_IMG, IMG, TXT])
     feed = StreamFeed(source.stream, [IMG, OTHER_IMG], Filters(steps=[3]), Split("prompt", 0.0), "training")
-    blocks = list(each(feed))
+    blocks = list(read_blocks(feed))
     assert [(rows.ordinal, rows.generations[0], rows.step) for rows in blocks] == [(0, 0, 3), (1, 1, 3)]
     assert list(blocks[0].values) == [IMG, OTHER_IMG]
