@@ -92,10 +92,10 @@ class Covariance:
             return
         exact = rows.double()
         mean = exact.mean(0)
-        apart, both = mean - self.mean, self.count + len(rows)
+        difference, both = mean - self.mean, self.count + len(rows)
         centred = exact - mean
-        self.products.addmm_(centred.T, centred).addr_(apart, apart, alpha=self.count * len(rows) / both)
-        self.mean += apart * (len(rows) / both)
+        self.products.addmm_(centred.T, centred).addr_(difference, difference, alpha=self.count * len(rows) / both)
+        self.mean += difference * (len(rows) / both)
         self.count = both
 
 
@@ -150,8 +150,8 @@ class RandomDictionary(Baseline):
 class Neurons(Baseline):
     """The network's own feed-forward neurons as a dictionary: only the k that write the most are let through.
 
-    It reads what a `.neurons` site recorded, not what an autoencoder reads, and gives back what the second linear layer
-    makes of it (`target`). The neurons that are left out rest at their mean instead of at zero.
+    It reads what a `.neurons` site recorded, not what an autoencoder reads, and reconstructs what the second linear
+    layer makes of it (`target`). The neurons that are left out rest at their mean instead of at zero.
     """
 
     rest: Tensor
@@ -172,12 +172,12 @@ class Neurons(Baseline):
 
     def encode(self, x: Codes) -> Codes:
         """How far the k neurons that write the most are from their rest: the largest |activation| x ||output row||."""
-        apart = x - self.rest
-        chosen = (apart.abs() * self.row_norms).topk(self.config.k, dim=-1).indices
-        return torch.zeros_like(apart).scatter(-1, chosen, apart.gather(-1, chosen))
+        from_rest = x - self.rest
+        chosen = (from_rest.abs() * self.row_norms).topk(self.config.k, dim=-1).indices
+        return torch.zeros_like(from_rest).scatter(-1, chosen, from_rest.gather(-1, chosen))
 
     def target(self, neurons: Codes) -> Vectors:
-        """What the second linear layer makes of all neurons: what is to be given back."""
+        """What the second linear layer makes of all neurons: what is to be reconstructed."""
         return neurons @ self.W_dec + self.bias
 
     @classmethod
@@ -304,16 +304,16 @@ class _Atoms:
         if not self.rows:
             return (size > 0).float()
         atoms = self.atoms()
-        missing = x - gradient_pursuit(x, atoms, k) @ atoms
-        return missing.square().sum(1) / torch.where(size > 0, size, 1.0)
+        residual = x - gradient_pursuit(x, atoms, k) @ atoms
+        return residual.square().sum(1) / torch.where(size > 0, size, 1.0)
 
     def _unlike_each_other(self, rows: Tensor, threshold: float) -> Iterator[int]:
         """The numbers of those rows that no single one before them explains: 1 - cos^2 above the threshold."""
-        likeness = (self.unit[rows] @ self.unit[rows].T).clamp_min(0).square().cpu()
+        squared_cosine = (self.unit[rows] @ self.unit[rows].T).clamp_min(0).square().cpu()
         kept: list[int] = []
-        for place, row in enumerate(rows.tolist()):
-            if not kept or 1 - likeness[place, kept].max() > max(threshold, SAME):
-                kept.append(place)
+        for index, row in enumerate(rows.tolist()):
+            if not kept or 1 - squared_cosine[index, kept].max() > max(threshold, SAME):
+                kept.append(index)
                 yield row
 
 
@@ -327,8 +327,9 @@ def gradient_pursuit(
 ) -> Float[Tensor, "*batch atoms"]:
     """Codes >= 0 with at most `k` atoms a row, such that codes @ atoms is near `x`. Atoms are unit rows.
 
-    Each of k rounds adds the atom most like what is still missing, then moves all codes chosen so far along the
-    gradient, by the exact best length (Blumensath & Davies, 2008), and clips them at zero as features are.
+    Gradient pursuit (Blumensath & Davies, 2008): each of k rounds adds the atom most like the residual, then moves all
+    codes chosen so far along the gradient of the squared error, by the exact best length. Here they are clipped at zero
+    too, as features are.
     """
     at_once = max(1, CODES_AT_ONCE // max(1, len(atoms)))
     rows = x.reshape(-1, x.shape[-1])
@@ -341,18 +342,19 @@ def gradient_pursuit(
 def _pursue(x: Tensor, atoms: Tensor, k: int) -> Tensor:
     codes = x.new_zeros(len(x), len(atoms))
     chosen = torch.zeros_like(codes, dtype=torch.bool)
-    missing = x
+    residual = x
     for _ in range(min(k, len(atoms))):
-        likeness = missing @ atoms.T
-        best = likeness.masked_fill(chosen, -torch.inf).argmax(1, keepdim=True)
-        # An atom that points away from what is missing would only be clipped again.
-        chosen.scatter_(1, best, likeness.gather(1, best) > 0)
-        gradient = likeness * chosen
+        correlation = residual @ atoms.T
+        best = correlation.masked_fill(chosen, -torch.inf).argmax(1, keepdim=True)
+        # An atom that points away from the residual would only be clipped again.
+        chosen.scatter_(1, best, correlation.gather(1, best) > 0)
+        gradient = correlation * chosen
         direction = gradient @ atoms
+        # The length that minimises ||residual - length * direction||^2: <residual, direction> / ||direction||^2.
         squares = direction.square().sum(1, keepdim=True)
-        length = (missing * direction).sum(1, keepdim=True) / torch.where(squares > 0, squares, 1.0)
+        length = (residual * direction).sum(1, keepdim=True) / torch.where(squares > 0, squares, 1.0)
         codes = (codes + length * gradient).clamp_min(0)
-        missing = x - codes @ atoms
+        residual = x - codes @ atoms
     return codes
 
 
@@ -420,9 +422,9 @@ def evaluate_neurons(
     max_tokens: int | None,
     device: torch.device,
 ) -> tuple[Neurons, Evaluation]:
-    """The neurons behind the site, k of them at a time, and how much of what they all write these give back.
+    """The neurons behind the site, k of them at a time, and how well these reconstruct what all of them write.
 
-    What they have to give back is the feed-forward branch and not the block's output, which holds much more.
+    They have to reconstruct the feed-forward branch and not the block's output, which holds much more.
 
     Raises FluxIRError if the captures do not have the neurons.
     """

@@ -125,7 +125,7 @@ class Evaluation(NamedTuple):
     max_active: Tensor
     """The largest activation of each feature, likewise."""
     outliers: Outliers | None
-    """None: nobody said how long an outlier is."""
+    """None: no limits were given."""
 
     @property
     def decided_by_outliers(self) -> bool:
@@ -163,9 +163,9 @@ class Deviation:
 
     def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
         both = self.count + count
-        apart = mean - self.mean
-        self.squares = self.squares + squares + apart.square().sum() * (self.count * count / both)
-        self.mean = self.mean + apart * (count / both)
+        difference = mean - self.mean
+        self.squares = self.squares + squares + difference.square().sum() * (self.count * count / both)
+        self.mean = self.mean + difference * (count / both)
         self.count = both
 
 
@@ -213,7 +213,7 @@ class Evaluator:
     """Adds up batches of tokens with their reconstructions, and gives all numbers at the end."""
 
     def __init__(self, limits: Mapping[Group, float] | None = None) -> None:
-        """`limits`: the length above which a token of each step and stream is an outlier; None: nobody asks."""
+        """`limits`: the length above which a token of each step and stream is an outlier; None: none is told apart."""
         self.limits = limits
         self._sums: dict[tuple[Group, bool], _TokenSums] = {}  # True: of outliers
         self._like: tuple[int, int, torch.device] | None = None
@@ -227,12 +227,12 @@ class Evaluator:
         steps: Int[Tensor, " tokens"] | int = 0,
         is_text: Bool[Tensor, " tokens"] | bool = False,  # noqa: FBT001, FBT002 (a tensor as a rule)
     ) -> None:
-        """Take in activations `x`, their reconstructions and their features; `steps` and `is_text` say whence each is.
+        """Add activations `x`, their reconstructions and features; `steps` and `is_text` say where each comes from.
 
         Raises FluxIRError if the features are of another number than before.
         """
         self._check(x, features)
-        self._follow_activations(features)
+        self._add_activations(features)
         for group, rows in _groups(steps, is_text).items():
             chosen = (x, x_hat, features) if rows is None else (x[rows], x_hat[rows], features[rows])
             long = lengths(chosen[0]) > (self.limits or {}).get(group, math.inf)
@@ -312,7 +312,7 @@ class Evaluator:
         sums = self._sums.setdefault((group, outliers), _TokenSums(x.shape[1], features.shape[1], x.device))
         sums.add(x, x_hat, (features != 0).sum(0))
 
-    def _follow_activations(self, features: Tensor) -> None:
+    def _add_activations(self, features: Tensor) -> None:
         self._activations += features.sum(0)
         if len(features):
             torch.maximum(self._largest, features.amax(0).float(), out=self._largest)
@@ -342,7 +342,7 @@ def evaluate(
 ) -> Evaluation:
     """All numbers of a reconstructor on these tokens, in float32 on its `device`.
 
-    `target` makes of a token what is to be given back (None: the token itself). `limits` are what `outlier_limits`
+    `target` makes of a token what is to be reconstructed (None: the token itself). `limits` are what `outlier_limits`
     gives: with them the numbers are also given for the ordinary tokens alone. Features are held for a few tokens at a
     time, as many as `d_sae` allows.
     """
@@ -352,8 +352,8 @@ def evaluate(
             rows = slice(start, start + at_once)
             x, steps, is_text = (part[rows].to(device) for part in (batch.values, batch.steps, batch.is_text))
             features = reconstructor.encode(x.float())
-            wanted = x.float() if target is None else target(x.float())
-            evaluator.add(wanted, reconstructor.decode(features).float(), features, steps, is_text)
+            targets = x.float() if target is None else target(x.float())
+            evaluator.add(targets, reconstructor.decode(features).float(), features, steps, is_text)
     return evaluator.result()
 
 
@@ -362,27 +362,27 @@ def outlier_limits(batches: Iterable[EvaluationBatch], steps: Collection[int]) -
 
     Reads the batches, which come in a random order, until each of `steps` has some thousand tokens, or to their end.
     """
-    found: dict[Group, list[Tensor]] = defaultdict(list)
+    lengths_of: dict[Group, list[Tensor]] = defaultdict(list)
     counts = dict.fromkeys(steps, 0)
     for batch in batches:
         norms = lengths(batch.values)
         for group, rows in _groups(batch.steps, batch.is_text).items():
-            here = norms if rows is None else norms[rows]
-            found[group].append(here.cpu())
-            counts[group[0]] = counts.get(group[0], 0) + len(here)
+            of_group = norms if rows is None else norms[rows]
+            lengths_of[group].append(of_group.cpu())
+            counts[group[0]] = counts.get(group[0], 0) + len(of_group)
         if counts and min(counts.values()) >= _MEDIAN_TOKENS:
             break
-    return {group: OUTLIER_FACTOR * torch.cat(norms).double().median().item() for group, norms in found.items()}
+    return {group: OUTLIER_FACTOR * torch.cat(norms).double().median().item() for group, norms in lengths_of.items()}
 
 
 def density_of(frequency: Float[Tensor, " d_sae"]) -> Density:
     """The histogram of how often features fire, given the share of tokens on which each does."""
     bins = round(-LOWEST_LOG10 * BINS_PER_DECADE)
     alive = frequency[frequency > 0].double()
-    place = ((alive.log10() - LOWEST_LOG10) * BINS_PER_DECADE).floor().long().clamp(0, bins - 1)
+    bin_of_each = ((alive.log10() - LOWEST_LOG10) * BINS_PER_DECADE).floor().long().clamp(0, bins - 1)
     return Density(
         log10_edges=[LOWEST_LOG10 + edge / BINS_PER_DECADE for edge in range(bins + 1)],
-        features=torch.bincount(place, minlength=bins).tolist(),
+        features=torch.bincount(bin_of_each, minlength=bins).tolist(),
         dead=int((frequency == 0).sum()),
     )
 
@@ -429,8 +429,8 @@ def rounded(value: float) -> float | int | None:
     return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
-def _ratio(above: float, below: float) -> float:
-    return above / below if below > 0 else math.nan
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else math.nan
 
 
 def _groups(steps: Tensor | int, is_text: Tensor | bool) -> dict[Group, Tensor | None]:  # noqa: FBT001
@@ -438,7 +438,7 @@ def _groups(steps: Tensor | int, is_text: Tensor | bool) -> dict[Group, Tensor |
     if not isinstance(steps, Tensor) and not isinstance(is_text, Tensor):
         return {(steps, "txt" if is_text else "img"): None}
     key = 2 * torch.as_tensor(steps) + torch.as_tensor(is_text).long()
-    found = torch.bincount(key).nonzero().flatten().tolist()
-    if len(found) == 1:
-        return {(found[0] // 2, "txt" if found[0] % 2 else "img"): None}
-    return {(value // 2, "txt" if value % 2 else "img"): key == value for value in found}
+    values = torch.bincount(key).nonzero().flatten().tolist()
+    if len(values) == 1:
+        return {(values[0] // 2, "txt" if values[0] % 2 else "img"): None}
+    return {(value // 2, "txt" if value % 2 else "img"): key == value for value in values}

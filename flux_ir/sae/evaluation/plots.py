@@ -99,8 +99,8 @@ def training_curves(
     with _figure(path, 2.9 * columns + 0.3, 2.05 * lines + 0.75, title, subtitle) as figure:
         most = max((points[-1][0] for _, points in shown), default=1.0)
         unit, name = (1e6, "million tokens") if most >= 1e6 else (1e3, "thousand tokens")
-        for place, (panel, points) in enumerate(shown):
-            axes = figure.add_subplot(lines, columns, place + 1)
+        for index, (panel, points) in enumerate(shown):
+            axes = figure.add_subplot(lines, columns, index + 1)
             axes.plot(
                 *_columns([(tokens / unit, value) for tokens, value in points]),
                 color=BLUE,
@@ -111,14 +111,14 @@ def training_curves(
             axes.set_xlim(0, most / unit)
             axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-            if place >= len(shown) - columns:
+            if index >= len(shown) - columns:
                 axes.set_xlabel(name)
 
 
 def density_histogram(path: Path, density: Density, title: str, *, subtitle: str = "") -> None:
     """How many features fire on which share of the tokens; the dead ones are counted in words."""
     edges, counts = density.log10_edges, density.features
-    filled = [place for place, count in enumerate(counts) if count]
+    filled = [index for index, count in enumerate(counts) if count]
     first, last = (filled[0], filled[-1]) if filled else (0, len(counts) - 1)
     alive = sum(counts)
     share = density.dead / max(1, alive + density.dead)
@@ -171,15 +171,15 @@ def pareto(
     best = pareto_front(shown)
     with _figure(path, 7.2, 4.0, title, subtitle) as figure:
         axes = figure.add_subplot()
-        for place, family in enumerate(dict.fromkeys(run.family for run in shown)):
+        for index, family in enumerate(dict.fromkeys(run.family for run in shown)):
             members = [run for run in shown if run.family == family]
             points = sorted((run.l0, run.fvu) for run in members)
-            _line(axes, points, COLOURS[place % len(COLOURS)], label=family)
+            _line(axes, points, COLOURS[index % len(COLOURS)], label=family)
             beaten = [(run.l0, run.fvu) for run in members if run not in best]
             axes.plot(*_columns(beaten), "o", markersize=3, color="white")
-        for place, family in enumerate(dict.fromkeys(run.family for run in others)):
+        for index, family in enumerate(dict.fromkeys(run.family for run in others)):
             points = sorted({(run.l0, run.fvu) for run in others if run.family == family})
-            _line(axes, points, SOFT, thin=True, label=family, marker="osd^"[place % 4])
+            _line(axes, points, SOFT, thin=True, label=family, marker="osd^"[index % 4])
         _value_axis(axes, [run.fvu for run in (*shown, *others)], UNEXPLAINED, log=True, percent=True)
         axes.set_title("filled: beaten by no other", loc="right", fontsize=9, color=SOFT, pad=6)
         _count_axis(axes, [run.l0 for run in (*shown, *others)], "features that fire on a token (L0)")
@@ -210,8 +210,8 @@ def scatter(
     """A point for each feature, the first groups below the others. `shares` are drawn in percent, with the diagonal."""
     with _figure(path, 5.6, 4.6, title, subtitle) as figure:
         axes = figure.add_subplot()
-        for place, group in enumerate(groups):
-            colour = (FAINT, BLUE, VERMILION)[place] if len(groups) == 3 else (BLUE, SOFT)[place % 2]
+        for index, group in enumerate(groups):
+            colour = (FAINT, BLUE, VERMILION)[index] if len(groups) == 3 else (BLUE, SOFT)[index % 2]
             colour = "#b9b9b9" if colour == FAINT else colour
             count = f"{group.name} ({len(group.points):,})"
             axes.plot(*group.points.T, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.7, label=count)
@@ -357,7 +357,7 @@ def _name_ends(axes: Axes, ends: Sequence[_End]) -> None:
     line_px, reach_px, taken = 1.3 * 9 / 72 * DPI, 0.7 * DPI, list[tuple[float, float]]()
     at = [(*axes.transData.transform((end.x, end.y)).tolist(), end) for end in ends]
     lowest = float(axes.transAxes.transform((0, 0))[1]) + line_px / 2  # clear of the horizontal axis
-    for x, y, end in sorted(at, key=lambda place: (place[1], place[0])):
+    for x, y, end in sorted(at, key=lambda end: (end[1], end[0])):
         height = max(y, lowest)
         while any(abs(height - other_y) < line_px and abs(x - other_x) < reach_px for other_x, other_y in taken):
             height += 1

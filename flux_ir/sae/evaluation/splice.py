@@ -24,7 +24,7 @@ from flux_ir.shapes import PackedLatent, Pixels, Tokens
 from flux_ir.sites import Site, as_site, check_sites
 
 Replace = Callable[[Tokens], Tokens]
-"""Gives what shall stand in the place of what a site computed, in the same shape, dtype and on the same device."""
+"""Makes the value that replaces a site's output, in its shape and dtype and on its device."""
 
 CLEAN = "clean"
 
@@ -44,18 +44,18 @@ def spliced(
 
     Raises FluxIRError for a site that the model does not have.
     """
-    put = replace
+    replacement = replace
     if isinstance(replace, SparseAutoencoder):
-        put = reconstruction(replace, replace.config.d_sae, keep_error=keep_error)
+        replacement = reconstruction(replace, replace.config.d_sae, keep_error=keep_error)
     elif keep_error:
         raise ValueError("keep_error is for the reconstruction of an autoencoder")
-    return Intervention(model, {as_site(site): lambda value, step: put(value)}, steps=steps)
+    return Intervention(model, {as_site(site): lambda value, step: replacement(value)}, steps=steps)
 
 
 def reconstruction(reconstructor: Reconstructor, d_sae: int, *, keep_error: bool = False) -> Replace:
-    """Puts x_hat in place, computed in float32 for as many tokens at a time as `d_sae` features allow.
+    """Replaces tokens by x_hat, computed in float32 for as many tokens at a time as `d_sae` features allow.
 
-    With `keep_error` the error x - x_hat is added, once: what stands there is x again, up to rounding.
+    With `keep_error` the error x - x_hat is added, once: the result is x again, up to rounding.
     """
     at_once = max(1, DENSE_VALUES // d_sae)
 
@@ -71,12 +71,12 @@ def reconstruction(reconstructor: Reconstructor, d_sae: int, *, keep_error: bool
 
 
 def zero_ablation(value: Tokens) -> Tokens:
-    """Puts nothing in place."""
+    """Replaces every token by zeros."""
     return torch.zeros_like(value)
 
 
 def mean_ablation(mean: Tensor) -> Replace:
-    """Puts the same vector in place of every token."""
+    """Replaces every token by the same vector."""
 
     def replace(value: Tokens) -> Tokens:
         return mean.to(value).expand_as(value)
@@ -138,7 +138,7 @@ class SpliceMeter:
 
     @torch.no_grad()
     def add(self, inputs: Inputs, timesteps: list[float], guidance: float) -> dict[str, PackedLatent]:
-        """Take in the runs from these noises and texts. The finished latents by replacement, and those untouched.
+        """Add the runs from these noises and texts. The finished latents by replacement, and those untouched.
 
         Raises FluxIRError if none of the steps to replace at is in the schedule.
         """
@@ -159,7 +159,7 @@ class SpliceMeter:
         return latents
 
     def add_pictures(self, pictures: Mapping[str, Pixels]) -> None:
-        """Take in the decoded latents of `add`, by the same names."""
+        """Add the decoded latents of `add`, by the same names."""
         clean = pictures[CLEAN].double()
         for name, sums in self._sums.items():
             sums.pixel_squares += (pictures[name].double() - clean).square().sum().item()
