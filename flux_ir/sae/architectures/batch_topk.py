@@ -17,7 +17,7 @@ from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.architectures.topk import auxiliary_loss
 from flux_ir.sae.kernels.choose import EncodedTopK, encode_top_k, sparse_decode
 
-_ROOM = 4
+_CANDIDATES = 4
 """How many times k columns are looked at per token. A token that had more of the batch's largest is noticed."""
 
 
@@ -52,8 +52,8 @@ class BatchTopK(SparseAutoencoder):
             x_hat = x_hat + sparse_decode(values, indices, self.W_dec, None, bf16_copy=self.decoder_bf16)
             fvus.append(losses.squared_error(x_hat, xn) / variance)
         reconstruction = torch.stack(fvus).mean()
-        auxiliary = auxiliary_loss(self, xn - x_hat, chosen.found, state)
-        self._follow_threshold(chosen.smallest)
+        auxiliary = auxiliary_loss(self, xn - x_hat, chosen.encoded, state)
+        self._update_threshold(chosen.smallest)
         return losses.parts(
             reconstruction,
             None,
@@ -69,11 +69,11 @@ class BatchTopK(SparseAutoencoder):
         That is right unless all columns looked at of some token were taken; then more are looked at. The host has to
         wait for this answer; with it come the widths that keep the decoder from working on columns of zeros.
         """
-        columns = min(_ROOM * state.k, self.config.d_sae)
+        columns = min(_CANDIDATES * state.k, self.config.d_sae)
         while True:
-            found = self._encode(xn, state, columns)
-            kept, smallest = _largest_of_batch(found.values, state.k, state.across)
-            groups = _group_of(found.indices, self.nested_sizes)
+            encoded = self._encode(xn, state, columns)
+            kept, smallest = _largest_of_batch(encoded.values, state.k, state.across)
+            groups = _group_of(encoded.indices, self.nested_sizes)
             widths = [(kept & (groups == group)).sum(dim=1).max() for group in range(len(self.nested_sizes))]
             # All processes look again, or none: they gather together.
             full = state.across.mean(kept.all(dim=1).any().float())
@@ -81,12 +81,12 @@ class BatchTopK(SparseAutoencoder):
             if not looked_too_little or columns == self.config.d_sae:
                 break
             columns = min(2 * columns, self.config.d_sae)
-        values = torch.where(kept, found.values, 0)
+        values = torch.where(kept, encoded.values, 0)
         parts = []
         for group, width in enumerate(most):
-            of_group, places = torch.where(groups == group, values, 0).topk(max(1, int(width)), dim=1)
-            parts.append((of_group, found.indices.gather(1, places)))
-        return _Chosen(values, found.indices, parts, smallest, found)
+            of_group, columns_of_group = torch.where(groups == group, values, 0).topk(max(1, int(width)), dim=1)
+            parts.append((of_group, encoded.indices.gather(1, columns_of_group)))
+        return _Chosen(values, encoded.indices, parts, smallest, encoded)
 
     def _encode(self, xn: Rows, state: TrainingState, columns: int) -> EncodedTopK:
         return encode_top_k(
@@ -101,16 +101,16 @@ class BatchTopK(SparseAutoencoder):
         )
 
     @torch.no_grad()
-    def _follow_threshold(self, smallest: Tensor) -> None:
-        """The running mean; a batch without any activation tells nothing.
+    def _update_threshold(self, smallest: Tensor) -> None:
+        """The running mean of the smallest kept activation; a batch without any leaves it as it is.
 
         It starts as the first value and forgets the early ones sooner: after n steps it is of about the last n / 9.
         """
         decay = (self.threshold_updates / (self.threshold_updates + 9)).clamp_max(self.config.threshold_decay)
-        tells = torch.isfinite(smallest)
-        followed = decay * self.threshold + (1 - decay) * smallest.nan_to_num(posinf=0.0)
-        self.threshold.copy_(torch.where(tells, followed, self.threshold))
-        self.threshold_updates.add_(tells)
+        has_activation = torch.isfinite(smallest)
+        mean = decay * self.threshold + (1 - decay) * smallest.nan_to_num(posinf=0.0)
+        self.threshold.copy_(torch.where(has_activation, mean, self.threshold))
+        self.threshold_updates.add_(has_activation)
 
 
 class _Chosen(NamedTuple):
@@ -120,7 +120,7 @@ class _Chosen(NamedTuple):
     indices: Tensor
     groups: Sequence[tuple[Tensor, Tensor]]
     smallest: Tensor
-    found: EncodedTopK
+    encoded: EncodedTopK
 
 
 @torch.no_grad()
@@ -142,7 +142,10 @@ def _group_of(indices: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK with nested dictionaries. The activations are chosen once, from the whole dictionary."""
+    """Matryoshka (Bussmann et al. 2025): BatchTopK whose nested dictionaries, the first features, each reconstruct.
+
+    The loss is the mean of their errors. The activations are chosen once, from the whole dictionary.
+    """
 
     @property
     def nested_sizes(self) -> tuple[int, ...]:

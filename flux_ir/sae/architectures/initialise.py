@@ -54,7 +54,7 @@ def initialise_(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"] | None) 
     shape = (config.d_sae, config.d_in)
     draw = {"random": random_rows, "orthogonal": orthogonal_rows}
     sae.W_dec.copy_(draw[config.decoder_init](*shape, generator))
-    if config.encoder_init == "transposed":
+    if config.encoder_init == "transposed":  # W_enc = W_dec^T, beside AuxK what keeps features alive (Gao et al. 2024)
         sae.encoder.copy_(sae.W_dec)
     else:
         sae.encoder.copy_(draw[config.encoder_init](*shape, generator))

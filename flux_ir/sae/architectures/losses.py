@@ -23,11 +23,11 @@ class Across(Protocol):
     """Small tensors over all processes that train together. Nothing here carries a gradient."""
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of every process's `value`."""
+        """All-reduce: the mean of every process's `value`."""
         ...
 
     def gather(self, value: Tensor) -> Tensor:
-        """Every process's `value`, one after the other along the first axis, the same on all processes."""
+        """All-gather: every process's `value`, one after the other along the first axis."""
         ...
 
 

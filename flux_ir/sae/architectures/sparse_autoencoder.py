@@ -26,7 +26,7 @@ Features = Float[Tensor, "*batch d_sae"]
 
 
 class SparseFeatures(NamedTuple):
-    """Features of n tokens by number: `values` [n, k], never negative, at `indices` [n, k]; a value of 0 is padding."""
+    """Features of n tokens by index: `values` [n, k], never negative, at `indices` [n, k]; a value of 0 is padding."""
 
     values: Float[Tensor, "n k"]
     indices: Int[Tensor, "n k"]
@@ -89,7 +89,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """One training step's loss on normalised tokens; gradients reach the parameters."""
 
     def sparse_features(self, xn: Rows) -> SparseFeatures:
-        """The same as `features_of`, by number: as many columns as the token with the most features needs."""
+        """The same as `features_of`, by index: as many columns as the token with the most features needs."""
         z = self.features_of(xn)
         most = int((z > 0).sum(dim=1).max()) if len(z) else 0
         values, indices = z.topk(max(1, most), dim=1)
@@ -155,9 +155,9 @@ class SparseAutoencoder(nn.Module, ABC):
         return (z / self.norm_scale).reshape(*x.shape[:-1], self.config.d_sae)
 
     def encode_sparse(self, x: Activations) -> SparseFeatures:
-        """The same of all tokens in one row, by number: x of shape [..., d_in] gives values of shape [tokens, k]."""
-        found = self.sparse_features(self.normalise(x).reshape(-1, self.config.d_in))
-        return found._replace(values=found.values / self.norm_scale)
+        """The same of all tokens in one row, by index: x of shape [..., d_in] gives values of shape [tokens, k]."""
+        sparse = self.sparse_features(self.normalise(x).reshape(-1, self.config.d_in))
+        return sparse._replace(values=sparse.values / self.norm_scale)
 
     def decode(self, features: Features) -> Activations:
         """The raw activations that features stand for."""

@@ -10,15 +10,17 @@ class TopK(SparseAutoencoder):
     """k features per token, and AuxK: k_aux of the dead ones learn what the living leave unexplained."""
 
     def sparse_features(self, xn: Rows) -> SparseFeatures:
-        found = encode_top_k(xn, self.encoder, self.b_enc, self.config.k, b_dec=self.b_dec, bf16_copy=self.encoder_bf16)
-        return SparseFeatures(found.values, found.indices, self.config.d_sae)
+        encoded = encode_top_k(
+            xn, self.encoder, self.b_enc, self.config.k, b_dec=self.b_dec, bf16_copy=self.encoder_bf16
+        )
+        return SparseFeatures(encoded.values, encoded.indices, self.config.d_sae)
 
     def features_of(self, xn: Rows) -> FeatureRows:
         return self.sparse_features(xn).dense()
 
     def loss(self, xn: Rows, state: TrainingState) -> LossParts:
         """The error in units of the batch's variance (as in Gao et al. 2024), and AuxK."""
-        found = encode_top_k(
+        encoded = encode_top_k(
             xn,
             self.encoder,
             self.b_enc,
@@ -28,15 +30,15 @@ class TopK(SparseAutoencoder):
             k_aux=self.config.aux_features,
             bf16_copy=self.encoder_bf16,
         )
-        x_hat = sparse_decode(found.values, found.indices, self.W_dec, self.b_dec, bf16_copy=self.decoder_bf16)
+        x_hat = sparse_decode(encoded.values, encoded.indices, self.W_dec, self.b_dec, bf16_copy=self.decoder_bf16)
         fvu = losses.squared_error(x_hat, xn) / losses.variance(xn, state.across)
-        auxiliary = auxiliary_loss(self, xn - x_hat, found, state)
+        auxiliary = auxiliary_loss(self, xn - x_hat, encoded, state)
         return losses.parts(
             fvu,
             None,
             auxiliary,
-            fired=losses.fired_sparse(found.values, found.indices, self.config.d_sae),
-            l0=losses.mean_active(found.values),
+            fired=losses.fired_sparse(encoded.values, encoded.indices, self.config.d_sae),
+            l0=losses.mean_active(encoded.values),
             fvu=fvu,
         )
 
@@ -44,7 +46,7 @@ class TopK(SparseAutoencoder):
 def auxiliary_loss(
     sae: SparseAutoencoder,
     residual: Rows,
-    found: EncodedTopK,
+    encoded: EncodedTopK,
     state: TrainingState,
 ) -> Scalar | None:
     """AuxK with its coefficient; None, or 0, where no feature is dead.
@@ -52,9 +54,9 @@ def auxiliary_loss(
     The values are pre-activations of either sign: a dead feature whose pre-activations are all below 0 would never get
     a gradient, and so never live, were they cut off at 0.
     """
-    if found.aux_values is None or found.aux_indices is None or state.dead is None:
+    if encoded.aux_values is None or encoded.aux_indices is None or state.dead is None:
         return None
     # b_dec stands in x_hat, so the residual is free of it
-    explained = sparse_decode(found.aux_values, found.aux_indices, sae.W_dec, None, bf16_copy=sae.decoder_bf16)
-    weight = sae.config.aux_coefficient * state.dead.any()  # not asked on the host, which would have to wait
+    explained = sparse_decode(encoded.aux_values, encoded.aux_indices, sae.W_dec, None, bf16_copy=sae.decoder_bf16)
+    weight = sae.config.aux_coefficient * state.dead.any()  # stays on the device: to ask would make the host wait
     return weight * losses.auxk(residual, explained, state.across)

@@ -1,4 +1,4 @@
-"""What reading other programs' folders has in common: configs, tensors, and what a mismatch is called."""
+"""What readers of other programs' folders share: configs, tensors, and the errors where they do not fit."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from flux_ir.sae.architectures.jumprelu import JumpReLU
 from flux_ir.sae.architectures.make import bare_sae
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 
-LFS_POINTER = b"version https://git-lfs"  # how the text begins that Git leaves in the place of a large file
+LFS_POINTER = b"version https://git-lfs"  # how the text begins that Git LFS leaves instead of a large file
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")  # others are codes that need scales (fp8), or no numbers
 
 
@@ -76,9 +76,9 @@ def whole_number(config: Mapping[str, Any], name: str, path: Path) -> int:
 
 
 def agreed_k(path: Path, said: Mapping[str, Any]) -> int:
-    """The k that every place of a folder that has one agrees on; None stands for places that have none.
+    """The k of a folder, by where it is written (`said`); None where it is not.
 
-    Raises FluxIRError if they do not agree, or if no place has one: every guess would give other features.
+    Raises FluxIRError if two differ, or if there is none: every guess would give other features.
     """
     given = {where: value for where, value in said.items() if value is not None}
     if not given:

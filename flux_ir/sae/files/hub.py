@@ -97,7 +97,7 @@ def _facts(sae: SparseAutoencoder) -> dict[str, Any]:
 
 
 def _data(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What it was trained on, as the trainer keeps it; nothing of a local path but its last name."""
+    """What it was trained on, as its metadata have it; of a local path only the last name."""
     data = metadata.get("data")
     if not isinstance(data, Mapping):
         return {}

@@ -65,10 +65,10 @@ class _EncodeTopKOnCPU(torch.autograd.Function):
         centred = (x if b_dec is None else x - b_dec).to(weight.dtype)
         bias = b_enc.to(weight.dtype)
         rows = max(128, CHUNK_ENTRIES // len(encoder))
-        room = weight.new_empty(min(rows, len(x)), len(encoder))
+        scratch = weight.new_empty(min(rows, len(x)), len(encoder))
         parts = []
         for chunk in torch.split(centred, rows):
-            pre = torch.mm(chunk, weight.t(), out=room[: len(chunk)]).add_(bias)
+            pre = torch.mm(chunk, weight.t(), out=scratch[: len(chunk)]).add_(bias)
             aux = () if dead is None else largest(pre[:, dead], min(k_aux, len(dead)))
             parts.append((*largest(pre, k), *aux))
         values, indices, *aux_parts = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -97,13 +97,13 @@ class _EncodeTopKOnCPU(torch.autograd.Function):
         needs_x, needs_encoder = ctx.needs_input_grad[:2]
         b_enc_gradient = encoder.new_zeros(len(encoder))
         encoder_gradient = x_gradient = b_dec_gradient = None
-        for gradient, where in codes:
-            b_enc_gradient.index_add_(0, where.flatten(), gradient.flatten())
+        for gradient, chosen in codes:
+            b_enc_gradient.index_add_(0, chosen.flatten(), gradient.flatten())
             if needs_encoder:
-                part = rows_gradient(gradient, where, centred, len(encoder), encoder.dtype)
+                part = rows_gradient(gradient, chosen, centred, len(encoder), encoder.dtype)
                 encoder_gradient = part if encoder_gradient is None else encoder_gradient.add_(part)
             if needs_x:
-                part = weighted_rows(gradient, where, encoder)
+                part = weighted_rows(gradient, chosen, encoder)
                 x_gradient = part if x_gradient is None else x_gradient.add_(part)
         if ctx.has_b_dec:  # every token's x - b_dec goes the same way: no gradient per token is needed
             b_dec_gradient = -(b_enc_gradient @ encoder)
@@ -142,7 +142,7 @@ class _Used(NamedTuple):
     """The features that a code uses, if they are so few that dense products over them are faster."""
 
     features: Tensor  # [u]
-    places: Tensor  # [n, k] where each entry's feature stands among them
+    columns: Tensor  # [n, k] the column that each entry's feature has among them
 
     @classmethod
     def of(cls, indices: Tensor, d_sae: int) -> "_Used | None":
@@ -154,7 +154,7 @@ class _Used(NamedTuple):
     def dense(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """The codes [n, u] of the used features."""
         z = values.new_zeros(len(values), len(self.features), dtype=dtype)
-        return z.scatter_add_(1, self.places, values.to(dtype))
+        return z.scatter_add_(1, self.columns, values.to(dtype))
 
 
 def weighted_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def row_products(vectors: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """The inner products of each of `vectors` [n, d] with the `indices` rows of weight [F, d]: [n, k]."""
     used = _Used.of(indices, len(weight))
     if used is not None:
-        return (vectors @ weight[used.features].t()).gather(1, used.places)
+        return (vectors @ weight[used.features].t()).gather(1, used.columns)
     n, k = indices.shape
     starts = torch.arange(0, n * k, k)
     tokens = torch.arange(n).repeat_interleave(k)

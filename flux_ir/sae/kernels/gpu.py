@@ -92,14 +92,14 @@ class _EncodeTopKInTriton(torch.autograd.Function):
             codes.append((aux_gradient * dead[aux_indices], aux_indices))
         if not codes:
             return (None,) * 8
-        gradients = [rows_gradient(gradient, where, centred, len(encoder)) for gradient, where in codes]
+        gradients = [rows_gradient(gradient, chosen, centred, len(encoder)) for gradient, chosen in codes]
         encoder_gradient, b_enc_gradient = gradients[0]
         for more in gradients[1:]:
             encoder_gradient.add_(more.rows)
             b_enc_gradient.add_(more.sums)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            parts = [weighted_rows(gradient, where, encoder, None) for gradient, where in codes]
+            parts = [weighted_rows(gradient, chosen, encoder, None) for gradient, chosen in codes]
             x_gradient = torch.stack(parts).sum(0).to(encoder.dtype)
         # Every token's x - b_dec goes the same way: no gradient per token is needed.
         b_dec_gradient = -(b_enc_gradient @ encoder) if ctx.has_b_dec else None
@@ -311,12 +311,12 @@ def rows_gradient_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([width], dtype=tl.float32)
     total_value = tl.zeros([at_once], dtype=tl.float32)
     for first in range(start, end, at_once):
-        places = first + tl.arange(0, at_once)
-        present = places < end
-        entry = tl.load(order + places, mask=present, other=0)
+        offsets = first + tl.arange(0, at_once)
+        present = offsets < end
+        entry = tl.load(order + offsets, mask=present, other=0)
         value = tl.load(values + entry, mask=present, other=0.0).to(tl.float32)
-        where = (entry // k)[:, None] * d + columns[None, :]
-        block = tl.load(vectors + where, mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        tokens = (entry // k)[:, None] * d + columns[None, :]
+        block = tl.load(vectors + tokens, mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += tl.sum(value[:, None] * block, axis=0)
         total_value += value
     tl.store(out + feature * d + columns, total, mask=inside)
@@ -346,22 +346,22 @@ def adam_kernel(  # type: ignore[no-untyped-def]
     """One row: project, Adam, back to length 1, round into the bf16 copy. Everything is read and written once."""
     columns = tl.arange(0, width)
     inside = columns < d
-    place = tl.program_id(0).to(tl.int64) * d + columns
-    w = tl.load(weight + place, mask=inside, other=0.0)
-    g = tl.load(gradient + place, mask=inside, other=0.0)
+    offsets = tl.program_id(0).to(tl.int64) * d + columns
+    w = tl.load(weight + offsets, mask=inside, other=0.0)
+    g = tl.load(gradient + offsets, mask=inside, other=0.0)
     if has_scale:
         g *= tl.load(scale)
     if unit_rows:
         g -= tl.sum(g * w, axis=0) * w
-    m = tl.load(exp_avg + place, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + place, mask=inside, other=0.0)
+    m = tl.load(exp_avg + offsets, mask=inside, other=0.0)
+    v = tl.load(exp_avg_sq + offsets, mask=inside, other=0.0)
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
     w -= step_size * m / (tl.sqrt(v) / root_correction + eps)
     if unit_rows:
         w /= tl.sqrt(tl.sum(w * w, axis=0))
-    tl.store(exp_avg + place, m, mask=inside)
-    tl.store(exp_avg_sq + place, v, mask=inside)
-    tl.store(weight + place, w, mask=inside)
+    tl.store(exp_avg + offsets, m, mask=inside)
+    tl.store(exp_avg_sq + offsets, v, mask=inside)
+    tl.store(weight + offsets, w, mask=inside)
     if has_bf16_copy:
-        tl.store(bf16_copy + place, w, mask=inside)
+        tl.store(bf16_copy + offsets, w, mask=inside)

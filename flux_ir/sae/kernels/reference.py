@@ -93,7 +93,7 @@ def adam_rows_(
     """One step of Adam (Kingma & Ba 2015) in place; `bf16_copy` becomes the rounded weight."""
     if how.scale is not None:
         gradient = gradient * how.scale
-    if how.unit_rows:
+    if how.unit_rows:  # g - <g, w> w: what is left of the gradient is tangential to the unit sphere
         gradient = gradient - (gradient * weight).sum(-1, keepdim=True) * weight
     exp_avg.mul_(how.betas[0]).add_(gradient, alpha=1 - how.betas[0])
     exp_avg_sq.mul_(how.betas[1]).addcmul_(gradient, gradient, value=1 - how.betas[1])

@@ -30,5 +30,5 @@ def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = (chosen[:, None] + torch.arange(0, whole, groups, device=pre.device)[:, None]).flatten(1)
     if whole < width:
         columns = torch.cat([columns, torch.arange(whole, width, device=pre.device).expand(n, -1)], 1)
-    values, places = largest(pre.gather(1, columns), k)
-    return values, columns.gather(1, places)
+    values, chosen_columns = largest(pre.gather(1, columns), k)
+    return values, columns.gather(1, chosen_columns)

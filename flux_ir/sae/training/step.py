@@ -387,13 +387,13 @@ class AcrossRanks:
         self.ranks = ranks
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of every process's `value`."""
+        """All-reduce: the mean of every process's `value`."""
         if self.ranks.world_size == 1:
             return value
         return all_sum(value.detach().clone(), self.ranks) / self.ranks.world_size
 
     def gather(self, value: Tensor) -> Tensor:
-        """Every process's `value`, in order of rank. All are of one shape."""
+        """All-gather: every process's `value`, in order of rank. All are of one shape."""
         if self.ranks.world_size == 1:
             return value
         parts = [torch.empty_like(value) for _ in range(self.ranks.world_size)]
