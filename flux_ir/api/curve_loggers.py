@@ -18,11 +18,11 @@ class Logger(Protocol):
         """Hand over one row of each autoencoder."""
 
     def close(self) -> None:
-        """Write what is waiting."""
+        """Write what is buffered."""
 
 
 class NoLogger:
-    """The default."""
+    """Writes nothing: the default."""
 
     def log(self, rows: Mapping[str, Row]) -> None: ...
 

@@ -360,9 +360,9 @@ def write_results(judged: EvaluatedSAE, settings: EvaluateSAESettings) -> None:
         "What is left unexplained",
         subtitle=what,
         anchors={
-            NAMES[name]: {step: numbers.fvu for step, numbers in found.per_step.items()}
-            for name, (_, found) in judged.baselines.items()
-            if name != "neurons"  # they give back something else
+            NAMES[name]: {step: numbers.fvu for step, numbers in measured.per_step.items()}
+            for name, (_, measured) in judged.baselines.items()
+            if name != "neurons"  # they reconstruct the feed-forward branch, which is something else
         },
     )
     rows = read_curves(folder / CURVES)
@@ -383,7 +383,7 @@ def as_json(judged: EvaluatedSAE, settings: EvaluateSAESettings) -> dict[str, An
             "fit_tokens": settings.fit_tokens,
         },
         **to_json(judged.evaluation),
-        "baselines": {name: {"k": k, **to_json(found)} for name, (k, found) in judged.baselines.items()},
+        "baselines": {name: {"k": k, **to_json(measured)} for name, (k, measured) in judged.baselines.items()},
         "splice": judged.splice,
         "versions": versions("torch"),
     }
@@ -407,14 +407,14 @@ def draw_fronts(judged: Sequence[EvaluatedSAE]) -> dict[str, Path]:
     for site in sites:
         members = [one for one in judged if origin_of(one) == site]
         name = "pareto.png" if len(sites) == 1 else f"pareto_{site.split()[0]}.png"
-        runs = [ParetoPoint(family_of(one.config), *_l0_fvu(one.evaluation.overall)) for one in members]
+        points = [ParetoPoint(family_of(one.config), *_l0_fvu(one.evaluation.overall)) for one in members]
         anchors = [
-            ParetoPoint(NAMES[name], *_l0_fvu(found.overall))
+            ParetoPoint(NAMES[name], *_l0_fvu(measured.overall))
             for one in members
-            for name, (_, found) in one.baselines.items()
+            for name, (_, measured) in one.baselines.items()
             if name != "neurons"
         ]
-        pareto(common / name, runs, "Sparsity against what is left unexplained", subtitle=site, anchors=anchors)
+        pareto(common / name, points, "Sparsity against what is left unexplained", subtitle=site, anchors=anchors)
         written[f"front, {site}"] = common / name
     return written
 

@@ -1,4 +1,4 @@
-"""How work that takes long tells how far it is: it calls `progress` with events, and prints nothing itself."""
+"""Progress of long work: it calls `progress` with events, and prints nothing itself."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,11 +31,11 @@ Watch = Callable[[Progress | Note | Begun], None]
 
 
 def unwatched(event: Progress | Note | Begun) -> None:
-    """For those who do not want to know."""
+    """Ignores every event."""
 
 
 def follow(progress: Watch, stage: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """The items, each reported once it has been dealt with."""
+    """The items; each is reported when the next is asked for, and so done."""
     progress(Progress(stage, 0, total))
     for done, item in enumerate(items, start=1):
         yield item

@@ -1,6 +1,8 @@
-"""Training of autoencoders: questions first, then a run for each kind of tokens.
+"""Training of autoencoders: everything is checked first, then comes a run for each kind of tokens.
 
 Sites that have the same tokens (all image sites, say) are one run: their autoencoders train side by side on one batch.
+To follow a training from here to a weight: `run_training`, then `TrainingRun.work` (`training_run`), `Member.step`
+(`sae.training.step`, which asks an architecture for its loss) and `RowAdam.step` (`sae.training.optimiser`).
 """
 
 import hashlib
@@ -171,22 +173,22 @@ def _check_memory(
     each = 4 * (2 + moments + (settings.ema_decay is not None)) + (settings.compute_dtype != torch.float32) * 2
     # Weights are drawn on the CPU, from random numbers that are as large.
     needed = {"cpu": 8 * max(elements.values())} | {str(device): int(each * sum(elements.values()))}
-    for where, size in needed.items():
-        free = free_memory(where)
+    for memory, size in needed.items():
+        free = free_memory(memory)
         if free is not None and size > free:
             largest = max(members.values(), key=lambda config: config.d_sae)
             raise FluxIRError(
                 f"it does not fit: {counted(len(members), 'autoencoder')} of up to {largest.d_sae} features for "
-                f"activations {largest.d_in} wide take {in_units(size)} of memory on {where} (weights, gradients and "
+                f"activations {largest.d_in} wide take {in_units(size)} of memory on {memory} (weights, gradients and "
                 f"the optimiser's moments), and {in_units(free)} are free",
                 hint="lower --expansion, or train fewer at a time",
             )
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> str:
-    """What precision products have, and where they could have a quicker one."""
-    quicker = dtype == torch.float32 and device.type == "cpu" and bfloat16_on(device).real
-    advice = " (this CPU trains several times as fast with --dtype bfloat16)" if quicker else ""
+    """The precision of the products, and a hint where a lower one would be faster."""
+    bfloat16_is_faster = dtype == torch.float32 and device.type == "cpu" and bfloat16_on(device).real
+    advice = " (this CPU trains several times as fast with --dtype bfloat16)" if bfloat16_is_faster else ""
     return f"products in {str(dtype).removeprefix('torch.')}{advice}"
 
 

@@ -1,4 +1,4 @@
-"""What `train-sae` trains on: stored activations, or a model that runs along; both in the same words."""
+"""What `train-sae` trains on: stored activations, or those of a model that runs meanwhile, behind one interface."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +41,7 @@ from flux_ir.threads import ahead
 SAMPLE_TOKENS = 8_192  # that b_dec starts from
 MEASURED_TOKENS = 100_000  # that the normalisation is measured on
 MEASURED_BYTES = 2**29  # of a live stream: what of it is held in memory meanwhile
-AHEAD_BYTES = 2**28  # of a live stream: what is made before it is wanted
+AHEAD_BYTES = 2**28  # of a live stream: what is prefetched
 EVALUATION_TOKENS = 4_096  # encoded at once
 COUNTED_GENERATIONS = 64  # whose tokens are counted, to know about how many an epoch has
 LIVE_POOL_SHARE, LIVE_POOL_BATCHES = 8, 8  # of the tokens of a live run the pool holds a part, or a few batches
@@ -101,14 +101,14 @@ class TrainingData:
         sample = sample_tokens(source, [site], SAMPLE_TOKENS, filters=self.filters, split=self.split)[site].float()
         if not normalise:
             return Measured(torch.zeros(sample.shape[1]), 1.0, sample, None)
-        found = measure_normalisation(
+        normalisation = measure_normalisation(
             source, [site], filters=self.filters, split=self.split, least_tokens=MEASURED_TOKENS
         )[site]
         if self.noise is None:
-            return Measured(found.mean.float(), found.scale, sample, None)
+            return Measured(normalisation.mean.float(), normalisation.scale, sample, None)
         filters = replace(self.filters, steps=self.steps)
         undecided = undecided_covariance(self.noise, site, filters=filters, split=self.split)
-        whitening = whitening_of(found.mean, undecided)
+        whitening = whitening_of(normalisation.mean, undecided)
         return Measured(*normalisation_of(whitening(sample)), whitening(sample), whitening)
 
     def epoch_tokens(self, site: SiteKey) -> int:
@@ -124,8 +124,8 @@ class TrainingData:
         if callable(source):
             yield from (block for block in source() if block.site == site)
             return
-        here = (i for i, one in enumerate(source.generations) if self.split.has("training", one.id, one.prompt))
-        for index in islice(here, COUNTED_GENERATIONS):
+        training = (i for i, one in enumerate(source.generations) if self.split.has("training", one.id, one.prompt))
+        for index in islice(training, COUNTED_GENERATIONS):
             yield source.read(index, site, self.steps[0])
 
     def _kept(self, block: TokenBlock) -> int:
@@ -149,10 +149,10 @@ class TrainingData:
 
     def outlier_limits(self, site: SiteKey, most_tokens: int) -> dict[Group, float]:
         """How long an outlier is, of each step and stream: of the tokens that are measured on; live, of the first."""
-        begun = self.beginning()
+        beginning = self.beginning()
         batches = self.evaluation_batches(site, most_tokens)
-        if callable(begun):
-            batches = self._live_tokens(begun, site, "training", most_tokens)
+        if callable(beginning):
+            batches = self._live_tokens(beginning, site, "training", most_tokens)
         return outlier_limits(batches, self.steps)
 
     @property
@@ -179,10 +179,10 @@ class TrainingData:
         what = (
             f"{self.generations} generations" if stored else f"live generations of {self.described['prompts']} prompts"
         )
-        told = f"{what} of {self.model or 'an array'}, {self.split.note}"
+        text = f"{what} of {self.model or 'an array'}, {self.split.note}"
         if self._holds_unknown_padding():
-            told += "; the captures do not say which text tokens are padding: all are trained on"
-        return told
+            text += "; the captures do not say which text tokens are padding: all are trained on"
+        return text
 
     def _holds_unknown_padding(self) -> bool:
         """Whether padding should be left out, and cannot be."""
@@ -221,7 +221,7 @@ def open_data(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
 
 
 def _whitened(data: TrainingData, path: Path) -> TrainingData:
-    """The same data, to be whitened by what is stored there. Raises FluxIRError for other sites, steps or models."""
+    """The same data, whitened by the captures at this path. Raises FluxIRError for other sites, steps or models."""
     noise = open_source(path)
     if None not in (noise.model, data.model) and noise.model != data.model:
         raise FluxIRError(

@@ -1,4 +1,8 @@
-"""One run of `train-sae`: autoencoders side by side, from their start or their last checkpoint to their folders."""
+"""One run of `train-sae`: autoencoders side by side, from their start or their last checkpoint to their folders.
+
+`TrainingRun.work` is the story; `_train` is the loop, of which each round is a step of `sae.training.step`. Stopping
+and going on changes no bit: a checkpoint holds the position in the data beside weights and moments.
+"""
 
 import json
 import math
@@ -33,8 +37,8 @@ CURVES = "curves.jsonl"
 CHECKPOINTS = ".training"
 MOST_HELD_OUT = 1_000_000  # tokens an autoencoder is measured on at the end; `evaluate-sae` takes all
 LEAST_ROWS, MOST_STEPS = 200, 100  # a row of the curves at least so often
-AGREE_STEPS = 10  # many processes decide together only so often
-SHORT_BATCHES = 3
+AGREE_STEPS = 10  # steps from one all-reduce of what processes want to the next: each makes the host wait
+SHORT_BATCHES = 3  # in a row that are not full: the data have no full one
 
 # What does not change the weights, or is compared by what it stands for.
 FREE = {
@@ -95,7 +99,10 @@ class TrainingRow(NamedTuple):
 
 
 class TrainingRun:
-    """Its folder is looked at when it is made, so a run that may not be is refused before any begins."""
+    """A run from its start, or its last checkpoint, to the folders of its autoencoders.
+
+    It is checked against its folder when it is made, so that a run which must be refused is so before any begins.
+    """
 
     def __init__(
         self,
@@ -118,7 +125,7 @@ class TrainingRun:
             self._check(self.saved.state["described"], self.saved.path)
         # Never that of another run, also not of the same command into the same folder: curves would be mixed.
         self.log_id = f"{planned.id}-{secrets.token_hex(4)}" if self.saved is None else self.saved.state["log_id"]
-        self.finished = self.saved is None and self._look_at_folders()
+        self.finished = self.saved is None and self._all_trained()
 
     def work(self) -> Iterator[TrainingRow]:
         """Train to the end and write everything, or to where somebody asks to stop."""
@@ -201,19 +208,19 @@ class TrainingRun:
         """Step to the end, or to where somebody asks to stop, with curves and checkpoints."""
         settings, logger = self.planned.settings, self._logger(trainer.steps_done)
         every = max(1, min(MOST_STEPS, settings.total_steps // LEAST_ROWS))
-        clock = Clock(self.asked, trainer.tokens_seen)
-        for progress in train(trainer, full_batches(batches, settings.batch_tokens)):
-            told = progress.optimiser_step % every == 0 or trainer.finished
-            rows = self._record(trainer, progress, logger) if told else None
-            due, stopping = self._agree(clock.due(progress.tokens), self.stop(), progress.optimiser_step)
-            if due or stopping or trainer.finished:
+        timer = CheckpointTimer(self.asked, trainer.tokens_seen)
+        for step in train(trainer, full_batches(batches, settings.batch_tokens)):
+            row_due = step.optimiser_step % every == 0 or trainer.finished
+            rows = self._record(trainer, step, logger) if row_due else None
+            checkpoint_due, stopping = self._agree(timer.due(step.tokens), self.stop(), step.optimiser_step)
+            if checkpoint_due or stopping or trainer.finished:
                 self._save(trainer, batches)
-                clock.saved(progress.tokens)
+                timer.saved(step.tokens)
             if rows is not None:
                 try:
-                    yield self._row(progress.tokens, rows)
-                except GeneratorExit:  # whoever asked for rows wants no more; many processes would have to agree
-                    if self.ranks.world_size == 1 and clock.tokens != progress.tokens:
+                    yield self._row(step.tokens, rows)
+                except GeneratorExit:  # the caller asks for no more rows; many processes would have to agree to save
+                    if self.ranks.world_size == 1 and timer.tokens != step.tokens:
                         self._save(trainer, batches)
                     raise
             if stopping and not trainer.finished:
@@ -221,7 +228,7 @@ class TrainingRun:
         logger.close()
 
     def _agree(self, due: bool, stopping: bool, step: int) -> tuple[bool, bool]:  # noqa: FBT001
-        """What all processes do: what any of them wants. With many, asked only every few steps."""
+        """Whether all processes save, and whether they stop: if any wants to. Many are asked every few steps."""
         if self.ranks.world_size == 1:
             return due, stopping
         if step % AGREE_STEPS:
@@ -229,20 +236,20 @@ class TrainingRun:
         wishes = all_sum(torch.tensor([int(due and self.ranks.is_first), int(stopping)]), self.ranks).tolist()
         return wishes[0] > 0, wishes[1] > 0
 
-    def _record(self, trainer: Trainer, progress: FinishedStep, logger: Logger) -> dict[str, Row]:
+    def _record(self, trainer: Trainer, step: FinishedStep, logger: Logger) -> dict[str, Row]:
         """Add a row to every curve. Raises FluxIRError for a loss that is no number any more."""
         rows: dict[str, Row] = {}
         schedules = {member.name: member.schedule for member in trainer.members}
-        for name, numbers in progress.read(self.ranks).items():
+        for name, numbers in step.read(self.ranks).items():
             if not math.isfinite(numbers["loss"]):
                 raise FluxIRError(
-                    f"the training diverged: the loss of {name} is {numbers['loss']} after {progress.optimiser_step} "
+                    f"the training diverged: the loss of {name} is {numbers['loss']} after {step.optimiser_step} "
                     "optimiser steps; checkpoints from before are kept",
                     hint=DIVERGED,
                 )
-            place = {"step": progress.optimiser_step, "tokens": progress.tokens}
-            rate = {"learning_rate": schedules[name].rate(progress.optimiser_step - 1)}
-            rows[name] = place | _rounded(numbers | rate)
+            position = {"step": step.optimiser_step, "tokens": step.tokens}
+            rate = {"learning_rate": schedules[name].rate(step.optimiser_step - 1)}
+            rows[name] = position | _rounded(numbers | rate)
             self.curves[name].append(rows[name])
         if self.ranks.is_first:
             logger.log(rows)
@@ -258,11 +265,11 @@ class TrainingRun:
         sae, folder = member.finish(), self.planned.folder / member.name
         tokens = self.data.evaluation_batches(member.site, MOST_HELD_OUT)
         limits = self.data.outlier_limits(member.site, MOST_HELD_OUT)
-        found = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device, limits=limits)
-        sae.log_frequency = log_frequency_of(found.frequency)
-        sae.mean_active, sae.max_active = found.mean_active, found.max_active
+        evaluation = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device, limits=limits)
+        sae.log_frequency = log_frequency_of(evaluation.frequency)
+        sae.mean_active, sae.max_active = evaluation.mean_active, evaluation.max_active
         seen = self.planned.settings.total_steps * self.planned.settings.batch_tokens
-        sae.metadata = self.data.metadata() | {"tokens_seen": seen, "fvu": to_json(found)["overall"]["fvu"]}
+        sae.metadata = self.data.metadata() | {"tokens_seen": seen, "fvu": to_json(evaluation)["overall"]["fvu"]}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         with complete_file(folder / CURVES) as beside:
@@ -272,7 +279,7 @@ class TrainingRun:
             "options": self.asked.to_json(),
             "config": sae.config.to_dict(),
             "measured_on": self._measured_on,
-            "result": to_json(found),
+            "result": to_json(evaluation),
             "versions": versions("torch"),
         }
         write_json(folder / TRAINING, about)
@@ -285,38 +292,39 @@ class TrainingRun:
     def _results(self) -> tuple[Trained, ...]:
         if not self.ranks.is_first:
             return ()
-        found = []
+        trained = []
         for name, config in self.planned.members.items():
             result = read_json(self.planned.folder / name / TRAINING, required=("result",))["result"]
             folder = self.planned.folder / name
-            found.append(Trained(folder, config.d_sae, self._measured_on, result["overall"], result["outliers"]))
-        return tuple(found)
+            trained.append(Trained(folder, config.d_sae, self._measured_on, result["overall"], result["outliers"]))
+        return tuple(trained)
 
-    def _look_at_folders(self) -> bool:
-        """Whether all autoencoders are there already. Raises FluxIRError for one that was trained otherwise."""
-        there = [name for name in self.planned.members if (self.planned.folder / name / CONFIG_FILE).is_file()]
-        for name in there:
+    def _all_trained(self) -> bool:
+        """Whether the folders hold all autoencoders already. Raises FluxIRError for one that was trained otherwise."""
+        trained = [name for name in self.planned.members if (self.planned.folder / name / CONFIG_FILE).is_file()]
+        for name in trained:
             about = self.planned.folder / name / TRAINING
             if not about.is_file():
                 raise FluxIRError(
                     f"{about.parent} holds another autoencoder already", hint="pass another --name or --output_dir"
                 )
             self._check(read_json(about, required=("described",))["described"], about.parent)
-        return len(there) == len(self.planned.members)
+        return len(trained) == len(self.planned.members)
 
-    def _check(self, before: Mapping[str, Any], where: Path | None) -> None:
-        """Raises FluxIRError unless what was trained there is what shall be trained now."""
-        before, now = _flat(before), _flat(self.described)
+
+    def _check(self, described: Mapping[str, Any], path: Path | None) -> None:
+        """Raises FluxIRError unless what was trained at this path is what shall be trained now."""
+        before, now = _flat(described), _flat(self.described)
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not names:
             return
-        told = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
+        differences = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
         hint = "pass the settings of the first time, or another --name"
         if "data.content" in names:
             hint = "the activations are others than the first time, whatever they are called: pass another --name"
         if names == ["tokens"]:
             hint = "the learning rate is drawn over the whole run, so it cannot be made longer: pass another --name"
-        raise FluxIRError(f"{where} belongs to other settings: {told}", hint=hint)
+        raise FluxIRError(f"{path} belongs to other settings: {differences}", hint=hint)
 
     def _describe(self) -> Row:
         """Everything the weights depend on, as JSON says it."""
@@ -341,7 +349,7 @@ class TrainingRun:
             self.progress(Note(f"{self.planned.id}: {text}"))
 
 
-class Clock:
+class CheckpointTimer:
     """When the next checkpoint is due: by time, and by tokens if asked."""
 
     def __init__(self, settings: TrainSAESettings, tokens: int) -> None:
@@ -382,7 +390,7 @@ def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _flat(described: Mapping[str, Any]) -> Row:
-    """A description whose parts stand beside each other, so that each can be compared and told."""
+    """A description without nesting, so that its parts can be compared and named one by one."""
     flat: Row = {}
     for name, value in described.items():
         flat |= {f"{name}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}

@@ -1,6 +1,6 @@
-"""What a training of autoencoders is asked for, and which questions contradict each other.
+"""The settings of a training, and which of them contradict each other.
 
-Nothing heavy is imported here, so that a contradiction is told at once.
+They have a file of their own because nothing here imports torch, which takes seconds: contradictions are told at once.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,8 @@ from flux_ir.errors import FluxIRError
 from flux_ir.sites import site_names
 
 SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
-LISTS = (
-    "k",
-    "prefixes",
-    "expansion",
-    "seed",
-    "l1_coefficient",
-    "target_l0",
-    "steps",
-)  # of which people may pass one element
+# These may be given as one element.
+LISTS = ("k", "prefixes", "expansion", "seed", "l1_coefficient", "target_l0", "steps")
 PATHS = ("captures", "whiten", "output_dir")
 LEAST = dict.fromkeys(("seed", "steps", "ema", "checkpoint_minutes"), 0) | dict.fromkeys(
     (
@@ -89,7 +82,7 @@ class TrainSAESettings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "TrainSAESettings":
-        """The same from what people pass: one number where there may be several, text for sites and paths."""
+        """Settings from arguments as people pass them: one number where there may be several, text for paths."""
         given = {field.name: arguments[field.name] for field in fields(cls)}
         for name in LISTS:
             if given[name] is not None:
