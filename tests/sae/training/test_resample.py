@@ -3,7 +3,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.config import ARCHITECTURES
-from flux_ir.sae.training.resample import resample_dead_
+from flux_ir.sae.training.step import resample_dead_
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
