@@ -145,7 +145,7 @@ class TokenBatches:
         self.close()
 
     def close(self) -> None:
-        """Ends reading ahead. Batches that were given out stay valid."""
+        """Ends the prefetch. Batches that were given out stay valid."""
         self._filler.close()
         self._next = None
 
@@ -240,7 +240,7 @@ def _capacity(pool_bytes: int, batch_tokens: int, tokens: int | None, layout: Ma
 
 
 def _memory_bytes() -> int:
-    """The memory of this machine [bytes]; 0 where that is not told."""
+    """The memory of this machine [bytes]; 0 where the system does not say."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 

@@ -1,7 +1,7 @@
 """Which generations are never trained on: a hash of the prompt decides, so all repeats of a prompt stay together.
 
 A hash needs no list: the same prompt falls on the same side in every collection, however it grows, and in a live stream
-too. All that a split is stands in one number, its `threshold`.
+too. A split is one number, its `threshold`.
 """
 
 import hashlib

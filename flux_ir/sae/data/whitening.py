@@ -174,7 +174,7 @@ def repeated(source: TokenSource, split: Split) -> list[list[int]]:
     for index, generation in enumerate(source.generations):
         if generation.prompt and split.has("training", generation.id, generation.prompt):
             by_prompt[generation.prompt].append(index)
-    groups = [found for found in by_prompt.values() if len(found) > 1]
+    groups = [group for group in by_prompt.values() if len(group) > 1]
     if not groups:
         raise FluxIRError(
             f"whitening takes several generations of a prompt: of {len(by_prompt)} prompts on the training side "

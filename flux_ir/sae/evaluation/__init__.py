@@ -1,1 +1,1 @@
-"""How good an autoencoder is: numbers on unseen tokens, baselines, and the model with it in the stream's place."""
+"""How good an autoencoder is: numbers on unseen tokens, baselines, and the model run with its reconstructions."""

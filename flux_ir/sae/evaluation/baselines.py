@@ -253,13 +253,13 @@ class ITDA(Baseline):
         `atom_tokens` says which token each atom is. Raises FluxIRError if fewer than k atoms are found.
         """
         centred = tokens.float() - mean.float()
-        found = _Atoms(centred, d_sae)
+        atoms = _Atoms(centred, d_sae)
         for threshold in thresholds:
             for start in range(0, len(centred), TOKENS_AT_ONCE):
-                if found.full:
+                if atoms.full:
                     break
-                found.consider(start, min(start + TOKENS_AT_ONCE, len(centred)), k, threshold)
-        chosen = found.chosen()
+                atoms.consider(start, min(start + TOKENS_AT_ONCE, len(centred)), k, threshold)
+        chosen = atoms.chosen()
         if len(chosen) < k:
             raise FluxIRError(
                 f"a dictionary of data points needs at least k = {k} tokens that differ: found {len(chosen)} "
@@ -267,7 +267,7 @@ class ITDA(Baseline):
                 hint="give it more tokens, or choose a smaller k",
             )
         config = BaselineConfig("itda", tokens.shape[1], len(chosen), k)
-        return cls(config, found.atoms(), mean.float(), chosen)
+        return cls(config, atoms.directions(), mean.float(), chosen)
 
 
 class _Atoms:
@@ -286,7 +286,7 @@ class _Atoms:
     def chosen(self) -> Tensor:
         return torch.tensor(self.rows, dtype=torch.int64, device=self.centred.device)
 
-    def atoms(self) -> Tensor:
+    def directions(self) -> Tensor:
         return self.unit[self.chosen()]
 
     def consider(self, start: int, stop: int, k: int, threshold: float) -> None:
@@ -303,7 +303,7 @@ class _Atoms:
         size = x.square().sum(1)
         if not self.rows:
             return (size > 0).float()
-        atoms = self.atoms()
+        atoms = self.directions()
         residual = x - gradient_pursuit(x, atoms, k) @ atoms
         return residual.square().sum(1) / torch.where(size > 0, size, 1.0)
 

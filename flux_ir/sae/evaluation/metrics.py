@@ -406,13 +406,13 @@ def _outliers_to_json(outliers: Outliers) -> dict[str, Any]:
     }
 
 
-def _broken_down_to_json(found: Evaluation | Outliers) -> dict[str, Any]:
+def _broken_down_to_json(measured: Evaluation | Outliers) -> dict[str, Any]:
     return {
-        "overall": numbers_to_json(found.overall),
-        "per_step": {str(step): numbers_to_json(numbers) for step, numbers in found.per_step.items()},
-        "per_stream": {stream: numbers_to_json(numbers) for stream, numbers in found.per_stream.items()},
+        "overall": numbers_to_json(measured.overall),
+        "per_step": {str(step): numbers_to_json(numbers) for step, numbers in measured.per_step.items()},
+        "per_stream": {stream: numbers_to_json(numbers) for stream, numbers in measured.per_stream.items()},
         "per_step_and_stream": {
-            f"{step}.{stream}": numbers_to_json(numbers) for (step, stream), numbers in found.per_group.items()
+            f"{step}.{stream}": numbers_to_json(numbers) for (step, stream), numbers in measured.per_group.items()
         },
     }
 

@@ -285,8 +285,8 @@ def _figure(path: Path, width: float, height: float, title: str, subtitle: str) 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(tokens, value) of every row that has a finite number under this key."""
-    found = [(row.get("tokens"), row.get(key)) for row in rows]
-    return [(float(x), float(y)) for x, y in found if x is not None and y is not None and isfinite(y)]
+    points = [(row.get("tokens"), row.get(key)) for row in rows]
+    return [(float(x), float(y)) for x, y in points if x is not None and y is not None and isfinite(y)]
 
 
 def _finite(values: Mapping[int, float]) -> list[tuple[int, float]]:

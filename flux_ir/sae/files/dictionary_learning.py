@@ -60,7 +60,7 @@ def save_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> Path:
     with (
         complete_file(folder / WEIGHTS_FILE) as beside,
         beside.open("wb") as file,
-    ):  # a full disk is told through a file
+    ):  # so that a full disk raises OSError, which torch.save to a path does not
         torch.save(tensors, file)
     trainer = {
         "dict_class": chosen.dict_class,
@@ -86,10 +86,10 @@ def load_dictionary_learning(folder: Path) -> SparseAutoencoder:
         )
     architecture, to_ours, shapes = _READERS[dict_class]
     tensors = _read(weights_file)
-    found = dict(
+    in_decoder = dict(
         zip(("activation_dim", "dict_size"), tensors.get("decoder.weight", torch.empty(0)).shape, strict=False)
     )
-    d_in, d_sae = (whole_number({**found, **trainer}, name, path) for name in ("activation_dim", "dict_size"))
+    d_in, d_sae = (whole_number({**in_decoder, **trainer}, name, path) for name in ("activation_dim", "dict_size"))
     optional = ("k", "threshold") if architecture == "topk" else ("k",)  # of their first versions
     groups = tensors.pop("group_sizes", torch.empty(0)) if architecture == "matryoshka" else torch.empty(0)
     check_tensors(weights_file, tensors, shapes(d_in, d_sae), optional=optional)

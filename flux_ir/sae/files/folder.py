@@ -3,7 +3,7 @@
 feature_activations.safetensors beside them is ours: how strongly each feature is active, the unit of steering.
 
 Always with the normalisation folded in, so that a loader needs to know nothing but the weights. BatchTopK and
-Matryoshka are JumpReLU there, as they are at inference. What only this program knows stands under `metadata.flux_ir` of
+Matryoshka are JumpReLU there, as they are at inference. What only this program knows is under `metadata.flux_ir` of
 cfg.json, so `load_sae` gives back the class that was saved; saving that again gives the same bytes. Never pickle.
 """
 
@@ -83,8 +83,8 @@ def load_sae(folder: Path | str, *, device: torch.device | str = "cpu") -> Spars
 
     Folders that sae-lens itself wrote are read too, as `sae_lens` says.
 
-    Raises FluxIRError for a missing, broken or pickled file, an architecture there is not, tensors that do not fit or
-    are not finite, and settings that weights cannot say.
+    Raises FluxIRError for a missing, broken or pickled file, an unknown architecture, tensors that do not fit or are
+    not finite, and settings that cannot be folded into the weights.
     """
     folder = Path(folder)
     _refuse_pickles(folder)
@@ -125,14 +125,14 @@ def _feature_files(sae: SparseAutoencoder) -> dict[str, dict[str, Tensor]]:
 
 
 def _read_feature_files(sae: SparseAutoencoder, folder: Path, device: torch.device | str) -> None:
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for file, names in ((SPARSITY_FILE, ("sparsity",)), (ACTIVATIONS_FILE, ("mean_active", "max_active"))):
         if (folder / file).is_file():
             tensors = read_tensors(folder / file)
             check_tensors(folder / file, tensors, dict.fromkeys(names, (sae.config.d_sae,)))
-            found |= {name: tensor.float().to(device) for name, tensor in tensors.items()}
-    sae.log_frequency = found.get("sparsity")
-    sae.mean_active, sae.max_active = found.get("mean_active"), found.get("max_active")
+            statistics |= {name: tensor.float().to(device) for name, tensor in tensors.items()}
+    sae.log_frequency = statistics.get("sparsity")
+    sae.mean_active, sae.max_active = statistics.get("mean_active"), statistics.get("max_active")
 
 
 def log_frequency_of(frequency: Float[Tensor, "d_sae"]) -> Float[Tensor, "d_sae"]:
@@ -183,7 +183,7 @@ def _to_lens(sae: SparseAutoencoder) -> dict[str, Tensor]:
 
 
 def _per_feature(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """What has a value per feature in the file, by its name there: one of ours may stand for all of them."""
+    """What has a value per feature in the file, by its name there; a single threshold of ours is written for each."""
     names = {
         "topk": {"b_enc": "b_enc"},
         "l1": {"b_enc": "b_enc"},
@@ -247,7 +247,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_own(path: Path, stored: Mapping[str, Any], config: SAEConfig) -> None:
-    """Raises FluxIRError if what sae-lens reads of our config is not what we read of it: somebody changed one half."""
+    """Raises FluxIRError where sae-lens would read another config than we do, because one half of it was changed."""
     ours = _PLAIN | {"architecture": _LENS_NAMES[config.architecture]}
     if config.architecture == "topk":
         ours["k"] = config.k

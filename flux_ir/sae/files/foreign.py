@@ -89,8 +89,8 @@ def agreed_k(path: Path, said: Mapping[str, Any]) -> int:
     for where in given:
         whole_number(given, where, path)
     if len(set(given.values())) > 1:
-        told = ", ".join(f"{where}: {value}" for where, value in given.items())
-        raise FluxIRError(f"{path} and its weights must have one k: {told}", hint="fetch both from one folder")
+        values = ", ".join(f"{where}: {value}" for where, value in given.items())
+        raise FluxIRError(f"{path} and its weights must have one k: {values}", hint="fetch both from one folder")
     return int(next(iter(given.values())))
 
 

@@ -47,23 +47,23 @@ _WEIGHTS: dict[Format, str] = {
 
 
 def format_of(folder: Path) -> Format:
-    """The format of an autoencoder's folder, told by its weights.
+    """The format of an autoencoder's folder, by the name of its weights.
 
-    Raises FluxIRError if there are none it knows, or those of two autoencoders.
+    Raises FluxIRError if there are none of a known name, or those of two autoencoders.
     """
-    found = _formats_in(folder)
-    if len(found) > 1:
+    formats = _formats_in(folder)
+    if len(formats) > 1:
         raise FluxIRError(
-            f"{folder} must hold one autoencoder: it has {' and '.join(_WEIGHTS[name] for name in found)}",
+            f"{folder} must hold one autoencoder: it has {' and '.join(_WEIGHTS[name] for name in formats)}",
             hint="put each of them into a folder of its own, with its config",
         )
-    if not found:
+    if not formats:
         inside = [path.name for path in sorted(folder.iterdir())[:4]] if folder.is_dir() else "no such folder"
         raise FluxIRError(
             f"{folder} must hold an autoencoder, as one of {', '.join(_WEIGHTS.values())}: got {inside}",
             hint="name the folder that holds the weights, not the one above it",
         )
-    return found[0]
+    return formats[0]
 
 
 def weights_file(folder: Path | str) -> Path:
@@ -74,7 +74,7 @@ def weights_file(folder: Path | str) -> Path:
 def load_any(folder: Path | str) -> SparseAutoencoder:
     """The autoencoder of a folder, whichever program saved it: ours or sae-lens, sparsify, dictionary_learning, hub.
 
-    Raises FluxIRError for folders that are incomplete, broken, or of an architecture there is not.
+    Raises FluxIRError for folders that are incomplete, broken, or of an unknown architecture.
     """
     return _READERS[format_of(Path(folder))](Path(folder))
 

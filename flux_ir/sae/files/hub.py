@@ -1,7 +1,7 @@
 """Autoencoders on the hub: fetched by the name of their repository, and put there with a card that says what they are.
 
-The files are those of `files`, so sae-lens reads the same repository as it stands. huggingface_hub does the talking;
-`HF_TOKEN`, `HF_ENDPOINT` and their kin are its own.
+The files are those of `files`, so sae-lens reads the same repository as it stands. huggingface_hub sends the
+requests, and `HF_TOKEN`, `HF_ENDPOINT` and the like are its own.
 """
 
 from collections.abc import Mapping

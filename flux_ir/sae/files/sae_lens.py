@@ -1,8 +1,8 @@
 """Folders that sae-lens itself wrote, in any of its versions: what their settings do becomes part of the weights.
 
 Ours lie in the same files (`sae.files`), with settings that do nothing. Here are the others: an older version's names,
-a decoder that is not normalised, a bias that is not taken off the input. What weights cannot say is refused by name.
-Every setting that is switched on must be known, because an unknown one may change what the weights compute.
+a decoder that is not normalised, a bias that is not taken off the input. What cannot be folded into weights is refused
+by name. Every setting that is switched on must be known, because an unknown one may change what the weights compute.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from flux_ir.sae.files.foreign import (
 )
 
 KEPT_METADATA = "sae_lens"
-"""Where `SparseAutoencoder.metadata` keeps what sae-lens says of the training, for whoever saves it again."""
+"""The key of `SparseAutoencoder.metadata` under which what sae-lens says of the training is kept when it is saved."""
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "topk": "topk",
@@ -103,7 +103,7 @@ def read_sae_lens(path: Path, stored: Mapping[str, Any], tensors: dict[str, Tens
 
     `encode` gives what sae-lens's own gives. It takes vectors: heads that sae-lens flattens (hook_z) come flat here.
 
-    Raises FluxIRError for architectures and settings there are not, and for tensors that do not fit.
+    Raises FluxIRError for unknown architectures and settings, and for tensors that do not fit.
     """
     settings = _settings(path, stored)
     fields, architecture = settings.fields, settings.architecture
@@ -167,7 +167,7 @@ def _settings(path: Path, stored: Mapping[str, Any]) -> _Settings:
 
 
 def _check_function(path: Path, fields: Mapping[str, Any], activation: str) -> None:
-    """Raises FluxIRError for settings that change the function to one there is not here."""
+    """Raises FluxIRError for settings with which the weights compute something that is not implemented here."""
     architecture = fields["architecture"]
     different: dict[str, Any] = {}
     hint = "use the autoencoder with sae-lens"

@@ -66,7 +66,7 @@ def sparse_decode(
 
 
 class AdamStep(NamedTuple):
-    """What one step of Adam is told besides its tensors."""
+    """The arguments of one step of Adam besides its tensors."""
 
     step: int
     """Counted from 1."""

@@ -1,4 +1,4 @@
-"""Memory that is given out again when the last tensor that used it is gone: fresh pages cost more than what fills them.
+"""Memory that is used again when the last tensor on it is gone: fresh pages cost more than what is computed into them.
 
 A fresh allocation of this size comes from the kernel page by page: clearing the 38 MB of one gradient takes longer than
 computing it.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class SpareMemory:
-    """Hands out tensors on the CPU; what is not in use waits here, at most `most` pieces of it."""
+    """Makes tensors on the CPU from memory that is free again, of which it keeps at most `most` pieces."""
 
     def __init__(self, most: int) -> None:
         self.most = most

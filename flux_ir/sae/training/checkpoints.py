@@ -27,7 +27,7 @@ from flux_ir.sae.training.optimiser import RowRange
 KEPT = 2  # one more than needed: the newest may be damaged
 DIVERGED = "pass a lower --lr with another --name, and keep --clip at 1: the same command would come to the same end"
 _NAME = re.compile(r"step_(\d{9})")
-_TENSOR = "tensor:"  # stands in the JSON where a tensor was
+_TENSOR = "tensor:"  # begins the text that replaces a tensor in the JSON
 
 
 class MomentShard(NamedTuple):
@@ -127,7 +127,7 @@ class TrainingCheckpoints:
             raise
         wait_for_all(self.ranks)
         if self.ranks.is_first:
-            if final.exists():  # a run that went on from here and was stopped before its next step
+            if final.exists():  # a run that was resumed from here and stopped before its next step
                 shutil.rmtree(final)
             partial.replace(final)
         wait_for_all(self.ranks)
