@@ -1,4 +1,4 @@
-"""How well autoencoders give back tokens they were not trained on, beside baselines; what that does to the model.
+"""How well autoencoders reconstruct tokens they were not trained on, beside baselines; what that does to the model.
 
 One evaluation, top to bottom: `run_evaluation` takes each folder, `Judge.judge` measures it on held-out tokens and
 beside baselines, `Judge.splice` puts its reconstructions back into the model (`splicing` runs it), and `write_results`
@@ -296,7 +296,7 @@ class EvaluationSet:
 
 def find_saes(paths: Sequence[Path]) -> list[Path]:
     """The folders of autoencoders among these and below them. Raises FluxIRError for a path that leads to none."""
-    found: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for path in paths:
         below = sae_folders(path)
         if not below:
@@ -304,28 +304,28 @@ def find_saes(paths: Sequence[Path]) -> list[Path]:
                 f"there is no autoencoder in {path}: no folder there has its weights",
                 hint="name the folder that training left",
             )
-        found |= dict.fromkeys(below)
-    return list(found)
+        folders |= dict.fromkeys(below)
+    return list(folders)
 
 
-def load_for(folder: Path, source: TokenSource, asked: str | None, progress: Watch = unwatched) -> SparseAutoencoder:
-    """The autoencoder of a folder, whichever program saved it, of the site that was asked for.
+def load_for(folder: Path, source: TokenSource, site: str | None, progress: Watch = unwatched) -> SparseAutoencoder:
+    """The autoencoder of a folder, whichever program saved it, of the `site` that is asked for.
 
     Another site than the one it says it was trained on is noted.
-    Raises FluxIRError if neither the autoencoder nor `asked`, which is --site, names a site of the captures.
+    Raises FluxIRError if neither the autoencoder nor `site`, which is --site, names a site of the captures.
     """
     sae = load_any(folder)
     if not source.sites:
-        if asked is not None:
-            raise FluxIRError(f"these activations have no sites: got --site {asked}", hint="leave --site out")
+        if site is not None:
+            raise FluxIRError(f"these activations have no sites: got --site {site}", hint="leave --site out")
         return sae
-    if asked is not None:
+    if site is not None:
         # Other programs have other names for the models, so theirs cannot be compared with ours.
         model = sae.config.model if sae.config.model in model_names() else None
         trained_on = sae.config.site
-        if trained_on is not None and _is_site(trained_on) and Site.parse(trained_on) != Site.parse(asked):
-            progress(Note(f"note: {folder} was trained on {trained_on}, and is used on {asked}, as --site says"))
-        sae.config = replace(sae.config, site=str(Site.parse(asked)), model=model)
+        if trained_on is not None and _is_site(trained_on) and Site.parse(trained_on) != Site.parse(site):
+            progress(Note(f"note: {folder} was trained on {trained_on}, and is used on {site}, as --site says"))
+        sae.config = replace(sae.config, site=str(Site.parse(site)), model=model)
     elif sae.config.site is None or not _is_site(sae.config.site):
         named = f"the site {sae.config.site!r}, which FLUX does not have" if sae.config.site else "no site"
         raise FluxIRError(

@@ -26,7 +26,7 @@ def load_sae(name: str | Path, *, subfolder: str = "", progress: Watch = unwatch
     `subfolder` is a folder inside either. `encode`, `decode` and `surgery` take activations as the model computes
     them; the weights ask for no gradient.
 
-    Raises FluxIRError for a name that is neither, for files that are broken, and for an architecture there is not.
+    Raises FluxIRError for a name that is neither, for files that are broken, and for an unknown architecture.
     """
     sae = from_pretrained(str(name), subfolder=subfolder, announce=lambda text: progress(Note(text)))
     return sae.requires_grad_(False)

@@ -126,39 +126,39 @@ def run_training(
 
 
 def plan_run(
-    asked: TrainSAESettings, data: TrainingData, sites: list[SiteKey], device: torch.device, ranks: Ranks
+    options: TrainSAESettings, data: TrainingData, sites: list[SiteKey], device: torch.device, ranks: Ranks
 ) -> Planned:
     """What one run trains, and how. Raises FluxIRError for sizes that do not fit."""
-    members = {name: config for site in sites for name, config in configs(asked, data, site).items()}
-    total_tokens = asked.max_tokens or (asked.epochs or 1) * data.epoch_tokens(sites[0])
-    total_steps = total_tokens // asked.batch_tokens
-    if total_steps < 1 or data.epoch_tokens(sites[0]) < asked.batch_tokens:
+    members = {name: config for site in sites for name, config in configs(options, data, site).items()}
+    total_tokens = options.max_tokens or (options.epochs or 1) * data.epoch_tokens(sites[0])
+    total_steps = total_tokens // options.batch_tokens
+    if total_steps < 1 or data.epoch_tokens(sites[0]) < options.batch_tokens:
         raise FluxIRError(
-            f"there must be a batch of {asked.batch_tokens} tokens in the data: "
+            f"there must be a batch of {options.batch_tokens} tokens in the data: "
             f"an epoch has {data.epoch_tokens(sites[0])}, the run {total_tokens}",
             hint="pass a smaller --batch_tokens, or more data",
         )
-    if asked.batch_tokens % ranks.world_size:
+    if options.batch_tokens % ranks.world_size:
         raise FluxIRError(
-            f"a batch is cut into equal shares: got {asked.batch_tokens} tokens, {ranks.world_size} processes",
+            f"a batch is cut into equal shares: got {options.batch_tokens} tokens, {ranks.world_size} processes",
             hint=f"make --batch_tokens a multiple of {ranks.world_size}",
         )
-    tokens = total_steps * asked.batch_tokens
-    dtype = asked.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
+    tokens = total_steps * options.batch_tokens
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
     settings = TrainSettings(
         total_steps=total_steps,
-        batch_tokens=asked.batch_tokens,
-        dead_after_tokens=asked.dead_after or max(1, min(MOST_DEAD_AFTER, tokens // DEAD_SHARE)),
-        learning_rate=asked.lr,
-        k_start=asked.k_start,
-        clip=asked.clip,
-        ema_decay=asked.ema,
-        resample_steps=asked.resample,
+        batch_tokens=options.batch_tokens,
+        dead_after_tokens=options.dead_after or max(1, min(MOST_DEAD_AFTER, tokens // DEAD_SHARE)),
+        learning_rate=options.lr,
+        k_start=options.k_start,
+        clip=options.clip,
+        ema_decay=options.ema,
+        resample_steps=options.resample,
         compute_dtype=getattr(torch, dtype),
-        shard_optimiser=asked.shard_optimiser,
+        shard_optimiser=options.shard_optimiser,
     )
     _check_memory(members, settings, device, ranks)
-    return Planned(folder_of(asked, data), members, sites, settings, device, run_id(members))
+    return Planned(folder_of(options, data), members, sites, settings, device, run_id(members))
 
 
 def _check_memory(
@@ -192,27 +192,27 @@ def _products(device: torch.device, dtype: torch.dtype) -> str:
     return f"products in {str(dtype).removeprefix('torch.')}{advice}"
 
 
-def configs(asked: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[str, SAEConfig]:
+def configs(options: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[str, SAEConfig]:
     """The autoencoders of a site, by the name of their folder: every combination of the lists."""
-    sparsities: Sequence[float | None] = asked.k or (32,)
-    if asked.arch not in SPARSE:
-        sparsities = (asked.target_l0 if asked.arch == "jumprelu" else asked.l1_coefficient) or (None,)
+    sparsities: Sequence[float | None] = options.k or (32,)
+    if options.arch not in SPARSE:
+        sparsities = (options.target_l0 if options.arch == "jumprelu" else options.l1_coefficient) or (None,)
     made = {}
-    for sparsity, expansion, seed in product(dict.fromkeys(sparsities), asked.expansion, asked.seed):
+    for sparsity, expansion, seed in product(dict.fromkeys(sparsities), options.expansion, options.seed):
         config = SAEConfig(
-            architecture=asked.arch,
+            architecture=options.arch,
             d_in=data.widths[site],
             d_sae=expansion * data.widths[site],
-            k=int(sparsity or 1) if asked.arch in SPARSE else 1,
-            k_aux=asked.k_aux,
-            prefixes=() if asked.prefixes is None else (*asked.prefixes, expansion * data.widths[site]),
-            l1_coefficient=sparsity if asked.arch in ("l1", "gated") else None,
-            target_l0=sparsity if asked.arch == "jumprelu" else None,
-            tied=asked.tied,
-            decoder_init=asked.decoder_init,
-            encoder_init=asked.encoder_init,
-            bias_init=asked.bias_init,
-            whitened=asked.whiten is not None,
+            k=int(sparsity or 1) if options.arch in SPARSE else 1,
+            k_aux=options.k_aux,
+            prefixes=() if options.prefixes is None else (*options.prefixes, expansion * data.widths[site]),
+            l1_coefficient=sparsity if options.arch in ("l1", "gated") else None,
+            target_l0=sparsity if options.arch == "jumprelu" else None,
+            tied=options.tied,
+            decoder_init=options.decoder_init,
+            encoder_init=options.encoder_init,
+            bias_init=options.bias_init,
+            whitened=options.whiten is not None,
             seed=seed,
             site=None if site is None else str(site),
             model=data.model,
@@ -225,16 +225,16 @@ def configs(asked: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[
 def member_name(config: SAEConfig, expansion: int, sparsity: float | None) -> str:
     """The folder of one autoencoder: `single.6.img_topk_k16_x8_s0`."""
     letter = {"l1": "l", "gated": "l", "jumprelu": "t"}.get(config.architecture, "k")
-    asked = [] if sparsity is None else [f"{letter}{sparsity:g}"]
-    return "_".join([config.site or "array", config.architecture, *asked, f"x{expansion}", f"s{config.seed}"])
+    given = [] if sparsity is None else [f"{letter}{sparsity:g}"]
+    return "_".join([config.site or "array", config.architecture, *given, f"x{expansion}", f"s{config.seed}"])
 
 
-def folder_of(asked: TrainSAESettings, data: TrainingData) -> Path:
+def folder_of(options: TrainSAESettings, data: TrainingData) -> Path:
     """The folder that the folders of all autoencoders lie in. Raises FluxIRError for a name that leads elsewhere."""
-    name = asked.name or data.name
+    name = options.name or data.name
     if name in (".", "..") or Path(name).name != name:
         raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="put the rest into --output_dir")
-    return asked.output_dir / name
+    return options.output_dir / name
 
 
 def run_id(members: dict[str, SAEConfig]) -> str:
@@ -244,12 +244,12 @@ def run_id(members: dict[str, SAEConfig]) -> str:
     return f"{first}-{digest}" if len(members) == 1 else f"{first}+{len(members) - 1}-{digest}"
 
 
-def _device(asked: TrainSAESettings, ranks: Ranks) -> tuple[torch.device, str]:
+def _device(options: TrainSAESettings, ranks: Ranks) -> tuple[torch.device, str]:
     """The device of this process, and why: of several processes, each takes the GPU of its number."""
     if ranks.world_size == 1:
-        placement = plan(torch.cuda.device_count(), device=asked.device)
+        placement = plan(torch.cuda.device_count(), device=options.device)
         return torch.device(placement.transformer), placement.reason
-    device = ranks.device(asked.device)
+    device = ranks.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device, f"one of {ranks.world_size} processes"

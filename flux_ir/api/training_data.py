@@ -174,7 +174,7 @@ class TrainingData:
                 yield _OneSite(batch.values[site], batch.steps, batch.is_text)
 
     def note(self) -> str:
-        """The data in a line for whoever trains on them."""
+        """The data in one line for a note."""
         stored = not callable(self.source)
         what = (
             f"{self.generations} generations" if stored else f"live generations of {self.described['prompts']} prompts"
@@ -335,7 +335,7 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     if not training:
         raise FluxIRError(f"all {len(prompts)} prompts are held out", hint="give more prompts, or --held_out 0")
     shape = recipe.plan()
-    # Nothing is made before it is wanted, so with --max_tokens there may be far too many repeats.
+    # Activations are made as they are read, so with --max_tokens there may be far too many repeats.
     repeats = settings.repeats or -(-(settings.max_tokens or 1) // len(training))
     model_files = locate_model(spec, None, None, autoencoder=False)
     suite = Suite(spec, model_files, placement, compute.dtype)

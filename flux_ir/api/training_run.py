@@ -40,7 +40,7 @@ LEAST_ROWS, MOST_STEPS = 200, 100  # a row of the curves at least so often
 AGREE_STEPS = 10  # steps from one all-reduce of what processes want to the next: each makes the host wait
 SHORT_BATCHES = 3  # in a row that are not full: the data have no full one
 
-# What does not change the weights, or is compared by what it stands for.
+# Options that do not change the weights, or are compared by their content: a resumed run may have others.
 FREE = {
     *(
         "captures",
@@ -107,13 +107,13 @@ class TrainingRun:
     def __init__(
         self,
         planned: Planned,
-        settings: TrainSAESettings,
+        options: TrainSAESettings,
         data: TrainingData,
         ranks: Ranks,
         progress: Watch,
         stop: Callable[[], bool],
     ) -> None:
-        self.planned, self.asked, self.data, self.ranks = planned, settings, data, ranks
+        self.planned, self.options, self.data, self.ranks = planned, options, data, ranks
         self.progress, self.stop = progress, stop
         self.checkpoints = TrainingCheckpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
         self.described = self._describe()
@@ -183,7 +183,7 @@ class TrainingRun:
 
     def _batches(self) -> TokenBatches:
         return self.data.batches(
-            self.planned.sites, self.asked, self.ranks, self.planned.device, tokens=self.total_tokens
+            self.planned.sites, self.options, self.ranks, self.planned.device, tokens=self.total_tokens
         )
 
     def _trainer(self) -> Trainer:
@@ -193,8 +193,8 @@ class TrainingRun:
             measured = None
             if self.saved is None:
                 with phase(self.progress, "measure the data"):
-                    measured = self.data.measure(site, normalise=self.asked.normalise)
-            whitening = None if self.asked.whiten is None else Whitening.empty(self.data.widths[site])
+                    measured = self.data.measure(site, normalise=self.options.normalise)
+            whitening = None if self.options.whiten is None else Whitening.empty(self.data.widths[site])
             if measured is not None:
                 whitening = measured.whitening
             for name, config in self.planned.members.items():
@@ -208,7 +208,7 @@ class TrainingRun:
         """Step to the end, or to where somebody asks to stop, with curves and checkpoints."""
         settings, logger = self.planned.settings, self._logger(trainer.steps_done)
         every = max(1, min(MOST_STEPS, settings.total_steps // LEAST_ROWS))
-        timer = CheckpointTimer(self.asked, trainer.tokens_seen)
+        timer = CheckpointTimer(self.options, trainer.tokens_seen)
         for step in train(trainer, full_batches(batches, settings.batch_tokens)):
             row_due = step.optimiser_step % every == 0 or trainer.finished
             rows = self._record(trainer, step, logger) if row_due else None
@@ -276,7 +276,7 @@ class TrainingRun:
             beside.write_text("".join(f"{json.dumps(row)}\n" for row in self.curves[member.name]))
         about = {
             "described": self.described,
-            "options": self.asked.to_json(),
+            "options": self.options.to_json(),
             "config": sae.config.to_dict(),
             "measured_on": self._measured_on,
             "result": to_json(evaluation),
@@ -329,8 +329,8 @@ class TrainingRun:
     def _describe(self) -> Row:
         """Everything the weights depend on, as JSON says it."""
         settings = self.planned.settings
-        asked = {name: value for name, value in self.asked.to_json().items() if name not in FREE}
-        return asked | {
+        options = {name: value for name, value in self.options.to_json().items() if name not in FREE}
+        return options | {
             "tokens": self.total_tokens,
             "dtype": str(settings.compute_dtype).removeprefix("torch."),
             "sites": [str(site) for site in self.planned.sites],
@@ -339,7 +339,7 @@ class TrainingRun:
         }
 
     def _logger(self, first_step: int) -> Logger:
-        kind = self.asked.log if self.ranks.is_first else "none"
+        kind = self.options.log if self.ranks.is_first else "none"
         return open_logger(
             kind, self.planned.folder, run_id=self.log_id, first_step=first_step, settings=self.described
         )
@@ -352,8 +352,8 @@ class TrainingRun:
 class CheckpointTimer:
     """When the next checkpoint is due: by time, and by tokens if asked."""
 
-    def __init__(self, settings: TrainSAESettings, tokens: int) -> None:
-        self.seconds, self.every_tokens = settings.checkpoint_minutes * 60, settings.checkpoint_tokens
+    def __init__(self, options: TrainSAESettings, tokens: int) -> None:
+        self.seconds, self.every_tokens = options.checkpoint_minutes * 60, options.checkpoint_tokens
         self.saved(tokens)
 
     def due(self, tokens: int) -> bool:
