@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from flux_ir.errors import FluxIRError
 
-Row = Mapping[str, Any]
+CurveRow = Mapping[str, Any]
 NOT_CURVES = ("step", "tokens")
 
 
@@ -14,7 +14,7 @@ NOT_CURVES = ("step", "tokens")
 class Logger(Protocol):
     """Where rows of numbers go, by autoencoder."""
 
-    def log(self, rows: Mapping[str, Row]) -> None:
+    def log(self, rows: Mapping[str, CurveRow]) -> None:
         """Hand over one row of each autoencoder."""
 
     def close(self) -> None:
@@ -24,7 +24,7 @@ class Logger(Protocol):
 class NoLogger:
     """Writes nothing: the default."""
 
-    def log(self, rows: Mapping[str, Row]) -> None: ...
+    def log(self, rows: Mapping[str, CurveRow]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,7 +39,7 @@ class TensorBoardLogger:
             raise _missing("tensorboard") from error
         self.writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
-    def log(self, rows: Mapping[str, Row]) -> None:
+    def log(self, rows: Mapping[str, CurveRow]) -> None:
         for name, row in rows.items():
             for key, value in _curves(row).items():
                 self.writer.add_scalar(f"{key}/{name}", value, row["step"])
@@ -59,7 +59,7 @@ class WandbLogger:
         folder.mkdir(parents=True, exist_ok=True)
         self.run: Any = wandb.init(project="flux-ir", id=run_id, resume="allow", dir=str(folder), config=dict(settings))
 
-    def log(self, rows: Mapping[str, Row]) -> None:
+    def log(self, rows: Mapping[str, CurveRow]) -> None:
         step = next(iter(rows.values()))["step"]
         self.run.log({f"{key}/{name}": v for name, row in rows.items() for key, v in _curves(row).items()}, step=step)
 
@@ -89,7 +89,7 @@ def open_logger(
     return WandbLogger(folder, run_id, settings) if kind == "wandb" else NoLogger()
 
 
-def _curves(row: Row) -> dict[str, float]:
+def _curves(row: CurveRow) -> dict[str, float]:
     return {key: value for key, value in row.items() if key not in NOT_CURVES and value is not None}
 
 

@@ -40,24 +40,11 @@ LEAST_ROWS, MOST_STEPS = 200, 100  # a row of the curves at least so often
 AGREE_STEPS = 10  # steps from one all-reduce of what processes want to the next: each makes the host wait
 SHORT_BATCHES = 3  # in a row that are not full: the data have no full one
 
-# Options that do not change the weights, or are compared by their content: a resumed run may have others.
-FREE = {
-    *(
-        "captures",
-        "whiten",
-        "prompts",
-        "site",
-        "steps",
-        "max_tokens",
-        "epochs",
-        "dtype",
-        "name",
-        "output_dir",
-        "device",
-    ),
-    *("log", "checkpoint_minutes", "checkpoint_tokens", "shard_optimiser"),
-}
-Row = dict[str, Any]
+# A resumed run may have other values of these: some are compared by their content, the others change no weight.
+BY_CONTENT = ("captures", "whiten", "prompts", "site", "steps", "max_tokens", "epochs", "dtype")
+NO_WEIGHT = ("name", "output_dir", "device", "log", "checkpoint_minutes", "checkpoint_tokens", "shard_optimiser")
+CurveRow = dict[str, Any]
+"""The numbers of one autoencoder at one step: a line of curves.jsonl."""
 
 
 class Planned(NamedTuple):
@@ -90,7 +77,7 @@ class TrainingRow(NamedTuple):
     tokens: int
     """Seen so far, also before a stop."""
     total_tokens: int
-    numbers: Mapping[str, Row] = {}
+    numbers: Mapping[str, CurveRow] = {}
     """The latest row of every autoencoder's curve, by its name: loss, fvu, l0, dead_share and more."""
     finished: tuple[Trained, ...] = ()
     """In the last row of a run: what it has trained."""
@@ -117,7 +104,7 @@ class TrainingRun:
         self.progress, self.stop = progress, stop
         self.checkpoints = TrainingCheckpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
         self.described = self._describe()
-        self.curves: dict[str, list[Row]] = {name: [] for name in planned.members}
+        self.curves: dict[str, list[CurveRow]] = {name: [] for name in planned.members}
         self.saved, faults = self.checkpoints.last_good()
         for fault in faults:
             self._note(f"{fault.message}: going on from the one before")
@@ -166,7 +153,7 @@ class TrainingRun:
     def _row(
         self,
         tokens: int,
-        numbers: Mapping[str, Row] | None = None,
+        numbers: Mapping[str, CurveRow] | None = None,
         *,
         finished: tuple[Trained, ...] = (),
         stopped: bool = False,
@@ -236,9 +223,9 @@ class TrainingRun:
         wishes = all_sum(torch.tensor([int(due and self.ranks.is_first), int(stopping)]), self.ranks).tolist()
         return wishes[0] > 0, wishes[1] > 0
 
-    def _record(self, trainer: Trainer, step: FinishedStep, logger: Logger) -> dict[str, Row]:
+    def _record(self, trainer: Trainer, step: FinishedStep, logger: Logger) -> dict[str, CurveRow]:
         """Add a row to every curve. Raises FluxIRError for a loss that is no number any more."""
-        rows: dict[str, Row] = {}
+        rows: dict[str, CurveRow] = {}
         schedules = {member.name: member.schedule for member in trainer.members}
         for name, numbers in step.read(self.ranks).items():
             if not math.isfinite(numbers["loss"]):
@@ -326,10 +313,12 @@ class TrainingRun:
             hint = "the learning rate is drawn over the whole run, so it cannot be made longer: pass another --name"
         raise FluxIRError(f"{path} belongs to other settings: {differences}", hint=hint)
 
-    def _describe(self) -> Row:
+    def _describe(self) -> dict[str, Any]:
         """Everything the weights depend on, as JSON says it."""
         settings = self.planned.settings
-        options = {name: value for name, value in self.options.to_json().items() if name not in FREE}
+        options = {
+            name: value for name, value in self.options.to_json().items() if name not in (*BY_CONTENT, *NO_WEIGHT)
+        }
         return options | {
             "tokens": self.total_tokens,
             "dtype": str(settings.compute_dtype).removeprefix("torch."),
@@ -389,9 +378,9 @@ def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(f"{value:.8g}") if math.isfinite(value) else None for name, value in numbers.items()}
 
 
-def _flat(described: Mapping[str, Any]) -> Row:
+def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
     """A description without nesting, so that its parts can be compared and named one by one."""
-    flat: Row = {}
+    flat: dict[str, Any] = {}
     for name, value in described.items():
         flat |= {f"{name}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
     return flat

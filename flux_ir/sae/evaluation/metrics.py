@@ -8,7 +8,7 @@ with its own mean. Next: `baselines` to compare with, `splice` for what the netw
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.data.filters import lengths
+from flux_ir.sites import Stream
 
 Rows = Float[Tensor, "tokens d"]
 Features = Float[Tensor, "tokens d_sae"]
 
-Stream = Literal["img", "txt"]
 Group = tuple[int, Stream]
 
 # Features this rare are shown in the first bin: with fewer than ten million tokens nothing is rarer.
