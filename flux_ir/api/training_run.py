@@ -298,7 +298,6 @@ class TrainingRun:
             self._check(read_json(about, required=("described",))["described"], about.parent)
         return len(trained) == len(self.planned.members)
 
-
     def _check(self, described: Mapping[str, Any], path: Path | None) -> None:
         """Raises FluxIRError unless what was trained at this path is what shall be trained now."""
         before, now = _flat(described), _flat(self.described)

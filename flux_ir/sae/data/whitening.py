@@ -64,10 +64,12 @@ class Whitening:
         units then, and its bias and threshold with it. So the active features stay, and x_hat is the same.
         """
         raw = sae.folded()
+        # x_hat = mean + x_hat' S^1/2, so d_f = d'_f S^1/2, which is divided by its length again.
         rows = raw.W_dec @ self.inverse
         length = rows.norm(dim=1)
         raw.b_dec.copy_(self.mean + raw.b_dec @ self.inverse)
         raw.W_dec.copy_(rows / length[:, None])
+        # x' - b'_dec = (x - b_dec) S^-1/2, so e_f = e'_f S^-1/2, times the length that d_f was divided by.
         raw.encoder.copy_((raw.encoder @ self.matrix) * length[:, None])
         for name in raw.in_feature_units:
             scaled = getattr(raw, name) * length  # one threshold for all becomes one for each

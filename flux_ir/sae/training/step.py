@@ -219,7 +219,7 @@ class Member:
 
     def step(self, xn: Tensor, step: int, tokens_seen: int) -> TrainingNumbers:
         """One optimiser step on this process's normalised tokens; `step` counts from 0."""
-        # Forward and loss: who is dead is known from the steps before, so AuxK never waits for this batch.
+        # Forward and loss: dead features are those of the steps before, so AuxK need not wait for this batch.
         dead = self.dead.dead(self.settings.dead_after_tokens)
         parts = self.sae.loss(xn, self._state(step, tokens_seen, dead))
         # Backward, and the all-reduce of gradients and of which features fired.
@@ -228,7 +228,7 @@ class Member:
         # Clip, project the decoder's gradient, Adam, rows back to length one, bf16 copies: one pass over each matrix.
         norm = self.optimiser.step(self.schedule.rate(step), clip=self.settings.clip)
         self.sae.keep_valid()
-        # What the step leaves behind: dead counts, resampled features, the EMA of the weights.
+        # What the step leaves behind: dead counts (tokens of all processes), resampled features, EMA of weights.
         self.dead.update(fired, self.settings.batch_tokens)
         self._resample(xn, step)
         if self.average is not None:
