@@ -158,7 +158,7 @@ def evaluate_sae(
 
 
 def run_evaluation(settings: EvaluateSAESettings, progress: Watch = unwatched) -> list[EvaluatedSAE]:
-    """The same, with its settings in one object."""
+    """`evaluate_sae` with its settings in one object."""
     folders = find_saes(settings.sae)
     judge, judged = Judge(settings, progress), list[EvaluatedSAE]()
     for folder in follow(progress, "evaluate", folders, total=len(folders)):
@@ -201,7 +201,7 @@ class Judge:
         return EvaluatedSAE(folder, sae.config, data, k, evaluation, baselines, None)
 
     def splice(self, judged: EvaluatedSAE) -> EvaluatedSAE:
-        """The same with what the model makes of its reconstructions, between its error put back and nothing at all."""
+        """Add what the model makes of the reconstructions, beside those of PCA, the mean and zeros."""
         sae = load_for(judged.folder, self.source, self.settings.site).to(self.device)
         fits = self._set_of(judged.data).fits
         replacements = {

@@ -106,7 +106,7 @@ def train_sae(
 def run_training(
     settings: TrainSAESettings, *, stop: Callable[[], bool] = lambda: False, progress: Watch = unwatched
 ) -> Iterator[TrainingRow]:
-    """The same, with its settings in one object."""
+    """`train_sae` with its settings in one object."""
     check_logger(settings.log)
     with joined() as ranks:
         watch = progress if ranks.is_first else unwatched

@@ -221,7 +221,7 @@ def open_data(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
 
 
 def _whitened(data: TrainingData, path: Path) -> TrainingData:
-    """The same data, whitened by the captures at this path. Raises FluxIRError for other sites, steps or models."""
+    """The data, whitened by the captures at this path. Raises FluxIRError for other sites, steps or models."""
     noise = open_source(path)
     if None not in (noise.model, data.model) and noise.model != data.model:
         raise FluxIRError(

@@ -147,7 +147,7 @@ class TrainingRun:
 
     @property
     def total_tokens(self) -> int:
-        """That the run trains on."""
+        """Tokens that the run trains on."""
         return self.planned.settings.total_steps * self.planned.settings.batch_tokens
 
     def _row(

@@ -1,6 +1,6 @@
 """What defines a sparse autoencoder before any data is seen: its architecture, sizes, penalties, start and seed.
 
-The same fields stand under `metadata.flux_ir.config` of a saved one (`files`). Next: `sparse_autoencoder`.
+A saved one has the same fields under `metadata.flux_ir.config` (`files`). Next: `sparse_autoencoder`.
 """
 
 import difflib

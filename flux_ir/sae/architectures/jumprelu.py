@@ -24,7 +24,7 @@ class JumpReLU(SparseAutoencoder):
     """z = pre where pre > threshold, else 0.
 
     The thresholds are stored as they are, not as logarithms, which Adam could only change by a factor per step. They
-    stay above 0 because `keep_valid` stands before every loss and every export.
+    stay above 0 because `keep_valid` runs before every loss and every export.
     """
 
     in_feature_units = ("b_enc", "threshold")

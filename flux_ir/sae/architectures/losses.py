@@ -1,4 +1,4 @@
-"""The terms of every loss, as pure functions, and what a training step is told and gives back.
+"""The terms of every loss, as pure functions, and what a training step takes and returns.
 
 All of it in normalised space and in float32. Means over tokens are means over the tokens of one process: gradients are
 averaged over processes afterwards. Where a term is not linear in such a mean (a variance in a denominator, a squared
@@ -42,7 +42,7 @@ class OneProcess:
 
 
 class TrainingState(NamedTuple):
-    """What a training step is told, beside its tokens. All schedules are the trainer's."""
+    """What a loss takes beside its tokens. The trainer keeps all schedules."""
 
     optimiser_step: int
     tokens_seen: int
@@ -93,7 +93,7 @@ def auxk(residual: Rows, reconstruction: Rows, across: Across) -> Scalar:
 
 
 def l1(z: FeatureRows, decoder: Float[Tensor, "d_sae d_in"]) -> Scalar:
-    """Mean over tokens of sum_f |z_f| ||d_f||: the decoder norm stands here, once, and nowhere else in the loss."""
+    """Mean over tokens of sum_f |z_f| ||d_f||: the decoder norm enters here and nowhere else in the loss."""
     return (z.abs() * decoder.norm(dim=1)).sum(dim=1).mean()
 
 
@@ -118,7 +118,7 @@ def fired(z: FeatureRows) -> Bool[Tensor, "d_sae"]:
 def fired_sparse(
     values: Float[Tensor, "n _chosen"], indices: Int[Tensor, "n _chosen"], d_sae: int
 ) -> Bool[Tensor, "{d_sae}"]:
-    """The same of chosen activations: to have been among the k largest is not enough."""
+    """`fired` of chosen activations. To be among the k largest is not enough: the value must be above 0."""
     counts = torch.zeros(d_sae, dtype=torch.float32, device=values.device)
     # Adding up, because a mask of indices would make the host wait for the device.
     return counts.index_add_(0, indices.flatten(), (values.detach() > 0).flatten().float()) > 0

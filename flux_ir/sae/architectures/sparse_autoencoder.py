@@ -33,7 +33,7 @@ class SparseFeatures(NamedTuple):
     d_sae: int
 
     def dense(self) -> Tensor:
-        """The same as [n, d_sae]."""
+        """All features of each token: [n, d_sae]."""
         zeros = self.values.new_zeros(self.values.shape[0], self.d_sae)
         return zeros.scatter_add(1, self.indices, self.values)  # adding: padding may repeat an index
 
@@ -61,9 +61,9 @@ class SparseAutoencoder(nn.Module, ABC):
         self.compute_dtype: torch.dtype | None = None
         """What the large products of training are rounded to; None: nothing is rounded."""
         self.encoder_bf16: Tensor | None = None
-        """A rounded copy of `encoder` that whoever steps the weights keeps fresh; None: rounded anew each time."""
+        """The bf16 copy of `encoder`, which the optimiser keeps fresh; None: it is rounded at each use."""
         self.decoder_bf16: Tensor | None = None
-        """The same of `W_dec`."""
+        """The bf16 copy of `W_dec`, likewise."""
         self.metadata: dict[str, Any] = {}
         """What is known of its training, as JSON can say it; kept with the file."""
         self.log_frequency: Tensor | None = None
@@ -89,7 +89,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """One training step's loss on normalised tokens; gradients reach the parameters."""
 
     def sparse_features(self, xn: Rows) -> SparseFeatures:
-        """The same as `features_of`, by index: as many columns as the token with the most features needs."""
+        """`features_of` by index: as many columns as the token with the most features needs."""
         z = self.features_of(xn)
         most = int((z > 0).sum(dim=1).max()) if len(z) else 0
         values, indices = z.topk(max(1, most), dim=1)
@@ -155,7 +155,7 @@ class SparseAutoencoder(nn.Module, ABC):
         return (z / self.norm_scale).reshape(*x.shape[:-1], self.config.d_sae)
 
     def encode_sparse(self, x: Activations) -> SparseFeatures:
-        """The same of all tokens in one row, by index: x of shape [..., d_in] gives values of shape [tokens, k]."""
+        """`encode` by index, all tokens in one row: x of shape [..., d_in] gives values of shape [tokens, k]."""
         sparse = self.sparse_features(self.normalise(x).reshape(-1, self.config.d_in))
         return sparse._replace(values=sparse.values / self.norm_scale)
 
@@ -165,8 +165,8 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def forward(self, x: Activations) -> Activations:
         """The reconstruction of raw activations, in the parameters' dtype."""
-        found = self.encode_sparse(x)
-        return sparse_decode(found.values, found.indices, self.W_dec, self._raw_b_dec()).reshape(x.shape)
+        sparse = self.encode_sparse(x)
+        return sparse_decode(sparse.values, sparse.indices, self.W_dec, self._raw_b_dec()).reshape(x.shape)
 
     def surgery(
         self,

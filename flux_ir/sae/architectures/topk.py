@@ -56,7 +56,7 @@ def auxiliary_loss(
     """
     if encoded.aux_values is None or encoded.aux_indices is None or state.dead is None:
         return None
-    # b_dec stands in x_hat, so the residual is free of it
+    # x_hat holds b_dec already, so the residual is reconstructed without it.
     explained = sparse_decode(encoded.aux_values, encoded.aux_indices, sae.W_dec, None, bf16_copy=sae.decoder_bf16)
     weight = sae.config.aux_coefficient * state.dead.any()  # stays on the device: to ask would make the host wait
     return weight * losses.auxk(residual, explained, state.across)

@@ -32,7 +32,7 @@ _LEAST_ROWS = 8  # of a block, however small the buffer
 
 
 class TokenBatches:
-    """An iterator of batches from stored activations, or from a live stream that can be begun anew.
+    """An iterator of batches from stored activations, or from a live stream that can be started again.
 
     The last batch of an epoch is shorter where tokens do not divide; with `max_tokens`, so is the
     last of all. Process r of W gets rows r * n / W to (r + 1) * n / W of each batch, and reads all of
@@ -130,7 +130,7 @@ class TokenBatches:
         first, last = self._given, min(self._given + most, buffer.rows)
         n, rank, world_size = last - first, self.ranks.rank, self.ranks.world_size
         batch = buffer.batch(first + rank * n // world_size, first + (rank + 1) * n // world_size)
-        if first and self._next is None:  # not before the last batch of the buffer before is likely to be gone
+        if first and self._next is None:  # after the first batch: the buffer before is likely to be free by then
             self._prefetch(buffer)
         self._given = last
         self.tokens += n

@@ -108,8 +108,8 @@ class Buffer:
         """Rows `first` to `last` (exclusive) in the order of batches."""
         rows = slice(first, last) if self._order is None else self._order[first:last]
         facts, device = self._facts[rows], next(iter(self._values.values())).device
-        beside = (torch.from_numpy(facts[field].copy()).to(device) for field in ("step", "is_text", "generation"))
-        return Batch({site: _rows_of(values, rows) for site, values in self._values.items()}, *beside)
+        columns = (torch.from_numpy(facts[field].copy()).to(device) for field in ("step", "is_text", "generation"))
+        return Batch({site: _rows_of(values, rows) for site, values in self._values.items()}, *columns)
 
     def _check_fits(self, site: SiteKey, values: Tensor, rows: BlockRows) -> None:
         buffer = self._values[site]

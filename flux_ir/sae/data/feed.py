@@ -29,7 +29,7 @@ _GAP_BYTES = 2**18  # images of the other side are read along and dropped, where
 _WAITING_BLOCKS = 1024  # of a stream, until their last site has come
 
 Blocks = Callable[[], Iterator[TokenBlock]]
-"""Begins a live stream anew: the same blocks in the same order every time."""
+"""Starts a live stream from its beginning: the same blocks in the same order every time."""
 
 
 class BlockRows(NamedTuple):
@@ -264,8 +264,8 @@ class StreamFeed:
         sites, steps = self._assembler.sites, self._assembler.filters.steps
         waiting: dict[tuple[str, int], dict[SiteKey, TokenBlock]] = {}
         for block in self.blocks():
-            asked = block.site in sites and (steps is None or block.step in steps)
-            if not (asked and self.split.has(self.side, block.generation, block.prompt)):
+            trained_on = block.site in sites and (steps is None or block.step in steps)
+            if not (trained_on and self.split.has(self.side, block.generation, block.prompt)):
                 continue
             arrived = waiting.setdefault((block.generation, block.step), {})
             arrived[block.site] = block

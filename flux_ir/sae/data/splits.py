@@ -37,7 +37,7 @@ class Split:
 
     @property
     def note(self) -> str:
-        """How the data are split, in words for whoever trains on them."""
+        """How the data are split, as a note."""
         if self.threshold == 0:
             return "nothing is held out"
         if self.by == "prompt":

@@ -98,7 +98,7 @@ class SpliceNumbers(NamedTuple):
     image_mse: float | None
     """Mean squared difference to the untouched pictures [levels of 255, squared]; None where none were drawn."""
     image_psnr_db: float | None
-    """The same as peak signal-to-noise ratio [dB]; None also for equal pictures, whose ratio is infinite."""
+    """Peak signal-to-noise ratio [dB] of the pictures; None also for equal pictures, whose ratio is infinite."""
 
 
 class _SpliceSums:

@@ -160,7 +160,7 @@ def filled(config: SAEConfig, tensors: Mapping[str, Tensor]) -> SparseAutoencode
 
 
 def refuse(sae: SparseAutoencoder, program: str, known: tuple[str, ...]) -> FluxIRError:
-    """That a program has no such architecture."""
+    """The error for an architecture that a program does not have."""
     return FluxIRError(
         f"{program} has no architecture {sae.config.architecture}: it has {', '.join(known)}",
         hint="the folder flux-ir trains is read by sae-lens as it stands, whatever the architecture",
