@@ -16,7 +16,7 @@ from measure import Target, arguments, interleaved, machine, parse, print_report
 
 from flux_ir.commands.report import peak_host_bytes
 from flux_ir.errors import in_units
-from flux_ir.recording.store import file_bytes
+from flux_ir.recording.writer import file_bytes
 
 SECONDS_RATIO = {"tiny": Target("most", 1.15), "wide": Target("most", 1.10)}
 MEMORY_RATIO = Target("most", 1.1)

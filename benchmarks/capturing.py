@@ -13,8 +13,9 @@ from networks import FULL, SIDE_PX, TXT_TOKENS, WIDE, random_flux, random_inputs
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.registry import get_spec
+from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.recorder import Recorder
-from flux_ir.recording.store import CapturePlan, CaptureWriter
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.generate import Inputs, sample
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import block_outputs

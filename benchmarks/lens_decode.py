@@ -17,7 +17,7 @@ from flux_ir.lens.readout import read_step
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import get_spec
-from flux_ir.recording.store import Capture, load_capture
+from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.sampling.generate import to_pixels
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import unpack

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from flux_ir.api.visualize import Visualization, create_visualization, explore
     from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
-    from flux_ir.recording.recorder import MemorySink, Recorder
-    from flux_ir.recording.text_recorder import TextRecorder
+    from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
     from flux_ir.sae.evaluation.splice import spliced
     from flux_ir.sites import Site
 
@@ -90,7 +89,7 @@ _MODULES = {
     "spliced": "flux_ir.sae.evaluation.splice",
     "Studied": "flux_ir.api.study",
     "train_sae": "flux_ir.api.train_sae",
-    "TextRecorder": "flux_ir.recording.text_recorder",
+    "TextRecorder": "flux_ir.recording.recorder",
     "Trained": "flux_ir.api.train_sae",
     "TrainingRow": "flux_ir.api.train_sae",
     "Visualization": "flux_ir.api.visualize",

@@ -4,7 +4,7 @@
 its image half; a last word names a part of the block (`double.18.img.mlp`). `recording.recorder` listens there.
 
 `t5.12` and `clip.7` are the outputs of layers of the text encoders. Those run once for a prompt: their sites have no
-step. `recording.text_recorder` listens there.
+step. `recording.recorder` listens there.
 """
 
 import difflib

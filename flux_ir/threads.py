@@ -2,7 +2,7 @@
 
 Both keep the order of what they are given, hold a bounded number of results, raise in the consumer's thread what failed
 in theirs, and end when the consumer leaves (Ctrl-C and full disks above all): what has not begun is dropped then. The
-writer of a capture file has a thread of its own (`recording.filler`), and the shuffle buffer's threads put rows side by
+writer of a capture file has a thread of its own (`recording.writer`), and the shuffle buffer's threads put rows side by
 side into one memory (`sae.data.buffer`).
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.precision import FLOAT8, READ_AS, dequantised
+from flux_ir.recording.stored_dtype import FLOAT8, READ_AS, dequantised
 from flux_ir.sites import Site, as_site
 
 SiteName = Site | str | None

@@ -25,7 +25,7 @@ from flux_ir.activations.blocks import (
 )
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.store import Capture, load_capture
+from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.sites import Site
 
 _OPEN_FILES = 64

@@ -30,9 +30,10 @@ from flux_ir.models.placement import Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.recording.recorder import Recorder
-from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
-from flux_ir.recording.text_recorder import TextRecorder, TextSink
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.reader import load_capture
+from flux_ir.recording.recorder import Recorder, TextRecorder, TextSink
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.generate import check_size, check_steps, decode, noise_for, prepare, sample, unlike_latents
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import image_ids

@@ -22,7 +22,7 @@ from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.recording.store import Capture, load_capture
+from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
 from flux_ir.visualize.frames import find_run, is_run_name
 from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet

@@ -57,7 +57,7 @@ from flux_ir.files import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.recording.pieces import ScaleOf, pieces_of_context, pieces_of_site, pieces_of_text, positions
+from flux_ir.recording.plan import ScaleOf, pieces_of_context, pieces_of_site, positions
 from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
@@ -395,7 +395,7 @@ def _kept_tensors(recipe: Recipe, generation: RecordedGeneration) -> dict[str, T
     for step, context in generation.contexts.items():
         tensors[state_key(step)] = pieces_of_context(plan, step, context)[0].value
     for (at, site), value in generation.values.items():
-        made = pieces_of_text(plan, site, value) if at is None else pieces_of_site(plan, at, site, value)
+        made = pieces_of_site(plan, at, site, value)
         pieces = {piece.of: piece.value for piece in made}
         tensors[site_key(site, at)] = pieces[site]
         if (scale := pieces.get(ScaleOf(site))) is not None:

@@ -34,7 +34,7 @@ from flux_ir.collecting.storage import Storage, one_job_at
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 from flux_ir.sites import Site
 from flux_ir.threads import in_order
 

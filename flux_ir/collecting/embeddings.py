@@ -19,7 +19,7 @@ from torch import Tensor
 from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.recording.text_recorder import TextRecorder
+from flux_ir.recording.recorder import TextRecorder
 from flux_ir.sites import Site
 from flux_ir.threads import in_order
 

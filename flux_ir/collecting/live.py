@@ -22,7 +22,7 @@ from flux_ir.collecting.workers import replicas
 from flux_ir.distributed import Ranks
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.recording.pieces import ScaleOf, pieces_of_site, positions
+from flux_ir.recording.plan import ScaleOf, pieces_of_site, positions
 from flux_ir.threads import in_order
 
 

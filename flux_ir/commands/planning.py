@@ -28,7 +28,7 @@ from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text.tokenizer import load_tokenizer
 from flux_ir.recording.plan import CapturePlan
-from flux_ir.recording.store import file_bytes
+from flux_ir.recording.writer import file_bytes
 
 Rows = list[tuple[str, str, str]]
 

@@ -22,7 +22,7 @@ from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distanc
 from flux_ir.lens.readout import Lens, Reading, read_step, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.recording.store import Capture
+from flux_ir.recording.reader import Capture
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.shapes import PackedLatent, Pixels

@@ -12,7 +12,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.recording.store import Capture
+from flux_ir.recording.reader import Capture
 from flux_ir.sampling.denoise import clean_estimate, euler_step, per_sample
 from flux_ir.shapes import Conditioning, PackedLatent, Tokens, Velocity
 from flux_ir.sites import Site

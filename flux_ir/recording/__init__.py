@@ -1,1 +1,1 @@
-"""Recording what a transformer computes: `recorder` listens, `store` writes and reads the file."""
+"""What a transformer computes: `recorder` listens, `intervention` changes, `writer` and `reader` have the file."""

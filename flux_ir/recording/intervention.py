@@ -10,7 +10,6 @@ what is computed with, which is the value the last intervention gave.
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from inspect import signature
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
-from flux_ir.recording.recorder import (
+from flux_ir.recording.hooks import (
     NOT_CALLED,
-    Listener,
+    StepHooks,
     block_input,
-    check_not_compiled,
-    forward_arguments,
+    listeners_last,
     module_of,
-    no_forward,
+    named,
     rows_of,
     stream_of,
 )
@@ -40,7 +38,7 @@ That is a tensor of the same shape and dtype on the same device. The value may a
 """
 
 
-class Intervention:
+class Intervention(StepHooks):
     """Puts `edit(value, step)` where a site computed `value`, in every forward of `model` while its `with` lasts.
 
     One forward is one step, counted from 0; `steps` are the steps to change (None: all). The keys of `edits` are sites,
@@ -54,6 +52,8 @@ class Intervention:
     come to, when the next step begins, for an edit that does not take a value and a step, and within a forward for one
     that gives anything but a tensor of the same shape, dtype and device.
     """
+
+    name = "intervention"
 
     def __init__(
         self, model: Flux | Suite, edits: Mapping[str | Site, Edit], *, steps: Collection[int] | None = None
@@ -69,48 +69,21 @@ class Intervention:
             check_edit(site, edit)
         # A block's update and its output are changed by one module's hooks: the update is a part of the output.
         self.edits = sorted(pairs, key=lambda pair: pair[0].part != "update")
-        self.model, self.steps = flux, None if steps is None else frozenset(steps)
-        self._hooks: ExitStack | None = None
-        self._step, self._txt_tokens, self._changing = -1, 0, False
-        self._to_come: set[Site] = set()
+        super().__init__(flux, [site for site, _ in self.edits], steps)
 
-    def __enter__(self) -> "Intervention":
-        if self._hooks is not None:
-            raise RuntimeError("this intervention is already entered")
-        check_not_compiled(self.model, [site for site, _ in self.edits])
-        self._step, self._changing = -1, False
-        self._to_come.clear()
-        with ExitStack() as hooks:  # undone at once if one of them cannot be set
-            hooks.callback(self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True).remove)
-            for site, edit in self.edits:
-                module = self.model.get_submodule(module_of(site))
-                handle = module.register_forward_hook(self._editor(site, edit), with_kwargs=True)
-                hooks.callback(handle.remove)
-                _listeners_last(module)
-            self._hooks = hooks.pop_all()
-        return self
+    def _hang(self, hooks: ExitStack) -> None:
+        super()._hang(hooks)
+        for site, edit in self.edits:
+            module = self.model.get_submodule(module_of(site))
+            hooks.callback(module.register_forward_hook(self._editor(site, edit), with_kwargs=True).remove)
+            listeners_last(module)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        hooks, self._hooks = self._hooks, None
-        if hooks is not None:
-            hooks.close()
-        if kind is None and self._step < 0:
-            raise no_forward("intervention")
-
-    def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._to_come:
-            missing = ", ".join(map(str, sorted(self._to_come)))
-            raise FluxIRError(f"step {self._step} was not changed at {missing}", hint=NOT_CALLED)
-        self._step += 1
-        self._changing = self.steps is None or self._step in self.steps
-        self._to_come = {site for site, _ in self.edits} if self._changing else set()
-        self._txt_tokens = forward_arguments(model, args, kwargs)["txt"].shape[1]
+    def _incomplete(self) -> FluxIRError:
+        return FluxIRError(f"step {self._step} was not changed at {named(self._to_come)}", hint=NOT_CALLED)
 
     def _editor(self, site: Site, edit: Edit) -> Callable[..., Any]:
         def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not self._changing:
+            if not self._active:
                 return output
             self._to_come.discard(site)
             current = stream_of(site, output)
@@ -172,10 +145,3 @@ def check_edit(site: Site, edit: object) -> None:
         f"what stands in place of {site} must be a function of a value and a step: got {edit!r}",
         hint="lambda value, step: 0 * value, for example, sets it to zero",
     )
-
-
-def _listeners_last(module: nn.Module) -> None:
-    """Moves what recorders have set behind everything else, in the order torch calls hooks of a module."""
-    hooks = module._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, Listener)]:
-        hooks[key] = hooks.pop(key)

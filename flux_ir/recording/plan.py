@@ -1,16 +1,23 @@
-"""What a capture file will hold, known before the first step: so it can be laid out, and its size told, in advance."""
+"""What a capture will hold, known before the first step: so it can be laid out, and its size told, in advance.
+
+`planned_tensors` is the one list of its tensors, and `tensor_keys` the one place that says where the file's dictionary
+has each: the size, the empty file, the writer and the reader all go by these two. At the end, `pieces_of_step` and such
+make of the network's tensors what the plan says. Next: `writer`, `reader`; `file_format` is how the file holds bytes.
+"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import FluxParams
-from flux_ir.recording.precision import FLOAT8, READ_AS, ROUNDED
+from flux_ir.recording.recorder import StepContext
+from flux_ir.recording.stored_dtype import FLOAT8, READ_AS, ROUNDED, rounded, scaled
 from flux_ir.sites import Site, check_sites
 
 Shape = tuple[int, ...]
@@ -109,8 +116,6 @@ class CapturePlan:
 
     def shape(self, site: Site) -> Shape:
         """[batch, tokens, width] of one site at one step, as kept; of a layer of a text encoder."""
-        if site.per_prompt:
-            return self.batch, *self.text_sites[site]
         return self._shape(site, self.kept_img_tokens)
 
     def full_shape(self, site: Site) -> Shape:
@@ -118,82 +123,11 @@ class CapturePlan:
         return self._shape(site, self.img_tokens)
 
     def _shape(self, site: Site, img_tokens: int) -> Shape:
+        if site.per_prompt:
+            return self.batch, *self.text_sites[site]
         tokens = {"img": img_tokens, "txt": self.txt_tokens, None: self.txt_tokens + img_tokens}[site.stream]
         width = self.flux.hidden_size
         return self.batch, tokens, int(width * self.flux.mlp_ratio) if site.part == "neurons" else width
-
-
-def capture_bytes(plan: CapturePlan) -> int:
-    """Bytes of all tensors of the capture. The file adds about 4 kB a tensor at most; `store.file_bytes` is exact."""
-    per_step = sum(prod(plan.shape(site)) for site in plan.sites) * plan.dtype.itemsize
-    per_step += (prod(plan.img_shape) + prod(plan.y_shape)) * plan.of_context.itemsize
-    if plan.scales:
-        per_step += sum(prod(plan.shape(site)[:2]) for site in plan.sites) * torch.float32.itemsize
-    positions = plan.kept_img_tokens * torch.int32.itemsize if plan.img_positions is not None else 0
-    text = sum(prod(plan.shape(site)) for site in plan.text_sites) * plan.dtype.itemsize
-    if plan.scales:
-        text += sum(prod(plan.shape(site)[:2]) for site in plan.text_sites) * torch.float32.itemsize
-    return per_step * len(plan.kept_steps) + positions + text
-
-
-def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> dict[str, Any]:
-    """The dictionary in the capture file, with `make(shape, dtype)` for every tensor.
-
-    A double block kept with both streams stands under `double_blocks` as pairs, a single block kept whole under
-    `single_blocks`; every other site, a lone stream too, stands under `sites` by its name (where there are such).
-    Every site has its scales under `scales`, where the plan has such; `token_positions` is there where not all image
-    tokens are. Layers of the text encoders stand under `text_sites` (and `text_scales`), one tensor each.
-    """
-    steps = plan.kept_steps
-    file: dict[str, Any] = {"double_blocks": {}, "single_blocks": {}, "denoising_context": {}, "metadata": {}}
-    for site in plan.sites:
-        if _is_half_of_a_pair(site, plan.sites):
-            pair = file["double_blocks"].setdefault(_block(site), [])
-            if not pair:  # made with the first stream of the two
-                shapes = [plan.shape(Site("double", site.block, stream)) for stream in ("img", "txt")]
-                pair += [tuple(make(shape, plan.dtype) for shape in shapes) for _ in steps]
-        else:
-            whole = site.kind == "single" and site.stream is None and site.part is None
-            place, name = ("single_blocks", _block(site)) if whole else ("sites", str(site))
-            file.setdefault(place, {})[name] = [make(plan.shape(site), plan.dtype) for _ in steps]
-    context_dtype = plan.of_context
-    file["denoising_context"] = {
-        "y": [make(plan.y_shape, context_dtype) for _ in steps],
-        "txt_seq_len": [plan.txt_tokens for _ in steps],
-        "img_state": [make(plan.img_shape, context_dtype) for _ in steps],
-        "timestep_pairs": [(plan.timesteps[step], plan.timesteps[step + 1]) for step in steps],
-        "guidance": plan.guidance,
-    }
-    names = [str(site) for site in (*plan.text_sites, *plan.sites)]
-    file["metadata"] = {**plan.metadata, "captured_steps": list(steps), "sites": names}
-    if plan.text_sites:
-        file["text_sites"] = {str(site): make(plan.shape(site), plan.dtype) for site in plan.text_sites}
-        if plan.scales:
-            file["text_scales"] = {str(s): make(plan.shape(s)[:2], torch.float32) for s in plan.text_sites}
-    if plan.scales:
-        file["scales"] = {str(s): [make(plan.shape(s)[:2], torch.float32) for _ in steps] for s in plan.sites}
-    if plan.img_positions is not None:
-        file["token_positions"] = make((plan.kept_img_tokens,), torch.int32)
-    return file
-
-
-def stored_value(file: Mapping[str, Any], site: Site, index: int) -> Any:
-    """What the dictionary holds for a stored site at its `index`-th kept step. Raises KeyError for other sites."""
-    if site.part is None and site.kind == "double" and _block(site) in file["double_blocks"]:
-        img, txt = file["double_blocks"][_block(site)][index]
-        return img if site.stream == "img" else txt
-    if site.part is None and site.stream is None:
-        return file["single_blocks"][_block(site)][index]
-    return file["sites"][str(site)][index]
-
-
-def stored_sites(file: Mapping[str, Any]) -> list[Site]:
-    """The transformer's sites that a capture's dictionary holds, in depth order."""
-    sites = [Site.parse(name) for name in file.get("sites", {})]
-    sites += [Site.parse(f"single.{_number(name)}") for name in file["single_blocks"]]
-    for name in file["double_blocks"]:
-        sites += [Site.parse(f"double.{_number(name)}.{stream}") for stream in ("img", "txt")]
-    return sorted(sites)
 
 
 def _checked_positions(positions: Sequence[int], img_tokens: int) -> tuple[int, ...]:
@@ -207,7 +141,154 @@ def _checked_positions(positions: Sequence[int], img_tokens: int) -> tuple[int, 
     return kept
 
 
-def _is_half_of_a_pair(site: Site, sites: Sequence[Site]) -> bool:
+class ScaleOf(NamedTuple):
+    """The scales of one site, as a tensor of its own."""
+
+    site: Site
+
+    def __str__(self) -> str:
+        return f"the scales of {self.site}"
+
+
+# What one tensor of the file is of: a site, its scales, a part of the step's context, or the kept places.
+Of = Site | ScaleOf | Literal["img_state", "y", "token_positions"]
+
+
+class PlannedTensor(NamedTuple):
+    """One tensor of the file, before there is a value."""
+
+    position: int | None
+    """The step's place among the kept ones; None: the tensor has no step."""
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def planned_tensors(plan: CapturePlan) -> dict[tuple[int | None, Of], PlannedTensor]:
+    """Every tensor of the capture, by its step (None: it has none) and what it is of, in the order they come."""
+    tensors: dict[tuple[int | None, Of], PlannedTensor] = {}
+
+    def add_site(step: int | None, index: int | None, site: Site) -> None:
+        shape = plan.shape(site)
+        tensors[step, site] = PlannedTensor(index, shape, plan.dtype)
+        if plan.scales:
+            tensors[step, ScaleOf(site)] = PlannedTensor(index, shape[:2], torch.float32)
+
+    if plan.img_positions is not None:
+        tensors[None, "token_positions"] = PlannedTensor(None, (plan.kept_img_tokens,), torch.int32)
+    for site in plan.text_sites:
+        add_site(None, None, site)
+    for index, step in enumerate(plan.kept_steps):
+        tensors[step, "img_state"] = PlannedTensor(index, plan.img_shape, plan.of_context)
+        tensors[step, "y"] = PlannedTensor(index, plan.y_shape, plan.of_context)
+        for site in plan.sites:
+            add_site(step, index, site)
+    return tensors
+
+
+def capture_bytes(plan: CapturePlan) -> int:
+    """Bytes of all tensors of the capture. The file adds about 4 kB a tensor at most; `writer.file_bytes` is exact."""
+    return sum(tensor.nbytes for tensor in planned_tensors(plan).values())
+
+
+def tensor_keys(of: Of, index: int | None, pairs: Collection[str]) -> tuple[str | int, ...]:
+    """Where the file's dictionary holds a tensor: the keys to follow, one inside the other.
+
+    A double block kept with both streams (`pairs` names these) stands under `double_blocks` as pairs, a single block
+    kept whole under `single_blocks`, as in the original program; every other site, a lone stream too, stands under
+    `sites` by its name. Layers of the text encoders have no step: they are one tensor each.
+    """
+    match of:
+        case "token_positions":
+            keys: tuple[str | int | None, ...] = ("token_positions",)
+        case "img_state" | "y":
+            keys = ("denoising_context", of, index)
+        case ScaleOf(site):
+            keys = ("text_scales", str(site)) if site.per_prompt else ("scales", str(site), index)
+        case Site() if of.per_prompt:
+            keys = ("text_sites", str(of))
+        case Site(kind="double", part=None) if _block(of) in pairs:
+            keys = ("double_blocks", _block(of), index, 0 if of.stream == "img" else 1)
+        case Site(kind="single", stream=None, part=None):
+            keys = ("single_blocks", _block(of), index)
+        case _:
+            keys = ("sites", str(of), index)
+    if None in keys:
+        raise KeyError(f"{of} is kept at every step: say which")
+    return tuple(key for key in keys if key is not None)
+
+
+def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> dict[str, Any]:
+    """The dictionary in the capture file, with `make(shape, dtype)` for every tensor at its `tensor_keys`.
+
+    The first four keys are always there, the others where they have something in them.
+    """
+    steps = plan.kept_steps
+    names = [str(site) for site in (*plan.text_sites, *plan.sites)]
+    # The order is that of the records in the file: another one would change the bits of every capture.
+    file: dict[str, Any] = {
+        "double_blocks": {},
+        "single_blocks": {},
+        "denoising_context": {
+            "y": [],
+            "txt_seq_len": [plan.txt_tokens for _ in steps],
+            "img_state": [],
+            "timestep_pairs": [(plan.timesteps[step], plan.timesteps[step + 1]) for step in steps],
+            "guidance": plan.guidance,
+        },
+        "metadata": {**plan.metadata, "captured_steps": list(steps), "sites": names},
+        "sites": {},
+    }
+    text, scales = bool(plan.text_sites), plan.scales
+    optional = {"text_sites": text, "text_scales": text and scales, "scales": scales}
+    file |= {name: {} for name, there in optional.items() if there}
+    pairs = {_block(site) for site in plan.sites if _is_half_of_a_pair(site, plan.sites)}
+    planned = planned_tensors(plan)
+    if (positions := planned.pop((None, "token_positions"), None)) is not None:
+        planned[None, "token_positions"] = positions  # the last of the file, though the first to be written
+    for (_, of), tensor in planned.items():
+        _put(file, tensor_keys(of, tensor.position, pairs), make(tensor.shape, tensor.dtype))
+    for block in file["double_blocks"].values():
+        block[:] = map(tuple, block)
+    if not file["sites"]:
+        del file["sites"]
+    return file
+
+
+def _put(file: dict[str, Any], keys: Sequence[str | int], value: Any) -> None:
+    """Set a value at its keys. What is missing on the way is made; numbers are places in lists, which grow by one."""
+    inside: Any = file
+    for key, following in zip(keys, (*keys[1:], None), strict=True):
+        new = value if following is None else [] if isinstance(following, int) else {}
+        if isinstance(inside, dict):
+            inside = inside.setdefault(key, new)
+        else:
+            if key == len(inside):
+                inside.append(new)
+            inside = inside[key]
+
+
+def stored_tensor(file: Mapping[str, Any], of: Of, index: int | None) -> Any:
+    """What a capture's dictionary holds of something at its `index`-th kept step. Raises KeyError for anything else."""
+    found: Any = file
+    for key in tensor_keys(of, index, file["double_blocks"]):
+        found = found[key]
+    return found
+
+
+def stored_sites(file: Mapping[str, Any]) -> list[Site]:
+    """The transformer's sites that a capture's dictionary holds, in depth order."""
+    sites = [Site.parse(name) for name in file.get("sites", {})]
+    sites += [Site.parse(f"single.{_number(name)}") for name in file["single_blocks"]]
+    for name in file["double_blocks"]:
+        sites += [Site.parse(f"double.{_number(name)}.{stream}") for stream in ("img", "txt")]
+    return sorted(sites)
+
+
+def _is_half_of_a_pair(site: Site, sites: Collection[Site]) -> bool:
     if site.kind != "double" or site.part is not None:
         return False
     return all(Site("double", site.block, stream) in sites for stream in ("img", "txt"))
@@ -219,3 +300,76 @@ def _block(site: Site) -> str:
 
 def _number(name: str) -> str:
     return name.removeprefix("block_")
+
+
+class Piece(NamedTuple):
+    """One tensor, as the file holds it."""
+
+    of: Of
+    value: Tensor
+
+
+def positions(plan: CapturePlan) -> Tensor | None:
+    """The kept places on the image grid, int32; None: all are kept."""
+    return None if plan.img_positions is None else torch.tensor(plan.img_positions, dtype=torch.int32)
+
+
+def pieces_of_context(plan: CapturePlan, step: int, context: StepContext) -> list[Piece]:
+    """What a step began with; of the state, the kept places. Raises FluxIRError for what is not as planned."""
+    if context.txt_tokens != plan.txt_tokens:
+        raise FluxIRError(
+            f"step {step} must have {plan.txt_tokens} text tokens, as planned: got {context.txt_tokens}",
+            hint="plan the capture with the text this prompt is encoded to",
+        )
+    dtype = plan.of_context
+    _check(plan, step, "img_state", context.img, plan.full_img_shape, dtype)
+    _check(plan, step, "y", context.y, plan.y_shape, dtype)
+    state = _picked(plan, context.img, leading=0)
+    return [Piece("img_state", rounded(state, dtype)), Piece("y", rounded(context.y, dtype))]
+
+
+def pieces_of_site(plan: CapturePlan, step: int | None, site: Site, value: Tensor) -> list[Piece]:
+    """One site of one step, with its scales where the plan has such; a layer of a text encoder has no step.
+
+    Raises FluxIRError for what is not as planned.
+    """
+    if site.per_prompt and site not in plan.text_sites:
+        raise not_planned(step, site)
+    _check(plan, step, site, value, plan.full_shape(site), plan.dtype)
+    if not site.per_prompt and site.stream != "txt":
+        value = _picked(plan, value, leading=plan.txt_tokens if site.stream is None else 0)
+    if not plan.scales:
+        return [Piece(site, rounded(value, plan.dtype))]
+    values, scale = scaled(value)
+    return [Piece(site, values), Piece(ScaleOf(site), scale)]
+
+
+def not_planned(step: int | None, of: Of) -> FluxIRError:
+    """What to say of a tensor that has no place in the file, or none left."""
+    return FluxIRError(
+        f"{of}{at_step(step)} is not in the plan of this capture, or came twice",
+        hint="record the sites and the steps of the plan, one forward for each step",
+    )
+
+
+def at_step(step: int | None) -> str:
+    """Where a tensor belongs, in words behind its name."""
+    return "" if step is None else f" at step {step}"
+
+
+def _check(plan: CapturePlan, step: int | None, of: Of, value: Tensor, shape: Shape, dtype: torch.dtype) -> None:
+    fits = value.dtype == dtype or (plan.rounds and value.is_floating_point())
+    if tuple(value.shape) != shape or not fits:
+        wanted = "floats" if plan.rounds else str(dtype)
+        raise FluxIRError(
+            f"{of}{at_step(step)} must be {wanted} {list(shape)}, as planned: got {value.dtype} {list(value.shape)}",
+            hint="plan the capture with the sizes and the dtype the network runs with",
+        )
+
+
+def _picked(plan: CapturePlan, value: Tensor, *, leading: int) -> Tensor:
+    """The tokens that are kept: `leading` of text, and the image tokens at the plan's places."""
+    if plan.img_positions is None:
+        return value
+    kept = torch.tensor([*range(leading), *(leading + place for place in plan.img_positions)], device=value.device)
+    return value.index_select(1, kept)

@@ -1,23 +1,33 @@
 """Listens to a finished transformer and hands what passes its sites to a sink, without changing a bit of its output.
 
-Every site is the output of some module, or what a block made of its input; `module_of` says of which. Next: `store`,
-the sink that writes the capture file, and `intervention`, which writes at sites.
+Every site is the output of some module, or what a block made of its input: `hooks.module_of` says of which. The text
+encoders have a recorder of their own, as they run once per prompt. Next: `writer`, the sink that writes the capture
+file, and `intervention`, which writes at sites.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from inspect import signature
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.suite import Suite
+from flux_ir.models.suite import Suite, TextEncoders
+from flux_ir.recording.hooks import (
+    NOT_CALLED,
+    Hooked,
+    Listener,
+    StepHooks,
+    block_input,
+    module_of,
+    named,
+    rows_of,
+    stream_of,
+)
 from flux_ir.sampling.denoise import Step
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
-from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_of
+from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_among, sites_of, text_sites
 
 
 class StepContext(NamedTuple):
@@ -37,6 +47,14 @@ class Sink(Protocol):
 
     def write(self, step: int, site: Site, value: Tensor) -> None:
         """Called once for each site of a step, as soon as it is computed: `value` is [batch, tokens, d]."""
+
+
+@runtime_checkable
+class TextSink(Protocol):
+    """Where layers of the text encoders go. They are handed over as the network made them: not copied."""
+
+    def write_text(self, site: Site, value: Tensor) -> None:
+        """Called each time a layer is computed: `value` is [prompts, tokens, d]."""
 
 
 class MemorySink:
@@ -111,7 +129,7 @@ def until_recorded(steps: Iterator[Step]) -> Iterator[Step]:
         return
 
 
-class Recorder:
+class Recorder(StepHooks):
     """Records the sites of every forward of `model` while its `with` lasts: one forward is one step, counted from 0.
 
     `sites` are given as `Site` or as text, which may hold patterns (`double.*.img`).
@@ -129,6 +147,8 @@ class Recorder:
     Raises FluxIRError for sites the model does not have, and for a compiled model, whose hooks may never be called.
     """
 
+    name = "recorder"
+
     def __init__(
         self,
         model: Flux | Suite,
@@ -142,68 +162,41 @@ class Recorder:
         chosen = sites_of(sites, flux.params.depth, flux.params.depth_single_blocks)
         if stop_early and not steps:
             raise ValueError("stop_early needs the steps to record: it stops at the last of them")
-        self.model, self.sites = flux, tuple(chosen)
+        super().__init__(flux, chosen, steps)
         self.sink: Sink = MemorySink() if sink is None else sink
-        self.steps = None if steps is None else frozenset(steps)
         self._last_step = max(steps) if stop_early and steps else None
-        self._hooks: ExitStack | None = None
-        self._step, self._txt_tokens, self._recording = -1, 0, False
-        self._to_come: set[Site] = set()
 
-    def __enter__(self) -> "Recorder":
-        if self._hooks is not None:
-            raise RuntimeError("this recorder is already listening")
-        check_not_compiled(self.model, self.sites)
-        self._step, self._recording = -1, False
-        self._to_come.clear()
-        with ExitStack() as hooks:  # undone at once if one of them cannot be set
-            before = self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True)
-            hooks.callback(before.remove)
-            for site in self.sites:
-                module = self.model.get_submodule(module_of(site))
-                handle = module.register_forward_hook(Listener(self, site), with_kwargs=True)
-                hooks.callback(handle.remove)
-            self._hooks = hooks.pop_all()
-        return self
+    def _hang(self, hooks: ExitStack) -> None:
+        super()._hang(hooks)
+        for site in self.sites:
+            module = self.model.get_submodule(module_of(site))
+            hooks.callback(module.register_forward_hook(Listener(self._take, site), with_kwargs=True).remove)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        hooks, self._hooks = self._hooks, None
-        if hooks is not None:
-            hooks.close()
-        if kind is None:
-            if self._step < 0:
-                raise no_forward("recorder")
-            self._check_complete()
-
-    def _check_complete(self) -> None:
+    def _check_end(self) -> None:
+        super()._check_end()
         if self._to_come:
-            missing = ", ".join(map(str, sorted(self._to_come)))
-            raise FluxIRError(
-                f"step {self._step} was recorded in part: {len(self._to_come)} of {len(self.sites)} sites never came: "
-                f"{missing}",
-                hint=NOT_CALLED,
-            )
+            raise self._incomplete()
 
-    def _begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._check_complete()
-        self._step += 1
-        self._recording = self.steps is None or self._step in self.steps
-        if self._recording:
-            given = forward_arguments(model, args, kwargs)
-            self._txt_tokens = given["txt"].shape[1]
-            self.sink.begin_step(self._step, StepContext(given["img"], given["y"], self._txt_tokens))
-            self._to_come = set(self.sites)
-            self._stop_if_complete()
+    def _incomplete(self) -> FluxIRError:
+        return FluxIRError(
+            f"step {self._step} was recorded in part: {len(self._to_come)} of {len(self.sites)} sites never came: "
+            f"{named(self._to_come)}",
+            hint=NOT_CALLED,
+        )
+
+    def _next_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._next_step(model, args, kwargs)
+        self._stop_if_complete()  # without sites the last step has nothing to compute
+
+    def _begin_step(self, given: dict[str, Any]) -> None:
+        self.sink.begin_step(self._step, StepContext(given["img"], given["y"], self._txt_tokens))
 
     def _stop_if_complete(self) -> None:
         if self._step == self._last_step and not self._to_come:
             raise RecordingComplete
 
-    def take(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """What a site's `Listener` hands over: one call of its module."""
-        if not self._recording:
+    def _take(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._active:
             return
         value = stream_of(site, output)
         if site.part == "update":
@@ -214,82 +207,47 @@ class Recorder:
         self._stop_if_complete()
 
 
-class Listener:
-    """The hook of one site. Of a type of its own, so that interventions which come later can stand before it."""
+class TextRecorder(Hooked):
+    """Records layers of both text encoders whenever they run while its `with` lasts, padding and all.
 
-    def __init__(self, recorder: Recorder, site: Site) -> None:
-        self.recorder, self.site = recorder, site
+    `sites` are given as `Site` or as text, which may hold patterns (`t5.*`). A layer's output is what the next one is
+    given: the norm behind the last one comes later. Without a `sink` they go to a `MemorySink`, which keeps the last.
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.recorder.take(self.site, args, kwargs, output)
+        with model.text_encoders() as text, TextRecorder(text, "t5.*, clip.7") as recorder:
+            encode(text.t5, text.clip, ["a red circle"])
+        recorder.sink.read("t5.12")
 
+    As `Recorder`, it changes no bit. Raises FluxIRError for layers that the encoders do not have, and at the end for
+    one that never ran.
+    """
 
-# Why a hook that was set is not called.
-NOT_CALLED = (
-    "a compiled model calls no hooks that came later, and block.forward(...) calls none: "
-    "run the model as it was loaded, by model(...)"
-)
+    name = "text recorder"
 
+    def __init__(self, encoders: TextEncoders, sites: SiteNames, sink: TextSink | None = None) -> None:
+        self._layers = _layers(encoders)
+        self.sites = tuple(sites_among(sites, list(self._layers)))
+        self.sink: TextSink = MemorySink() if sink is None else sink
+        self._to_come: set[Site] = set()
 
-def check_not_compiled(model: Flux, sites: Iterable[Site]) -> None:
-    """Raises FluxIRError if the model is compiled, or a module around one of the sites is."""
-    for site in (None, *sites):
-        names = module_of(site).split(".") if site else []
-        for depth in range(len(names) + 1):
-            name = ".".join(names[:depth])
-            module = model.get_submodule(name)
-            # `torch.compile(module)` wraps the module, `module.compile()` marks it.
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-                raise FluxIRError(
-                    f"a recorder or an intervention needs a model that is not compiled: {name or 'the model'} is",
-                    hint="pass the model as it was before torch.compile, and run that one",
-                )
+    def _hang(self, hooks: ExitStack) -> None:
+        self._to_come = set(self.sites)
+        for site in self.sites:
+            listener = Listener(self._take, site)
+            hooks.callback(self._layers[site].register_forward_hook(listener, with_kwargs=True).remove)
 
+    def _check_end(self) -> None:
+        if self._to_come:
+            raise FluxIRError(
+                f"no prompt was encoded while these were to be recorded: {named(self._to_come)}", hint=NOT_CALLED
+            )
 
-def no_forward(who: str) -> FluxIRError:
-    """What to say of a recorder or an intervention whose model was never called."""
-    return FluxIRError(f"the {who} saw no forward of its model while it was entered", hint=NOT_CALLED)
-
-
-def forward_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a forward was called with, by name. From the class: others wrap the `forward` of an instance."""
-    return signature(type(model).forward).bind(model, *args, **kwargs).arguments
+    def _take(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        self.sink.write_text(site, output)
+        self._to_come.discard(site)
 
 
-def module_of(site: Site) -> str:
-    """The name of the module whose call shows this site: its output, or output - input for an update."""
-    block, stream = f"{site.kind}_blocks.{site.block}", site.stream
-    match site.kind, site.part:
-        case _, None | "update":
-            return block
-        case "double", "attn":
-            return f"{block}.{stream}_attn.proj"
-        case "double", "mlp":
-            return f"{block}.{stream}_mlp"
-        case "double", _:
-            return f"{block}.{stream}_mlp.1"  # 0 and 2 are the linears: their names are the checkpoint's
-        case "single", "neurons":
-            return f"{block}.mlp_act"
-        case _:
-            return f"{block}.linear2"
-
-
-def stream_of(site: Site, output: Any) -> Tensor:
-    """The tensor of a module's output that the site is in: double blocks put out a pair, image first."""
-    if not isinstance(output, tuple):
-        return output
-    return output[0] if site.stream == "img" else output[1]
-
-
-def rows_of(site: Site, tokens: int, txt_tokens: int) -> slice:
-    """Which of the rows of `stream_of` are the site's: the half of one stream, in a single block."""
-    if site.whole == site:
-        return slice(0, tokens)
-    return slice(0, txt_tokens) if site.stream == "txt" else slice(txt_tokens, tokens)
-
-
-def block_input(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What the site's block was called with, of the site's stream; both streams for a single block."""
-    names = ("img", "txt") if site.kind == "double" else ("x",)
-    position = 1 if site.kind == "double" and site.stream == "txt" else 0
-    return args[position] if position < len(args) else kwargs[names[position]]
+def _layers(encoders: TextEncoders) -> dict[Site, nn.Module]:
+    """The module whose output each site is, in depth order."""
+    t5: Any = encoders.t5.model.get_submodule("encoder.block")
+    clip: Any = encoders.clip.model.get_submodule("text_model.encoder.layers")
+    return dict(zip(text_sites(len(t5), len(clip)), [*t5, *clip], strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
-from flux_ir.recording.precision import dequantised
+from flux_ir.recording.stored_dtype import dequantised
 
 OUTLIER_RATIO = 6.0
 """An outlier dimension has a root mean square of more than so many times the median dimension's (compare Dettmers et

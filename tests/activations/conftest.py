@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter, scale_key, site_key, state_key
-from flux_ir.recording.precision import scaled
+from flux_ir.recording.stored_dtype import scaled
 from flux_ir.sites import Site
 from tests.recording.cases import IMG, SITES, TXT
 from tests.recording.conftest import plan, run, write

@@ -14,7 +14,7 @@ from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter
 from flux_ir.activations.source import TokenSource, open_source
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.precision import dequantised, scaled
+from flux_ir.recording.stored_dtype import dequantised, scaled
 from flux_ir.sites import Site
 from tests.activations.conftest import write_collection
 from tests.recording.cases import SITES, TXT

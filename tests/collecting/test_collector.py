@@ -11,9 +11,9 @@ from flux_ir.collecting.shard_notes import read_notes
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.recording.precision import dequantised
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.recording.statistics import SiteStatistics, read_statistics
+from flux_ir.recording.stored_dtype import dequantised
 from flux_ir.sampling.generate import noise_for, prepare, sample
 from tests.collecting.small_jobs import (
     HEIGHT,

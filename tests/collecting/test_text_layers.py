@@ -9,9 +9,9 @@ from flux_ir.collecting.collection import Collection
 from flux_ir.collecting.sizes import embeddings_bytes, shard_sizes
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.precision import dequantised
+from flux_ir.recording.recorder import TextRecorder
 from flux_ir.recording.statistics import read_statistics
-from flux_ir.recording.text_recorder import TextRecorder
+from flux_ir.recording.stored_dtype import dequantised
 from flux_ir.sae.data.filters import Filters
 from flux_ir.sites import Site
 from tests.collecting.small_jobs import PROMPTS, SITES, collected, files_of, rows_of, settings_of, tensor_of

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from flux_ir.models.registry import get_spec
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 
 SCRIPT = Path(__file__).parents[2] / "capture_sample.py"
 SPEC = get_spec("flux-tiny")

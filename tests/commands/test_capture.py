@@ -21,7 +21,7 @@ from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sites import block_outputs

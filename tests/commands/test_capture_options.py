@@ -8,8 +8,8 @@ import torch
 
 from flux_ir.api.capture import CaptureSettings, settle
 from flux_ir.api.models import encode_prompt, load_model
-from flux_ir.recording.store import load_capture
-from flux_ir.recording.text_recorder import TextRecorder
+from flux_ir.recording.reader import load_capture
+from flux_ir.recording.recorder import TextRecorder
 from flux_ir.sites import Site
 from tests.commands.run_folder import BLOCKS, DEPTH, LAST, QUICK, SMALL, SPEC, files_in, metadata_of, pixels_of
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 from tests.commands.run_folder import BLOCKS, SCRIPT, pixels_of, tensors_of
 
 # The words make a run long enough to be met in the middle of a phase.

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from flux_ir.activations.source import open_source
 from flux_ir.commands.main import main as flux_ir
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import StepContext
-from flux_ir.recording.store import CapturePlan, load_capture
 from flux_ir.sites import Site
 from tests.recording.conftest import write_values
 

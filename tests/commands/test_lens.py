@@ -14,7 +14,7 @@ from flux_ir.commands.capture import main as capture
 from flux_ir.commands.lens import main as lens
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.models.registry import get_spec
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 from tests.commands.run_folder import full_beyond
 
 SPEC = get_spec("flux-tiny")

@@ -14,8 +14,10 @@ from flux_ir.lens.decode import NOT_THE_SAME, LensDecoder, batch_size, lens_repo
 from flux_ir.lens.measures import cosine, psnr_db, relative_distance
 from flux_ir.lens.readout import read_step
 from flux_ir.models.text import TextEmbedding
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import Recorder
-from flux_ir.recording.store import CapturePlan, CaptureWriter, load_capture
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.schedule import get_schedule

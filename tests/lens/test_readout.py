@@ -9,8 +9,10 @@ from flux_ir.errors import FluxIRError
 from flux_ir.lens.readout import image_outputs, read_step, readable_sites, velocity_at
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
+from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.recording.recorder import Recorder
-from flux_ir.recording.store import Capture, CapturePlan, CaptureWriter, load_capture
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.denoise import Step
 from flux_ir.sampling.generate import noise_for, prepare, sample
 from flux_ir.sampling.schedule import get_schedule

@@ -23,7 +23,7 @@ from flux_ir.lens.readout import read_step
 from flux_ir.models.registry import get_spec
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.load import load_flux
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 
 output = Path(sys.argv[1])
 words = ["--model", "flux-tiny", "--num_steps", "2", "--seed", "1", "--prompt", "a red circle", "--sites", "single.7"]

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext
-from flux_ir.recording.store import CapturePlan, CaptureWriter
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sites import all_sites, block_outputs, match_sites
 from tests.recording.cases import IMG, METADATA, SITES, TIMESTEPS, TXT
 

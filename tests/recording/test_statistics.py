@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.precision import dequantised, scaled
 from flux_ir.recording.statistics import SiteStatistics, read_statistics, write_statistics
+from flux_ir.recording.stored_dtype import dequantised, scaled
 from flux_ir.sites import Site
 
 D = 48

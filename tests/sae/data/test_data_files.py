@@ -7,8 +7,8 @@ import torch
 from flux_ir.activations.source import open_source
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.recorder import StepContext
-from flux_ir.recording.store import CapturePlan
 from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
 from flux_ir.sae.data.feed import TokenFormat

@@ -8,9 +8,11 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.lens.readout import readable_sites
-from flux_ir.recording.precision import dequantised, rounded, scaled
+from flux_ir.recording.plan import CapturePlan, capture_bytes
+from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import MemorySink, Recorder
-from flux_ir.recording.store import CapturePlan, CaptureWriter, capture_bytes, file_bytes, load_capture
+from flux_ir.recording.stored_dtype import dequantised, rounded, scaled
+from flux_ir.recording.writer import CaptureWriter, file_bytes
 from flux_ir.sites import Site, all_sites, block_outputs
 
 TXT, IMG = 7, 12

@@ -11,9 +11,10 @@ from flux_ir.errors import FluxIRError
 from flux_ir.lens.readout import readable_sites
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import encode, load_clip, load_t5
-from flux_ir.recording.recorder import MemorySink, Recorder
-from flux_ir.recording.store import CaptureWriter, capture_bytes, file_bytes, load_capture
-from flux_ir.recording.text_recorder import TextRecorder
+from flux_ir.recording.plan import capture_bytes
+from flux_ir.recording.reader import load_capture
+from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
+from flux_ir.recording.writer import CaptureWriter, file_bytes
 from flux_ir.sites import Site
 
 PROMPTS = ["a red circle", ""]

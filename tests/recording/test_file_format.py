@@ -12,10 +12,11 @@ import zipfile
 import pytest
 import torch
 
-from flux_ir.recording.archive import Archive, blank_tensors, lay_out
-from flux_ir.recording.filler import RecordFiller
+from flux_ir.recording.file_format import Archive, blank_tensors, lay_out
+from flux_ir.recording.plan import CapturePlan, capture_bytes
+from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import Recorder
-from flux_ir.recording.store import CapturePlan, CaptureWriter, capture_bytes, file_bytes, load_capture
+from flux_ir.recording.writer import CaptureWriter, RecordFiller, file_bytes
 from flux_ir.sites import block_outputs
 from tests.recording.cases import tensors_in
 

@@ -9,7 +9,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.recording.recorder import Recorder
-from flux_ir.recording.store import CaptureWriter
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sites import Site
 from tests.recording.cases import left_in
 

@@ -1,149 +1,24 @@
-"""The capture file: written while the network runs, complete or absent, and read back a tensor at a time.
+"""The capture file, open for reading: a tensor is mapped from it when it is asked for, and nothing else is touched.
 
-`torch.load` gives the same dictionary (`plan.contents` says what is in it). The parts: `plan` is what is known in
-advance, `archive` the format, `filler` the thread that writes.
+`load_capture` opens one. `plan` says what is in the dictionary, `file_format` how the file holds it.
 """
 
-import errno
-import os
 import pickle
-import shutil
 import zipfile
-from contextlib import ExitStack
-from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.files import complete_file, disk_error
 from flux_ir.layout import newest_capture
-from flux_ir.recording.archive import Archive, Record, StoredTensor, blank_tensors, laid_out_bytes, lay_out
-from flux_ir.recording.filler import QUEUE_BYTES, RecordFiller
-from flux_ir.recording.pieces import (
-    Of,
-    Piece,
-    at_step,
-    not_planned,
-    pieces_of_context,
-    pieces_of_site,
-    pieces_of_text,
-    places,
-    positions,
-)
-from flux_ir.recording.plan import CapturePlan, Shape, capture_bytes, contents, stored_sites, stored_value
-from flux_ir.recording.precision import READ_AS, dequantised
-from flux_ir.recording.recorder import StepContext, check_step
+from flux_ir.recording.file_format import Archive, StoredTensor
+from flux_ir.recording.plan import ScaleOf, Shape, stored_sites, stored_tensor
+from flux_ir.recording.recorder import check_step
+from flux_ir.recording.stored_dtype import READ_AS, dequantised
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
 from flux_ir.sites import Site, as_site, nearest_names
-
-__all__ = ["Capture", "CaptureContext", "CapturePlan", "CaptureWriter", "capture_bytes", "file_bytes", "load_capture"]
-
-
-def file_bytes(plan: CapturePlan) -> int:
-    """The exact size of the capture file."""
-    return laid_out_bytes(contents(plan, blank_tensors()))
-
-
-class CaptureWriter:
-    """The sink that writes the capture file, while the network computes the next block.
-
-    On entering, the file is laid out beside its final name and all of its disk space is taken; at the end it is
-    renamed. After any exception there is no file.
-
-    Raises FluxIRError for a disk that is full or cannot be written, for tensors that are not as planned, and at the end
-    if one never came.
-    """
-
-    def __init__(self, path: Path, plan: CapturePlan, *, queue_bytes: int = QUEUE_BYTES) -> None:
-        self.path, self.plan, self.queue_bytes = path, plan, queue_bytes
-        self._open = ExitStack()
-        self._missing: dict[tuple[int | None, Of], Record] = {}
-
-    def __enter__(self) -> "CaptureWriter":
-        with ExitStack() as opened:  # undone at once if a later part fails
-            beside = opened.enter_context(complete_file(self.path))
-            file = opened.enter_context(beside.open("r+b", buffering=0))
-            _reserve(file, self.plan, self.path)
-            archive = Archive(beside)  # read back as laid out: no order of records is taken for granted
-            record_of = archive.records()
-            self._missing = {at: record_of[of.record] for at, of in places(self.plan, archive.contents).items()}
-            filler = RecordFiller(file, self.path, queue_bytes=self.queue_bytes)
-            self._filler = opened.enter_context(filler)
-            if (kept := positions(self.plan)) is not None:
-                filler.put(record_of[archive.contents["token_positions"].record], kept)
-            opened.push(self._check_complete)
-            self._open = opened.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
-
-    def begin_step(self, step: int, context: StepContext) -> None:
-        """Writes what the step began with."""
-        for piece in pieces_of_context(self.plan, step, context):
-            self._put(step, piece)
-
-    def write(self, step: int, site: Site, value: Tensor) -> None:
-        """Writes one site of one step."""
-        for piece in pieces_of_site(self.plan, step, site, value):
-            self._put(step, piece)
-
-    def write_text(self, site: Site, value: Tensor) -> None:
-        """Writes one layer of a text encoder."""
-        for piece in pieces_of_text(self.plan, site, value):
-            self._put(None, piece)
-
-    def _put(self, step: int | None, piece: Piece) -> None:
-        record = self._missing.pop((step, piece.of), None)
-        if record is None:
-            raise not_planned(step, piece.of)
-        self._filler.put(record, piece.value)
-
-    def _check_complete(self, kind: type[BaseException] | None, *unused: object) -> None:
-        if kind is None and self._missing:
-            step, of = next(iter(self._missing))
-            raise FluxIRError(
-                f"the capture {self.path} is not complete: "
-                f"{len(self._missing)} tensors never came, first {of}{at_step(step)}",
-                hint="run every step of the schedule while the capture is open",
-            )
-
-
-def _reserve(file: FileIO, plan: CapturePlan, path: Path) -> None:
-    """Lay the file out and take its disk space, so that a full disk is known before anything is computed."""
-    needed = capture_bytes(plan)
-    try:
-        disk = shutil.disk_usage(path.parent)
-        if disk.total and disk.free < needed:  # asked first: taking space till there is none would trouble others
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _check_size(file, needed)
-        lay_out(file, contents(plan, blank_tensors()))
-        needed = os.fstat(file.fileno()).st_size
-        _take_space(file, needed)
-    except OSError as error:
-        raise disk_error(path, error, needed_bytes=needed) from error
-
-
-def _check_size(file: FileIO, size: int) -> None:
-    """Raises OSError for a file larger than may be: while it is laid out, torch would say so in words of its own."""
-    os.ftruncate(file.fileno(), size)
-    os.ftruncate(file.fileno(), 0)
-
-
-def _take_space(file: FileIO, size: int) -> None:
-    if not hasattr(os, "posix_fallocate"):
-        return  # a full disk shows while writing
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # this file system cannot reserve
-            raise
 
 
 class CaptureContext(NamedTuple):
@@ -206,8 +81,9 @@ class Capture:
     @property
     def img_positions(self) -> Tensor | None:
         """The places on the image grid, row by row, of the image tokens that were kept: int32. None: all of them."""
-        kept = self._contents.get("token_positions")
-        return None if kept is None else self.archive.tensor(kept)
+        if "token_positions" not in self._contents:
+            return None
+        return self.archive.tensor(stored_tensor(self._contents, "token_positions", None))
 
     def shape(self, site: str | Site) -> Shape:
         """[batch, tokens, width] of one site, as at the first kept step."""
@@ -238,13 +114,13 @@ class Capture:
         """Where the file holds one site at one step. Raises FluxIRError for a site or a step that was not captured."""
         check_step(site, step)
         if step is None:
-            scale = self._contents.get("text_scales", {}).get(str(site))
+            scale = stored_tensor(self._contents, ScaleOf(site), None) if "text_scales" in self._contents else None
             return StoredSite(self._stored(site, 0), scale, slice(None))
         index, scale = self._index_of(step), None
         values = self._stored(site, index)
         if "scales" in self._contents:
             stored = site if site in self._known else site.whole
-            scale = self._contents["scales"][str(stored)][index]
+            scale = stored_tensor(self._contents, ScaleOf(stored), index)
         return StoredSite(values, scale, self._tokens(site, index))
 
     def _stored(self, site: Site, index: int) -> StoredTensor:
@@ -256,10 +132,7 @@ class Capture:
                 f"{site} was not captured in {self.path}, which holds {len(sites)} sites",
                 hint=f"the nearest are {nearest_names(str(site), map(str, sites))}",
             )
-        if site.per_prompt:
-            layer: StoredTensor = self._contents["text_sites"][str(site)]
-            return layer
-        found: StoredTensor = stored_value(self._contents, stored, index)
+        found: StoredTensor = stored_tensor(self._contents, stored, None if site.per_prompt else index)
         return found
 
     def _tokens(self, site: Site, index: int) -> slice:
@@ -271,7 +144,8 @@ class Capture:
     def context(self, step: int) -> CaptureContext:
         """What one step began with."""
         index, of = self._index_of(step), self._context
-        img, y = (self.archive.tensor(of[part][index]) for part in ("img_state", "y"))
+        img = self.archive.tensor(stored_tensor(self._contents, "img_state", index))
+        y = self.archive.tensor(stored_tensor(self._contents, "y", index))
         t_curr, t_prev = of["timestep_pairs"][index]
         return CaptureContext(img, y, t_curr, t_prev, float(of["guidance"]), of["txt_seq_len"][index])
 

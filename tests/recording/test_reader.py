@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext
-from flux_ir.recording.store import CaptureWriter, load_capture
+from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sites import Site, block_outputs
 from tests.recording.cases import METADATA, tensors_in
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.store import CaptureWriter, file_bytes, load_capture
+from flux_ir.recording.reader import load_capture
+from flux_ir.recording.writer import CaptureWriter, file_bytes
 from flux_ir.sites import Site
 from tests.recording.cases import left_in
 
@@ -36,7 +37,7 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from flux_ir.recording.store import CaptureWriter, file_bytes
+from flux_ir.recording.writer import CaptureWriter, file_bytes
 from flux_ir.errors import FluxIRError
 {setup}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -51,7 +52,7 @@ except FluxIRError as error:
 
 SETUP = """
 from flux_ir.recording.recorder import Recorder, StepContext
-from flux_ir.recording.store import CapturePlan
+from flux_ir.recording.plan import CapturePlan
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.sites import block_outputs
 params = FluxParams(64, 64, 24, 40, 64, 4.0, 4, 2, 3, (4, 6, 6), 10_000, True, False)
@@ -109,7 +110,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from flux_ir.recording.store import CaptureWriter
+from flux_ir.recording.writer import CaptureWriter
 {setup}
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

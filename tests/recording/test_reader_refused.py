@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.recording.store import load_capture
+from flux_ir.recording.reader import load_capture
 from tests.recording.cases import left_in
 
 
