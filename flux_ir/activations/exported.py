@@ -40,7 +40,7 @@ _At = tuple[Site, int]
 
 
 @dataclass(frozen=True)
-class Facts:
+class GenerationFacts:
     """What is known of an exported generation besides its numbers."""
 
     id: str
@@ -57,7 +57,7 @@ class Facts:
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Facts":
+    def from_json(cls, text: str) -> "GenerationFacts":
         """Raises ValueError, KeyError or TypeError for JSON that is not of `to_json`."""
         return cls(**json.loads(text))
 
@@ -65,7 +65,7 @@ class Facts:
 class ExportedGeneration(NamedTuple):
     """One generation: where each of its arrays is, by file and name (None: the only one of the file)."""
 
-    facts: Facts
+    facts: GenerationFacts
     path: Path
     arrays: Mapping[_At, tuple[Path, str | None]]
 
@@ -180,7 +180,7 @@ def safetensors_generation(file: Path) -> ExportedGeneration:
     if (text := metadata.get(METADATA_KEY)) is not None:
         return ExportedGeneration(_facts(file, text), file, arrays)
     array = ArrayFile.open(*next(iter(arrays.values())))  # the content names it: a file may be renamed
-    return ExportedGeneration(Facts(rows_digest(array, 0, array.rows, SpanReader())), file, arrays)
+    return ExportedGeneration(GenerationFacts(rows_digest(array, 0, array.rows, SpanReader())), file, arrays)
 
 
 def npy_generations(folder: Path) -> list[ExportedGeneration]:
@@ -204,9 +204,9 @@ def _at(name: str) -> _At | None:
         return None
 
 
-def _facts(file: Path, text: str) -> Facts:
+def _facts(file: Path, text: str) -> GenerationFacts:
     try:
-        return Facts.from_json(text)
+        return GenerationFacts.from_json(text)
     except (ValueError, KeyError, TypeError) as error:
         raise FluxIRError(
             f"{file} does not say what flux-ir export says of a generation: {error}", hint="export it again"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from flux_ir.activations.exported import METADATA_KEY, SETTINGS, Facts, array_name
+from flux_ir.activations.exported import METADATA_KEY, SETTINGS, GenerationFacts, array_name
 from flux_ir.activations.source import TokenBlock, TokenSource, open_source
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Watch, follow, unwatched
@@ -144,12 +144,12 @@ def write_generation(folder: Path, file_format: str, source: TokenSource, blocks
     write(folder / f"{facts.id}.json", f"{facts.to_json()}\n".encode())  # last: now it is complete
 
 
-def facts_of(source: TokenSource, blocks: Sequence[TokenBlock]) -> Facts:
+def facts_of(source: TokenSource, blocks: Sequence[TokenBlock]) -> GenerationFacts:
     """What stands beside the numbers of one generation."""
     first = blocks[0]
     places = next((block.positions[block.txt_tokens :] for block in blocks if _has_image_tokens(block)), None)
     every = places is None or torch.equal(places, torch.arange(len(places), dtype=places.dtype))
-    return Facts(
+    return GenerationFacts(
         id=first.generation,
         prompt=first.prompt,
         model=source.model,

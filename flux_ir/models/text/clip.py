@@ -136,9 +136,9 @@ class ClipLayer(nn.Module):
 
     def __init__(self, params: ClipParams, *, causal: bool) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(params.hidden_size, params.num_attention_heads, causal=causal)
+        self.self_attn = ClipSelfAttention(params.hidden_size, params.num_attention_heads, causal=causal)
         self.layer_norm1 = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
-        self.mlp = FeedForward(params)
+        self.mlp = ClipFeedForward(params)
         self.layer_norm2 = nn.LayerNorm(params.hidden_size, params.layer_norm_eps)
 
     def forward(self, x: Tokens) -> Tokens:
@@ -146,7 +146,7 @@ class ClipLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class SelfAttention(nn.Module):
+class ClipSelfAttention(nn.Module):
     """Scaled dot-product attention (Vaswani et al., 2017)."""
 
     def __init__(self, dim: int, num_heads: int, *, causal: bool) -> None:
@@ -166,7 +166,7 @@ class SelfAttention(nn.Module):
         return rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
 
 
-class FeedForward(nn.Module):
+class ClipFeedForward(nn.Module):
     """Linear, activation, linear."""
 
     def __init__(self, params: ClipParams) -> None:

@@ -75,7 +75,7 @@ class T5Stack(nn.Module):
     def __init__(self, params: T5Params) -> None:
         super().__init__()
         self.block = nn.ModuleList(T5Block(params, has_position_bias=i == 0) for i in range(params.num_layers))
-        self.final_layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
+        self.final_layer_norm = T5RMSNorm(params.d_model, params.layer_norm_epsilon)
 
     def forward(self, x: Tokens) -> Tokens:
         first: Any = self.block[0]
@@ -104,8 +104,8 @@ class AttentionBranch(nn.Module):
 
     def __init__(self, params: T5Params, *, has_position_bias: bool) -> None:
         super().__init__()
-        self.SelfAttention = SelfAttention(params, has_position_bias=has_position_bias)
-        self.layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
+        self.SelfAttention = T5SelfAttention(params, has_position_bias=has_position_bias)
+        self.layer_norm = T5RMSNorm(params.d_model, params.layer_norm_epsilon)
 
     def forward(self, x: Tokens, bias: PositionBias) -> Tokens:
         return self.SelfAttention(self.layer_norm(x), bias)
@@ -117,14 +117,14 @@ class FeedForwardBranch(nn.Module):
     def __init__(self, params: T5Params) -> None:
         super().__init__()
         gated = params.feed_forward_proj == GATED
-        self.DenseReluDense = GatedFeedForward(params) if gated else FeedForward(params)
-        self.layer_norm = RMSNorm(params.d_model, params.layer_norm_epsilon)
+        self.DenseReluDense = T5GatedFeedForward(params) if gated else T5FeedForward(params)
+        self.layer_norm = T5RMSNorm(params.d_model, params.layer_norm_epsilon)
 
     def forward(self, x: Tokens) -> Tokens:
         return self.DenseReluDense(self.layer_norm(x))
 
 
-class SelfAttention(nn.Module):
+class T5SelfAttention(nn.Module):
     """Attention whose scores are not divided by the root of the head's width: T5's weights have that factor in them."""
 
     def __init__(self, params: T5Params, *, has_position_bias: bool) -> None:
@@ -178,7 +178,7 @@ def blank_embedding(count: int, dim: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)  # type: ignore[no-untyped-call]
 
 
-class FeedForward(nn.Module):
+class T5FeedForward(nn.Module):
     """Linear, ReLU, linear: the first T5."""
 
     def __init__(self, params: T5Params) -> None:
@@ -190,7 +190,7 @@ class FeedForward(nn.Module):
         return self.wo(F.relu(self.wi(x)))
 
 
-class GatedFeedForward(nn.Module):
+class T5GatedFeedForward(nn.Module):
     """A linear layer gated by the GELU of another, and a linear layer: version 1.1 (Shazeer, 2020, "GEGLU")."""
 
     def __init__(self, params: T5Params) -> None:
@@ -211,7 +211,7 @@ def gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
-class RMSNorm(nn.Module):
+class T5RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich, 2019), the mean taken in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
