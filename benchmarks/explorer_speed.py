@@ -18,7 +18,7 @@ from statistics import median
 from PIL import Image, ImageDraw
 from playwright.sync_api import Page, sync_playwright
 
-from flux_ir.explorer.data import find_runs
+from flux_ir.explorer.data import decoded_runs
 from flux_ir.explorer.page import write_explorer
 from flux_ir.files import write_json
 from flux_ir.layout import RunFolder
@@ -127,7 +127,7 @@ def main(output_dir: Path) -> None:
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         make_run(output_dir, "57057057")
     start = time.perf_counter()
-    target = write_explorer(output_dir, find_runs(output_dir), output_dir / "explorer.html")
+    target = write_explorer(output_dir, decoded_runs(output_dir), output_dir / "explorer.html")
     print(f"{'writing the page':<28} {time.perf_counter() - start:.1f} s, {target.stat().st_size / 1e3:.0f} kB")
     with chromium() as page:
         painted, complete = zip(*[open_page(page, target) for _ in range(OPENINGS)], strict=True)

@@ -3,13 +3,25 @@
 import difflib
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
 
+Lens = Literal["euler", "x0"]
+Kind = Literal["double", "single"]
+
+LATEST = "latest"
+"""What `find_run` takes for the newest run."""
+DECODED_NAME = "step_{step}/{kind}_block_{block}.jpg"
+"""A decoded picture, below the folder of its lens."""
+
 _GENERATION_ID = re.compile(r"[0-9a-f]{8}")
+_DECODED_NAME = re.compile(r"step_(0|[1-9]\d*)/(double|single)_block_(0|[1-9]\d*)\.jpg")
+_INTERMEDIATES, _CAPTURE, _METADATA = "intermediates", "capture_*.pt", "metadata_*.json"
+_TIMESTAMP_ENDS = len("metadata_YYYYmmdd_HHMMSS")
 
 
 def new_generation_id() -> str:
@@ -19,12 +31,26 @@ def new_generation_id() -> str:
 
 def check_generation_id(text: str) -> str:
     """The text, if it is a generation id. Anything else (`../x` above all) raises FluxIRError."""
-    if not _GENERATION_ID.fullmatch(text):
+    if not is_generation_id(text):
         raise FluxIRError(
             f"a generation id is 8 hex digits in lower case: got {text!r}",
             hint="it was printed when the picture was made, and is the name of its folder",
         )
     return text
+
+
+def is_generation_id(text: str) -> bool:
+    """Whether a folder of this name is a run's."""
+    return _GENERATION_ID.fullmatch(text) is not None
+
+
+class DecodedImage(NamedTuple):
+    """A picture of a lens that is there: of which step and block it is, by its name."""
+
+    step: int
+    kind: Kind
+    block: int
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -39,12 +65,13 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
+        """The folder itself."""
         return self.output_dir / self.generation_id
 
     @property
     def intermediates(self) -> Path:
         """The folder of what lies behind the picture: the capture, its metadata, what the lens made of it."""
-        return self.path / "intermediates"
+        return self.path / _INTERMEDIATES
 
     @property
     def lens_json(self) -> Path:
@@ -53,7 +80,7 @@ class RunFolder:
 
     def image(self, index: int = 0) -> Path:
         """The picture itself."""
-        return self.path / f"img_{index}.jpg"
+        return self.path / _image(index)
 
     def capture_file(self, timestamp: str, model: str) -> Path:
         """Where a capture goes; `timestamp` is YYYYmmdd_HHMMSS."""
@@ -63,15 +90,22 @@ class RunFolder:
         """Every option and version of the run, under the same name as its capture."""
         return self.intermediates / f"metadata_{timestamp}_{model}.json"
 
-    def decoded(self, lens: Literal["euler", "x0"]) -> Path:
+    def decoded(self, lens: Lens) -> Path:
         """The folder of pictures decoded with this lens."""
         return self.intermediates / f"decoded{_suffix(lens)}"
 
-    def decoded_image(self, lens: Literal["euler", "x0"], step: int, kind: str, block: int) -> Path:
+    def decoded_image(self, lens: Lens, step: int, kind: str, block: int) -> Path:
         """What one block would have drawn at one step; `kind` is double or single."""
-        return self.decoded(lens) / f"step_{step}" / f"{kind}_block_{block}.jpg"
+        return self.decoded(lens) / DECODED_NAME.format(step=step, kind=kind, block=block)
 
-    def sheet(self, lens: Literal["euler", "x0"]) -> Path:
+    def decoded_images(self, lens: Lens) -> Iterator[DecodedImage]:
+        """The pictures of this lens that are there, in no order."""
+        for path in self.decoded(lens).glob("step_*/*_block_*.jpg"):
+            if named := _DECODED_NAME.fullmatch(f"{path.parent.name}/{path.name}"):
+                kind: Kind = "double" if named[2] == "double" else "single"
+                yield DecodedImage(int(named[1]), kind, int(named[3]), path)
+
+    def sheet(self, lens: Lens) -> Path:
         """All decoded pictures on one: steps across, blocks down."""
         return self.path / f"contact_sheet{_suffix(lens)}.jpg"
 
@@ -83,7 +117,11 @@ class RunFolder:
     def find_metadata(self) -> Path:
         """The newest metadata of this run, likewise."""
         self._check_exists()
-        return _newest(self.intermediates, "metadata_*.json")
+        return _newest(self.intermediates, _METADATA)
+
+    def has_metadata(self) -> bool:
+        """Whether `find_metadata` would find it."""
+        return any(self.intermediates.glob(_METADATA))
 
     def _check_exists(self) -> None:
         if self.path.is_dir():
@@ -93,7 +131,7 @@ class RunFolder:
                 f"the folder {self.output_dir} does not exist, so there is no generation {self.generation_id} in it",
                 hint="name the folder the picture was made in with --output_dir",
             )
-        known = sorted(path.name for path in self.output_dir.iterdir() if _GENERATION_ID.fullmatch(path.name))
+        known = sorted(path.name for path in self.output_dir.iterdir() if is_generation_id(path.name))
         nearest = difflib.get_close_matches(self.generation_id, known, n=3, cutoff=0.0)
         raise FluxIRError(
             f"there is no generation {self.generation_id} in {self.output_dir}, which has {len(known)} others",
@@ -101,14 +139,75 @@ class RunFolder:
         )
 
 
+def _image(index: int) -> str:
+    return f"img_{index}.jpg"
+
+
 def _suffix(lens: str) -> str:
     # "euler" is the original program's only view, so its names are the plain ones.
     return "" if lens == "euler" else f"_{lens}"
 
 
+def find_runs(output_dir: Path) -> list[RunFolder]:
+    """Every run below a folder, by its id."""
+    names = sorted(path.name for path in output_dir.iterdir() if is_generation_id(path.name) and path.is_dir())
+    return [RunFolder(output_dir, name) for name in names]
+
+
+def find_run(output_dir: Path, generation_id: str) -> RunFolder:
+    """The folder of a run by its id, or of the newest run for "latest".
+
+    Raises FluxIRError if the id is malformed, or if there is no such run (naming the nearest).
+    """
+    folder = _latest_run(output_dir) if generation_id == LATEST else RunFolder(output_dir, generation_id)
+    folder._check_exists()
+    return folder
+
+
+def is_run_name(text: str) -> bool:
+    """Whether `find_run` looks for a run of this name: a generation id, or "latest"."""
+    return text == LATEST or is_generation_id(text)
+
+
+def _latest_run(output_dir: Path) -> RunFolder:
+    """The run whose metadata is newest: by the time in its name, which outlives copying, then by the file's."""
+    newest: tuple[str, int, str] | None = None
+    for path in output_dir.glob(f"*/{_INTERMEDIATES}/{_METADATA}"):
+        name = path.parents[1].name
+        if is_generation_id(name):
+            newest = max(newest or ("", 0, ""), (path.name[:_TIMESTAMP_ENDS], path.stat().st_mtime_ns, name))
+    if newest is None:
+        raise FluxIRError(f"there is no generation in {output_dir}", hint="make one with capture_sample.py")
+    return RunFolder(output_dir, newest[-1])
+
+
+# ---- Runs whose folder was renamed: found by what is in it.
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is laid out as a run's, whatever it is called."""
+    return (path / _INTERMEDIATES).is_dir()
+
+
+def folders_with_captures(folder: Path) -> list[Path]:
+    """The folders of runs below this one that hold captures, whatever they are called, by name."""
+    return sorted({path.parents[1] for path in folder.glob(f"*/{_INTERMEDIATES}/{_CAPTURE}")})
+
+
+def run_of(capture: Path) -> RunFolder:
+    """The run that a capture lies in. Raises FluxIRError if its folder has another name than a run's."""
+    return RunFolder(capture.parents[2], capture.parents[1].name)
+
+
+def picture_of(capture: Path) -> Path | None:
+    """The picture of the run that a capture lies in; None if there is none, or the capture lies elsewhere."""
+    picture = capture.parents[1] / _image(0)
+    return picture if capture.parent.name == _INTERMEDIATES and picture.is_file() else None
+
+
 def newest_capture(run_folder: Path) -> Path:
     """The newest capture below a run's folder, whatever that folder is called. Raises FluxIRError if there is none."""
-    return _newest(run_folder / "intermediates", "capture_*.pt")
+    return _newest(run_folder / _INTERMEDIATES, _CAPTURE)
 
 
 def _newest(folder: Path, pattern: str) -> Path:

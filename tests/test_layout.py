@@ -1,5 +1,6 @@
-"""Names of a run's files, how runs are found again, and files that are complete or absent."""
+"""Names of a run's files, and how runs and files are found again."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import RunFolder, check_generation_id, new_generation_id, newest_capture
+from flux_ir.layout import (
+    RunFolder,
+    check_generation_id,
+    find_run,
+    folders_with_captures,
+    is_run_folder,
+    new_generation_id,
+    newest_capture,
+    picture_of,
+    run_of,
+)
 
 
 def make_run(output_dir, generation_id, *names):
@@ -84,3 +95,61 @@ def test_a_run_without_a_capture_says_so(tmp_path):
     run = make_run(tmp_path, "0123abcd")
     with pytest.raises(FluxIRError, match=r"capture_\*\.pt"):
         run.find_capture()
+
+
+def test_latest_is_the_run_whose_metadata_says_so(tmp_path):
+    for name, timestamp in (
+        ("aaaaaaaa", "20250102_030405"),
+        ("bbbbbbbb", "20260102_030405"),
+        ("cccccccc", "20250102_030406"),
+    ):
+        make_run(tmp_path, name, f"metadata_{timestamp}_flux-tiny.json")
+    os.utime(tmp_path / "aaaaaaaa", (2**31, 2**31))
+    (tmp_path / "zzzz" / "intermediates").mkdir(parents=True)
+    (tmp_path / "zzzz" / "intermediates" / "metadata_20990101_000000_x.json").write_text("{}")
+    assert find_run(tmp_path, "latest").generation_id == "bbbbbbbb"
+
+
+def test_latest_of_nothing_says_so(tmp_path):
+    with pytest.raises(FluxIRError, match="there is no generation in"):
+        find_run(tmp_path / "absent", "latest")
+
+
+def test_an_unknown_id_names_the_nearest(tmp_path):
+    make_run(tmp_path, "0123abcd")
+    with pytest.raises(FluxIRError, match="no generation 0123abce") as raised:
+        find_run(tmp_path, "0123abce")
+    assert "0123abcd" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/etc", "", "0123ABCD", "Latest"])
+def test_what_is_no_id_is_refused_before_anything_is_read(name, tmp_path):
+    with pytest.raises(FluxIRError, match="8 hex digits"):
+        find_run(tmp_path, name)
+
+
+def test_decoded_pictures_are_found_by_the_names_that_they_are_given(tmp_path):
+    run = RunFolder(tmp_path, "0123abcd")
+    written = {run.decoded_image("x0", step, kind, 10) for step in (0, 12) for kind in ("double", "single")}
+    for path in written | {
+        run.decoded("x0") / "step_0" / name for name in ("single_block_01.jpg", "double_block_1.png")
+    }:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    found = list(run.decoded_images("x0"))
+    assert {image.path for image in found} == written
+    assert all(image.path == run.decoded_image("x0", image.step, image.kind, image.block) for image in found)
+    assert list(run.decoded_images("euler")) == []
+
+
+def test_a_renamed_run_is_known_by_what_is_in_it(tmp_path):
+    run = make_run(tmp_path, "0123abcd", "capture_20250102_030405_flux-tiny.pt")
+    run.image().write_bytes(b"")
+    renamed = run.path.rename(tmp_path / "my favourite")
+    (capture,) = (renamed / "intermediates").iterdir()
+    assert folders_with_captures(tmp_path) == [renamed]
+    assert is_run_folder(renamed)
+    assert picture_of(capture) == renamed / "img_0.jpg"
+    assert picture_of(tmp_path / "elsewhere" / "capture.pt") is None
+    with pytest.raises(FluxIRError, match="8 hex digits"):
+        run_of(capture)

@@ -25,6 +25,7 @@ from flux_ir.activations.blocks import (
 )
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
+from flux_ir.layout import picture_of
 from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.sites import Site
 
@@ -142,9 +143,8 @@ class CaptureSource:
     def drawn(self, generation: int) -> Drawn:
         """The picture beside the capture, in its run's folder, and what the capture says of it."""
         capture = self._capture(generation)
-        facts, picture = capture.metadata, capture.path.parents[1] / "img_0.jpg"
-        kept = picture if capture.path.parent.name == "intermediates" and picture.is_file() else None
-        return Drawn(facts.get("seed"), facts.get("width"), facts.get("height"), kept)
+        facts = capture.metadata
+        return Drawn(facts.get("seed"), facts.get("width"), facts.get("height"), picture_of(capture.path))
 
     def noisy(self, images: range, step: int) -> Tensor:
         """The packed latents before a step, of one generation: [1, tokens, channels]."""

@@ -7,7 +7,6 @@ the JSON is `{id}.json`.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -27,6 +26,7 @@ from flux_ir.activations.blocks import (
     run_of,
     token_positions,
 )
+from flux_ir.activations.shards import parse_site_key, site_key
 from flux_ir.activations.spans import Memory, SpanReader
 from flux_ir.errors import FluxIRError
 from flux_ir.sites import Site, nearest_names
@@ -35,7 +35,6 @@ METADATA_KEY = "flux_ir"
 SETTINGS = "export.json"
 """What a folder was exported with."""
 
-_NAME = re.compile(r"(?P<site>[^/]+)/step_(?P<step>\d+)")
 _At = tuple[Site, int]
 
 
@@ -96,7 +95,7 @@ class ExportedSource:
             for at in sorted(arrays):
                 array = self._array(*arrays[at])
                 values = rows_digest(array, 0, array.rows, self._reader)
-                digest.update(f"{array_name(*at)} {array.shape} {values}".encode())
+                digest.update(f"{site_key(*at)} {array.shape} {values}".encode())
         return digest.hexdigest()[:16]
 
     def d(self, site: SiteName) -> int:
@@ -158,11 +157,6 @@ class ExportedSource:
         )
 
 
-def array_name(site: Site, step: int) -> str:
-    """The name of an array: a key in a safetensors file, a folder for .npy."""
-    return f"{site}/step_{step}"
-
-
 def is_exported(file: Path) -> bool:
     """Whether all arrays of a safetensors file are named by site and step."""
     if file.suffix != ".safetensors":
@@ -197,9 +191,9 @@ def npy_generations(folder: Path) -> list[ExportedGeneration]:
 
 def _at(name: str) -> _At | None:
     """The site and step an array's name speaks of."""
-    match = _NAME.fullmatch(name)
+    named = parse_site_key(name)
     try:
-        return (Site.parse(match["site"]), int(match["step"])) if match else None
+        return (Site.parse(named[0]), named[1]) if named else None
     except FluxIRError:
         return None
 
@@ -214,7 +208,7 @@ def _facts(file: Path, text: str) -> GenerationFacts:
 
 
 def _check_same(first: ExportedGeneration, other: ExportedGeneration) -> None:
-    names = [", ".join(array_name(*at) for at in sorted(e.arrays)) for e in (first, other)]
+    names = [", ".join(site_key(*at) for at in sorted(e.arrays)) for e in (first, other)]
     differences: list[tuple[str, str | None, str | None]] = [
         ("model", first.facts.model, other.facts.model),
         ("sites and steps", names[0], names[1]),

@@ -8,7 +8,6 @@ in bounded space, for the next epoch and the next run.
 import hashlib
 import json
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -31,7 +30,16 @@ from flux_ir.activations.blocks import (
 )
 from flux_ir.activations.downloads import CACHE_BYTES, Downloads
 from flux_ir.activations.remote import open_filesystem
-from flux_ir.activations.shards import POSITIONS_KEY, ShardFile, parse_shard, read_shard, scale_key, site_key, state_key
+from flux_ir.activations.shards import (
+    POSITIONS_KEY,
+    ShardFile,
+    parse_shard,
+    parse_site_key,
+    read_shard,
+    scale_key,
+    site_key,
+    state_key,
+)
 from flux_ir.activations.spans import Memory, Span, SpanReader
 from flux_ir.errors import FluxIRError
 from flux_ir.models.registry import get_spec
@@ -50,7 +58,6 @@ STATISTICS = "stats.safetensors"
 """The file of a collection that is no shard."""
 
 _SETTINGS, _SHARDS = "collection.json", "shards"
-_SITE_KEY = re.compile(r"(?P<site>[^/]+)/step_(?P<step>\d+)")
 _HEADER_BYTES = 2**17  # fetched at first: nearly all headers fit
 _POSITIONS = 64  # shards whose token positions are remembered
 
@@ -76,9 +83,9 @@ class ShardSource:
         for shard in self._shards:
             _check_same(first, shard)
         names = first.tensors if key is None else ()
-        found = [match for name in names if (match := _SITE_KEY.fullmatch(name)) and match["site"] != "state"]
-        self.sites: Sequence[Site] = sorted({Site.parse(match["site"]) for match in found})
-        self.steps: Sequence[int] = sorted({int(match["step"]) for match in found}) or [0]
+        found = [named for name in names if (named := parse_site_key(name))]
+        self.sites: Sequence[Site] = sorted({Site.parse(site) for site, _ in found})
+        self.steps: Sequence[int] = sorted({step for _, step in found}) or [0]
         self.model: str | None = first.metadata.get("model")
         self._txt_tokens: int = first.metadata.get("txt_tokens") or 0
         self._starts = [0]

@@ -17,6 +17,7 @@ library: it must be known before the tensors are, and its bytes are a function o
 import errno
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -57,6 +58,15 @@ def site_key(site: Site | str, step: int | None) -> str:
     return str(site) if step is None else f"{site}/step_{step}"
 
 
+_SITE_KEY = re.compile(r"(?P<site>[^/]+)/step_(?P<step>\d+)")
+
+
+def parse_site_key(key: str) -> tuple[str, int] | None:
+    """The site and the step of a `site_key`; None for other keys: scales, latents, positions, what has no steps."""
+    named = _SITE_KEY.fullmatch(key)
+    return None if named is None or named["site"] == _STATE else (named["site"], int(named["step"]))
+
+
 def scale_key(key: str) -> str:
     """The name of the scales beside float8 values."""
     return f"{key}/scale"
@@ -64,9 +74,10 @@ def scale_key(key: str) -> str:
 
 def state_key(step: int) -> str:
     """The name of the packed latents a step began with."""
-    return f"state/step_{step}"
+    return f"{_STATE}/step_{step}"
 
 
+_STATE = "state"
 POSITIONS_KEY = "img_positions"
 
 

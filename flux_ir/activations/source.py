@@ -22,7 +22,7 @@ from flux_ir.activations.shard_source import (
 )
 from flux_ir.activations.shards import FORMAT
 from flux_ir.errors import FluxIRError
-from flux_ir.layout import newest_capture
+from flux_ir.layout import folders_with_captures, is_run_folder, newest_capture
 
 __all__ = ["CLIP_IMAGE", "CLIP_TEXT", "Generation", "TokenBlock", "TokenRun", "TokenSource", "open_source"]
 
@@ -71,8 +71,8 @@ def _without_key(path: Path | str) -> tuple[Path | str, str | None]:
 def _open_folder(folder: Path) -> TokenSource:
     kinds = {
         "captures (*.pt)": sorted(folder.glob("*.pt")),
-        "a run (intermediates/)": [folder] if (folder / "intermediates").is_dir() else [],
-        "runs (*/intermediates/)": sorted({path.parents[1] for path in folder.glob("*/intermediates/capture_*.pt")}),
+        "a run (intermediates/)": [folder] if is_run_folder(folder) else [],
+        "runs (*/intermediates/)": folders_with_captures(folder),
         "arrays (*.safetensors)": sorted(folder.glob("*.safetensors")),
         "arrays (*.npy)": sorted(folder.glob("*.npy")),
         "exported arrays ({site}/step_{s}/*.npy)": sorted(folder.glob("*/step_*/*.npy")),

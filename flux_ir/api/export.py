@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from flux_ir.activations.exported import METADATA_KEY, SETTINGS, GenerationFacts, array_name
+from flux_ir.activations.exported import METADATA_KEY, SETTINGS, GenerationFacts
+from flux_ir.activations.shards import site_key
 from flux_ir.activations.source import TokenBlock, TokenSource, open_source
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Watch, follow, unwatched
@@ -162,7 +163,7 @@ def facts_of(source: TokenSource, blocks: Sequence[TokenBlock]) -> GenerationFac
 def name_of(block: TokenBlock) -> str:
     """The name of a block's array."""
     assert block.site is not None  # `choose_sites` refuses arrays without sites
-    return array_name(block.site, block.step)
+    return site_key(block.site, block.step)
 
 
 def npy_bytes(values: torch.Tensor) -> bytes:

@@ -11,7 +11,7 @@ from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
-from flux_ir.layout import RunFolder, newest_capture
+from flux_ir.layout import RunFolder, find_run, is_run_name, newest_capture, run_of
 from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import Lens, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
@@ -24,7 +24,6 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
-from flux_ir.visualize.frames import find_run, is_run_name
 from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
 
 LensWord = Literal["euler", "x0", "both"]
@@ -93,7 +92,7 @@ def read_lens(
 
     check_words(read_lens, {"lens": lens, "dtype": dtype})
     file = capture_file(generation_id, Path(output_dir))
-    folder = RunFolder(file.parent.parent.parent, file.parent.parent.name)
+    folder = run_of(file)
     capture = load_capture(file)
     readable_sites(capture)
     earlier = earlier_report(folder)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.explorer.data import find_runs
+from flux_ir.explorer.data import decoded_runs
 from flux_ir.explorer.page import write_explorer
-from flux_ir.layout import RunFolder
+from flux_ir.layout import RunFolder, find_run
 from flux_ir.visualize.animate import write_gif, write_mp4
 from flux_ir.visualize.film import Film
 from flux_ir.visualize.frames import (
@@ -18,7 +18,6 @@ from flux_ir.visualize.frames import (
     Frame,
     choose_cells,
     find_cells,
-    find_run,
     in_ranges,
     make_frames,
     run_facts,
@@ -131,7 +130,7 @@ def explore(
     """
     folder = Path(output_dir)
     given = [generation_ids] if isinstance(generation_ids, str) else generation_ids
-    ids = find_runs(folder) if given is None else list(given)
+    ids = decoded_runs(folder) if given is None else list(given)
     more = ", ..." if len(ids) > 4 else ""
     progress(Note(f"thumbnails of {len(ids)} {'run' if len(ids) == 1 else 'runs'}: {', '.join(ids[:4])}{more}"))
     return write_explorer(folder, ids, folder / EXPLORER_PAGE, single_file=single_file)

@@ -29,7 +29,7 @@ def run(options: LensOptions) -> None:
     """Decode as the options say. Raises FluxIRError for what a user can mend, before anything heavy where possible."""
     from flux_ir.api.lens import read_lens
     from flux_ir.commands.report import Report, peak_memory
-    from flux_ir.visualize.frames import find_run
+    from flux_ir.layout import find_run
 
     find_run(options.output_dir, options.generation_id)  # a flag names a run below the folder, never a path
     with Report() as report:

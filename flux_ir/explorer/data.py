@@ -9,22 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
-from flux_ir.layout import RunFolder
+from flux_ir.layout import Kind, Lens, RunFolder, find_runs
 
-Kind = Literal["double", "single"]
-Lens = Literal["euler", "x0"]
 LENSES: tuple[Lens, ...] = ("euler", "x0")
 NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db")
 FACTS = ("model", "seed", "width", "height", "guidance", "num_steps", "timestamp")  # shown as they are
 
 _MAKE_AGAIN = "make the run again, or leave it out by naming the others with --generation_id"
-_FOLDER = re.compile(r"[0-9a-f]{8}")
-_STEP = re.compile(r"step_(0|[1-9]\d*)")
-_PICTURE = re.compile(r"(double|single)_block_(0|[1-9]\d*)\.jpg")
 _SITE = re.compile(r"(double|single)\.(0|[1-9]\d*)(\.img)?")
 
 
@@ -65,20 +60,20 @@ class Run:
         ]
 
 
-def find_runs(output_dir: Path) -> list[str]:
+def decoded_runs(output_dir: Path) -> list[str]:
     """The ids of all runs with decoded pictures, oldest first. Raises FluxIRError if there are none."""
     if not output_dir.is_dir():
         raise FluxIRError(
             f"the folder {output_dir} does not exist", hint="name the folder of the runs with --output_dir"
         )
-    ids = sorted(path.name for path in output_dir.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir())
-    decoded = [name for name in ids if any(_pictures(RunFolder(output_dir, name)).values())]
+    runs = find_runs(output_dir)
+    decoded = [run for run in runs if any(_pictures(run).values())]
     if not decoded:
         raise FluxIRError(
-            f"the explorer needs decoded pictures: {output_dir} has {len(ids)} runs and none of them has any",
-            hint="flux-ir lens --generation_id ID decodes a run" if ids else "make one with capture_sample.py",
+            f"the explorer needs decoded pictures: {output_dir} has {len(runs)} runs and none of them has any",
+            hint="flux-ir lens --generation_id ID decodes a run" if runs else "make one with capture_sample.py",
         )
-    return sorted(decoded, key=lambda name: (RunFolder(output_dir, name).find_metadata().name, name))
+    return [run.generation_id for run in sorted(decoded, key=lambda run: (run.find_metadata().name, run.generation_id))]
 
 
 def read_run(output_dir: Path, generation_id: str) -> Run:
@@ -122,17 +117,10 @@ def run_entry(run: Run) -> dict[str, Any]:
 
 
 def _pictures(folder: RunFolder) -> dict[Lens, Pictures]:
-    return {lens: _pictures_below(folder.decoded(lens)) for lens in LENSES}
-
-
-def _pictures_below(decoded: Path) -> Pictures:
-    found: dict[tuple[Block, int], Path] = {}
-    for path in decoded.glob("step_*/*_block_*.jpg"):
-        step, name = _STEP.fullmatch(path.parent.name), _PICTURE.fullmatch(path.name)
-        if step and name:
-            kind: Kind = "double" if name[1] == "double" else "single"
-            found[Block(kind, int(name[2])), int(step[1])] = path
-    return found
+    return {
+        lens: {(Block(one.kind, one.block), one.step): one.path for one in folder.decoded_images(lens)}
+        for lens in LENSES
+    }
 
 
 def _numbers(lens_json: Path) -> dict[tuple[Block, int], dict[str, float | None]]:

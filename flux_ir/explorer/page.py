@@ -12,9 +12,10 @@ from urllib.parse import quote
 from PIL import Image, UnidentifiedImageError
 
 from flux_ir.errors import FluxIRError
-from flux_ir.explorer.data import Block, Lens, Run, read_run, run_entry
+from flux_ir.explorer.data import Block, Run, read_run, run_entry
 from flux_ir.explorer.document import filled, joined, policy, safe_json
 from flux_ir.files import complete_file, versions
+from flux_ir.layout import DECODED_NAME, Lens
 from flux_ir.threads import in_order
 
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data
@@ -95,7 +96,7 @@ class Beside:
 
     def pictures(self, run: Run, lens: Lens) -> str:
         """A pattern for the addresses of all decoded pictures."""
-        return f"{self._url(run.folder.decoded(lens))}/step_{{step}}/{CELL}.jpg"
+        return f"{self._url(run.folder.decoded(lens))}/{DECODED_NAME}"
 
     def band(self, run: Run, lens: Lens, index: int, jpeg: bytes) -> str:
         """Store one band of thumbnails, and give its address."""

@@ -13,17 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
-from flux_ir.layout import RunFolder, check_generation_id
+from flux_ir.layout import Kind, Lens, RunFolder
 
-LATEST = "latest"
-
-Lens = Literal["euler", "x0"]
-Kind = Literal["double", "single"]
-
-_STEP_FOLDER = re.compile(r"step_(\d{1,9})")
-_PICTURE_FILE = re.compile(r"(double|single)_block_(\d{1,9})\.jpg")
 _SITE = re.compile(r"(double|single)\.(\d{1,9})(\.img)?")
-_TIMESTAMP_ENDS = len("metadata_YYYYmmdd_HHMMSS")
 
 
 class Cell(NamedTuple):
@@ -69,25 +61,9 @@ class Choice:
     order: Literal["depth", "steps"] = "depth"
 
 
-def find_run(output_dir: Path, generation_id: str) -> RunFolder:
-    """The folder of a run by its id, or of the newest run for "latest".
-
-    Raises FluxIRError if the id is malformed, or if there is no such run (naming the nearest).
-    """
-    folder = _latest_run(output_dir) if generation_id == LATEST else RunFolder(output_dir, generation_id)
-    if not folder.path.is_dir():
-        folder.find_metadata()  # says which runs there are
-    return folder
-
-
-def is_run_name(text: str) -> bool:
-    """Whether `find_run` looks for a run of this name: a generation id, or "latest"."""
-    return text == LATEST or _is_id(text)
-
-
 def run_facts(folder: RunFolder) -> dict[str, Any]:
     """The run's metadata: model, seed, prompt and so on. Empty if the file is gone: it only names what is shown."""
-    if not any(folder.intermediates.glob("metadata_*.json")):
+    if not folder.has_metadata():
         return {}
     return read_json(folder.find_metadata())
 
@@ -144,31 +120,9 @@ def in_ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
-def _latest_run(output_dir: Path) -> RunFolder:
-    """The run whose metadata is newest: by the time in its name, which outlives copying, then by the file's."""
-    newest: tuple[str, int, str] | None = None
-    for path in output_dir.glob("*/intermediates/metadata_*.json"):
-        name = path.parents[1].name
-        if _is_id(name):
-            newest = max(newest or ("", 0, ""), (path.name[:_TIMESTAMP_ENDS], path.stat().st_mtime_ns, name))
-    if newest is None:
-        raise FluxIRError(f"there is no generation in {output_dir}", hint="make one with capture_sample.py")
-    return RunFolder(output_dir, newest[-1])
-
-
-def _is_id(name: str) -> bool:
-    try:
-        check_generation_id(name)
-    except FluxIRError:
-        return False
-    return True
-
-
 def _cells_on_disk(folder: RunFolder, lens: Lens) -> Iterator[Cell]:
-    for path in folder.decoded(lens).glob("step_*/*_block_*.jpg"):
-        step, picture = _STEP_FOLDER.fullmatch(path.parent.name), _PICTURE_FILE.fullmatch(path.name)
-        if step and picture:
-            yield Cell(int(step[1]), _kind(picture[1]), int(picture[2]))
+    for image in folder.decoded_images(lens):
+        yield Cell(image.step, image.kind, image.block)
 
 
 def _cells_on_record(folder: RunFolder, lens: Lens) -> Iterator[Cell]:

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from flux_ir.errors import FluxIRError
-from flux_ir.explorer.data import NUMBERS, Block, find_runs, read_run, run_entry
+from flux_ir.explorer.data import NUMBERS, Block, decoded_runs, read_run, run_entry
 
 
 def test_blocks_come_in_depth_order_and_steps_in_numeric_order(make_run, output_dir):
@@ -78,15 +78,15 @@ def test_runs_are_found_oldest_first_and_only_with_pictures(make_run, output_dir
     shutil.rmtree(make_run("cccccccc", lenses=("euler",)).decoded("euler"))
     (output_dir / "notes").mkdir()
     (output_dir / "dddddddd").write_text("a file")
-    assert find_runs(output_dir) == ["bbbbbbbb", "aaaaaaaa"]
+    assert decoded_runs(output_dir) == ["bbbbbbbb", "aaaaaaaa"]
 
 
 def test_no_run_at_all_says_what_to_do(output_dir):
     with pytest.raises(FluxIRError, match="has 0 runs") as caught:
-        find_runs(output_dir)
+        decoded_runs(output_dir)
     assert caught.value.hint == "make one with capture_sample.py"
     with pytest.raises(FluxIRError, match="does not exist"):
-        find_runs(output_dir / "elsewhere")
+        decoded_runs(output_dir / "elsewhere")
 
 
 def test_runs_without_pictures_name_the_command_that_makes_them(make_run, output_dir):
@@ -96,7 +96,7 @@ def test_runs_without_pictures_name_the_command_that_makes_them(make_run, output
         read_run(output_dir, "1a2b3c4d")
     assert caught.value.hint == "flux-ir lens --generation_id 1a2b3c4d --lens both makes them"
     with pytest.raises(FluxIRError, match="none of them has any") as caught:
-        find_runs(output_dir)
+        decoded_runs(output_dir)
     assert caught.value.hint == "flux-ir lens --generation_id ID decodes a run"
 
 

@@ -1,7 +1,6 @@
 """Which pictures of a run are shown, and in which order."""
 
 import json
-import os
 
 import pytest
 from hypothesis import given
@@ -14,7 +13,6 @@ from flux_ir.visualize.frames import (
     Choice,
     choose_cells,
     find_cells,
-    find_run,
     in_ranges,
     make_frames,
     run_facts,
@@ -136,37 +134,6 @@ def test_a_frame_has_the_picture_of_every_generation(tmp_path):
 
 def test_the_fullest_caption_is_the_original_programs():
     assert Cell(2, "double", 7).captions[0] == "Step 2 | double block 7"
-
-
-def test_latest_is_the_run_whose_metadata_says_so(tmp_path):
-    for name, timestamp in (
-        ("aaaaaaaa", "20250102_030405"),
-        ("bbbbbbbb", "20260102_030405"),
-        ("cccccccc", "20250102_030406"),
-    ):
-        write_metadata(RunFolder(tmp_path, name), timestamp)
-    os.utime(tmp_path / "aaaaaaaa", (2**31, 2**31))
-    (tmp_path / "zzzz" / "intermediates").mkdir(parents=True)
-    (tmp_path / "zzzz" / "intermediates" / "metadata_20990101_000000_x.json").write_text("{}")
-    assert find_run(tmp_path, "latest").generation_id == "bbbbbbbb"
-
-
-def test_latest_of_nothing_says_so(tmp_path):
-    with pytest.raises(FluxIRError, match="there is no generation in"):
-        find_run(tmp_path / "absent", "latest")
-
-
-def test_an_unknown_id_names_the_nearest(tmp_path):
-    make_run(tmp_path, "0123abcd")
-    with pytest.raises(FluxIRError, match="no generation 0123abce") as raised:
-        find_run(tmp_path, "0123abce")
-    assert "0123abcd" in raised.value.hint
-
-
-@pytest.mark.parametrize("name", ["../x", "..", "/etc", "", "0123ABCD", "Latest"])
-def test_what_is_no_id_is_refused_before_anything_is_read(name, tmp_path):
-    with pytest.raises(FluxIRError, match="8 hex digits"):
-        find_run(tmp_path, name)
 
 
 def test_facts_are_empty_without_metadata_and_refuse_what_is_not_an_object(tmp_path):
