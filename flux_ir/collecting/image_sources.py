@@ -4,10 +4,7 @@ Nothing is read into memory as a whole: a folder is a list of names, and shards 
 Every picture has a number, so that reading may begin at any of them. What is wrong is named by its file and its key.
 """
 
-import csv
 import hashlib
-import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +16,7 @@ from PIL import Image
 from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError
 from flux_ir.models.clip import broken_image
+from flux_ir.tables import TABLES, read_lines, read_rows
 
 NAME_KEYS = ("image", "file_name", "file", "name")
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -300,17 +298,17 @@ def read_captions(source: Path, names: Sequence[str]) -> list[str]:
     """
     if source.is_dir():
         return [_beside(source, name) for name in names]
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".txt": _text_rows}
-    if source.suffix.lower() not in readers:
+    suffix = source.suffix.lower()
+    if suffix not in (*TABLES, ".txt"):
         raise FluxIRError(
             f"--captions must be a .jsonl, .csv or .txt file, or a folder of text files: got {source}",
             hint="rename the file after what is in it",
         )
-    text = _read(source)
-    if source.suffix.lower() == ".txt" and not any("\t" in line for line in text.splitlines()):
-        return _one_per_line(source, text, names)
+    lines = list(read_lines(source, what="captions")) if suffix == ".txt" else []
+    if suffix == ".txt" and not any("\t" in line for _, line in lines):
+        return _one_per_line(source, lines, names)
     captions: dict[str, str] = {}
-    for line, name, caption in readers[source.suffix.lower()](source, text):
+    for line, name, caption in _text_rows(source, lines) if suffix == ".txt" else _table_rows(source):
         if name in captions:
             raise _wrong(source, line, f"{name} has a caption already", "leave one of them")
         captions[name] = caption
@@ -327,39 +325,21 @@ def _beside(folder: Path, name: str) -> str:
     path = (folder / name).with_suffix(".txt")
     if not path.is_file():
         raise FluxIRError(f"every picture needs a caption: there is no {path}", hint="write it, or pass one file")
-    return _read(path).strip()
+    return "".join(line for _, line in read_lines(path, what="captions")).strip()
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FluxIRError(
-            f"{path} must be UTF-8 text: {error.reason} at byte {error.start}", hint="convert it"
-        ) from error
-    except OSError as error:
-        raise FluxIRError(f"cannot read the captions {path}: {error.strerror}", hint="check --captions") from error
+def _table_rows(source: Path) -> Iterator[tuple[int, str, str]]:
+    for row in read_rows(source, what="captions"):
+        name = next((row.cells[key] for key in NAME_KEYS if isinstance(row.cells.get(key), str)), None)
+        caption = next((row.cells[key] for key in CAPTION_KEYS if isinstance(row.cells.get(key), str)), None)
+        if name is None or caption is None:
+            told = f"got {', '.join(map(str, row.cells))}"
+            raise _wrong(source, row.line, told, f"name them {NAME_KEYS[0]} and {CAPTION_KEYS[0]}")
+        yield row.line, name, caption
 
 
-def _json_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise _wrong(source, number, f"no JSON: {error}", "write one object per line") from error
-            yield number, *_name_and_caption(source, number, row)
-
-
-def _csv_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    for row in rows:
-        number = rows.reader.line_num  # `rows.line_num` does not count blank lines
-        yield number, *_name_and_caption(source, number, row)
-
-
-def _text_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _text_rows(source: Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
+    for number, line in lines:
         if line.strip():
             name, tab, caption = line.partition("\t")
             if not tab:
@@ -369,24 +349,13 @@ def _text_rows(source: Path, text: str) -> Iterator[tuple[int, str, str]]:
             yield number, name.strip(), caption.strip()
 
 
-def _one_per_line(source: Path, text: str, names: Sequence[str]) -> list[str]:
-    captions = text.splitlines()
-    if len(captions) != len(names):
+def _one_per_line(source: Path, lines: Sequence[tuple[int, str]], names: Sequence[str]) -> list[str]:
+    if len(lines) != len(names):
         raise FluxIRError(
-            f"a list of captions has one line per picture: {source} has {len(captions)}, --images has {len(names)}",
+            f"a list of captions has one line per picture: {source} has {len(lines)}, --images has {len(names)}",
             hint="or write a name, a tab and a caption on every line",
         )
-    return [caption.strip() for caption in captions]
-
-
-def _name_and_caption(source: Path, line: int, row: object) -> tuple[str, str]:
-    if not isinstance(row, dict):
-        raise _wrong(source, line, f"got {type(row).__name__}", 'write {"image": "cat.jpg", "caption": "a cat"}')
-    name = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str)), None)
-    caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
-    if name is None or caption is None:
-        raise _wrong(source, line, f"got {', '.join(map(str, row))}", f"name them {NAME_KEYS[0]} and {CAPTION_KEYS[0]}")
-    return name, caption
+    return [caption.strip() for _, caption in lines]
 
 
 def _wrong(source: Path, line: int, problem: str, hint: str) -> FluxIRError:

@@ -4,14 +4,14 @@ What a generation is called and which noise it starts from follow from its promp
 by hashing: they stay the same when prompts are added, dropped or put in another order.
 """
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.tables import TableRow, read_lines, read_rows
 
 COLUMN = "prompt"
 _SEED_BITS = 63
@@ -87,101 +87,39 @@ def read_prompts(path: Path) -> list[str]:
 
     Blank lines are skipped. Raises FluxIRError with the number of the line for whatever is wrong.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    suffix = path.suffix.lower()
+    if suffix not in _HINTS:
         raise FluxIRError(
-            f"--prompts must be a {', '.join(_READERS)} file: got {path}", hint="a .txt file holds one prompt per line"
+            f"--prompts must be a {', '.join(_HINTS)} file: got {path}", hint="a .txt file holds one prompt per line"
         )
-    try:
-        prompts = list(reader(path))
-    except OSError as error:
-        raise FluxIRError(f"cannot read the prompts in {path}: {error.strerror}", hint="check the path") from error
-    except UnicodeDecodeError as error:
-        raise FluxIRError(
-            f"{path} must be UTF-8: byte {error.object[error.start]:#04x} on line {_line_of_bad_byte(path)}",
-            hint="save it as UTF-8",
-        ) from error
+    if suffix == ".txt":
+        prompts = [line.strip() for _, line in read_lines(path, what="prompts") if line.strip()]
+    else:
+        rows = read_rows(path, what="prompts")
+        # A row of a .csv without any text is a blank line of a spreadsheet.
+        prompts = [_prompt_of(row, path) for row in rows if suffix == ".jsonl" or any(row.cells.values())]
     if not prompts:
-        raise FluxIRError(f"{path} holds no prompt", hint=_HINTS[path.suffix.lower()])
+        raise FluxIRError(f"{path} holds no prompt", hint=_HINTS[suffix])
     return prompts
 
 
-def _read_txt(path: Path) -> Iterator[str]:
-    # Only line feeds end a line: a prompt may hold the other characters that str.splitlines breaks at.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line in file:
-            if prompt := line.strip():
-                yield prompt
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise FluxIRError(
-                    f"{path}, line {number} must be JSON: {error}", hint='write rows like {"prompt": "a red circle"}'
-                ) from error
-            yield _prompt_of(row, path, number)
-
-
-def _prompt_of(row: object, path: Path, number: int) -> str:
-    prompt = row.get(COLUMN) if isinstance(row, dict) else None
+def _prompt_of(row: TableRow, path: Path) -> str:
+    prompt = row.cells.get(COLUMN)
     if not isinstance(prompt, str) or not prompt.strip():
-        told = f"the keys {', '.join(row)}" if isinstance(row, dict) and COLUMN not in row else json.dumps(row)[:80]
+        told = json.dumps(row.cells)[:80] if COLUMN in row.cells else f"only {', '.join(map(str, row.cells))}"
         raise FluxIRError(
-            f'{path}, line {number} must be an object with a text "{COLUMN}": got {told}',
-            hint='write rows like {"prompt": "a red circle"}',
+            f'{path}, line {row.line} must have a text "{COLUMN}": got {told}', hint=_HINTS[path.suffix.lower()]
         )
     try:
         prompt.encode()
     except UnicodeEncodeError:  # "\ud800" is JSON, but no text
         raise FluxIRError(
-            f"{path}, line {number} must be text that UTF-8 can hold: got {prompt[:40]!r}",
+            f"{path}, line {row.line} must be text that UTF-8 can hold: got {prompt[:40]!r}",
             hint="remove the broken escape",
         ) from None
     return prompt.strip()
 
 
-def _read_csv(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            if rows.fieldnames is None:
-                return
-            if COLUMN not in rows.fieldnames:
-                raise FluxIRError(
-                    f'{path} must have a column "{COLUMN}" in its first line: got {", ".join(rows.fieldnames)}',
-                    hint=_HINTS[".csv"],
-                )
-            for row in rows:
-                prompt = (row[COLUMN] or "").strip()
-                if not prompt and any(row.values()):
-                    raise FluxIRError(
-                        f'{path}, line {rows.reader.line_num} has no "{COLUMN}"', hint="fill it in, or remove the line"
-                    )
-                if prompt:
-                    yield prompt
-        except csv.Error as error:
-            raise FluxIRError(
-                f"{path}, line {rows.reader.line_num} must be CSV: {error}", hint=_HINTS[".csv"]
-            ) from error
-
-
-def _line_of_bad_byte(path: Path) -> int:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 0
-
-
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
 _HINTS = {
     ".txt": "write one prompt per line",
     ".jsonl": 'write one row like {"prompt": "a red circle"} per line',

@@ -6,9 +6,7 @@ is not known. Masks are PNG files, white where the concept is: FOLDER/CONCEPT/ID
 A picture of which the folder has no mask at all is left out; one with a mask of another concept does not have this one.
 """
 
-import csv
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from flux_ir.activations.blocks import DrawnSource, TokenSource
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.studies.judged import PATCH_PX
 from flux_ir.studies.labels import IN_ALL, INTERIOR, LEAST, MOST, POSITIVE, Labels, Question, make_bits
+from flux_ir.tables import TABLES, TableRow, read_rows
 
 _YES_NO = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 _FEWEST_NUMBERS = 3  # a column of two numbers is a choice between two words
@@ -150,21 +149,13 @@ def read_labels(path: Path) -> LabelFile:
     """Labels from a .csv or .jsonl file, or from a folder of masks. Raises FluxIRError for what is none of these."""
     if path.is_dir():
         return _read_masks(path)
-    if path.suffix not in (".csv", ".jsonl"):
+    if path.suffix not in TABLES:
         raise FluxIRError(
             f"labels are a table, .csv or .jsonl, or a folder of masks: got {path}"
             + ("" if path.exists() else ", which does not exist"),
             hint="a table has a column id or prompt; masks are FOLDER/CONCEPT/ID.png",
         )
-    try:
-        content = path.read_bytes()
-        rows = list(_rows(path, content.decode("utf-8-sig")))
-    except OSError as error:
-        raise FluxIRError(
-            f"cannot read the labels {path}: {error.strerror}", hint="name a .csv, a .jsonl, or a folder of masks"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise FluxIRError(f"cannot read the labels {path}: {error}", hint="save it as UTF-8") from error
+    rows = [_cells(path, row) for row in read_rows(path, what="labels")]
     names = list(dict.fromkeys(name for row in rows for name in row))
     by = next((key for key in ("id", "prompt") if key in names), None)
     labels = [name for name in names if name not in ("id", "prompt")]
@@ -184,24 +175,14 @@ def read_labels(path: Path) -> LabelFile:
     for column in columns:
         if strange := next((v for v in column.values.values() if _is_number(v) and not math.isfinite(float(v))), None):
             raise FluxIRError(f"labels must be finite: column {column.name} of {path} has {strange}")
-    return LabelFile(path, tuple(columns), by, {}, hashlib.sha256(content).hexdigest()[:16])
+    return LabelFile(path, tuple(columns), by, {}, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
 
 
-def _rows(path: Path, text: str) -> Iterator[dict[str, str]]:
-    """The rows of a table, every cell as text; an empty one is not known."""
-    if path.suffix == ".csv":
-        for number, cells in enumerate(csv.DictReader(text.splitlines()), start=2):
-            if None in cells or None in cells.values():
-                raise FluxIRError(f"line {number} of {path} must have as many cells as its head")
-            yield {name.strip(): value.strip() for name, value in cells.items()}
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                row: dict[str, Any] = dict(json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise FluxIRError(f"line {number} of {path} must be a JSON object: {error}") from error
-            yield {name: _as_text(value) for name, value in row.items()}
+def _cells(path: Path, row: TableRow) -> dict[str, str]:
+    """A row's cells as text; an empty one is not known."""
+    if path.suffix == ".csv" and (None in row.cells or None in row.cells.values()):
+        raise FluxIRError(f"{path}, line {row.line} must have as many cells as its head", hint="quote commas in cells")
+    return {name.strip(): _as_text(value) for name, value in row.cells.items()}
 
 
 def _as_text(value: Any) -> str:

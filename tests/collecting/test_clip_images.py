@@ -369,8 +369,8 @@ def test_captions_are_read_from_a_text_file_beside_each_picture(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("c.jsonl", '{"image": "a.jpg", "caption": "one"}\n{"image": ', r"c\.jsonl, line 2: .*no JSON"),
-        ("c.jsonl", "[1]\n", r"line 1: .*got list"),
+        ("c.jsonl", '{"image": "a.jpg", "caption": "one"}\n{"image": ', r"c\.jsonl, line 2 must be JSON"),
+        ("c.jsonl", "[1]\n", r"line 1 must be a JSON object: got \[1\]"),
         ("c.jsonl", '{"image": "a.jpg"}\n', r"line 1: .*got image"),
         ("c.jsonl", '{"image": "a.jpg", "caption": "one"}\n' * 2, r"line 2: .*a\.jpg has a caption already"),
         ("c.jsonl", '{"image": "a.jpg", "caption": "one"}\n', r"has none for b/c\.png"),
@@ -390,7 +390,7 @@ def test_a_missing_or_unreadable_file_of_captions_is_one_line(tmp_path):
     with pytest.raises(FluxIRError, match="cannot read the captions"):
         read_captions(tmp_path / "none.csv", NAMES)
     (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(FluxIRError, match="must be UTF-8 text"):
+    with pytest.raises(FluxIRError, match="must be UTF-8: byte 0xe9 on line 1"):
         read_captions(tmp_path / "latin.txt", NAMES)
 
 
