@@ -264,6 +264,7 @@ def _safetensors_facts(file: Path, key: str | None) -> tuple[tuple[int, ...], st
         key = key or _only_key(file, archive)
         array = archive.get_slice(key)
         shape, dtype = tuple(array.get_shape()), array.get_dtype()
+    # The library tells shape and type, and not where a tensor begins: rows are read from there past the page cache.
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         start = json.loads(opened.read(length))[key]["data_offsets"][0]

@@ -171,6 +171,7 @@ def read_shard(path: Path) -> ShardFile:
 
 def parse_shard(path: Path, head: bytes, size: int) -> ShardFile:
     """A shard by its first bytes, which must reach behind the header, and its size. Raises FluxIRError as above."""
+    # By hand, for `safe_open` takes files of this machine only, and does not say at which byte a tensor begins.
     try:
         length = int.from_bytes(head[:8], "little")
         entries = json.loads(head[8 : 8 + length])

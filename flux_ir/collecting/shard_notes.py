@@ -112,7 +112,7 @@ def read_notes(storage: Storage, number: int) -> ShardNotes | None:
     try:
         content = storage.read(notes_name(number))
         tensors = safetensors.torch.load(content)
-        length = int.from_bytes(content[:8], "little")
+        length = int.from_bytes(content[:8], "little")  # the library gives no metadata of bytes in memory
         facts = json.loads(content[8 : 8 + length])["__metadata__"]["shard"]
         intact = torch.equal(tensors.pop("sha256"), _digest(facts, tensors))
     except (FileNotFoundError, KeyError, ValueError, safetensors.SafetensorError):

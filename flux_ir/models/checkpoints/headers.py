@@ -116,6 +116,9 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of one safetensors file, by name. The file's size is held against what the header promises."""
+    # By hand, not with `safe_open`: it refuses a whole file for one type it does not know, where the name of the
+    # tensor is what tells people which quantisation they have, and it says neither how many bytes are missing of a
+    # download that was cut short nor that the file is a web page or a pointer of Git LFS.
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
