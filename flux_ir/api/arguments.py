@@ -1,9 +1,29 @@
-"""Arguments from Python, which no parser of flags has read: words and numbers are checked here."""
+"""Arguments from Python, which no parser of flags has read: words and numbers are checked here.
+
+Flags take their lower bounds from here too (`commands.cli.option`), so that each stands in one place. Nothing heavy is
+imported.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flux_ir.errors import FluxIRError, nearest
+
+_ZERO = """
+    bootstrap checkpoint_minutes cka_tokens effect_images ema fdr min_likeness null permutations seed splice_steps steps
+"""
+_ONE = """
+    batch_size batch_tokens candidates dead_after epochs examples examples_each expansion fit_tokens k k_start
+    least_positives max_prompts max_tokens min_count most num_steps prefixes prompts repeats resample splice_batch top
+"""
+LEAST: Mapping[str, float] = {
+    **dict.fromkeys(_ZERO.split(), 0),
+    **dict.fromkeys(_ONE.split(), 1),
+    "min_images": 2,
+    "max_images": 2,
+    "cell_px": 16,
+}
+"""The least that a number may be, by the name of the argument, which is the name of the flag."""
 
 
 def check_words(declared: type | Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -24,12 +44,15 @@ def check_words(declared: type | Callable[..., Any], arguments: Mapping[str, Any
                 )
 
 
-def check_least(least: Mapping[str, float], arguments: Mapping[str, Any]) -> None:
-    """Raises FluxIRError for a number, or one of several, below what `least` says of it; None is no number."""
-    for name, bound in least.items():
-        value = arguments[name]
-        for number in value if isinstance(value, Collection) else [value]:
-            if number is not None and not number >= bound:
+def check_least(arguments: Mapping[str, Any], **other: float) -> None:
+    """Raises FluxIRError for a number, or one of several, below what `LEAST` says of it, or `other`, which goes before.
+
+    None is no number, and no more are paths and texts, which other pieces of work have under some of these names.
+    """
+    for name, bound in {**LEAST, **other}.items():
+        value = arguments.get(name)
+        for number in value if isinstance(value, Collection) and not isinstance(value, str) else [value]:
+            if isinstance(number, int | float) and not number >= bound:
                 raise FluxIRError(f"--{name} must be at least {bound}: got {number}", hint="leave it out, or raise it")
 
 

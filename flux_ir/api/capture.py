@@ -192,7 +192,7 @@ def located(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
 def settle(settings: CaptureSettings) -> Job:
     """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
     check_words(CaptureSettings, vars(settings))
-    check_least({"seed": 0}, vars(settings))
+    check_least(vars(settings))
     spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
     width, height = side_px(settings.width, spec), side_px(settings.height, spec)
     check_size(height, width)

@@ -85,8 +85,7 @@ class DrawSettings:
     device: str | None
 
     def __post_init__(self) -> None:
-        least = {"top": 1, "examples": 1, "cell_px": 16, "batch_size": 1, "seed": 0}
-        check_least(least, {name: getattr(self, name) for name in least})
+        check_least(vars(self))
         for name, low, high in (("percentile", 0, 100), ("opacity", 0, 1)):
             if not low < getattr(self, name) <= high:
                 raise FluxIRError(

@@ -41,7 +41,6 @@ from flux_ir.sae.evaluation.splice import mean_ablation, reconstruction, zero_ab
 from flux_ir.sae.files.formats import load_any, sae_folders
 from flux_ir.sites import Site
 
-LEAST = {"splice_steps": 0} | dict.fromkeys(("max_tokens", "fit_tokens", "prompts", "splice_batch", "batch_tokens"), 1)
 CURVES = "curves.jsonl"
 PANELS = (
     CurvePanel("fvu", "FVU of the batch", log=True, percent=True),
@@ -79,7 +78,7 @@ class EvaluateSAESettings:
 
     def __post_init__(self) -> None:
         check_words(EvaluateSAESettings, vars(self))
-        check_least(LEAST, vars(self))
+        check_least(vars(self))
         if not 0 <= self.held_out < 1:
             raise FluxIRError(f"--held_out must be from 0 to below 1: got {self.held_out}", hint="pass 0.1 for a tenth")
 

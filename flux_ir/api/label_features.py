@@ -107,7 +107,7 @@ def label_features(
     """
     folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
     folder.check_done("score")
-    check_least({"min_count": 1, "seed": 0}, {"min_count": min_count, "seed": seed})
+    check_least({"min_count": min_count, "seed": seed})
     for name, value, least in (("fdr", fdr, 0.0), ("min_score", min_score, 0.5)):
         if not least <= value <= 1:
             raise FluxIRError(f"--{name} must be {least:g} to 1: got {value}", hint="leave it out for the usual one")

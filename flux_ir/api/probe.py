@@ -66,8 +66,7 @@ def probe(
     """
     known = [levels] if isinstance(levels, str) else list(levels)
     check_words(probe, {"levels": known})
-    least = {"least_positives": least_positives, "max_tokens": max_tokens}
-    check_least(dict.fromkeys(least, 1) | {"bootstrap": 0}, {**least, "bootstrap": bootstrap})
+    check_least({"least_positives": least_positives, "max_tokens": max_tokens, "bootstrap": bootstrap})
     if not 0 < held_out < 1:
         raise FluxIRError(f"--held_out must be between 0 and 1: got {held_out}", hint="pass 0.3 for three tenths")
     source = open_source(captures)

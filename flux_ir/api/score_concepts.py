@@ -89,7 +89,7 @@ class ScoreConceptsSettings:
 
     def __post_init__(self) -> None:
         check_words(ScoreConceptsSettings, vars(self))
-        check_least({"steps": 0, "null": 0, "bootstrap": 0, "least_positives": 1, "max_tokens": 1}, vars(self))
+        check_least(vars(self))
 
 
 @dataclass(frozen=True)

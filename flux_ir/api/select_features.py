@@ -82,8 +82,7 @@ class SelectSettings:
     device: str | None
 
     def __post_init__(self) -> None:
-        least = {"permutations": 0, "effect_images": 0, "most": 1, "examples_each": 1, "seed": 0}
-        check_least(least, {name: getattr(self, name) for name in least})
+        check_least(vars(self))
         if not 0 < self.significance < 1:
             raise FluxIRError(f"--significance must be between 0 and 1: got {self.significance}", hint="try 0.05")
         if self.clip is not None and self.embeddings != "site":

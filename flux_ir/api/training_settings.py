@@ -16,21 +16,6 @@ SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are give
 # These may be given as one element.
 LISTS = ("k", "prefixes", "expansion", "seed", "l1_coefficient", "target_l0", "steps")
 PATHS = ("captures", "whiten", "output_dir")
-LEAST = dict.fromkeys(("seed", "steps", "ema", "checkpoint_minutes"), 0) | dict.fromkeys(
-    (
-        "k",
-        "prefixes",
-        "k_start",
-        "expansion",
-        "batch_tokens",
-        "max_tokens",
-        "epochs",
-        "repeats",
-        "dead_after",
-        "resample",
-    ),
-    1,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +81,7 @@ class TrainSAESettings:
 
     def __post_init__(self) -> None:
         check_words(TrainSAESettings, vars(self))
-        check_least(LEAST, vars(self))
+        check_least(vars(self))
         if self.ema is not None and self.ema >= 1:
             raise FluxIRError(f"--ema must be below 1: got {self.ema}", hint="pass one such as 0.999")
         self._check_data()

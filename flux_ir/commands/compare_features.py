@@ -38,17 +38,17 @@ class CompareFeaturesOptions(Options):
         None, help="image or text tokens", group=HOW, default_text="image tokens, where there are some"
     )
     candidates: int = option(
-        16, help="partners of each feature that are tried, where there are more than 4,096", group=HOW, minimum=1
+        16, help="partners of each feature that are tried, where there are more than 4,096", group=HOW
     )
     min_likeness: float = option(
-        0.5, help="correlation or cosine of a pair that counts as the same", group=HOW, minimum=0.0, maximum=1.0
+        0.5, help="correlation or cosine of a pair that counts as the same", group=HOW, maximum=1.0
     )
-    min_images: int = option(10, help="leave out features active on fewer images", group=HOW, minimum=2)
-    max_images: int = option(20_000, help="most generations to compare", group=HOW, minimum=2)
+    min_images: int = option(10, help="leave out features active on fewer images", group=HOW)
+    max_images: int = option(20_000, help="most generations to compare", group=HOW)
     permutations: int = option(10_000, help="draws of the test for features that have moved", group=HOW, minimum=1)
-    fdr: float = option(0.05, help="share of the lists that may be chance", group=HOW, minimum=0.0, maximum=1.0)
-    cka_tokens: int = option(20_000, help="tokens that CKA is measured on; 0: leave it out", group=HOW, minimum=0)
-    seed: int = option(0, help="seed of the null", group=HOW, minimum=0)
+    fdr: float = option(0.05, help="share of the lists that may be chance", group=HOW, maximum=1.0)
+    cka_tokens: int = option(20_000, help="tokens that CKA is measured on; 0: leave it out", group=HOW)
+    seed: int = option(0, help="seed of the null", group=HOW)
     name: str | None = option(
         None, help="name of the result's folder below FEATURES/compare", group=WHAT, default_text="that of the other"
     )

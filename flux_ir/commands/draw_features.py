@@ -5,13 +5,13 @@ from dataclasses import dataclass, fields
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Compute, FeaturesFolder
+from flux_ir.commands.cli.shared import MACHINE, CheckpointOptions, ComputeOptions, FolderOptions
 
 WHICH, MAPS, DRAWS = "which features", "pictures with maps", "what they draw"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawFeaturesOptions(FeaturesFolder, Checkpoints, Compute):
+class DrawFeaturesOptions(FolderOptions, CheckpointOptions, ComputeOptions):
     """Draw features: their strongest pictures with maps over them, and what each draws when nothing else is there.
 
     Writes sheets/, draws/ and decoder.safetensors (the nearest features of each by direction and by activity) into the
@@ -27,10 +27,10 @@ class DrawFeaturesOptions(FeaturesFolder, Checkpoints, Compute):
         group=WHICH,
         default_text="distinct where there is such a list, else share",
     )
-    top: int = option(24, help="how many of the list", group=WHICH, minimum=1)
+    top: int = option(24, help="how many of the list", group=WHICH)
 
-    examples: int = option(8, help="pictures of each", group=MAPS, minimum=1)
-    cell_px: int = option(128, help="longer side of a picture on the sheet", unit="px", group=MAPS, minimum=16)
+    examples: int = option(8, help="pictures of each", group=MAPS)
+    cell_px: int = option(128, help="longer side of a picture on the sheet", unit="px", group=MAPS)
     percentile: float = option(
         100.0,
         help="of a feature's values above 0: what gets the strongest colour in all its pictures",
@@ -46,8 +46,8 @@ class DrawFeaturesOptions(FeaturesFolder, Checkpoints, Compute):
 
     draws: bool = option(True, help="run the model for what each feature draws", group=DRAWS)
     strength: float = option(1.0, help="of the icon, in units of k times the feature's mean activation", group=DRAWS)
-    batch_size: int = option(8, help="features that go through the model together", group=DRAWS, minimum=1)
-    seed: int = option(0, help="of the noise that all icons begin with", group=DRAWS, minimum=0)
+    batch_size: int = option(8, help="features that go through the model together", group=DRAWS)
+    seed: int = option(0, help="of the noise that all icons begin with", group=DRAWS)
     model: str | None = option(
         None, help="the model that draws", group=MACHINE, default_text="the one that was captured"
     )

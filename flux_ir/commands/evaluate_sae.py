@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, MEASURED, Activations, Checkpoints, Compute
+from flux_ir.commands.cli.shared import MACHINE, MEASURED, ActivationsOptions, CheckpointOptions, ComputeOptions
 from flux_ir.errors import counted
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ SPLICE = "splice"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSAEOptions(Activations, Compute, Checkpoints):
+class EvaluateSAEOptions(ActivationsOptions, ComputeOptions, CheckpointOptions):
     """Measure autoencoders on the images and prompts they were not trained on: FVU, L0, dead features, cosine.
 
     Every autoencoder's folder gets metrics.json, density.png, fvu_per_step.png and curves.png; several together also
@@ -41,11 +41,9 @@ class EvaluateSAEOptions(Activations, Compute, Checkpoints):
         group=MEASURED,
     )
     max_tokens: int | None = option(
-        None, help="most held-out tokens to read", group=MEASURED, minimum=1, default_text="all of them"
+        None, help="most held-out tokens to read", group=MEASURED, default_text="all of them"
     )
-    fit_tokens: int = option(
-        200_000, help="most training tokens that baselines are made from", group=MEASURED, minimum=1
-    )
+    fit_tokens: int = option(200_000, help="most training tokens that baselines are made from", group=MEASURED)
     held_out: float = option(
         0.1,
         help="share of the prompts to measure on, for an autoencoder that does not say how it was trained",
@@ -57,22 +55,21 @@ class EvaluateSAEOptions(Activations, Compute, Checkpoints):
     splice: bool = option(
         False, help="put reconstructions back into the model, with the captures' own noise", group=SPLICE
     )
-    prompts: int = option(16, help="held-out generations to splice into", group=SPLICE, minimum=1)
+    prompts: int = option(16, help="held-out generations to splice into", group=SPLICE)
     splice_steps: tuple[int, ...] | None = option(
         None,
         help="the steps to splice at, counted from 0",
         group=SPLICE,
-        minimum=0,
         default_text="those the autoencoder was trained on",
         elsewhere=("timestep", "timesteps"),
     )
     pictures: bool = option(True, help="also run to the end and compare the pictures", group=SPLICE)
-    splice_batch: int = option(4, help="generations that go through the model together", group=SPLICE, minimum=1)
+    splice_batch: int = option(4, help="generations that go through the model together", group=SPLICE)
 
     model: str | None = option(
         None, help="the model to splice into", group=MACHINE, default_text="the one that was captured"
     )
-    batch_tokens: int = option(4096, help="tokens encoded at once", group=MACHINE, minimum=1)
+    batch_tokens: int = option(4096, help="tokens encoded at once", group=MACHINE)
 
 
 def run(options: EvaluateSAEOptions) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Runs
+from flux_ir.commands.cli.shared import RunsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExploreOptions(Runs):
+class ExploreOptions(RunsOptions):
     """Write explorer.html beside the runs: every decoded picture in a grid of blocks by steps, with its numbers.
 
     The page needs no server and no network: open it in a browser. It reads the runs' own pictures where they are, and

@@ -5,13 +5,13 @@ from dataclasses import dataclass, fields
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import FeaturesFolder
+from flux_ir.commands.cli.shared import FolderOptions
 
 SHOWN = "what is shown"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExploreFeaturesOptions(FeaturesFolder):
+class ExploreFeaturesOptions(FolderOptions):
     """Write pages/index.html into a folder of features: a list of all features, and a page for each.
 
     Open it in a browser; it needs no server and no network. It reads the files beside it and the small pictures in

@@ -7,11 +7,11 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Steps
+from flux_ir.commands.cli.shared import StepOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(Steps):
+class ExportOptions(StepOptions):
     """Write captured activations as plain arrays [tokens, d], with all that is known of each generation beside them.
 
     The same captures give the same bytes. What is written can be trained on like the captures it came from.

@@ -7,13 +7,13 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, FeaturesFolder
+from flux_ir.commands.cli.shared import MACHINE, FolderOptions
 
 WRITTEN = "what is written"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportFeaturesOptions(FeaturesFolder):
+class ExportFeaturesOptions(FolderOptions):
     """Write what is known of every feature as other programs read it: a table, or folders that Neuronpedia imports."""
 
     format: tuple[Literal["csv", "parquet", "neuronpedia"], ...] = option(

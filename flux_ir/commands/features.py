@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Scored
+from flux_ir.commands.cli.shared import ScoringOptions
 from flux_ir.commands.score_features import summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesOptions(Scored):
+class FeaturesOptions(ScoringOptions):
     """Find out what the features of an autoencoder mean: scores, examples, and what the later stages make of them.
 
     Every stage is a verb of its own with more flags; here they run in order with their defaults, each unless its result

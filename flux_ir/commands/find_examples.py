@@ -6,26 +6,26 @@ from dataclasses import dataclass, fields
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import FeaturesFolder
+from flux_ir.commands.cli.shared import FolderOptions
 
 EACH = "images of each feature"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindExamplesOptions(FeaturesFolder):
+class FindExamplesOptions(FolderOptions):
     """Find the images that show what each feature responds to: strong, weak, random, and look-alikes it ignores.
 
     Reads what flux-ir score-features left, and writes examples.safetensors there. A row has one image of a prompt.
     """
 
-    top: int = option(24, help="the strongest", group=EACH, minimum=1)
+    top: int = option(24, help="the strongest", group=EACH)
     quantiles: int = option(
         5, help="equal shares of the images it fires on, from strong to weak", group=EACH, minimum=1
     )
     per_quantile: int = option(8, help="images of each share, at random", group=EACH, minimum=1)
     random: int = option(8, help="images it fires on, at random", group=EACH, minimum=1)
     silent: int = option(8, help="images on which it is silent, most like its strongest", group=EACH, minimum=1)
-    seed: int = option(0, help="of the draws", group=EACH, minimum=0)
+    seed: int = option(0, help="of the draws", group=EACH)
 
 
 def run(options: FindExamplesOptions) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Device, FeaturesFolder
+from flux_ir.commands.cli.shared import DeviceOptions, FolderOptions
 
 if TYPE_CHECKING:
     from flux_ir.features.folder import FeatureFolder
@@ -17,7 +17,7 @@ SHOWN = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelFeaturesOptions(FeaturesFolder, Device):
+class LabelFeaturesOptions(FolderOptions, DeviceOptions):
     """Find the words of the prompts that lift each feature, and describe it in a few of them.
 
     A description is made from half of the prompts and judged on the others, against images on which the feature is
@@ -25,12 +25,11 @@ class LabelFeaturesOptions(FeaturesFolder, Device):
     words.json and labels.json.
     """
 
-    min_count: int = option(5, help="prompts that a word must be in to count", group=WORDS, minimum=1)
+    min_count: int = option(5, help="prompts that a word must be in to count", group=WORDS)
     fdr: float = option(
         0.05,
         help="share of the listed words, and of the labels, that may be chance",
         group=WORDS,
-        minimum=0.0,
         maximum=1.0,
     )
     tokenizer: Path | None = option(
@@ -61,7 +60,7 @@ class LabelFeaturesOptions(FeaturesFolder, Device):
         help="what CLIP looks for besides the prompts' most frequent phrases: a file of texts, one a line",
         group=LABELS,
     )
-    seed: int = option(0, help="of the draws of images", group=LABELS, minimum=0)
+    seed: int = option(0, help="of the draws of images", group=LABELS)
 
 
 def run(options: LabelFeaturesOptions) -> None:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Checkpoints, Compute, OneRun, Readings
+from flux_ir.commands.cli.shared import CheckpointOptions, ComputeOptions, ReadingOptions, RunOptions
 
 if TYPE_CHECKING:
     from flux_ir.api.lens import LensResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensOptions(Readings, Compute, Checkpoints, OneRun):
+class LensOptions(ReadingOptions, ComputeOptions, CheckpointOptions, RunOptions):
     """Decode what each block of an existing capture would have drawn, without sampling again.
 
     Pictures, lens.json and the contact sheet of the run are written anew; everything else stays as it is.

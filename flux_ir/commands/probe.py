@@ -7,11 +7,11 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import KNOWN, MACHINE, MEASURED, Activations, Labelled
+from flux_ir.commands.cli.shared import KNOWN, MACHINE, MEASURED, ActivationsOptions, LabelsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(Activations, Labelled):
+class ProbeOptions(ActivationsOptions, LabelsOptions):
     """Fit a linear probe for every label at every site and step, and judge it on prompts it was not fitted on.
 
     A grid that says which site and step know colours, shapes, places, or whatever a file of labels names: AUROC of
@@ -32,7 +32,6 @@ class ProbeOptions(Activations, Labelled):
         None,
         help="steps to probe, counted from 0",
         group=MEASURED,
-        minimum=0,
         default_text="all that were collected",
         elsewhere=("timestep", "timesteps"),
     )

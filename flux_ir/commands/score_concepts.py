@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, MEASURED, Labelled, OneAutoencoder
+from flux_ir.commands.cli.shared import MACHINE, MEASURED, AutoencoderOptions, LabelsOptions
 
 if TYPE_CHECKING:
     from flux_ir.api.score_concepts import ScoredConcepts
@@ -16,7 +16,7 @@ COMPARED = "what is compared"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConceptsOptions(OneAutoencoder, Labelled):
+class ScoreConceptsOptions(AutoencoderOptions, LabelsOptions):
     """Score how well single features tell concepts that are known: colours, shapes, sizes, places of flux-tiny's world.
 
     For each concept the best feature is picked on one collection and reported on another, which share no prompt: AUROC,
@@ -51,7 +51,7 @@ class ScoreConceptsOptions(OneAutoencoder, Labelled):
         ]
         | None
     ) = option(None, help="what to compare", group=COMPARED, default_text="all there is")
-    null: int = option(200, help="draws of permuted labels, each with a pick of its own", group=COMPARED, minimum=0)
+    null: int = option(200, help="draws of permuted labels, each with a pick of its own", group=COMPARED)
     run_model: bool = option(False, help="run the model for the neurons, where they were not collected", group=COMPARED)
 
     output_dir: Path = option(Path("concepts"), help="where the folders of concepts are", group=MACHINE)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import Scored
+from flux_ir.commands.cli.shared import ScoringOptions
 
 if TYPE_CHECKING:
     from flux_ir.features.folder import FeatureFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreFeaturesOptions(Scored):
+class ScoreFeaturesOptions(ScoringOptions):
     """Score every feature of an autoencoder on stored activations: images, token maps, and a table of numbers.
 
     The first stage of what features mean; the others read the folder it leaves. Stopped at any moment, the same command

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, Checkpoints, Device, FeaturesFolder
+from flux_ir.commands.cli.shared import MACHINE, CheckpointOptions, DeviceOptions, FolderOptions
 
 if TYPE_CHECKING:
     from flux_ir.features.selection import Ranked
@@ -17,7 +17,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectFeaturesOptions(FeaturesFolder, Checkpoints, Device):
+class SelectFeaturesOptions(FolderOptions, CheckpointOptions, DeviceOptions):
     """Rank features: whose images are alike, which are stable, which tell two prompts apart, which move the picture.
 
     Writes selection.safetensors (a column for each number, NaN where it was not computed) and selection.json (lists).
@@ -39,7 +39,6 @@ class SelectFeaturesOptions(FeaturesFolder, Checkpoints, Device):
         199,
         help="permutations of the images that p is counted over, here and for a contrast",
         group=COHERENCE,
-        minimum=0,
     )
     other_sae: Path | None = option(
         None,
@@ -61,22 +60,18 @@ class SelectFeaturesOptions(FeaturesFolder, Checkpoints, Device):
         default_text="none",
     )
 
-    effect_images: int = option(
-        4, help="generations to measure effects on; 0: none, and no model is run", group=EFFECT, minimum=0
-    )
+    effect_images: int = option(4, help="generations to measure effects on; 0: none, and no model is run", group=EFFECT)
     model: str | None = option(
         None, help="the model to measure effects in", group=EFFECT, default_text="the one that was captured"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = option("float32", help="what the model computes in", group=EFFECT)
 
-    most: int = option(50, help="features of a list, at most", group=LISTS, minimum=1)
-    examples_each: int = option(
-        8, help="examples of each feature in the list of features that share none", group=LISTS, minimum=1
-    )
+    most: int = option(50, help="features of a list, at most", group=LISTS)
+    examples_each: int = option(8, help="examples of each feature in the list of features that share none", group=LISTS)
     significance: float = option(
         0.05, help="largest q (Benjamini-Hochberg) of a feature in a list that was tested", group=LISTS
     )
-    seed: int = option(0, help="of the permutations and signs", group=MACHINE, minimum=0)
+    seed: int = option(0, help="of the permutations and signs", group=MACHINE)
 
 
 def run(options: SelectFeaturesOptions) -> None:

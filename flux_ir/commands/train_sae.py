@@ -1,14 +1,17 @@
 """`flux-ir train-sae` (and `train_sae.py`): train sparse autoencoders on activations, stored or made on the way."""
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import INTERRUPTED, launch
-from flux_ir.commands.cli.shared import Device
+from flux_ir.commands.cli.shared import DeviceOptions
 from flux_ir.errors import counted
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ DATA, WHAT, HOW, LIVE, WHERE = "the data", "the autoencoder", "the training", "l
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSAEOptions(Device):
+class TrainSAEOptions(DeviceOptions):
     """Train sparse autoencoders on captured activations, or on activations that are made on the way and never stored.
 
     Lists (--k 16,32 --expansion 4,8 --seed 0,1, several sites) train every combination side by side on the same
@@ -41,7 +44,6 @@ class TrainSAEOptions(Device):
         None,
         help="sampling steps to train on, counted from 0",
         group=DATA,
-        minimum=0,
         default_text="all there are",
         elsewhere=("timestep", "timesteps"),
     )
@@ -58,10 +60,8 @@ class TrainSAEOptions(Device):
     held_out: float = option(
         0.1, help="share of the prompts that is kept to measure on at the end", group=DATA, minimum=0.0, maximum=0.99
     )
-    max_tokens: int | None = option(
-        None, help="tokens to train on", group=DATA, minimum=1, default_text="one epoch, or --epochs"
-    )
-    epochs: int | None = option(None, help="how often to go through the data", group=DATA, minimum=1, default_text="1")
+    max_tokens: int | None = option(None, help="tokens to train on", group=DATA, default_text="one epoch, or --epochs")
+    epochs: int | None = option(None, help="how often to go through the data", group=DATA, default_text="1")
     pool_gb: float = option(1.0, help="memory in which tokens are shuffled", unit="GB", group=DATA, minimum=0.0)
 
     arch: Literal["topk", "batch_topk", "l1", "jumprelu", "gated", "matryoshka"] = option(
@@ -71,7 +71,6 @@ class TrainSAEOptions(Device):
         None,
         help="active features per token, of topk, batch_topk (on average) and matryoshka",
         group=WHAT,
-        minimum=1,
         default_text="32",
         elsewhere=("topk", "topk_k", "top_k"),
     )
@@ -79,11 +78,10 @@ class TrainSAEOptions(Device):
         None,
         help="features of the nested dictionaries of matryoshka, ascending, without the whole one",
         group=WHAT,
-        minimum=1,
         default_text="1/16, 1/8, 1/4 and 1/2 of all",
     )
-    expansion: tuple[int, ...] = option((8,), help="features per dimension of the activations", group=WHAT, minimum=1)
-    seed: tuple[int, ...] = option((0,), help="seed of the start and, the first, of the order", group=WHAT, minimum=0)
+    expansion: tuple[int, ...] = option((8,), help="features per dimension of the activations", group=WHAT)
+    seed: tuple[int, ...] = option((0,), help="seed of the start and, the first, of the order", group=WHAT)
     l1_coefficient: tuple[float, ...] | None = option(
         None, help="weight of the L1 penalty, of l1 and gated", group=WHAT, minimum=0.0, default_text="sqrt(d_in) / 5"
     )
@@ -116,18 +114,16 @@ class TrainSAEOptions(Device):
         None,
         help="tokens without firing after which a feature is dead",
         group=WHAT,
-        minimum=1,
         default_text="10 million, at most a twentieth of the run",
     )
     resample: int | None = option(
         None,
         help="optimiser steps from one resampling of dead features to the next, in the first half of the run",
         group=WHAT,
-        minimum=1,
         default_text="never",
     )
 
-    batch_tokens: int = option(2048, help="tokens per optimiser step, of all processes together", group=HOW, minimum=1)
+    batch_tokens: int = option(2048, help="tokens per optimiser step, of all processes together", group=HOW)
     lr: float | None = option(
         None,
         help="peak learning rate; 1,000 steps of warm-up (in short runs a tenth), linear decay over the last fifth",
@@ -138,14 +134,12 @@ class TrainSAEOptions(Device):
         None,
         help="active features per token at the start: k comes down from here over a quarter of the run",
         group=HOW,
-        minimum=1,
         default_text="k",
     )
     ema: float | None = option(
         None,
         help="decay per step of the average of the weights that is written in their place, such as 0.999",
         group=HOW,
-        minimum=0.0,
         maximum=0.999999,
         default_text="the last weights are written",
     )
@@ -165,16 +159,14 @@ class TrainSAEOptions(Device):
         None, help="prompts for live data, in place of --captures: .txt, .jsonl or .csv", group=LIVE
     )
     repeats: int | None = option(
-        None, help="generations per prompt", group=LIVE, minimum=1, default_text="1, or what --max_tokens needs"
+        None, help="generations per prompt", group=LIVE, default_text="1, or what --max_tokens needs"
     )
 
     name: str | None = option(
         None, help="name of the folder in --output_dir", group=WHERE, default_text="that of the captures, or the model"
     )
     output_dir: Path = option(Path("saes"), help="where the autoencoders go: one folder each", group=WHERE)
-    checkpoint_minutes: float = option(
-        10.0, help="time from one checkpoint to the next", unit="minutes", group=WHERE, minimum=0.0
-    )
+    checkpoint_minutes: float = option(10.0, help="time from one checkpoint to the next", unit="minutes", group=WHERE)
     checkpoint_tokens: int | None = option(
         None, help="also a checkpoint after so many tokens", group=WHERE, minimum=1, default_text="by time alone"
     )
@@ -189,7 +181,6 @@ def run(options: TrainSAEOptions) -> int:
 
     from flux_ir.api.train_sae import run_training  # only now torch
     from flux_ir.commands.report import Report
-    from flux_ir.commands.stopping import stop_requests
     from flux_ir.commands.training_table import TrainingTable
 
     speaks = os.environ.get("RANK", "0") == "0"  # for all processes of the job
@@ -229,6 +220,38 @@ def conclude(report: "Report", results: "list[Trained]") -> None:
 def _told(numbers: Mapping[str, Any]) -> tuple[str, ...]:
     fvu, l0, dead = (numbers[key] for key in ("fvu", "l0", "dead_share"))
     return ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
+
+
+# ---- Ctrl-C waits for a good moment: between two steps, so that what is saved can be gone on with
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the second is what torchrun and batch systems send
+
+
+class StopRequest:
+    """Whether somebody asked to stop."""
+
+    def __init__(self) -> None:
+        self.made = False
+        self.waits = False
+        """Whether a good moment will come: as long as it will not, Ctrl-C stops at once."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """As long as the `with` lasts, the first Ctrl-C while `waits` only sets the flag; any other stops at once."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.made or not request.waits:
+            raise KeyboardInterrupt
+        request.made = True
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

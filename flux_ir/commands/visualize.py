@@ -6,7 +6,7 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import flags, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import OneRun
+from flux_ir.commands.cli.shared import RunOptions
 from flux_ir.errors import FluxIRError
 
 WHAT, HOW, WHERE = "what is shown", "how it is shown", "where"
@@ -22,7 +22,7 @@ _MEANS_NOTHING_FOR = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualizeOptions(OneRun):
+class VisualizeOptions(RunOptions):
     """Make a film, a contact sheet or a page of what each block would have drawn.
 
     Works from the pictures that capture_sample.py and flux-ir lens have decoded; the model is not loaded. The result
@@ -46,7 +46,7 @@ class VisualizeOptions(OneRun):
         default_text="all",
     )
     steps: tuple[int, ...] | None = option(
-        None, help="which steps, counted from 0", group=WHAT, minimum=0, default_text="every decoded step"
+        None, help="which steps, counted from 0", group=WHAT, default_text="every decoded step"
     )
     skip_broken: bool = option(
         False, help="go on without missing or broken pictures, and say at the end which they were", group=WHAT

@@ -6,6 +6,9 @@ import sys
 import pytest
 
 import flux_ir
+from flux_ir.api.arguments import LEAST, check_least
+from flux_ir.commands.cli.option import flags
+from flux_ir.commands.train_sae import TrainSAEOptions
 from flux_ir.errors import FluxIRError
 
 # In a process of its own: here, under pytest, the annotations are checked at every call, and for users they are not.
@@ -62,3 +65,13 @@ def test_a_loaded_model_is_not_asked_for_what_it_has_settled(tmp_path):
     model = flux_ir.load_model("flux-tiny", parts=[], dtype="float32")
     with pytest.raises(FluxIRError, match="a loaded model is used as it is: got dtype, device as well"):
         flux_ir.collect(["a"], "single.6", tmp_path / "c", model=model, dtype="bfloat16", device="cpu")
+
+
+def test_a_number_has_the_same_least_as_a_flag_and_from_python():
+    told = {flag.name: flag.facts.minimum for flag in flags(TrainSAEOptions)}
+    assert (told["k"], told["seed"], told["prompts"], told["lr"]) == (LEAST["k"], LEAST["seed"], None, None)
+    check_least({"k": None, "prompts": ("a", "b"), "seed": [0, 1], "steps": iter([-1])})
+    with pytest.raises(FluxIRError, match="--k must be at least 1: got 0"):
+        check_least({"k": (4, 0)})
+    with pytest.raises(FluxIRError, match="--permutations must be at least 1: got 0"):
+        check_least({"permutations": 0}, permutations=1)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from flux_ir.commands.cli.option import Options, flags
-from flux_ir.commands.cli.shared import Picture
+from flux_ir.commands.cli.shared import PictureOptions
 from flux_ir.commands.main import VERBS, main
 
 
@@ -69,7 +69,7 @@ def test_a_flag_that_verbs_share_is_declared_once():
 def test_the_help_names_every_model():
     from flux_ir.models.registry import model_names
 
-    (help_text,) = [flag.facts.help for flag in flags(Picture) if flag.name == "model"]
+    (help_text,) = [flag.facts.help for flag in flags(PictureOptions) if flag.name == "model"]
     assert help_text.replace(" or ", ", ").split(", ") == model_names()
 
 

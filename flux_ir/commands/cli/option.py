@@ -7,11 +7,13 @@ Nothing heavy is imported here, so that `--help` answers at once.
 
 import math
 import re
-from dataclasses import MISSING, dataclass, field, fields
+import shlex
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from flux_ir.api.arguments import LEAST
 from flux_ir.errors import FluxIRError, nearest
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
-class Facts:
+class FlagFacts:
     """What `option` says about a field, beyond its type and default."""
 
     help: str
@@ -68,9 +70,11 @@ def option(
     None is text there, while for every other `X | None` field it means None. `elsewhere` are the names that other
     programs have for it: whoever types one is told ours. `positional` allows the value alone, as the first word.
 
+    A number whose name stands in `LEAST` needs no `minimum`: it has the bound that Python's arguments have.
+
     A field whose flag would be a word of Python's own has an underscore at its end: `from_` is `--from`.
     """
-    facts = Facts(
+    facts = FlagFacts(
         help, unit, group, choices, minimum, maximum, multiple_of, free_text, default_text, elsewhere, positional
     )
     return field(default=default, metadata={"facts": facts})
@@ -86,7 +90,7 @@ class Flag:
     optional: bool
     choices: tuple[Scalar, ...]
     default: Any
-    facts: Facts
+    facts: FlagFacts
 
     @property
     def spelling(self) -> str:
@@ -210,12 +214,22 @@ def flags(options_type: type[Options]) -> list[Flag]:
     return [_flag(field.name, field.type, field.default, field.metadata.get("facts")) for field in ordered]
 
 
-def to_json_dict(options: Options) -> dict[str, Any]:
-    """The options by name as plain JSON values: paths become text, tuples lists."""
-    return {field.name: _plain(getattr(options, field.name)) for field in fields(options)}
+def command_line(options: Options, **changes: object) -> str:
+    """What is typed for these options, with some of them changed: flags at their defaults are left out."""
+    words: list[str] = []
+    for flag in flags(type(options)):
+        value = changes.get(flag.name, getattr(options, flag.name))
+        if value == flag.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag.spelling}" if value else f"--no{flag.spelling}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{flag.spelling}={text}"] if text.startswith("-") else [f"--{flag.spelling}", text]
+    return shlex.join(words)
 
 
-def _flag(name: str, annotation: Any, default: Any, facts: Facts | None) -> Flag:
+def _flag(name: str, annotation: Any, default: Any, facts: FlagFacts | None) -> Flag:
     """Reads `X`, `X | None`, `tuple[X, ...]` and `tuple[X, ...] | None`, where X is a scalar type or a Literal."""
     if facts is None:
         raise TypeError(f"{name}: every field of an Options dataclass is declared with option(default, help=...)")
@@ -227,6 +241,8 @@ def _flag(name: str, annotation: Any, default: Any, facts: Facts | None) -> Flag
     kind = type(choices[0]) if get_origin(element) is Literal else element
     if kind not in _ONE:
         raise TypeError(f"{name}: no flag can be made of the type {annotation}")
+    if kind in (int, float) and facts.minimum is None:
+        facts = replace(facts, minimum=LEAST.get(name))
     return Flag(name, kind, many, optional, choices, default, facts)
 
 
@@ -249,9 +265,3 @@ def _is_a(kind: type, value: object) -> bool:
 
 def _either(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(element) for element in value] if isinstance(value, tuple) else value

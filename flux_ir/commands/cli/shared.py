@@ -17,7 +17,7 @@ _OF_THE_MODEL = "the model's own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture(Options):
+class PictureOptions(Options):
     """What is sampled, but for its prompt and its noise."""
 
     model: str = option("flux-schnell", help="flux-schnell, flux-dev, flux-dev-krea or flux-tiny", group=PICTURE)
@@ -27,7 +27,7 @@ class Picture(Options):
     height: int | None = option(
         None, help="height", unit="px", group=PICTURE, multiple_of=16, minimum=16, default_text=_OF_THE_MODEL
     )
-    num_steps: int | None = option(None, help="Euler steps", group=PICTURE, minimum=1, default_text=_OF_THE_MODEL)
+    num_steps: int | None = option(None, help="Euler steps", group=PICTURE, default_text=_OF_THE_MODEL)
     guidance: float | None = option(
         None,
         help="guidance strength, for the guidance-distilled dev family",
@@ -37,7 +37,7 @@ class Picture(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device(Options):
+class DeviceOptions(Options):
     """Where it is computed."""
 
     device: str | None = option(
@@ -49,14 +49,14 @@ class Device(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activations(Options):
+class ActivationsOptions(Options):
     """What an autoencoder is used on."""
 
     captures: Path = option(REQUIRED, help="the activations: a collection, captures, or an array", group=MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneAutoencoder(Activations, Device):
+class AutoencoderOptions(ActivationsOptions, DeviceOptions):
     """One autoencoder whose features are scored, and what the folder of what is found is called."""
 
     sae: Path = option(REQUIRED, help="the folder of an autoencoder, of whichever program", group=MEASURED)
@@ -71,7 +71,6 @@ class OneAutoencoder(Activations, Device):
         None,
         help="the steps to score at, counted from 0",
         group=MEASURED,
-        minimum=0,
         default_text="those the autoencoder was trained on",
         elsewhere=("timestep", "timesteps"),
     )
@@ -81,7 +80,7 @@ class OneAutoencoder(Activations, Device):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored(OneAutoencoder):
+class ScoringOptions(AutoencoderOptions):
     """The same, for the folder of features."""
 
     pictures: Path | None = option(
@@ -94,7 +93,7 @@ class Scored(OneAutoencoder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled(Options):
+class LabelsOptions(Options):
     """What is known about pictures, and how much of it is used."""
 
     labels: Path | None = option(
@@ -104,23 +103,21 @@ class Labelled(Options):
         default_text="the captions of flux-tiny, and where the judge finds their objects",
     )
     least_positives: int = option(
-        200, help="fewest positives, and negatives, to report on; half of them to pick with", group=KNOWN, minimum=1
+        200, help="fewest positives, and negatives, to report on; half of them to pick with", group=KNOWN
     )
-    max_tokens: int = option(
-        2**19, help="most tokens of each collection; whole prompts are drawn", group=KNOWN, minimum=1
-    )
-    bootstrap: int = option(200, help="draws of prompts for the intervals; 0: no intervals", group=KNOWN, minimum=0)
+    max_tokens: int = option(2**19, help="most tokens of each collection; whole prompts are drawn", group=KNOWN)
+    bootstrap: int = option(200, help="draws of prompts for the intervals; 0: no intervals", group=KNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesFolder(Options):
+class FolderOptions(Options):
     """The features of one autoencoder."""
 
     features: Path = option(REQUIRED, help="the folder of features that flux-ir score-features left", group=MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute(Device):
+class ComputeOptions(DeviceOptions):
     """Where a model is run, and in which precision."""
 
     dtype: Literal["auto", "bfloat16", "float32"] = option(
@@ -131,14 +128,14 @@ class Compute(Device):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offload(Options):
+class OffloadOptions(Options):
     """For GPUs with little memory."""
 
     offload: bool = option(False, help="keep each part on the GPU only while it is needed", group=MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoints(Options):
+class CheckpointOptions(Options):
     """Where the weights are."""
 
     checkpoint: Path | None = option(
@@ -153,14 +150,14 @@ class Checkpoints(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs(Options):
+class RunsOptions(Options):
     """Where run folders are."""
 
     output_dir: Path = option(Path("output"), help="where the runs' folders are", group=MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneRun(Runs):
+class RunOptions(RunsOptions):
     """One of them."""
 
     generation_id: str = option(
@@ -169,7 +166,7 @@ class OneRun(Runs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Readings(Options):
+class ReadingOptions(Options):
     """How block outputs are read."""
 
     lens: Literal["euler", "x0", "both"] = option(
@@ -180,18 +177,20 @@ class Readings(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps(Options):
+class StepOptions(Options):
     """Which steps of the sampler."""
 
     steps: tuple[int, ...] | None = option(
-        None, help="which steps, counted from 0", group=KEEP, minimum=0, default_text="every step there is"
+        None, help="which steps, counted from 0", group=KEEP, default_text="every step there is"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Options):
+class PlanOptions(Options):
     """A question asked before the work."""
 
     plan: bool = option(
-        False, help="only say what it would take: tokens, bytes, memory and time, from a short trial", group=MACHINE
+        False,
+        help="only say what it would take: tokens and bytes, and which small run tells time and memory",
+        group=MACHINE,
     )

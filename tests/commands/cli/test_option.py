@@ -1,13 +1,14 @@
-import json
+import shlex
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from flux_ir.commands.cli.option import REQUIRED, Flag, Options, flags, option, to_json_dict
+from flux_ir.commands.cli.option import REQUIRED, Flag, Options, command_line, flags, option
+from flux_ir.commands.cli.parse import parse
 from flux_ir.errors import FluxIRError
 
 
@@ -199,11 +200,14 @@ def test_a_field_without_help_or_of_a_foreign_type_is_refused():
         flags(Foreign)
 
 
-def test_the_json_dictionary_holds_plain_values():
-    plain = to_json_dict(Drawing(title="cat, \u00e9\n", folder=Path("a/b"), steps=(0, 2)))
-    assert json.loads(json.dumps(plain)) == plain
-    assert (plain["title"], plain["folder"], plain["steps"], plain["width"]) == ("cat, \u00e9\n", "a/b", [0, 2], None)
-    assert list(plain) == [flag.name for flag in flags(Drawing)]
+def test_options_as_they_are_typed_give_the_same_options():
+    drawing = Drawing(title="cat, \u00e9", prompt="--a# 'b'", width=None, quick=True, folder=Path("a b"), steps=(0, 2))
+    line = command_line(drawing, seed=5, lens="euler")
+    assert line.startswith("--title 'cat, \u00e9' ")
+    assert "--lens" not in line  # it is at its default
+    again = parse(Drawing, shlex.split(line), prog="draw")
+    assert again == replace(drawing, seed=5)
+    assert command_line(again, quick=False, steps=None) == command_line(replace(again, quick=False, steps=None))
 
 
 def test_options_import_nothing_heavy():

@@ -25,6 +25,7 @@ class Toy(Options):
     width: int = option(256, help="width of the picture", unit="px", multiple_of=16, group="picture")
     num_steps: int | None = option(None, help="steps", default_text="4 for toys", minimum=1)
     seed: int | None = option(None, help="seed")
+    shift: int = option(0, help="shift")
     offload: bool = option(False, help="offload")
     multi_gpu: bool = option(False, help="several GPUs")
     should_decode_intermediates: bool = option(True, help="decode")
@@ -84,7 +85,8 @@ def test_of_many_processes_each_says_what_went_wrong_with_it(capsys, monkeypatch
         ("--num-steps 4", "num_steps", 4),
         ("--num_steps=4", "num_steps", 4),
         ("--seed None", "seed", None),
-        ("--seed -5", "seed", -5),
+        ("--seed 5", "seed", 5),
+        ("--shift -5", "shift", -5),
         ("--device None", "device", None),
         ("--device cuda:1", "device", "cuda:1"),
         ("--output_dir some/where", "output_dir", Path("some/where")),
