@@ -17,7 +17,7 @@ import torch
 from measure import Target, arguments, interleaved, machine, parse, print_report
 
 from flux_ir.collecting.collection import CollectSettings
-from flux_ir.collecting.collector import collect
+from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.prompts import WorkList
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import LocalStorage
@@ -100,8 +100,10 @@ def recipe() -> Recipe:
 def collected(folder: Path, texts: list[str], device: str) -> None:
     """Everything of one collection, the loading of the model too."""
     settings = CollectSettings(recipe(), texts)
-    for _ in collect(settings, new_suite(device, autoencoder=False), LocalStorage(folder), Ranks()):
-        pass
+    job = Collector(settings, new_suite(device, autoencoder=False), LocalStorage(folder), Ranks())
+    for part in (job.verify, job.encode, job.record, job.merge):
+        for _ in part():
+            pass
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def weigh(count: int, options: argparse.Namespace) -> int:
 
 
 def process_rows(options: argparse.Namespace) -> list[list[str]]:
-    """The whole command, as torchrun starts it; its own figure, which leaves out the start of the programs."""
+    """The whole command, as torchrun starts it; its own figure leaves out the start of the programs and loading."""
     ways = [(1, 1), (1, 2), (2, 1)]
     with tempfile.TemporaryDirectory(dir=options.dir) as root:
         (Path(root) / "prompts.txt").write_text("\n".join(prompts(options.shared)))

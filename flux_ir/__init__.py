@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flux_ir.activations.source import open_source
     from flux_ir.api.capture import capture
-    from flux_ir.api.collect import collect, collect_clip, convert_collection
+    from flux_ir.api.collect import collect
+    from flux_ir.api.collect_clip import collect_clip
     from flux_ir.api.compare_features import Comparison, compare_features
+    from flux_ir.api.convert_collection import convert_collection
     from flux_ir.api.draw_features import DrawnFeatures, draw_features
     from flux_ir.api.evaluate_sae import EvaluatedSAE, evaluate_sae
     from flux_ir.api.explore_features import explore_features
@@ -44,10 +46,10 @@ _MODULES = {
     "capture": "flux_ir.api.capture",
     "CaptureResult": "flux_ir.api.lens",
     "collect": "flux_ir.api.collect",
-    "collect_clip": "flux_ir.api.collect",
+    "collect_clip": "flux_ir.api.collect_clip",
     "compare_features": "flux_ir.api.compare_features",
     "Comparison": "flux_ir.api.compare_features",
-    "convert_collection": "flux_ir.api.collect",
+    "convert_collection": "flux_ir.api.convert_collection",
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
     "encode_prompt": "flux_ir.api.models",

@@ -1,6 +1,13 @@
-"""Collections: activations of many generations, or of many pictures under CLIP, in shards that are computed once."""
+"""One collection, from what was asked to a complete folder: activations of many generations, computed once.
+
+    settle_collection   every open question answered, the model located; nothing is loaded or written
+    run_collection      verify what is there -> encode the prompts -> load -> record what is missing -> merge
+
+Next: `collecting.collector`, which does each of these, shard by shard.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,25 +16,19 @@ import torch
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.models import check_settled, dtype_as_loaded, side_px
-from flux_ir.api.progress import Note, Progress, Watch, follow, phase, unwatched
-from flux_ir.collecting.clip_images import ClipCollection, ClipProgress, ClipSettings, Networks
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.collection import Collection, CollectSettings, read_index
 from flux_ir.collecting.collector import Collector
-from flux_ir.collecting.convert import Conversion
-from flux_ir.collecting.image_sources import FolderImages, check_images, open_images
 from flux_ir.collecting.prompts import read_prompts
 from flux_ir.collecting.recipe import Recipe
-from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.collecting.storage import one_job_at, open_storage
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.clip import TokenChoice, load_vision, locate_clip, read_preprocessing
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.placement import Placement, plan
-from flux_ir.models.registry import get_spec
+from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import Suite
-from flux_ir.models.text import load_clip
 from flux_ir.sampling.generate import check_size
 from flux_ir.sites import SiteNames, sites_among
 
@@ -49,6 +50,35 @@ class Collected(NamedTuple):
     """What shards, pictures and latents take: without the index, the statistics and the embedded prompts."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CollectArguments:
+    """The arguments of `collect`, which says what they mean."""
+
+    prompts: str | Path | Sequence[str]
+    sites: SiteNames
+    output_dir: str | Path
+    model: str | Suite = "flux-schnell"
+    max_prompts: int | None = None
+    repeats: int = 1
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    steps: Iterable[int] | None = None
+    tokens_per_image: int | None = None
+    dtype: DtypeWord = "auto"
+    store_dtype: StoreDtype = "bfloat16"
+    save_images: bool = False
+    save_latents: bool = False
+    batch_size: int | None = None
+    verify: Literal["checksums", "sizes"] = "checksums"
+    device: str | None = None
+    offload: bool = False
+    checkpoint: Path | None = None
+    ae_checkpoint: Path | None = None
+
+
 class CollectionJob(NamedTuple):
     """What is to be collected, with which model, and where."""
 
@@ -64,6 +94,7 @@ def collect(
     output_dir: str | Path,
     *,
     model: str | Suite = "flux-schnell",
+    max_prompts: int | None = None,
     repeats: int = 1,
     seed: int = 0,
     width: int | None = None,
@@ -86,41 +117,47 @@ def collect(
 ) -> Collected:
     """Collect what some sites put out over many prompts, into shards; goes on with what is there.
 
-    `prompts` is a list, or a .txt, .jsonl or .csv file; each is sampled `repeats` times, from noise that follows from
-    `seed`, the prompt and the repeat. `sites` are names or patterns, `steps` the steps to keep (None: all); no step
-    runs after the last of them unless pictures or latents are kept. `output_dir` is a folder or a URL. `model` is the
-    name of one, or a loaded `Suite`, which brings its own device and dtype. What the network computes in `dtype` is
-    kept in `store_dtype`. Under torchrun all processes call this alike and share the work.
+    `prompts` is a list, or a .txt, .jsonl or .csv file, of which the first `max_prompts` are taken (None: all); each is
+    sampled `repeats` times, from noise that follows from `seed`, the prompt and the repeat. `sites` are names or
+    patterns, `steps` the steps to keep (None: all); no step runs after the last of them unless pictures or latents are
+    kept. `output_dir` is a folder or a URL. `model` is the name of one, or a loaded `Suite`, which brings its own
+    device and dtype. What the network computes in `dtype` is kept in `store_dtype`. Under torchrun all processes call
+    this alike and share the work.
 
     Raises FluxIRError for what a user can mend: before a weight is read where that is possible.
     """
+    arguments = CollectArguments(
+        prompts=prompts,
+        sites=sites,
+        output_dir=output_dir,
+        model=model,
+        max_prompts=max_prompts,
+        repeats=repeats,
+        seed=seed,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=guidance,
+        steps=steps,
+        tokens_per_image=tokens_per_image,
+        dtype=dtype,
+        store_dtype=store_dtype,
+        save_images=save_images,
+        save_latents=save_latents,
+        batch_size=batch_size,
+        verify=verify,
+        device=device,
+        offload=offload,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+    )
+    return run_collection(arguments, progress)
+
+
+def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> Collected:
+    """The same, with its arguments in one object."""
     with joined() as ranks:
-        job = collection_job(
-            prompts,
-            sites,
-            output_dir,
-            model=model,
-            repeats=repeats,
-            seed=seed,
-            width=width,
-            height=height,
-            num_steps=num_steps,
-            guidance=guidance,
-            steps=steps,
-            tokens_per_image=tokens_per_image,
-            dtype=dtype,
-            store_dtype=store_dtype,
-            save_images=save_images,
-            save_latents=save_latents,
-            batch_size=batch_size,
-            verify=verify,
-            device=device,
-            offload=offload,
-            checkpoint=checkpoint,
-            ae_checkpoint=ae_checkpoint,
-            ranks=ranks,
-            progress=progress,
-        )
+        job = settle_collection(arguments, ranks, progress)
         watch = progress if ranks.is_first else unwatched
         watch(Note(_opening(job, ranks)))
         if job.compute.warning:
@@ -132,121 +169,138 @@ def collect(
         return _collected(collector.collection, made)
 
 
-def collection_job(
-    prompts: str | Path | Sequence[str],
-    sites: SiteNames,
-    output_dir: str | Path,
-    *,
-    model: str | Suite,
-    repeats: int,
-    seed: int,
-    width: int | None,
-    height: int | None,
-    num_steps: int | None,
-    guidance: float | None,
-    steps: Iterable[int] | None,
-    tokens_per_image: int | None,
-    dtype: DtypeWord,
-    store_dtype: StoreDtype,
-    save_images: bool,
-    save_latents: bool,
-    batch_size: int | None,
-    verify: Literal["checksums", "sizes"],
-    device: str | None,
-    offload: bool,
-    checkpoint: Path | None,
-    ae_checkpoint: Path | None,
-    ranks: Ranks,
-    progress: Watch = unwatched,
-) -> CollectionJob:
+def _work(job: Collector, watch: Watch) -> int:
+    """Verify, encode, load, record, merge; returns how many generations all ranks made. Stages count those of all."""
+    ranks = job.ranks
+    shards = job.collection.shards if job.was_begun else 0
+    _together(watch, "verify", job.verify(), ranks, total=shards)
+    if ranks.is_first:
+        _note_on_prompts(job, watch)
+    to_encode, missing = all_sum(torch.tensor([job.prompts_to_encode, job.missing]), ranks).tolist()
+    _together(watch, "text", job.encode(), ranks, total=to_encode)
+    if missing:
+        # A stage of its own: reading 24 GB of weights would drown the tokens/s of a small run.
+        with phase(watch, "load"):
+            job.load()
+    _together(watch, "collect", job.record(), ranks, total=missing)
+    merged = job.merge()
+    for _ in follow(watch, "merge", merged, job.collection.shards) if ranks.is_first else merged:
+        pass
+    return int(missing)
+
+
+# ---- What is asked, settled
+
+
+def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = unwatched) -> CollectionJob:
     """Answers every question that is left open, the cheapest first, and locates the model; loads and writes nothing.
 
-    The arguments are those of `collect`. Raises FluxIRError for what a user can mend.
+    Raises FluxIRError for what a user can mend.
     """
-    check_words(collection_job, {"dtype": dtype, "store_dtype": store_dtype, "verify": verify})
-    check_least({"seed": 0, "repeats": 1}, {"seed": seed, "repeats": repeats})
-    if not str(output_dir).strip():
+    check_words(CollectArguments, vars(asked))
+    check_least(vars(asked))
+    if not str(asked.output_dir).strip():
         raise FluxIRError(
-            f"--output_dir must name a folder or a URL: got {str(output_dir)!r}",
+            f"--output_dir must name a folder or a URL: got {str(asked.output_dir)!r}",
             hint="write --output_dir captures/NAME",
         )
-    spec = model.spec if isinstance(model, Suite) else get_spec(model)
-    width, height = side_px(width, spec), side_px(height, spec)
+    spec = asked.model.spec if isinstance(asked.model, Suite) else get_spec(asked.model)
+    width, height = side_px(asked.width, spec), side_px(asked.height, spec)
     check_size(height, width)
-    num_steps = spec.default_steps if num_steps is None else num_steps
-    chosen = sites_among(sites, spec.sites)
-    if isinstance(model, Suite):
-        check_settled(dtype=dtype, device=device, offload=offload, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint)
-        placement, compute = model.placement, dtype_as_loaded(model)
-    else:
-        placement = _place(device, ranks, offload=offload)
-        compute = choose_dtype(dtype, placement.devices, ranks=ranks)
+    chosen = sites_among(asked.sites, spec.sites)
+    placement, compute = _settle_machine(asked, ranks)
+    num_steps = spec.default_steps if asked.num_steps is None else asked.num_steps
     recipe = Recipe(
         spec=spec,
         width=width,
         height=height,
         num_steps=num_steps,
-        guidance=spec.default_guidance if guidance is None else guidance,
+        guidance=spec.default_guidance if asked.guidance is None else asked.guidance,
         sites=tuple(site for site in chosen if not site.per_prompt),
         text_sites=tuple(site for site in chosen if site.per_prompt),
-        steps=tuple(range(num_steps) if steps is None else steps),
-        stored_dtype=getattr(torch, store_dtype),
+        steps=tuple(range(num_steps) if asked.steps is None else asked.steps),
+        stored_dtype=getattr(torch, asked.store_dtype),
         network_dtype=compute.dtype,
-        tokens_per_image=tokens_per_image,
-        to_the_end=save_images or save_latents,
+        tokens_per_image=asked.tokens_per_image,
+        to_the_end=asked.save_images or asked.save_latents,
     )
-    _check(recipe)
+    _check_tokens(recipe)
+    recipe.plan()  # it raises for steps that the schedule does not have
     settings = CollectSettings(
         recipe=recipe,
-        prompts=read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else _checked_prompts(prompts),
-        repeats=repeats,
-        seed=seed,
-        batch_size=batch_size,
-        save_images=save_images,
-        save_latents=save_latents,
-        verify=verify,
+        prompts=_prompts(asked.prompts)[: asked.max_prompts],
+        repeats=asked.repeats,
+        seed=asked.seed,
+        batch_size=asked.batch_size,
+        save_images=asked.save_images,
+        save_latents=asked.save_latents,
+        verify=asked.verify,
     )
-    if isinstance(model, Suite):
-        return CollectionJob(settings, model, compute, str(output_dir))
-
-    def announce(text: str) -> None:
-        progress(Note(text))
-
-    source = locate_model(
-        spec, checkpoint, ae_checkpoint, autoencoder=save_images, announce=announce if ranks.is_first else None
-    )
-    return CollectionJob(settings, Suite(spec, source, placement, compute.dtype), compute, str(output_dir))
+    suite = asked.model if isinstance(asked.model, Suite) else _locate(asked, spec, placement, compute, ranks, progress)
+    return CollectionJob(settings, suite, compute, str(asked.output_dir))
 
 
-def tokens_per_generation(recipe: Recipe) -> int:
-    """Tokens that are kept of one generation, over all sites and steps."""
-    shape = recipe.plan()
-    return sum(shape.shape(site)[1] for _, site in recipe.places)
+def _settle_machine(asked: CollectArguments, ranks: Ranks) -> tuple[Placement, ComputeDtype]:
+    """Where the model computes and in which dtype: as it was loaded, or as the arguments and the devices say."""
+    if isinstance(asked.model, Suite):
+        check_settled(
+            dtype=asked.dtype,
+            device=asked.device,
+            offload=asked.offload,
+            checkpoint=asked.checkpoint,
+            ae_checkpoint=asked.ae_checkpoint,
+        )
+        return asked.model.placement, dtype_as_loaded(asked.model)
+    # Everything on one device: the one that is named, or the GPU of this rank.
+    device = asked.device if ranks.world_size == 1 else str(ranks.device(asked.device))
+    placement = plan(torch.cuda.device_count(), device=device, offload=asked.offload)
+    return placement, choose_dtype(asked.dtype, placement.devices, ranks=ranks)
 
 
-def _check(recipe: Recipe) -> None:
+def _check_tokens(recipe: Recipe) -> None:
     if recipe.tokens_per_image is not None and not 1 <= recipe.tokens_per_image <= recipe.img_tokens:
         raise FluxIRError(
             f"--tokens_per_image must be at most the {recipe.img_tokens} image tokens of a picture of "
             f"{recipe.width} x {recipe.height} px: got {recipe.tokens_per_image}",
             hint="leave it out to keep all of them",
         )
-    recipe.plan()  # it raises for steps that the schedule does not have
 
 
-def _checked_prompts(prompts: Sequence[str]) -> list[str]:
-    if not prompts:
+def _prompts(given: str | Path | Sequence[str]) -> list[str]:
+    if isinstance(given, str | Path):
+        return read_prompts(Path(given))
+    if not given:
         raise FluxIRError("there must be a prompt: got an empty list", hint="pass a list of texts, or a file of them")
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(given):
         if not prompt.strip():
             raise FluxIRError(f"prompts must not be empty: number {number} of the list is", hint="leave it out")
-    return [prompt.strip() for prompt in prompts]  # as they are read from a file
+    return [prompt.strip() for prompt in given]  # as they are read from a file
 
 
-def _place(device: str | None, ranks: Ranks, *, offload: bool) -> Placement:
-    """Everything on one device: the one that is named, or the GPU of this rank."""
-    own = device if ranks.world_size == 1 else str(ranks.device(device))
-    return plan(torch.cuda.device_count(), device=own, offload=offload)
+def _locate(
+    asked: CollectArguments,
+    spec: ModelSpec,
+    placement: Placement,
+    compute: ComputeDtype,
+    ranks: Ranks,
+    progress: Watch,
+) -> Suite:
+    """The model by its name: its files are found, none of its parts is loaded."""
+
+    def announce(text: str) -> None:
+        progress(Note(text))
+
+    source = locate_model(
+        spec,
+        asked.checkpoint,
+        asked.ae_checkpoint,
+        autoencoder=asked.save_images,
+        announce=announce if ranks.is_first else None,
+    )
+    return Suite(spec, source, placement, compute.dtype)
+
+
+# ---- What is told
 
 
 def _opening(job: CollectionJob, ranks: Ranks) -> str:
@@ -258,22 +312,6 @@ def _opening(job: CollectionJob, ranks: Ranks) -> str:
     until = "all steps run" if recipe.to_the_end else f"no step runs after {recipe.steps[-1]}"
     work = f"generations {generations}, sites {len(recipe.sites) + len(recipe.text_sites)}, {until}"
     return f"{recipe.spec.name} on {where}, {job.compute}: {work}"
-
-
-def _work(job: Collector, watch: Watch) -> int:
-    """Verify, encode, record, merge; returns how many generations were made by all ranks. Stages count all of them."""
-    ranks = job.ranks
-    shards = job.collection.shards if job.was_begun else 0
-    _together(watch, "verify", job.verify(), ranks, total=shards)
-    if ranks.is_first:
-        _note_on_prompts(job, watch)
-    to_encode, missing = all_sum(torch.tensor([job.prompts_to_encode, job.missing]), ranks).tolist()
-    _together(watch, "text", job.encode(), ranks, total=to_encode)
-    _together(watch, "collect", job.record(), ranks, total=missing)
-    merged = job.merge()
-    for _ in follow(watch, "merge", merged, job.collection.shards) if ranks.is_first else merged:
-        pass
-    return int(missing)
 
 
 def _together(watch: Watch, stage: str, own: Iterable[object], ranks: Ranks, *, total: int) -> None:
@@ -317,85 +355,7 @@ def _collected(collection: Collection, made: int) -> Collected:
     return Collected(collection.storage.where, generations, made, tokens, shards + extras)
 
 
-class Converted(NamedTuple):
-    """A collection of shards that came of an old one."""
-
-    where: str
-    generations: int
-
-
-def convert_collection(captures: str | Path, output_dir: str | Path, *, progress: Watch = unwatched) -> Converted:
-    """Makes a collection of shards of an old one, which had a capture file for every generation and stays as it is.
-
-    The new folder has the bytes that collecting anew gives; the same call goes on where it was stopped. Raises
-    FluxIRError for a folder that holds no complete old collection, and for files of it that are broken.
-    """
-    conversion = Conversion(open_storage(str(captures)), open_storage(str(output_dir)))
-    generations = len(conversion.collection.work)
-    progress(Progress("convert", 0, generations))
-    for done in conversion.run():
-        progress(Progress("convert", done, generations))
-    return Converted(conversion.new.where, generations)
-
-
-class CollectedImages(NamedTuple):
-    """What a complete collection of CLIP's activations holds."""
-
-    where: str
-    images: int
-    earlier: int
-    """How many of them earlier calls had made."""
-    cut_captions: int
-    """Captions of those made now that are longer than CLIP reads."""
-
-
-def collect_clip(
-    images: str | Path,
-    output_dir: str | Path,
-    *,
-    clip: str = "openai/clip-vit-large-patch14",
-    tokens: TokenChoice = "cls",
-    captions: str | Path | None = None,
-    dtype: DtypeWord = "auto",
-    store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    batch_size: int = 32,
-    device: str | None = None,
-    progress: Watch = unwatched,
-) -> CollectedImages:
-    """Collect CLIP's activations of pictures, the vision hidden_states[-2], and the pooled text of their captions.
-
-    `images` is a folder of pictures, or of shards of (image, caption): parquet files or tars of webdataset, which are
-    streamed. `captions` are those of a folder of pictures: a file, or a folder of text files. `clip` is a folder as
-    transformers saves it or a repository of the hub; `tokens` says which of a picture's tokens are kept. The same call
-    goes on where it was stopped.
-
-    Raises FluxIRError for what a user can mend: a picture or a caption that cannot be read is named.
-    """
-    check_words(collect_clip, {"tokens": tokens, "dtype": dtype, "store_dtype": store_dtype})
-    source = open_images(Path(images), None if captions is None else Path(captions))
-    placement = plan(torch.cuda.device_count(), device=device)
-    compute = choose_dtype(dtype, placement.devices)
-
-    def announce(text: str) -> None:
-        progress(Note(text))
-
-    if isinstance(source, FolderImages):
-        with phase(progress, "check"):
-            check_images(source)
-    folder = locate_clip(clip, announce=announce)
-    with_captions = "with captions" if source.has_captions else "without captions"
-    announce(f"pictures {len(source)}, {with_captions}, {clip} on {placement.clip} ({placement.reason}), {compute}")
-    if compute.warning:
-        announce(f"note: {compute.warning}")
-    with phase(progress, "load"):
-        text = load_clip(folder, folder, placement.clip, compute.dtype) if source.has_captions else None
-        vision = load_vision(folder, placement.clip, compute.dtype)
-        networks = Networks(vision, read_preprocessing(folder), text)
-    weights = files_digest(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-    settings = ClipSettings(clip, weights, tokens, compute.dtype, getattr(torch, store_dtype), batch_size)
-    collection = ClipCollection(open_storage(str(output_dir)), settings, source, networks)
-    progress(Progress("collect", 0, len(source)))
-    now = ClipProgress(0, 0, 0)
-    for now in collection.collect():
-        progress(Progress("collect", now.images, len(source)))
-    return CollectedImages(collection.storage.where, now.images, now.earlier, now.cut_captions)
+def tokens_per_generation(recipe: Recipe) -> int:
+    """Tokens that are kept of one generation, over all sites and steps."""
+    shape = recipe.plan()
+    return sum(shape.shape(site)[1] for _, site in recipe.places)

@@ -25,8 +25,9 @@ import torch
 
 from flux_ir.activations.shard_source import STATISTICS
 from flux_ir.activations.shards import SHARD_IMAGES, ShardLayout, images_per_shard
+from flux_ir.collecting.batches import batches_of
 from flux_ir.collecting.prompts import WorkItem, WorkList, prompts_digest
-from flux_ir.collecting.recipe import Recipe, batches_of
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.shard_notes import (
     ShardNotes,
     Statistics,
@@ -73,8 +74,6 @@ class CollectSettings:
     def __post_init__(self) -> None:
         if self.batch_size is not None and not 1 <= self.batch_size <= SHARD_IMAGES:
             raise FluxIRError(f"--batch_size must be from 1 to {SHARD_IMAGES}: got {self.batch_size}", hint="try 8")
-        if self.repeats < 1:
-            raise FluxIRError(f"repeats must be at least 1: got {self.repeats}", hint="each is another noise")
 
     @property
     def extras(self) -> list[str]:
@@ -114,7 +113,7 @@ class CollectSettings:
         }
 
 
-class Shard(NamedTuple):
+class ShardWork(NamedTuple):
     """One shard of a collection as work: its generations, in the batches they are computed in."""
 
     number: int
@@ -160,30 +159,25 @@ class Collection:
         self.shard_images = settings.shard_images
         self.shards = -(-len(self.work) // self.shard_images)
 
-    def shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> ShardWork:
         """One shard's work: a function of the settings and the number alone."""
         items = self.work.items(number * self.shard_images, (number + 1) * self.shard_images)
-        return Shard(number, items, batches_of(items, self.batch_size))
+        return ShardWork(number, items, batches_of(items, self.batch_size))
 
-    def has(self, shard: Shard) -> bool:
+    def has(self, shard: ShardWork) -> bool:
         """Whether the shard's file is there."""
         return self.storage.exists(shard.name)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether everything is there (and was intact when it was written)."""
-        return self.storage.exists(INDEX) and self.storage.exists(STATISTICS)
 
     def reopen(self) -> None:
         """Something is missing after all."""
         self.storage.remove(INDEX)
 
-    def publish(self, shard: Shard, path: Path, notes: ShardNotes) -> None:
+    def publish(self, shard: ShardWork, path: Path, notes: ShardNotes) -> None:
         """The notes first, then the shard at `path` under its name: where a shard is, all that belongs to it is."""
         self.storage.publish(notes_content(notes), notes_name(shard.number))
         self.storage.publish(path, shard.name)
 
-    def is_intact(self, shard: Shard, *, checksums: bool) -> bool:
+    def is_intact(self, shard: ShardWork, *, checksums: bool) -> bool:
         """Whether the shard and everything that belongs to it is as it was written. Broken files are moved aside."""
         notes = read_notes(self.storage, shard.number)
         if notes is None:
@@ -200,7 +194,7 @@ class Collection:
         ]
         return complete and not broken
 
-    def rows(self, shard: Shard, notes: ShardNotes) -> Iterator[Row]:
+    def rows(self, shard: ShardWork, notes: ShardNotes) -> Iterator[Row]:
         """The rows of a shard's generations in the index."""
         for number, item in enumerate(shard.items):
             row = {**item._asdict(), "shard": shard.name, "row": number, "used_txt": notes.used_txt[number]}

@@ -1,11 +1,17 @@
-"""Collecting: every generation of a job computed once, by any number of processes, and never again.
+"""The work of a collection: every generation computed once, by any number of processes, and never again.
 
-A job has four parts: `verify` what is there, `encode` the prompts (and free the encoders), `record` what is missing,
-`merge`. Each is an iterator that says how far it has come; `collect` is all of them in a row.
+A rank's share is five calls, which `api.collect` makes in this order:
+
+    verify   what is there; shards are dealt to the ranks in turns
+    encode   the prompts that lack an embedding, and free the encoders
+    load     the network
+    record   shard by shard what is missing: sample a batch -> write it into the shard's scratch file -> note it, and
+             publish the shard with its last batch
+    merge    the index and the statistics of the whole, by rank 0
 
 Bits never depend on who computes: shards and the batches in them are fixed slices of the work, and on a CPU each batch
-is computed by one thread, on a copy of the network that shares its weights. A batch is written into its shard's scratch
-file as soon as it is recorded, so memory holds batches and never shards.
+is computed by one thread, on a copy of the network that shares its weights. A batch is written as soon as it is
+recorded, so memory holds batches and never shards.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -21,11 +27,20 @@ import torch
 from torch import Tensor
 
 from flux_ir.activations.shards import POSITIONS_KEY, ShardWriter, scale_key, site_key, state_key
-from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
+from flux_ir.collecting.batches import (
+    RecordedBatch,
+    RecordedGeneration,
+    borrowed,
+    check_finite,
+    cpu_batch,
+    gpu_batch,
+    record_batch,
+    replicas,
+)
 from flux_ir.collecting.collection import (
     Collection,
     CollectSettings,
-    Shard,
+    ShardWork,
     check_same,
     publish_description,
     stored_description,
@@ -40,7 +55,7 @@ from flux_ir.collecting.embeddings import (
     read_used_txt,
 )
 from flux_ir.collecting.prompts import WorkItem
-from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, check_finite, record_batch
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.shard_notes import (
     FileFacts,
     ShardNotes,
@@ -49,8 +64,7 @@ from flux_ir.collecting.shard_notes import (
     facts_of_path,
     merge_statistics,
 )
-from flux_ir.collecting.storage import Storage, one_job_at
-from flux_ir.collecting.workers import borrowed, replicas
+from flux_ir.collecting.storage import Storage
 from flux_ir.distributed import Ranks, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.files import disk_error
@@ -68,24 +82,6 @@ from flux_ir.threads import in_order
 GPU_WRITERS = 4
 """Threads that write what one GPU records: rounding, checksums and statistics of a batch take longer than its copy."""
 MOST_EXIF_BYTES = 60_000  # the data ends at 64 kB
-
-
-def collect(settings: CollectSettings, suite: Suite, storage: Storage, ranks: Ranks) -> Iterator[WorkItem]:
-    """All four parts: yields every generation that this rank records, and ends when the whole is complete.
-
-    What is recorded is kept once its shard is whole; a collection that is stopped before goes on with that shard.
-    Raises FluxIRError for a folder that was collected with other settings, or where another job is at work: also one
-    of this process, whose iterator is neither at its end nor closed.
-    """
-    with one_job_at(storage, ranks):
-        job = Collector(settings, suite, storage, ranks)
-        for _ in job.verify():
-            pass
-        for _ in job.encode():
-            pass
-        yield from job.record()
-        for _ in job.merge():
-            pass
 
 
 class Collector:
@@ -151,7 +147,7 @@ class Collector:
         if self._open:
             self.collection.reopen()
 
-    def _look_at(self, shard: Shard, *, checksums: bool) -> tuple[Shard, bool]:
+    def _look_at(self, shard: ShardWork, *, checksums: bool) -> tuple[ShardWork, bool]:
         return shard, self.collection.is_intact(shard, checksums=checksums)
 
     @property
@@ -172,68 +168,88 @@ class Collector:
         self._to_encode = {}
         self.suite.free_text_encoders()
 
+    def load(self) -> None:
+        """Loads what `record` runs, and finds by trying how many generations go together where nobody says it."""
+        if self.missing:
+            self.suite.load_part("transformer")
+            if self.settings.save_images:
+                self.suite.load_part("autoencoder")
+        if not self._is_described:
+            # Rank 0 tries for all, whatever its share is: batches, and so bits, must not depend on the rank.
+            tried = None
+            if self.ranks.is_first:
+                with self._networks() as (
+                    model,
+                    _,
+                ):  # with the autoencoder in its place: both are there while recording
+                    tried = gpu_batch(model, self.recipe)
+            self._begin(first_rank_value(tried, self.ranks))
+
     def record(self) -> Iterator[WorkItem]:
         """Makes the shards that are missing; yields every generation as it is recorded, in the order of the work.
 
         The last of a shard is yielded when the shard is there. Raises FluxIRError for values that are not finite: they
         are never kept.
         """
-        with ExitStack() as loaded:
-            model = loaded.enter_context(self.suite.transformer()) if self._needs_network() else None
-            draws = self.settings.save_images and self.missing
-            autoencoder = loaded.enter_context(self.suite.autoencoder()) if draws else None
-            if not self._is_described:
-                tried = gpu_batch(model, self.recipe) if model is not None and self.ranks.is_first else None
-                self._begin(first_rank_value(tried, self.ranks))
-            if model is None or not self._open:
-                return
-            shards = map(self.collection.shard, self._open)
-            with closing(self._written(model, autoencoder, shards)) as batches:
-                for written in batches:
-                    written.shard.count(written)
-                    if written.is_last:
-                        written.shard.finish()
-                    yield from written.items
+        self.load()
+        if not self._open:
+            return
+        shards = map(self.collection.shard, self._open)
+        with self._networks() as networks, closing(self._written(*networks, shards)) as batches:
+            for written in batches:
+                written.shard.count(written)
+                if written.is_last:
+                    written.shard.finish()
+                yield from written.items
 
-    def _needs_network(self) -> bool:
-        # A batch size that is to be found by trying is found by rank 0, whatever its share is.
-        return self.missing > 0 or (not self._is_described and self.ranks.is_first)
+    @contextmanager
+    def _networks(self) -> Iterator[tuple[Flux, AutoEncoder | None]]:
+        """The transformer, and the autoencoder where pictures are kept, on their devices."""
+        with ExitStack() as loaded:
+            model = loaded.enter_context(self.suite.transformer())
+            draws = self.settings.save_images and self.missing
+            yield model, loaded.enter_context(self.suite.autoencoder()) if draws else None
 
     def _written(
-        self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[Shard]
+        self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[ShardWork]
     ) -> "Generator[WrittenBatch, None, None]":
         """Every batch of these shards, in order, once it is in its shard's scratch file."""
-        # The GPU samples the next batch while threads write the last ones; a CPU's threads do all of it, side by side.
         networks = replicas(model, 1 if self.two_stages else self.workers)
-        draw = partial(self._draw, networks, autoencoder)
+        sample = partial(self._sample, networks, autoencoder)
         with ExitStack() as stack:
-            jobs = self._jobs(shards, stack.enter_context(open_shards()))
+            batches = self._batches(shards, stack.enter_context(open_shards()))
             if self.two_stages:
-                drawn = stack.enter_context(closing(in_order(draw, jobs, 1, torch_threads=1)))
-                yield from in_order(self._write, drawn, self.workers, torch_threads=1)
+                # One thread keeps the GPU busy with the next batch while others write the last ones. It does not wait
+                # where a shard ends: batches of the next one follow at once.
+                sampled = stack.enter_context(closing(in_order(sample, batches, 1, torch_threads=1)))
+                yield from in_order(self._write, sampled, self.workers, torch_threads=1)
             else:
-                yield from in_order(lambda job: self._write(draw(job)), jobs, self.workers, torch_threads=1)
+                # A CPU's threads do all of a batch, side by side: on one thread each, so its bits do not depend on how
+                # many there are.
+                yield from in_order(lambda batch: self._write(sample(batch)), batches, self.workers, torch_threads=1)
 
-    def _jobs(self, shards: Iterable[Shard], opened: "list[OpenShard]") -> "Iterator[_Job]":
+    def _batches(self, shards: Iterable[ShardWork], opened: "list[OpenShard]") -> "Iterator[_ShardBatch]":
         """The batches to record, and in the list the shards that they are written to."""
         for shard in shards:
             opened[:] = [each for each in opened if not each.is_finished]
             opened.append(OpenShard(self.collection, shard, partial(self._used_txt, shard)))
             first = 0
             for items in shard.batches:
-                yield _Job(opened[-1], first, list(items), is_last=items is shard.batches[-1])
+                yield _ShardBatch(opened[-1], first, list(items), is_last=items is shard.batches[-1])
                 first += len(items)
 
-    def _draw(self, networks: "SimpleQueue[Flux]", autoencoder: AutoEncoder | None, job: "_Job") -> "_Drawn":
-        """Samples and records a batch."""
-        embedded = [self._embedded(item.prompt) for item in job.items]
+    def _sample(
+        self, networks: "SimpleQueue[Flux]", autoencoder: AutoEncoder | None, batch: "_ShardBatch"
+    ) -> "_Sampled":
+        """Samples and records a batch, and decodes its pictures where they are kept."""
+        embedded = [self._embedded(item.prompt) for item in batch.items]
         with borrowed(networks) as network:
-            recorded = record_batch(network, self.recipe, job.items, embedded)
+            recorded = record_batch(network, self.recipe, batch.items, embedded)
         pixels = None
         if autoencoder is not None and recorded.latent is not None:
             height, width, dtype = self.recipe.height, self.recipe.width, self.recipe.network_dtype
             pixels = decode(autoencoder, recorded.latent, height, width, dtype)
-        return _Drawn(job, recorded, pixels)
+        return _Sampled(batch, recorded, pixels)
 
     def _embedded(self, prompt: str) -> EmbeddedPrompt:
         embedded = read_embedding(self.storage, prompt)
@@ -241,7 +257,7 @@ class Collector:
             raise _broken_embedding(self.storage, prompt)
         return embedded
 
-    def _used_txt(self, shard: Shard) -> list[int]:
+    def _used_txt(self, shard: ShardWork) -> list[int]:
         """How many text tokens of every generation are its prompt's."""
         used: dict[str, int] = {}
         for prompt in dict.fromkeys(item.prompt for item in shard.items):
@@ -251,18 +267,21 @@ class Collector:
             used[prompt] = tokens
         return [used[item.prompt] for item in shard.items]
 
-    def _write(self, drawn: "_Drawn") -> "WrittenBatch":
-        job, recorded = drawn.job, drawn.recorded
+    def _write(self, sampled: "_Sampled") -> "WrittenBatch":
+        """Rounds what was recorded into the shard's scratch file, and sums its statistics. Pictures and latents are
+        published at once: they lie there before the shard does.
+        """
+        batch, recorded = sampled.batch, sampled.recorded
         check_finite(self.recipe, recorded)
         statistics: Statistics = {}
         extras: dict[str, list[FileFacts]] = {extra: [] for extra in self.settings.extras}
         for number, generation in enumerate(recorded.generations()):
-            job.shard.write(job.first_row + number, _kept_tensors(self.recipe, generation), statistics)
+            batch.shard.write(batch.first_row + number, _kept_tensors(self.recipe, generation), statistics)
             for extra in extras:
-                content = self._extra_content(extra, generation, drawn.pixels, number)
-                self.storage.publish(content, job.shard.shard.extra_name(extra, generation.item))
+                content = self._extra_content(extra, generation, sampled.pixels, number)
+                self.storage.publish(content, batch.shard.shard.extra_name(extra, generation.item))
                 extras[extra].append(facts_of(content))
-        return WrittenBatch(job.shard, job.items, extras, statistics, job.is_last)
+        return WrittenBatch(batch.shard, batch.items, extras, statistics, batch.is_last)
 
     def _extra_content(self, extra: str, generation: RecordedGeneration, pixels: Pixels | None, number: int) -> bytes:
         if extra == "image":
@@ -284,7 +303,7 @@ class Collector:
             pass
 
 
-class _Job(NamedTuple):
+class _ShardBatch(NamedTuple):
     """A batch to be made."""
 
     shard: "OpenShard"
@@ -294,10 +313,10 @@ class _Job(NamedTuple):
     """Whether the shard is whole with it."""
 
 
-class _Drawn(NamedTuple):
+class _Sampled(NamedTuple):
     """A recorded batch, and the pictures of it where they are asked for."""
 
-    job: _Job
+    batch: _ShardBatch
     recorded: RecordedBatch
     pixels: Pixels | None
 
@@ -318,7 +337,7 @@ class OpenShard:
     `used_txt` is asked when the file is laid out: how many text tokens of every generation are its prompt's.
     """
 
-    def __init__(self, collection: Collection, shard: Shard, used_txt: Callable[[], list[int]]) -> None:
+    def __init__(self, collection: Collection, shard: ShardWork, used_txt: Callable[[], list[int]]) -> None:
         self.collection, self.shard = collection, shard
         self.storage, self.recipe = collection.storage, collection.settings.recipe
         self.is_finished = False
@@ -344,6 +363,9 @@ class OpenShard:
 
     def _opened(self) -> ShardWriter:
         """The file, laid out by the first who needs it."""
+        # The header stands first in the file and is known before any tensor, for prompts are encoded before. So batches
+        # go to their places as they come, from any thread, and memory stays flat: 912 MB after 10 prompts, 923 MB after
+        # 200 (flux-tiny).
         with self._lock:
             if self._writer is None:
                 self._used_txt = self._ask_used_txt()

@@ -21,7 +21,7 @@ from flux_ir.collecting.collection import (
     Collection,
     CollectSettings,
     Row,
-    Shard,
+    ShardWork,
     check_same,
     publish_description,
     stored_description,
@@ -88,7 +88,7 @@ class Conversion:
                 pass
             self.new.clear_scratch(everyones=True)
 
-    def _convert(self, shard: Shard, rows: list[Row]) -> None:
+    def _convert(self, shard: ShardWork, rows: list[Row]) -> None:
         if [row["id"] for row in rows] != [item.id for item in shard.items]:
             raise _changed(self.old)
         if self.collection.is_intact(shard, checksums=False):

@@ -1,6 +1,6 @@
 """Activations that never touch a disk: the blocks that a collection of the same settings would hold, as they are made.
 
-Next: `stream`, which runs this ahead of what consumes it.
+`threads.ahead` runs this ahead of what consumes it.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from flux_ir.activations.blocks import TokenBlock, leading_txt, token_positions
-from flux_ir.collecting.batch_size import cpu_batch, gpu_batch
+from flux_ir.collecting.batches import (
+    RecordedBatch,
+    RecordedGeneration,
+    batches_of,
+    borrowed,
+    check_finite,
+    cpu_batch,
+    gpu_batch,
+    record_batch,
+    replicas,
+)
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.collecting.prompts import WorkItem, WorkList
-from flux_ir.collecting.recipe import Recipe, RecordedBatch, RecordedGeneration, batches_of, check_finite, record_batch
-from flux_ir.collecting.workers import replicas
+from flux_ir.collecting.recipe import Recipe
 from flux_ir.distributed import Ranks
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
@@ -31,7 +40,7 @@ def live_blocks(
 ) -> Iterator[TokenBlock]:
     """Every block of every generation, in the order of the work: of a generation step after step, sites by depth.
 
-    The bits are those of the files that `collector.collect` writes with these settings, dtype and token positions
+    The bits are those of the files that `collector` writes with these settings, dtype and token positions
     included. Pictures are never decoded. `start` is the number of the first generation to yield, of all ranks; shards
     are dealt to `ranks` as they are when collecting. Many `repeats` make a stream as long as training may ever need.
 
@@ -107,11 +116,8 @@ def _embedded(suite: Suite, prompts: list[str]) -> dict[str, EmbeddedPrompt]:
 
 
 def _record(networks: "SimpleQueue[Flux]", recipe: Recipe, batch: _Batch) -> tuple[int, RecordedBatch]:
-    network = networks.get()
-    try:
+    with borrowed(networks) as network:
         recorded = record_batch(network, recipe, batch.items, batch.embedded)
-    finally:
-        networks.put(network)
     check_finite(recipe, recorded)
     return batch.skipped, recorded
 

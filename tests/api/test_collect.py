@@ -36,7 +36,7 @@ def test_a_loaded_model_and_sites_of_any_kind_give_the_bytes_of_the_command(mode
     assert done.tokens == 2 * (12 + 12 + model.spec.text_tokens)
     assert done.bytes == sum(path.stat().st_size for path in tmp_path.glob("a/shards/*"))
     stages = [event for event in events if isinstance(event, Progress)]
-    assert {(event.stage, event.total) for event in stages} == {("text", 2), ("collect", 2), ("merge", 1)}
+    assert {(event.stage, event.total) for event in stages} == {("text", 2), ("load", 1), ("collect", 2), ("merge", 1)}
     assert [event.done for event in stages if event.stage == "collect"] == [0, 1, 2]
     assert any(isinstance(event, Note) and "no step runs after 0" in event.text for event in events)
 

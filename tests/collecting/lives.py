@@ -3,10 +3,9 @@
 import torch
 
 from flux_ir.activations import shards
-from flux_ir.collecting.collector import collect
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
-from tests.collecting.small_jobs import PROMPTS, SITES, new_suite, settings_of
+from tests.collecting.small_jobs import PROMPTS, SITES, collect, new_suite, settings_of
 
 SETTINGS = settings_of(prompts=PROMPTS, batch_size=2, sites=SITES[:2], save_latents=True)
 loaded = []

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import safetensors.torch
 
+from flux_ir.collecting.batches import record_batch
 from flux_ir.collecting.collection import as_lines, versions_of, weights_digest
 from flux_ir.collecting.embeddings import embed_prompts, embedding_content, embedding_name
 from flux_ir.collecting.prompts import WorkList
-from flux_ir.collecting.recipe import record_batch
 from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.latents import unpack
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.recipe import Recipe
-from flux_ir.collecting.storage import LocalStorage
+from flux_ir.collecting.storage import LocalStorage, one_job_at
 from flux_ir.distributed import Ranks
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.placement import plan
@@ -51,6 +51,16 @@ def settings_of(*, prompts=PROMPTS[:5], repeats=1, batch_size=3, seed=7, verify=
     draws = {name: changes.pop(name, False) for name in ("save_images", "save_latents")}
     recipe = recipe_of(**changes, to_the_end=any(draws.values()))
     return CollectSettings(recipe, prompts, repeats, seed, batch_size, **draws, verify=verify)
+
+
+def collect(settings, suite, storage, ranks):
+    """The whole job of a rank: yields every generation that it records, and keeps others out until it is done."""
+    with one_job_at(storage, ranks):
+        job = Collector(settings, suite, storage, ranks)
+        for part in (job.verify, job.encode):
+            list(part())
+        yield from job.record()
+        list(job.merge())
 
 
 def collected(folder, settings, suite, rank=0, world_size=1):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_ir.activations.shards import SHARD_BYTES, SHARD_IMAGES
-from flux_ir.collecting.batch_size import CPU_BATCH, MOST_BYTES, cpu_batch
+from flux_ir.collecting.batches import CPU_BATCH, MOST_BYTES, cpu_batch
 from flux_ir.collecting.collection import (
     COLLECTION,
     Collection,

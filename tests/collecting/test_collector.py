@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from flux_ir.activations.shards import SHARD_IMAGES, read_shard
-from flux_ir.collecting.batch_size import gpu_batch, largest_that_fits
+from flux_ir.collecting.batches import gpu_batch, largest_that_fits
 from flux_ir.collecting.collector import GPU_WRITERS, Collector
 from flux_ir.collecting.shard_notes import read_notes
 from flux_ir.collecting.storage import LocalStorage

@@ -11,13 +11,13 @@ from multiprocessing import forkserver
 
 import pytest
 
-from flux_ir.collecting.collector import Collector, collect
+from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.embeddings import embedding_name
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from tests.collecting import lives
-from tests.collecting.small_jobs import PROMPTS, collected, files_of, new_suite, rows_of, settings_of
+from tests.collecting.small_jobs import PROMPTS, collect, collected, files_of, new_suite, rows_of, settings_of
 
 SHARD = "shards/000000.safetensors"
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from flux_ir.collecting.collector import Collector, collect
+from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from tests.collecting.small_jobs import PROMPTS, collected, files_of, settings_of
+from tests.collecting.small_jobs import PROMPTS, collect, collected, files_of, settings_of
 
 
 def test_other_settings_are_refused_with_every_difference(suite, whole):

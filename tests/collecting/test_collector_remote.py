@@ -6,12 +6,12 @@ import fsspec
 import pytest
 
 from flux_ir.activations import remote
-from flux_ir.api.collect import convert_collection
-from flux_ir.collecting.collector import Collector, collect
+from flux_ir.api.convert_collection import convert_collection
+from flux_ir.collecting.collector import Collector
 from flux_ir.collecting.storage import LocalStorage, open_storage
 from flux_ir.distributed import Ranks
 from tests.collecting.old_collections import write_old_collection
-from tests.collecting.small_jobs import PROMPTS, collected, files_of, settings_of
+from tests.collecting.small_jobs import PROMPTS, collect, collected, files_of, settings_of
 
 
 @pytest.fixture(autouse=True)

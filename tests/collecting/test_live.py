@@ -5,10 +5,8 @@ import torch
 
 from flux_ir.activations.source import open_source
 from flux_ir.collecting.collection import CollectSettings
-from flux_ir.collecting.collector import collect
 from flux_ir.collecting.live import live_blocks
 from flux_ir.collecting.recipe import Recipe
-from flux_ir.collecting.storage import LocalStorage
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.locate import locate_model
@@ -17,6 +15,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sites import Site
 from flux_ir.threads import ahead
+from tests.collecting.small_jobs import collected
 
 PROMPTS = ["a red circle", "a small blue square", "a red circle", "a large green triangle on a white background"]
 SITES = tuple(map(Site.parse, ("double.0.img", "double.1.txt", "single.1", "single.2.img.neurons")))
@@ -66,7 +65,7 @@ def assert_same(block, stored):
 )
 def test_live_blocks_are_those_of_a_collection_bit_for_bit(suite, tmp_path, dtype, tokens_per_image):
     settings = settings_of(dtype, tokens_per_image)
-    list(collect(settings, suite, LocalStorage(tmp_path), Ranks()))
+    collected(tmp_path, settings, suite)
     source = open_source(tmp_path)
     expected = [
         source.read(generation, site, step)

@@ -6,8 +6,8 @@ import torch
 from flux_ir.activations.source import open_source
 from flux_ir.api.models import encode_prompt
 from flux_ir.collecting.collection import Collection
-from flux_ir.collecting.sizes import embeddings_bytes, shard_sizes
 from flux_ir.collecting.storage import LocalStorage
+from flux_ir.commands.planning import embeddings_bytes, shard_sizes
 from flux_ir.errors import FluxIRError
 from flux_ir.recording.recorder import TextRecorder
 from flux_ir.recording.statistics import read_statistics

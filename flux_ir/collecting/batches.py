@@ -1,0 +1,203 @@
+"""A batch of generations: how many go together, on whose network, and what they put out, brought to the CPU.
+
+Next: `collector`, which keeps what is recorded; `live`, which hands it on.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.activations.shards import SHARD_IMAGES
+from flux_ir.collecting.embeddings import EmbeddedPrompt
+from flux_ir.collecting.prompts import WorkItem
+from flux_ir.collecting.recipe import Recipe, recorded_bytes
+from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.text import TextEmbedding
+from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
+from flux_ir.sampling.denoise import StateNotFiniteError
+from flux_ir.sampling.generate import noise_for, prepare, sample
+from flux_ir.shapes import PackedLatent
+from flux_ir.sites import Site
+
+CPU_BATCH = 8
+"""On a CPU: with flux-tiny 1.8 times the speed of single generations, and no slower than 16 (which take twice the
+memory). With wider networks it makes less of a difference."""
+MOST_BYTES = 2**30
+"""The size of the recordings that a batch may hold in memory until they are written."""
+
+
+# ---- What a batch puts out
+
+
+class RecordedGeneration(NamedTuple):
+    """One generation of a batch, on the CPU."""
+
+    item: WorkItem
+    used_txt: int
+    values: Mapping[tuple[int | None, Site], Tensor]
+    """[1, tokens, d] per step and site, as the network made them; layers of text encoders have the step None."""
+    contexts: Mapping[int, StepContext]
+    latent: PackedLatent | None
+    """The finished picture's; None where the steps did not run to the end."""
+
+
+class RecordedBatch(NamedTuple):
+    """What a batch of generations put out, on the CPU: the first axis of every tensor counts the items."""
+
+    items: Sequence[WorkItem]
+    used_txt: Sequence[int]
+    values: Mapping[tuple[int | None, Site], Tensor]
+    contexts: Mapping[int, StepContext]
+    latent: PackedLatent | None
+
+    def generations(self) -> list[RecordedGeneration]:
+        """One by one: views, not copies."""
+        return [self._generation(number) for number in range(len(self.items))]
+
+    def _generation(self, i: int) -> RecordedGeneration:
+        return RecordedGeneration(
+            self.items[i],
+            self.used_txt[i],
+            {of: value[i : i + 1] for of, value in self.values.items()},
+            {step: StepContext(img[i : i + 1], y[i : i + 1], txt) for step, (img, y, txt) in self.contexts.items()},
+            None if self.latent is None else self.latent[i : i + 1],
+        )
+
+
+@torch.no_grad()
+def record_batch(
+    model: Flux, recipe: Recipe, items: Sequence[WorkItem], embedded: Sequence[EmbeddedPrompt]
+) -> RecordedBatch:
+    """Sample a batch of generations as far as the recipe needs, and bring what it records to the CPU.
+
+    Raises FluxIRError for a state of the sampler that is not finite, naming step, block and prompt.
+    """
+    device = model.img_in.weight.device
+    noise = noise_for([item.seed for item in items], recipe.height, recipe.width, device, recipe.network_dtype)
+    text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(one.text for one in embedded), strict=True)))
+    inputs = prepare(noise, text, recipe.height, recipe.width)
+    sink, latent = MemorySink(), None
+    try:
+        with Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
+            for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance)):
+                latent = step.after
+    except StateNotFiniteError as error:
+        item = items[error.row]
+        whose = f"first for {item.prompt[:40]!r} with the seed {item.seed}"
+        raise FluxIRError(f"{error.message}, {whose}", hint=error.hint) from error
+    on_host: dict[tuple[int | None, Site], Tensor] = {of: _to_host(value) for of, value in sink.values.items()}
+    for site in recipe.text_sites:
+        on_host[None, site] = torch.cat([one.layers[site] for one in embedded])
+    contexts = {step: StepContext(_to_host(img), _to_host(y), txt) for step, (img, y, txt) in sink.contexts.items()}
+    finished = _to_host(latent) if recipe.to_the_end and latent is not None else None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the copies to pinned memory were only begun
+    return RecordedBatch(items, [one.used_txt for one in embedded], on_host, contexts, finished)
+
+
+def check_finite(recipe: Recipe, recorded: RecordedBatch) -> None:
+    """Raises FluxIRError that names the first step and site whose values hold NaN or infinity."""
+    tensors = {str(site): recorded.values[None, site] for site in recipe.text_sites}
+    for step in recipe.steps:
+        tensors[f"at step {step}, the state before it"] = recorded.contexts[step].img
+        tensors |= {f"at step {step}, {site}": recorded.values[step, site] for site in recipe.sites}
+    for name, value in tensors.items():
+        # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
+        if isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
+            continue
+        item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
+        raise FluxIRError(
+            f"values that are kept must be finite: {name} holds NaN or infinity, "
+            f"first for {item.prompt[:40]!r} with the seed {item.seed}",
+            hint="look for weights that are not finite, or compute in float32: --dtype float32",
+        )
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """The value on the CPU; from a GPU on its way there, into memory that it can be copied to at full speed."""
+    if value.device.type != "cuda":
+        return value
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return pinned.copy_(value, non_blocking=True)
+
+
+# ---- How many go together
+
+
+def batches_of(items: Sequence[WorkItem], batch_size: int) -> list[Sequence[WorkItem]]:
+    """A shard's generations in batches of at most so many, as even as can be: 9 in batches of 8 are 5 and 4.
+
+    Not 8 and 1: at 512 px a shard of FLUX has 9 generations, and each shard would end with a batch of one.
+    """
+    count = -(-len(items) // batch_size)
+    size = -(-len(items) // max(count, 1))
+    return [items[first : first + size] for first in range(0, len(items), size)] if items else []
+
+
+def cpu_batch(recipe: Recipe) -> int:
+    """The batch size on a CPU."""
+    return min(CPU_BATCH, _held(recipe))
+
+
+def gpu_batch(model: Flux, recipe: Recipe) -> int:
+    """The largest power of two that fits on the model's GPU, found by trying."""
+    return largest_that_fits(lambda batch: _try(model, recipe, batch), _held(recipe))
+
+
+def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
+    """The largest power of two up to `most` with which `attempt` does not run out of memory; at least 1."""
+    size = 1 << (min(most, SHARD_IMAGES).bit_length() - 1)
+    while size > 1:
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:
+            size //= 2
+        else:
+            return size
+        torch.cuda.empty_cache()
+    return 1
+
+
+def _held(recipe: Recipe) -> int:
+    return max(1, MOST_BYTES // recorded_bytes(recipe))
+
+
+def _try(model: Flux, recipe: Recipe, batch: int) -> None:
+    flux = recipe.spec.flux
+    txt, y = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim), torch.zeros(1, flux.vec_in_dim)
+    layers = {site: torch.zeros(1, *recipe.spec.text_shape(site)) for site in recipe.text_sites}
+    text = EmbeddedPrompt(TextEmbedding(txt, y), 0, layers)
+    record_batch(model, recipe, [WorkItem("", "", number, number) for number in range(batch)], [text] * batch)
+
+
+# ---- A network for each thread that works beside others
+
+
+def replicas(network: Flux, count: int) -> "SimpleQueue[Flux]":
+    """The network once per thread: all share its weights, and each has modules of its own to listen at.
+
+    Hooks hang on modules: two threads that record at one module would hear each other's batches.
+    """
+    networks: SimpleQueue[Flux] = SimpleQueue()
+    networks.put(network)
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    for _ in range(count - 1):
+        networks.put(copy.deepcopy(network, dict(shared)))
+    return networks
+
+
+@contextmanager
+def borrowed(networks: "SimpleQueue[Flux]") -> Iterator[Flux]:
+    """One of the replicas, for as long as the `with` lasts."""
+    network = networks.get()
+    try:
+        yield network
+    finally:
+        networks.put(network)
