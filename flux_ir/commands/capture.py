@@ -12,20 +12,29 @@ from flux_ir.commands.cli.shared import (
     MACHINE,
     PICTURE,
     READ,
-    Checkpoints,
-    Compute,
-    Offload,
-    Picture,
-    Plan,
-    Readings,
-    Runs,
-    Steps,
+    CheckpointOptions,
+    ComputeOptions,
+    OffloadOptions,
+    PictureOptions,
+    PlanOptions,
+    ReadingOptions,
+    RunsOptions,
+    StepOptions,
 )
 from flux_ir.commands.lens import lens_files
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureOptions(Picture, Steps, Readings, Compute, Offload, Checkpoints, Runs, Plan):
+class CaptureOptions(
+    PictureOptions,
+    StepOptions,
+    ReadingOptions,
+    ComputeOptions,
+    OffloadOptions,
+    CheckpointOptions,
+    RunsOptions,
+    PlanOptions,
+):
     """Sample one picture, record what every block puts out at every step, and decode each block as if it were the last.
 
     Everything goes into a folder of its own below --output_dir, named by the generation id printed at the start.
@@ -45,7 +54,6 @@ class CaptureOptions(Picture, Steps, Readings, Compute, Offload, Checkpoints, Ru
         None,
         help="seed of the noise: the same seed gives the same picture",
         group=PICTURE,
-        minimum=0,
         maximum=LARGEST_SEED,
         default_text="drawn at random and recorded",
     )
@@ -72,7 +80,7 @@ def run(options: CaptureOptions) -> None:
     if options.plan:
         from flux_ir.commands.planning import plan_capture
 
-        plan_capture(settings)
+        plan_capture(settings, options)
         return
     with Report() as report:
         done = run_capture(settings, report.watch)

@@ -12,12 +12,12 @@ from flux_ir.commands.cli.shared import (
     KEEP,
     LARGEST_SEED,
     MACHINE,
-    Checkpoints,
-    Compute,
-    Offload,
-    Picture,
-    Plan,
-    Steps,
+    CheckpointOptions,
+    ComputeOptions,
+    OffloadOptions,
+    PictureOptions,
+    PlanOptions,
+    StepOptions,
 )
 from flux_ir.errors import FluxIRError
 
@@ -29,7 +29,7 @@ PROMPTS = "the prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectOptions(Picture, Steps, Compute, Offload, Checkpoints, Plan):
+class CollectOptions(PictureOptions, StepOptions, ComputeOptions, OffloadOptions, CheckpointOptions, PlanOptions):
     """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 
     No step after the last of --steps is computed. The same command goes on where it stopped. Under torchrun all
@@ -48,12 +48,17 @@ class CollectOptions(Picture, Steps, Compute, Offload, Checkpoints, Plan):
     output_dir: str = option(
         REQUIRED, help="the collection's folder, such as captures/NAME: new, or one to go on with", group=MACHINE
     )
-    repeats: int = option(1, help="generations per prompt, each from its own noise", group=PROMPTS, minimum=1)
+    max_prompts: int | None = option(
+        None,
+        help="take only the first so many prompts: 32 tell the pace of this machine, in tokens/s",
+        group=PROMPTS,
+        default_text="all of them",
+    )
+    repeats: int = option(1, help="generations per prompt, each from its own noise", group=PROMPTS)
     seed: int = option(
         0,
         help="base seed: the noise of a generation follows from it, the prompt and the repeat",
         group=PROMPTS,
-        minimum=0,
         maximum=LARGEST_SEED,
     )
 
@@ -74,8 +79,6 @@ class CollectOptions(Picture, Steps, Compute, Offload, Checkpoints, Plan):
         None,
         help="generations that go through the network together",
         group=MACHINE,
-        minimum=1,
-        maximum=64,
         default_text="8 on a CPU; on a GPU what fits, found by trying",
     )
     verify: Literal["checksums", "sizes"] = option(
@@ -93,20 +96,20 @@ class CollectOptions(Picture, Steps, Compute, Offload, Checkpoints, Plan):
 
 def run(options: CollectOptions) -> int:
     """Collect as the options say; returns the exit code. Raises FluxIRError for what a user can mend."""
-    from flux_ir.api.collect import collect
+    from flux_ir.api.collect import CollectArguments, run_collection
     from flux_ir.commands.report import Report
 
-    arguments = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "plan"}
+    arguments = CollectArguments(**{field.name: getattr(options, field.name) for field in fields(CollectArguments)})
     if options.plan:
         from flux_ir.commands.planning import plan_collection
 
-        plan_collection(arguments)
+        plan_collection(arguments, options)
         return 0
     speaks = os.environ.get("RANK", "0") == "0"  # for all processes of the job
     report = Report()
     try:
         with report:
-            done = collect(**arguments, progress=report.watch)
+            done = run_collection(arguments, report.watch)
     except KeyboardInterrupt:
         if speaks:
             where = options.output_dir

@@ -7,14 +7,14 @@ from typing import Literal
 
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
-from flux_ir.commands.cli.shared import MACHINE, Compute
+from flux_ir.commands.cli.shared import MACHINE, ComputeOptions
 from flux_ir.errors import FluxIRError
 
 WHAT = "what is collected"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectClipOptions(Compute):
+class CollectClipOptions(ComputeOptions):
     """Collect CLIP's activations of many pictures: the vision hidden_states[-2], as training data.
 
     They go below --output_dir as a collection: shards with clip.image [images, tokens, d] and, where there are
@@ -46,7 +46,7 @@ class CollectClipOptions(Compute):
     store_dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", help="precision of what is kept", group=WHAT
     )
-    batch_size: int = option(32, help="pictures computed at once", group=MACHINE, minimum=1)
+    batch_size: int = option(32, help="pictures computed at once", group=MACHINE)
     output_dir: str = option("captures/clip", help="the collection's folder or URL", group=MACHINE)
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class CollectClipOptions(Compute):
 
 def run(options: CollectClipOptions) -> None:
     """Collect as the options say. Raises FluxIRError for what a user can mend, before a weight is read if possible."""
-    from flux_ir.api.collect import collect_clip
+    from flux_ir.api.collect_clip import collect_clip
     from flux_ir.commands.report import Report, peak_memory
     from flux_ir.errors import counted
 

@@ -21,7 +21,7 @@ class ConvertCollectionOptions(Options):
 
 def run(options: ConvertCollectionOptions) -> None:
     """Convert as the options say. Raises FluxIRError for what a user can mend."""
-    from flux_ir.api.collect import convert_collection
+    from flux_ir.api.convert_collection import convert_collection
     from flux_ir.commands.report import Report
     from flux_ir.errors import counted
 

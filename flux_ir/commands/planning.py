@@ -1,40 +1,58 @@
-"""`--plan`: what a capture or a collection would take, in tokens, bytes, memory and time.
+"""`--plan`: what a capture or a collection would take, as far as arithmetic goes.
 
-Sizes are exact; times come from a short trial of the model itself, on the machine at hand. Nothing stays behind.
+Tokens and bytes follow from the settings and the prompts, to the byte; the weights from the headers of their files.
+What only a run can tell - time, peak memory, the size of JPEGs - is said to be unknown, with the command of a small run
+whose report tells it. No weight is read, nothing is computed and nothing is written.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from rich.text import Text
 
+from flux_ir.activations.shards import site_key
 from flux_ir.api.capture import CaptureSettings, describe, planned_file, settle
-from flux_ir.api.collect import CollectionJob, collection_job
-from flux_ir.api.room import Room, check_disk, check_memory, free_memory, room_at, weights_bytes
+from flux_ir.api.collect import CollectArguments, CollectionJob, settle_collection
+from flux_ir.api.room import Room, check_disk, check_memory, room_at, weights_bytes
 from flux_ir.collecting.collection import Collection
-from flux_ir.collecting.sizes import embeddings_bytes, latents_bytes, shard_sizes, site_sizes
+from flux_ir.collecting.collector import latent_content
+from flux_ir.collecting.embeddings import EmbeddedPrompt, embedding_content
+from flux_ir.collecting.prompts import WorkList
+from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.shard_notes import FileFacts, ShardNotes, notes_content
 from flux_ir.collecting.storage import LocalStorage
+from flux_ir.commands.cli.option import Options, command_line
 from flux_ir.commands.report import Report, bytes_at
-from flux_ir.commands.trials import TRIAL_STEPS, Pace, measure_capture, measure_collection
 from flux_ir.distributed import Ranks, joined
-from flux_ir.errors import FluxIRError, counted, in_units
+from flux_ir.errors import counted, in_units
 from flux_ir.layout import RunFolder
 from flux_ir.lens.readout import image_outputs
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.suite import Suite
+from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.tokenizer import load_tokenizer
 from flux_ir.recording.plan import CapturePlan
+from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.recording.writer import file_bytes
+from flux_ir.sites import Site
+
+PACE_PROMPTS = 32
+"""Prompts of the small run that measures a collection's pace: one batch for each of four threads of a CPU."""
+PACE_STEPS = 4
+"""Steps of the small run that measures a capture's."""
 
 Rows = list[tuple[str, str, str]]
 
 
-def plan_capture(settings: CaptureSettings) -> None:
-    """Print what the capture would take. Raises FluxIRError if it does not fit."""
+def plan_capture(settings: CaptureSettings, options: Options) -> None:
+    """Print what the capture would take; `settings` are what these options of the command say.
+
+    Raises FluxIRError if it does not fit.
+    """
     report = Report()
     job = settle(settings)
     metadata = describe(job, RunFolder(Path(settings.output_dir), "0" * 8), "00000000_000000")  # as long as any
@@ -53,28 +71,32 @@ def plan_capture(settings: CaptureSettings) -> None:
     source = locate_model(
         job.spec, settings.checkpoint, settings.ae_checkpoint, text=job.text is None, announce=report.note
     )
-    suite = Suite(job.spec, source, job.placement, job.compute.dtype)
-    weights = weights_bytes(suite)
-    check_memory(weights, suite.placement)
-    report.note(f"a trial of {TRIAL_STEPS} steps")
-    with _enough_memory():
-        pace = measure_capture(job, planned, suite, room, pictures=pictures)
-    _print(report, _pace_rows(pace, "step", steps, sum(weights.values())))
+    _check_weights(Suite(job.spec, source, job.placement, job.compute.dtype), report)
+    few = min(PACE_STEPS, steps)
+    small = command_line(options, plan=False, num_steps=few, steps=None, should_decode_intermediates=False)
+    _unknown(
+        report,
+        {
+            "time": f"the seconds of load and text, and {steps}/{few} of those of sample; pictures come on top",
+            "peak memory": "more than the weights; of as many pixels, it is that of the small run",
+        },
+        f"flux-ir capture {small}",
+    )
 
 
-def plan_collection(arguments: Mapping[str, Any]) -> None:
-    """Print what the whole collection would take, by the arguments of `api.collect`.
+def plan_collection(arguments: CollectArguments, options: Options) -> None:
+    """Print what the whole collection would take; `arguments` are what these options of the command say.
 
     Raises FluxIRError if it does not fit.
     """
     report = Report()
     with joined() as ranks:
-        job = collection_job(**arguments, ranks=ranks, progress=report.watch)
+        job = settle_collection(arguments, ranks, report.watch)
         if ranks.is_first:
-            _plan_collection(job, ranks, report)
+            _plan_collection(job, ranks, report, options)
 
 
-def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report) -> None:
+def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report, options: Options) -> None:
     settings, suite = job.settings, job.suite
     recipe = settings.recipe
     collection = Collection(LocalStorage(Path()), settings, batch_size=1)  # nothing is written or read there
@@ -96,18 +118,31 @@ def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report) -> None:
     _print(report, [*_room_rows(room), *([("already there", in_units(there), job.output_dir)] if there else [])])
     needed = sizes.shards + sizes.notes + embedded + latents - there
     check_disk(needed, room, flags="--sites, --steps, --tokens_per_image or --store_dtype")
+    _check_weights(suite, report, encoders_go_first=True)
+    small = command_line(
+        options, plan=False, max_prompts=PACE_PROMPTS, repeats=1, output_dir=f"{job.output_dir.rstrip('/')}_pace"
+    )
+    processes = f" and by the {ranks.world_size} processes" if ranks.world_size > 1 else ""
+    unknown = {
+        "time": f"divide the tokens by the small run's tokens/s{processes}; encoding the prompts comes on top",
+        "peak memory": "more than the weights; it is that of the small run",
+    }
+    if settings.save_images:
+        unknown["pictures"] = f"{len(work)} JPEGs: their bytes count among those of the small run"
+    _unknown(report, unknown, f"flux-ir collect {small}")
+
+
+def _check_weights(suite: Suite, report: Report, *, encoders_go_first: bool = False) -> None:
     weights = weights_bytes(suite)
-    check_memory(weights, suite.placement, encoders_go_first=True)
-    report.note(f"a trial of two rounds of batches, in {job.compute}")
-    with _enough_memory():
-        pace = measure_collection(settings, suite, job.output_dir, room)
-    once = {"text": pace.once["text"] * len(set(settings.prompts))}
-    rows = _pace_rows(pace._replace(once=once), "generation", len(work), sum(weights.values()))
-    if ranks.world_size > 1:
-        rows.append(("processes", f"{ranks.world_size}", "the times above are those of one"))
-    _print(report, rows)
-    pictures = sum(pace.extras.values()) * len(work)
-    check_disk(needed + pictures, room, flags="--sites or --steps, leave out --save_images")
+    _print(report, [("weights", in_units(sum(weights.values())), "of all parts of the model")])
+    check_memory(weights, suite.placement, encoders_go_first=encoders_go_first)
+
+
+def _unknown(report: Report, rows: Mapping[str, str], command: str) -> None:
+    """What is not known, how it follows from a small run's report, and the command of that run."""
+    _print(report, [(name, "unknown", how) for name, how in rows.items()])
+    report.results.print(Text("the small run, whose report tells what is unknown here:"))
+    report.results.print(Text(f"  {command}"))
 
 
 def text_counter(suite: Suite) -> Callable[[str], int]:
@@ -124,15 +159,72 @@ def text_counter(suite: Suite) -> Callable[[str], int]:
     return count
 
 
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise FluxIRError(
-            f"it does not fit: the trial ran out of memory: {str(error).splitlines()[0]}",
-            hint="try --offload, a smaller --width and --height, or a GPU with more memory",
-        ) from error
+# ---- Bytes
+
+
+class SiteSize(NamedTuple):
+    """What one site takes of one generation."""
+
+    site: Site
+    tokens: int
+    """Per step; of a layer of a text encoder, per prompt."""
+    d: int
+    steps: int
+    """How often these are kept: 1 for a layer of a text encoder."""
+    bytes: int
+    """What all of them take, with the scales of float8."""
+
+
+class ShardSizes(NamedTuple):
+    """Bytes of a collection's shards, exactly, and of what stands beside them (pictures left out)."""
+
+    shards: int
+    notes: int
+
+
+def site_sizes(plan: CapturePlan) -> list[SiteSize]:
+    """Every site of one generation, by depth."""
+    sizes = []
+    for site in (*plan.text_sites, *plan.sites):
+        shape, steps = plan.shape(site), 1 if site.per_prompt else len(plan.kept_steps)
+        per_step = prod(shape) * plan.dtype.itemsize
+        if plan.scales:
+            per_step += prod(shape[:2]) * torch.float32.itemsize
+        sizes.append(SiteSize(site, shape[1], shape[2], steps, per_step * steps))
+    return sizes
+
+
+def shard_sizes(collection: Collection, used_txt: Callable[[str], int]) -> ShardSizes:
+    """Bytes of all shards; `used_txt` counts the text tokens of a prompt, which stand in a shard's header."""
+    recipe = collection.settings.recipe
+    plan = recipe.plan()
+    empty = {site_key(site, step): SiteStatistics(plan.shape(site)[-1]) for step, site in recipe.places}
+    statistics = len(notes_content(ShardNotes(FileFacts(0, ""), [], {}, empty)))
+    shards = notes = 0
+    for number in range(collection.shards):
+        shard = collection.shard(number)
+        used = [used_txt(item.prompt) for item in shard.items]
+        shards += shard.layout(recipe, used).nbytes
+        notes += statistics + len(str(used)) + 64
+    return ShardSizes(shards, notes)
+
+
+def embeddings_bytes(recipe: Recipe, work: WorkList) -> int:
+    """Bytes of the embedded prompts, kept once for each different prompt."""
+    flux, dtype = recipe.spec.flux, recipe.network_dtype
+    txt = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim, dtype=dtype)
+    text = TextEmbedding(txt, torch.zeros(1, flux.vec_in_dim, dtype=dtype))
+    layers = {site: torch.zeros(1, *recipe.spec.text_shape(site), dtype=dtype) for site in recipe.text_sites}
+    return len(embedding_content(EmbeddedPrompt(text, 0, layers))) * len(set(work.prompts))
+
+
+def latents_bytes(recipe: Recipe, work: WorkList) -> int:
+    """Bytes of the finished latents of a whole collection."""
+    latent = torch.zeros(1, recipe.img_tokens, recipe.spec.flux.in_channels, dtype=recipe.network_dtype)
+    return len(latent_content(recipe, latent)) * len(work)
+
+
+# ---- Rows
 
 
 def _size_rows(plan: CapturePlan, captures: int, total: int, *, what: str = "captures") -> Rows:
@@ -155,31 +247,6 @@ def _room_rows(room: Room) -> Rows:
     if room.free_bytes is None:
         return [("free disk", "unknown", f"of {room.where}")]
     return [("free disk", in_units(room.free_bytes), f"at {room.where}")]
-
-
-def _pace_rows(pace: Pace, unit: str, units: int, weights: int) -> Rows:
-    rows: Rows = [("weights", in_units(weights), "of all parts of the model")]
-    for device, peak in pace.memory.items():
-        free = free_memory("cpu" if device == "host" else device)
-        note = "peak of the trial" + (f"; {in_units(free)} are free now" if free is not None else "")
-        rows.append((f"memory, {device}", in_units(peak), note))
-    rows += [
-        (f"{name} per {unit}", in_units(size), f"{in_units(size * units)} in all") for name, size in pace.extras.items()
-    ]
-    rows += [(f"time, {name}", _duration(seconds), "once") for name, seconds in pace.once.items()]
-    parts = f"compute {pace.compute:.3g} s, copy {pace.copy:.3g} s, disk {pace.disk:.3g} s"
-    rows.append((f"time, per {unit}", f"{pace.unit:.3g} s", f"{parts}; they overlap"))
-    rows.append(("time, in all", _duration(pace.seconds(units)), f"for {counted(units, unit)}, as the trial went"))
-    rows.append(("what limits", pace.limit, ""))
-    return rows
-
-
-def _duration(seconds: float) -> str:
-    """Seconds for people: 12.3 s, 4.5 min, 6.7 h, 8.9 days."""
-    for size, name in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.3g} s"
 
 
 def _title(report: Report, text: str) -> None:

@@ -159,7 +159,7 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(words, plain, tm
         (("--tokens_per_image", "0"), "--tokens_per_image must be at least 1: got 0", ""),
         (("--model", "flux-tinny"), "--model must be one of", "did you mean flux-tiny?"),
         (("--width", "60"), "--width must be a multiple of 16: got 60", "use 48 or 64"),
-        (("--batch_size", "65"), "--batch_size must be at most 64: got 65", ""),
+        (("--batch_size", "65"), "--batch_size must be from 1 to 64: got 65", "try 8"),
         (("--device", "tpu"), "--device must be cpu, cuda or cuda:N: got 'tpu'", ""),
         (("--prompts", "no/such.txt"), "cannot read the prompts in no/such.txt", "check the path"),
         (("--sites", ""), "--sites must be names separated by commas: got ''", "write --sites NAME,NAME"),

@@ -97,7 +97,7 @@ def test_the_second_run_finds_everything_done(words, capsys):
     [
         (["--images", "missing"], "error: --images must be a folder"),
         (["--clip", "missing"], "error: --clip must be a folder or a repository of the hub: got 'missing'"),
-        (["--captions", "missing.csv"], "error: cannot read the captions missing.csv"),
+        (["--captions", "missing.csv"], "error: cannot read the captions in missing.csv"),
         (["--batch_size", "0"], "error: --batch_size must be at least 1: got 0"),
     ],
 )

@@ -1,6 +1,7 @@
-"""`--plan`: sizes to the byte against what is then written, times from a trial, and an end where it does not fit."""
+"""`--plan`: sizes to the byte against what is then written, the run that tells the rest, and no room for it."""
 
 import re
+import shlex
 import shutil
 
 import fsspec
@@ -11,10 +12,9 @@ from flux_ir.activations import shards
 from flux_ir.api import room
 from flux_ir.api.room import check_disk, check_memory, room_at
 from flux_ir.collecting.recipe import Recipe
-from flux_ir.collecting.sizes import site_sizes
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect
-from flux_ir.commands.trials import Pace
+from flux_ir.commands.planning import site_sizes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import get_spec
@@ -30,7 +30,9 @@ def plan(capsys):
 
     def run(command, *words):
         assert command([*words, "--plan"]) == 0, capsys.readouterr().err
-        lines = capsys.readouterr().out.splitlines()[1:]
+        *lines, told, small = capsys.readouterr().out.splitlines()[1:]
+        assert told == "the small run, whose report tells what is unknown here:"
+        run.small = shlex.split(small)
         rows = [re.fullmatch(r"(.+?) {2,}(\S+(?: [a-zA-Z]+)?)(?: {2}(.*))?", line).groups() for line in lines]
         return {name: (amount, note) for name, amount, note in rows}
 
@@ -59,7 +61,7 @@ def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
     assert amount(rows, "in all") == written.stat().st_size
     sites = [name for name in rows if name.startswith(("double.", "single.", "t5.", "clip."))]
     assert sum(amount(rows, name) for name in [*sites, "state and layout"]) == written.stat().st_size
-    assert rows["what limits"][0] in ("compute", "copy", "disk")
+    assert (rows["time"][0], rows["peak memory"][0]) == ("unknown", "unknown")
     assert rows["pictures"][0] == "1"
 
 
@@ -73,7 +75,7 @@ def test_the_shards_of_a_collection_have_the_planned_bytes(plan, tmp_path, monke
     words = ("--model", "flux-tiny", "--prompts", str(tmp_path / "prompts.txt"), "--num_steps", "2", *words)
     words = (*words, "--sites", "double.1.img,single.0", "--output_dir", str(tmp_path / "out"), "--batch_size", "2")
     rows = plan(collect, *words)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt"]  # nothing of the trial is left
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
     assert collect(list(words)) == 0
     out, generations = tmp_path / "out", 5 * (3 if "--repeats" in words else 1)
     written = [path.stat().st_size for path in out.glob("shards/*")]
@@ -111,7 +113,7 @@ def test_a_full_disk_is_said_before_the_model_is_loaded(command, tmp_path, capsy
     assert re.search(r"error: it does not fit: \d+ bytes .* are needed, and 1000 \(1 kB\) are free", told.err)
     assert "hint: keep less with --sites" in told.err
     assert "in all" in told.out
-    assert "what limits" not in told.out
+    assert "unknown" not in told.out
 
 
 def test_weights_that_are_larger_than_the_memory_are_refused(monkeypatch):
@@ -137,10 +139,31 @@ def test_the_room_is_that_of_the_nearest_folder(tmp_path):
     check_disk(10**18, there, flags="--sites")  # nobody knows
 
 
-def test_a_pace_says_what_limits_and_how_long_it_takes():
-    pace = Pace({"load": 2.0, "text": 1.0}, compute=0.5, copy=0.1, disk=0.75, unit=0.75, memory={}, extras={})
-    assert pace.limit == "disk"
-    assert pace.seconds(100) == 78.0
+def test_the_small_run_of_a_collection_tells_the_pace(plan, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle {number}" for number in range(40)))
+    words = ["--model", "flux-tiny", "--num_steps", "1", "--prompts", str(tmp_path / "prompts.txt"), "--repeats", "9"]
+    rows = plan(
+        collect, *words, "--sites", "single.0,double.1.img", "--output_dir", str(tmp_path / "out"), "--save_images"
+    )
+    assert rows["pictures"] == ("unknown", "360 JPEGs: their bytes count among those of the small run")
+    assert rows["time"][1].startswith("divide the tokens by the small run's tokens/s; encoding")
+    assert plan.small[:2] == ["flux-ir", "collect"]
+    assert collect(plan.small[2:]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^generations +32  32 of them now$", told, flags=re.MULTILINE)
+    seconds, speed = (float(re.search(rf"^{name} +([\d.]+) ", told, re.MULTILINE)[1]) for name in ("collect", "speed"))
+    tokens = 32 * (64 + 20 + 64)
+    assert tokens / (seconds + 0.005) - 1 < speed < tokens / (seconds - 0.005) + 1  # loading is not in it
+    assert re.search(r"^load +[\d.]+ s$", told, flags=re.MULTILINE)
+    assert (tmp_path / "out_pace" / "index.jsonl").is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_small_run_of_a_capture_is_the_same_picture_with_fewer_steps(plan, tmp_path):
+    rows = plan(capture, "--model", "flux-tiny", "--prompt", "a cat, a dog", "--num_steps", "8", "--steps", "6,7")
+    assert rows["time"][1].startswith("the seconds of load and text, and 8/4 of those of sample")
+    small = ["--prompt", "a cat, a dog", "--noshould_decode_intermediates", "--model", "flux-tiny", "--num_steps", "4"]
+    assert plan.small == ["flux-ir", "capture", *small]
 
 
 def test_a_url_has_no_free_space_to_compare_with(plan, tmp_path):
@@ -149,5 +172,5 @@ def test_a_url_has_no_free_space_to_compare_with(plan, tmp_path):
     words = ("--model", "flux-tiny", "--num_steps", "2", "--prompts", str(tmp_path / "prompts.txt"))
     rows = plan(collect, *words, "--sites", "single.0", "--output_dir", url)
     assert rows["free disk"] == ("unknown", f"of {url}")
-    assert rows["what limits"][0] in ("compute", "copy", "disk")
+    assert f"{url}_pace" in plan.small
     assert fsspec.filesystem("memory").find(url.removeprefix("memory:/")) == []
