@@ -144,6 +144,7 @@ def plan_run(
             hint=f"make --batch_tokens a multiple of {ranks.world_size}",
         )
     tokens = total_steps * options.batch_tokens
+    # On a CPU only if asked for: it rounds the sums of bf16 products too, and so each process its share of a gradient.
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
     settings = TrainSettings(
         total_steps=total_steps,

@@ -77,7 +77,9 @@ class TokenBatches:
             self.feed = feed = SourceFeed(source, sites, filters, split, side, seed)
             rows = _capacity(pool_bytes, batch_tokens, feed.tokens_at_most, feed.layout)
             feed.cut(max(rows // _LEAST_BLOCKS, _LEAST_ROWS))
-            if page_cache is None:  # ranks of one machine read the same files
+            # Past the page cache (O_DIRECT) a GB costs 0.14 s of CPU time, and 0.21 s through it; but what fits into it
+            # is read from the disk once for all epochs, and once for all ranks of a machine.
+            if page_cache is None:
                 page_cache = self.ranks.world_size > 1 or feed.nbytes <= _memory_bytes() // 2
         self.epochs = epochs if epochs or max_tokens else 1
         self.tokens = 0

