@@ -4,11 +4,13 @@ import difflib
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import disk_error
 
 Lens = Literal["euler", "x0"]
 Kind = Literal["double", "single"]
@@ -55,7 +57,10 @@ class DecodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one generation: it names paths and makes nothing. Raises FluxIRError for a malformed id."""
+    """The folder of one generation: it names paths, and only `made` makes any.
+
+    Raises FluxIRError for a malformed id.
+    """
 
     output_dir: Path
     generation_id: str
@@ -67,6 +72,25 @@ class RunFolder:
     def path(self) -> Path:
         """The folder itself."""
         return self.output_dir / self.generation_id
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Makes the folder. Whatever was made here and is still empty at the end, however that comes, is removed.
+
+        Raises FluxIRError where no folder can be made.
+        """
+        made: list[Path] = []
+        try:
+            try:
+                made = [path for path in (self.intermediates, *self.intermediates.parents) if not path.exists()]
+                self.intermediates.mkdir(parents=True)
+            except OSError as error:
+                raise disk_error(self.path, error) from error
+            yield
+        finally:
+            for path in made:
+                with suppress(OSError):  # it has something in it
+                    path.rmdir()
 
     @property
     def intermediates(self) -> Path:

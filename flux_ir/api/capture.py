@@ -1,14 +1,12 @@
-"""One generation from prompt to pictures.
+"""One generation from prompt to pictures: `run_capture` is the whole of it, and what it calls follows in its order.
 
 What can be wrong is found from the cheapest on: the settings in `settle`, then the folder, then the files of the model,
 then the space on the disk; and only then a weight is read.
 """
 
-import hashlib
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run
 from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
-from flux_ir.files import complete_file, disk_error, versions, write_json
+from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import RunFolder, new_generation_id
 from flux_ir.lens.readout import image_outputs
 from flux_ir.models.checkpoints.locate import locate_model
@@ -34,17 +32,24 @@ from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import Recorder, TextRecorder, TextSink
 from flux_ir.recording.writer import CaptureWriter
-from flux_ir.sampling.generate import check_size, check_steps, decode, noise_for, prepare, sample, unlike_latents
-from flux_ir.sampling.image import jpeg_bytes
+from flux_ir.sampling.generate import (
+    UNLIKE,
+    check_size,
+    check_steps,
+    decode,
+    noise_for,
+    prepare,
+    sample,
+    unlike_latents,
+)
+from flux_ir.sampling.image import MOST_EXIF_BYTES, jpeg_bytes
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_among
 
 SEEDS = 2**31
-MOST_EXIF_BYTES = 60_000  # a JPEG's EXIF data ends at 64 kB
 DEFAULT_PROMPT = "a beautiful landscape"
-UNLIKE = 0.5  # flux-tiny's own autoencoder gives 0.25 (measured); latents as small as Stable Diffusion 3's give 0.76
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,16 @@ class CaptureSettings:
     checkpoint: str | Path | None = None
     ae_checkpoint: str | Path | None = None
     output_dir: str | Path = "output"
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings by name, as plain JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return values | {
+            "model": self.model.spec.name if isinstance(self.model, Suite) else self.model,
+            "sites": None if self.sites is None else list(site_names(self.sites)),
+            "steps": None if self.steps is None else list(self.steps),
+        }
 
 
 class Job(NamedTuple):
@@ -161,32 +176,32 @@ def capture(
 def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> CaptureResult:
     """The same, with its settings in one object."""
     job = settle(settings)
-    folder = RunFolder(Path(settings.output_dir), new_generation_id())
-    with tidy(folder):
+    folder, timestamp = RunFolder(Path(settings.output_dir), new_generation_id()), time.strftime("%Y%m%d_%H%M%S")
+    done = CaptureResult(
+        generation_id=folder.generation_id,
+        folder=folder.path,
+        picture=folder.image(),
+        capture=folder.capture_file(timestamp, job.spec.name),
+        metadata=folder.metadata_file(timestamp, job.spec.name),
+        lens=None,
+    )
+    metadata = describe(job, folder, timestamp)
+    with folder.made():
         suite = settings.model if isinstance(settings.model, Suite) else located(settings, job, progress)
-        progress(Begun(folder.generation_id))
-        where = f"{', '.join(job.placement.devices)} ({job.placement.reason})"
-        progress(Note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}"))
-        if job.compute.warning is not None:
-            progress(Note(f"note: {job.compute.warning}"))
-        done = generate(settings, job, folder, suite, progress)
+        announce(job, folder, progress)
+        # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
+        with CaptureWriter(done.capture, planned_file(job, metadata)) as sink:
+            load(suite, job, progress)
+            text = job.text or embed(suite, job.prompt, progress, sites=job.text_sites, sink=sink)
+            latent = paint(suite, job, text, sink, progress)
+        write_json(done.metadata, metadata | {"options": settings.to_json(), **surroundings(job, suite)})
+        with phase(progress, "picture"):
+            save_picture(job, suite, latent, done.picture, progress, keep_prompt=settings.add_sampling_metadata)
         if not settings.should_decode_intermediates:
             return done
         with suite.transformer() as model, suite.autoencoder() as autoencoder:
             recorded, lenses = load_capture(done.capture), LENSES[settings.lens]
             return done._replace(lens=decode_run(progress, folder, recorded, model, autoencoder, lenses))
-
-
-def located(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
-    """The model by its name: its files are found, none of its parts is loaded."""
-    source = locate_model(
-        job.spec,
-        settings.checkpoint,
-        settings.ae_checkpoint,
-        text=job.text is None,
-        announce=lambda text: progress(Note(text)),
-    )
-    return Suite(job.spec, source, job.placement, job.compute.dtype)
 
 
 def settle(settings: CaptureSettings) -> Job:
@@ -253,7 +268,7 @@ def settle_text(settings: CaptureSettings, spec: ModelSpec) -> tuple[str, TextEm
 
 def check_text(settings: CaptureSettings, prompt: str) -> None:
     """Raises FluxIRError for text that no file could hold: broken UTF-8, or a prompt too long for the picture."""
-    for name, value in (settings_json(settings) | {"prompt": prompt}).items():
+    for name, value in (settings.to_json() | {"prompt": prompt}).items():
         try:
             size = len(value.encode()) if isinstance(value, str) else 0
         except UnicodeEncodeError:  # bytes of another encoding reach Python as lone surrogates
@@ -265,18 +280,6 @@ def check_text(settings: CaptureSettings, prompt: str) -> None:
                 f"a prompt in the picture's EXIF data has at most {MOST_EXIF_BYTES} bytes: got {size}",
                 hint="shorten it, or leave it out with --add_sampling_metadata False",
             )
-
-
-def settings_json(settings: CaptureSettings) -> dict[str, Any]:
-    """The settings by name, as plain JSON values."""
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    model, sites, steps = settings.model, settings.sites, settings.steps
-    return values | {
-        "model": model.spec.name if isinstance(model, Suite) else model,
-        "sites": None if sites is None else list(site_names(sites)),
-        "steps": None if steps is None else list(steps),
-    }
 
 
 def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
@@ -297,44 +300,25 @@ def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
     return sites
 
 
-@contextmanager
-def tidy(folder: RunFolder) -> Iterator[None]:
-    """Makes the run's folder; whatever folder was made here and is still empty at the end is removed again.
-
-    Raises FluxIRError where no folder can be made.
-    """
-    made: list[Path] = []
-    try:
-        try:
-            made = [path for path in (folder.intermediates, *folder.intermediates.parents) if not path.exists()]
-            folder.intermediates.mkdir(parents=True)
-        except OSError as error:
-            raise disk_error(folder.path, error) from error
-        yield
-    finally:
-        for path in made:
-            with suppress(OSError):  # it has something in it
-                path.rmdir()
-
-
-def generate(settings: CaptureSettings, job: Job, folder: RunFolder, suite: Suite, progress: Watch) -> CaptureResult:
-    """Sample with the recorder on, then save the picture."""
-    timestamp = time.strftime("%Y%m%d_%H%M%S")
-    files = CaptureResult(
-        generation_id=folder.generation_id,
-        folder=folder.path,
-        picture=folder.image(),
-        capture=folder.capture_file(timestamp, job.spec.name),
-        metadata=folder.metadata_file(timestamp, job.spec.name),
-        lens=None,
+def located(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
+    """The model by its name: its files are found, none of its parts is loaded."""
+    source = locate_model(
+        job.spec,
+        settings.checkpoint,
+        settings.ae_checkpoint,
+        text=job.text is None,
+        announce=lambda text: progress(Note(text)),
     )
-    metadata = describe(job, folder, timestamp)
-    with CaptureWriter(files.capture, planned_file(job, metadata)) as sink:  # takes its disk space first of all
-        latent = paint(job, suite, sink, progress)
-    write_json(files.metadata, metadata | {"options": settings_json(settings), **surroundings(job, suite)})
-    with phase(progress, "picture"):
-        save_picture(job, suite, latent, files.picture, progress, keep_prompt=settings.add_sampling_metadata)
-    return files
+    return Suite(job.spec, source, job.placement, job.compute.dtype)
+
+
+def announce(job: Job, folder: RunFolder, progress: Watch) -> None:
+    """Say that all questions are answered, and how: from here on it takes long."""
+    progress(Begun(folder.generation_id))
+    where = f"{', '.join(job.placement.devices)} ({job.placement.reason})"
+    progress(Note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}"))
+    if job.compute.warning is not None:
+        progress(Note(f"note: {job.compute.warning}"))
 
 
 def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
@@ -353,20 +337,11 @@ def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
     )
 
 
-def paint(job: Job, suite: Suite, sink: CaptureWriter, progress: Watch) -> PackedLatent:
-    """Load the model and walk from noise to the finished latent, with everything recorded into `sink`."""
+def load(suite: Suite, job: Job, progress: Watch) -> None:
+    """Read the weights of every part that is needed: text encoders only for a prompt that is still a text."""
     parts = [part for part in suite.parts if part != "text" or job.text is None]
     for part in follow(progress, "load", parts, total=len(parts)):
         suite.load_part(part)
-    text = job.text or embed(suite, job.prompt, progress, sites=job.text_sites, sink=sink)
-    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
-    inputs = prepare(noise, text, job.height, job.width)
-    latent = inputs.img
-    with suite.transformer() as model, Recorder(model, job.sites, sink, steps=job.kept_steps):
-        steps = sample(model, inputs, job.timesteps, job.guidance)
-        for step in follow(progress, "sample", steps, total=len(job.timesteps) - 1):
-            latent = step.after  # only the last is kept: memory does not grow with the steps
-    return latent
 
 
 def embed(
@@ -383,47 +358,16 @@ def embed(
             return encode(text.t5, text.clip, [prompt])
 
 
-def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
-    """The metadata that stands in the capture file and in the JSON beside it."""
-    return {
-        "generation_id": folder.generation_id,
-        "model": job.spec.name,
-        "prompt": job.prompt,
-        "width": job.width,
-        "height": job.height,
-        "num_steps": len(job.timesteps) - 1,
-        "timesteps": job.timesteps,
-        "seed": job.seed,
-        "guidance": job.guidance,
-        "timestamp": timestamp,
-    } | ({} if job.text is None else {"prompt_embeds": embedding_digest(job.text)})
-
-
-def embedding_digest(text: TextEmbedding) -> str:
-    """A digest of an embedding that was given: what the prompt beside it may not stand for."""
-    parts = [part.float().contiguous().numpy(force=True).tobytes() for part in text]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
-    """What else the numbers depend on: versions, devices, precision, files."""
-    source = suite.source
-    text = {} if source.text is None else source.text._asdict()
-    weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
-    return {
-        "captured_steps": job.kept_steps,
-        "sites": [str(site) for site in (*job.text_sites, *job.sites)],
-        "dtype": job.compute.name,
-        "dtype_reason": job.compute.reason,
-        "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},
-        "offload": job.placement.offload,
-        "files": {
-            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
-        },
-        "versions": versions("torch", "tokenizers"),
-        "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "
-        "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions in dtype",
-    }
+def paint(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWriter, progress: Watch) -> PackedLatent:
+    """Walk from noise to the finished latent, with every step that is kept recorded into `sink`."""
+    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
+    inputs = prepare(noise, text, job.height, job.width)
+    latent = inputs.img
+    with suite.transformer() as model, Recorder(model, job.sites, sink, steps=job.kept_steps):
+        steps = sample(model, inputs, job.timesteps, job.guidance)
+        for step in follow(progress, "sample", steps, total=len(job.timesteps) - 1):
+            latent = step.after  # only the last is kept: memory does not grow with the steps
+    return latent
 
 
 def save_picture(
@@ -447,3 +391,40 @@ def save_picture(
         pixels = decode(autoencoder, latent, job.height, job.width, suite.dtype)
     with complete_file(path) as beside:
         beside.write_bytes(jpeg_bytes(pixels, model=job.spec.name, prompt=job.prompt if keep_prompt else None))
+
+
+def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
+    """The metadata that stands in the capture file and in the JSON beside it."""
+    return {
+        "generation_id": folder.generation_id,
+        "model": job.spec.name,
+        "prompt": job.prompt,
+        "width": job.width,
+        "height": job.height,
+        "num_steps": len(job.timesteps) - 1,
+        "timesteps": job.timesteps,
+        "seed": job.seed,
+        "guidance": job.guidance,
+        "timestamp": timestamp,
+    } | ({} if job.text is None else {"prompt_embeds": job.text.digest()})
+
+
+def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
+    """What else the numbers depend on: versions, devices, precision, files."""
+    source = suite.source
+    text = {} if source.text is None else source.text._asdict()
+    weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
+    return {
+        "captured_steps": job.kept_steps,
+        "sites": [str(site) for site in (*job.text_sites, *job.sites)],
+        "dtype": job.compute.name,
+        "dtype_reason": job.compute.reason,
+        "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},
+        "offload": job.placement.offload,
+        "files": {
+            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
+        },
+        "versions": versions("torch", "tokenizers"),
+        "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "
+        "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions in dtype",
+    }

@@ -102,6 +102,8 @@ def _decode_together(autoencoder: AutoEncoder, dtype: torch.dtype, latents: Late
 
 
 _MIDDLE = 16  # latent pixels along each side: 128 px
+UNLIKE = 0.5
+"""From so much on, `unlike_latents` speaks of another family's autoencoder: between the two numbers measured there."""
 
 
 @torch.no_grad()

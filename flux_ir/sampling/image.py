@@ -8,6 +8,8 @@ from flux_ir.shapes import Pixels
 
 JPEG_QUALITY = 95
 MAKER = "Black Forest Labs"
+MOST_EXIF_BYTES = 60_000
+"""The longest prompt that is written into a picture: a JPEG's EXIF data ends at 64 kB."""
 SOFTWARE = "AI generated;txt2img;flux"
 
 

@@ -4,6 +4,7 @@ As in the reference, prompts are padded to a fixed length and the padding is att
 `t5` and `clip`, and have the names that the published checkpoints have; the few other names that files use are here.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -43,6 +44,11 @@ class TextEmbedding(NamedTuple):
     """[prompts, tokens, d] from T5."""
     y: Pooled
     """[prompts, d] from CLIP: `vec` in the reference code."""
+
+    def digest(self) -> str:
+        """16 hex digits that stand for the values, whatever their dtype and device."""
+        parts = [part.float().contiguous().numpy(force=True).tobytes() for part in self]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 class TextEncoder(nn.Module):
