@@ -11,9 +11,9 @@ from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
-from flux_ir.layout import RunFolder, find_run, is_run_name, newest_capture, run_of
+from flux_ir.layout import Lens, RunFolder, find_run, is_run_name, newest_capture, run_of
 from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
-from flux_ir.lens.readout import Lens, readable_sites
+from flux_ir.lens.readout import readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
 from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer

@@ -17,9 +17,9 @@ from PIL import Image
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
-from flux_ir.layout import RunFolder
+from flux_ir.layout import Lens, RunFolder
 from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distance
-from flux_ir.lens.readout import Lens, Reading, read_step, readable_sites
+from flux_ir.lens.readout import Reading, read_step, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.reader import Capture

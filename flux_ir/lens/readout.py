@@ -6,18 +6,17 @@ has the dtype that it sampled in. In another dtype the same reading is right to 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.layout import Lens
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.reader import Capture
 from flux_ir.sampling.denoise import clean_estimate, euler_step, per_sample
 from flux_ir.shapes import Conditioning, PackedLatent, Tokens, Velocity
 from flux_ir.sites import Site
-
-Lens = Literal["euler", "x0"]
 
 
 class Reading(NamedTuple):

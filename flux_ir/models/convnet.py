@@ -60,6 +60,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=0)
 
     def forward(self, x: FeatureMap) -> HalvedFeatureMap:
+        # Not `padding=1` on all sides: the published weights were trained with one side of it (Rombach et al., 2022).
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 

@@ -83,6 +83,7 @@ class StepHooks(Hooked):
         self._step += 1
         self._active = self.steps is None or self._step in self.steps
         if self._active:
+            # The halves of a single block are told apart by the text's length, which only the forward knows.
             given = forward_arguments(model, args, kwargs)
             self._txt_tokens = given["txt"].shape[1]
             self._begin_step(given)

@@ -1,8 +1,8 @@
 """What a capture will hold, known before the first step: so it can be laid out, and its size told, in advance.
 
 `planned_tensors` is the one list of its tensors, and `tensor_keys` the one place that says where the file's dictionary
-has each: the size, the empty file, the writer and the reader all go by these two. At the end, `pieces_of_step` and such
-make of the network's tensors what the plan says. Next: `writer`, `reader`; `file_format` is how the file holds bytes.
+has each: the size, the empty file, the writer and the reader all go by these two. At the end, `pieces_of_context` and
+`pieces_of_site` make of the network's tensors what the plan says. Next: `writer` and `reader`.
 """
 
 import json

@@ -68,6 +68,7 @@ class CaptureWriter:
     def __enter__(self) -> "CaptureWriter":
         with ExitStack() as opened:  # undone at once if a later part fails
             beside = opened.enter_context(complete_file(self.path))
+            # Without a buffer: whole tensors are written, each at a place of its own.
             file = opened.enter_context(beside.open("r+b", buffering=0))
             _reserve(file, self.plan, self.path)
             archive = Archive(beside)  # read back as laid out: no order of records is taken for granted
@@ -152,6 +153,8 @@ def _take_space(file: FileIO, size: int) -> None:
 
 
 class _Waiting(NamedTuple):
+    """A tensor in the queue, on its way from the device."""
+
     record: Record
     value: Tensor
     ready: torch.cuda.Event | None  # None: the value is there already
@@ -275,6 +278,7 @@ class RecordFiller:
     def _write(self, waiting: _Waiting) -> None:
         data = waiting.value.contiguous().view(torch.uint8).flatten().numpy().data
         self._write_at(waiting.record.offset, data)
+        # Laid out as zero: a zip has it in its directory, and in the descriptor behind a record that has one.
         crc = zlib.crc32(data).to_bytes(4, "little")
         for offset in waiting.record.crc_offsets:
             self._write_at(offset, memoryview(crc))

@@ -39,6 +39,7 @@ class StateNotFiniteError(FluxIRError):
 
 def euler_step(img: PackedLatent, velocity: Velocity, t_curr: float, t_prev: float) -> PackedLatent:
     """The state at `t_prev`, going straight along `velocity` from the state `img` at `t_curr`."""
+    # Times are Python numbers: the product and the sum are rounded to the state's dtype, as in the published sampler.
     return img + (t_prev - t_curr) * velocity
 
 

@@ -34,6 +34,7 @@ def get_noise(
 
 def pack(latent: Latent) -> PackedLatent:
     """Latent pixels gathered into one token per 2 x 2 patch."""
+    # Channel first, then the place in the patch: the order of the weights of `img_in` and of the last layer.
     return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PATCH, pw=PATCH)
 
 
@@ -46,7 +47,7 @@ def unpack(packed: PackedLatent, height: int, width: int) -> Latent:
 def image_ids(batch: int, height: int, width: int) -> PositionIds:
     """Positions of the image tokens, float32 [batch, tokens, 3]: 0, row, column."""
     rows, columns = latent_side(height) // PATCH, latent_side(width) // PATCH
-    ids = torch.zeros(rows, columns, 3)
+    ids = torch.zeros(rows, columns, 3)  # the first axis is not used by FLUX.1: it is 0 for text, too
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]
     return repeat(ids, "h w axes -> b (h w) axes", b=batch)

@@ -106,6 +106,7 @@ class DoubleStreamBlock(nn.Module):
 
         img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img), img_mod1.shift, img_mod1.scale))
         txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale))
+        # Text first, as in the rotary table, in the single blocks and in the slices below.
         q, k, v = (torch.cat([of_txt, of_img], dim=2) for of_txt, of_img in zip(txt_qkv, img_qkv, strict=True))
         joint = attention(q, k, v, rotation)
         txt_joint, img_joint = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]

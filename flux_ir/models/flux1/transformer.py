@@ -115,6 +115,7 @@ class Flux(nn.Module):
         guidance: PerSample | None = None,
     ) -> Velocity:
         vec = self.conditioning(timesteps, y, guidance)
+        # Once for all blocks, which see the same positions: text, then image, as they stand in every joint attention.
         rotation = rotary_table(torch.cat([txt_ids, img_ids], dim=1), self.params.axes_dim, self.params.theta)
         img = self.img_in(img)
         txt = self.txt_in(txt)
