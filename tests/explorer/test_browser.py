@@ -47,7 +47,7 @@ def test_heads_stay_in_view_when_the_grid_scrolls(make_run, open_page):
     make_run(double=19, single=38, steps=tuple(range(12)), size=(8, 8))
     page = open_page(address="#block=double.0&step=0")
     for _ in range(8):
-        page.locator("#larger").click()
+        page.locator("[data-key='+']").click()
     before = page.locator(".steps").bounding_box()["y"]
     corner = page.locator(".row-head").last.bounding_box()["x"]
     press(page, "PageDown", "End")

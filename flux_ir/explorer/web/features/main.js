@@ -1,22 +1,13 @@
 /* What people do, by pointer and by key; and how the pages begin. */
 "use strict";
 
-let drawing = false;
+const showSoon = oncePerFrame(show);
 
 /** Do something to the state, then show it, once per frame at most. */
 function act(change) {
   change();
-  writeAddressSoon();
+  replaceAddressSoon(addressOf);
   showSoon();
-}
-
-function showSoon() {
-  if (drawing) return;
-  drawing = true;
-  requestAnimationFrame(() => {
-    drawing = false;
-    show();
-  });
 }
 
 let painted = null; // what the maps of the pictures were painted for
@@ -47,14 +38,13 @@ function showOneFeature() {
   const wanted = JSON.stringify([state.overlay, state.top, state.at]);
   const repaint = painted !== wanted && current.record && current.key === `${state.stream} ${state.feature}`;
   painted = wanted;
-  if (repaint) state.stream === "txt" ? repaintTokens() : paintShots();
-  if (repaint) patchKey = null;
+  if (repaint) {
+    if (state.stream === "txt") showExamples(current.record, current.facts);
+    else paintShots();
+    patchKey = null;
+  }
   showSettings();
   showFeature();
-}
-
-function repaintTokens() {
-  showExamples(current.record, current.facts);
 }
 
 // ---- From one thing to another ------------------------------------------------------------------------------------------
@@ -87,7 +77,7 @@ function openList() {
 async function openStream(stream) {
   if (stream === state.stream) return;
   Object.assign(state, { stream, columns: "", box: "", view: "", picture: null, token: null, step: null });
-  writeAddressSoon();
+  replaceAddressSoon(addressOf);
   await readStream();
 }
 
@@ -182,7 +172,6 @@ const PATCH_KEYS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], A
 const SCROLLS = ["ArrowUp", "ArrowDown", "PageUp", "PageDown"]; // keys that scroll the page of a feature
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   if (event.target === element("find")) return onFindKey(event);
   if (event.shiftKey && PATCH_KEYS[event.key] && state.picture !== null) {
     event.preventDefault();
@@ -233,23 +222,28 @@ function goToAddress() {
 }
 
 function listen() {
-  document.addEventListener("keydown", onKey);
+  listenToKeys(onKey, KEYS);
   document.addEventListener("click", onLink);
-  for (const button of document.querySelectorAll("button[data-key]"))
-    button.addEventListener("click", () => KEYS[button.dataset.key]());
   for (const button of element("overlays").children)
     button.addEventListener("click", () => act(() => (state.overlay = button.dataset.overlay)));
   element("opacity").addEventListener("input", ({ target }) => act(() => (state.opacity = Number(target.value))));
   element("top").addEventListener("input", ({ target }) => act(() => (state.top = Number(target.value))));
   element("find").addEventListener("input", ({ target }) =>
-    act(() => ((state.find = target.value.trim()), (cursor = 0), (element("rows").scrollTop = 0))),
+    act(() => {
+      state.find = target.value.trim();
+      cursor = 0;
+      element("rows").scrollTop = 0;
+    }),
   );
   element("rows").addEventListener("scroll", showRows, { passive: true });
   element("rows").addEventListener("pointerover", ({ target }) => {
     const row = pool.find(({ link }) => link === target.closest(".row"));
     if (row) showPeek(row.feature);
   });
-  element("choose-columns").addEventListener("click", () => (buildGlossary(), element("numbers").showModal()));
+  element("choose-columns").addEventListener("click", () => {
+    buildGlossary();
+    element("numbers").showModal();
+  });
   element("glossary").addEventListener("change", chooseColumns);
   element("jump-form").addEventListener("submit", () => openFeature(Number(element("jump-number").value)));
   listenToScatter();

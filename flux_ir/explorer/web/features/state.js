@@ -1,8 +1,6 @@
 /* State: what is looked at and how. All of it is in the address, so an address brings back the exact view. */
 "use strict";
 
-const ADDRESS_MS = 200; // browsers refuse more than about 200 changes of the address in 30 s
-
 /** What a view is when the address does not say. The kind of a value is that of its default; null: a number or none. */
 const DEFAULTS = {
   stream: pages.streams[0], // whose tokens: img or txt
@@ -55,13 +53,6 @@ function wordOf(word, usual) {
 }
 
 const isFeature = (number) => Number.isInteger(number) && number >= 0 && number < pages.d_sae;
-
-let addressTimer = null;
-
-function writeAddressSoon() {
-  clearTimeout(addressTimer);
-  addressTimer = setTimeout(() => history.replaceState(null, "", addressOf()), ADDRESS_MS);
-}
 
 /** A step that Back undoes: from the list to a feature, or along a link. */
 function pushAddress(changes) {

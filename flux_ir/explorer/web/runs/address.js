@@ -41,9 +41,8 @@ function readAddress() {
   state.pins = (words.get("pins") ?? "").split(",").map(shotNamed).filter(Boolean).slice(0, 2);
 }
 
-let addressTimer = null;
-
+/** While a film plays the address stands still: each of its cells would be one more change. */
 function writeAddressSoon() {
-  clearTimeout(addressTimer);
-  if (playing === null) addressTimer = setTimeout(() => history.replaceState(null, "", addressText()), ADDRESS_MS);
+  if (playing === null) replaceAddressSoon(addressText);
+  else clearTimeout(addressTimer);
 }

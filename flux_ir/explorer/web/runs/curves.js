@@ -23,7 +23,7 @@ function buildCurves() {
       y,
     ),
   );
-  const lines = paths.map((path, step) => draw("path", { class: "line", d: path }));
+  const lines = paths.map((path) => draw("path", { class: "line", d: path }));
   lines.forEach((line, step) =>
     line.style.setProperty("--progress", `${(100 * step) / Math.max(1, lines.length - 1)}%`),
   );

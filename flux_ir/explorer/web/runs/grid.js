@@ -31,9 +31,8 @@ const head = (role, className, text, label = text) => {
 
 function stepRow(run) {
   heads.steps = run.steps.map((step) => head("columnheader", "step-head", String(step), `step ${step}`));
-  run.times.forEach(
-    (time, index) => time && (heads.steps[index].title = `flow time ${time[0].toFixed(3)} → ${time[1].toFixed(3)}`),
-  );
+  for (const [index, time] of run.times.entries())
+    if (time) heads.steps[index].title = `flow time ${time[0].toFixed(3)} → ${time[1].toFixed(3)}`;
   return row("steps", head("columnheader", "corner-head", "step →", "block"), ...heads.steps);
 }
 

@@ -1,7 +1,12 @@
 /* What people do. */
 "use strict";
 
-let drawing = false;
+const showSoon = oncePerFrame(() => {
+  showMarks();
+  showViewer();
+  showCurveMarks();
+  showGallery();
+});
 
 /** Do something to the state, then show it, once per frame at most. */
 function act(change) {
@@ -9,18 +14,6 @@ function act(change) {
   showTools();
   writeAddressSoon();
   showSoon();
-}
-
-function showSoon() {
-  if (drawing) return;
-  drawing = true;
-  requestAnimationFrame(() => {
-    drawing = false;
-    showMarks();
-    showViewer();
-    showCurveMarks();
-    showGallery();
-  });
 }
 
 function showRun() {
@@ -92,9 +85,15 @@ function togglePlay() {
   act(() => {});
 }
 
+/** Both are as wide as the window leaves room for. */
+function fitToRoom() {
+  sizeCells();
+  buildCurves();
+}
+
 function toggleWall() {
   if (runs.length > 1) act(() => (state.wall = !state.wall));
-  if (!state.wall) [sizeCells(), buildCurves()];
+  if (!state.wall) fitToRoom();
 }
 
 const KEYS = {
@@ -120,7 +119,6 @@ const KEYS = {
 };
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || element("keys").open) return;
   const movesSlider = event.target.closest("input, .prompt") && /^(Arrow|Home|End|Page)/.test(event.key);
   const pressesButton = event.target.closest("button") && (event.key === " " || event.key === "Enter");
   if (movesSlider || pressesButton || !KEYS[event.key]) return;
@@ -130,7 +128,10 @@ function onKey(event) {
 
 function onPointer(event) {
   const place = event.target.closest(".cell")?.place ?? null;
-  if (place === hovered) return;
+  if (place !== hovered) hover(place);
+}
+
+function hover(place) {
   hovered = place;
   showSoon();
 }
@@ -147,19 +148,14 @@ function onCellClick(event) {
 }
 
 function listen() {
-  document.addEventListener("keydown", onKey);
+  listenToKeys(onKey, KEYS);
   element("grid").addEventListener("pointerover", onPointer);
   element("grid").addEventListener("pointerleave", onPointer);
   element("grid").addEventListener("click", onCellClick);
-  element("curves").addEventListener("pointermove", (event) => ((hovered = cellNear(event)), showSoon()));
-  element("curves").addEventListener("pointerleave", () => ((hovered = null), showSoon()));
+  element("curves").addEventListener("pointermove", (event) => hover(cellNear(event)));
+  element("curves").addEventListener("pointerleave", () => hover(null));
   element("curves").addEventListener("click", () => hovered && act(() => select(hovered.block, hovered.step)));
   element("modes").addEventListener("click", ({ target }) => target.dataset.mode && changeMode(target.dataset.mode));
-  element("play").addEventListener("click", togglePlay);
-  element("wall").addEventListener("click", toggleWall);
-  element("smaller").addEventListener("click", () => zoom(0.8));
-  element("larger").addEventListener("click", () => zoom(1.25));
-  element("keys-button").addEventListener("click", KEYS["?"]);
   element("more").addEventListener("click", () =>
     unfoldPrompt(element("more").getAttribute("aria-expanded") === "false"),
   );
@@ -167,7 +163,10 @@ function listen() {
     element("stage").style.setProperty("--split", `${target.value}%`),
   );
   window.addEventListener("hashchange", () => start());
-  window.addEventListener("resize", () => (sizeCells(), buildCurves(), showSoon()));
+  window.addEventListener("resize", () => {
+    fitToRoom();
+    showSoon();
+  });
   document.addEventListener("DOMContentLoaded", showAgain);
 }
 

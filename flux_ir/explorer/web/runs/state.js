@@ -3,7 +3,6 @@
 "use strict";
 
 const REST_MS = 40; // a pointer that sweeps over the grid loads no large picture before it rests
-const ADDRESS_MS = 200; // browsers refuse more than about 200 changes of the address in 30 s
 const PLAY_MS = 125;
 const PLAY_CALM_MS = 700; // where less motion is asked for
 const CELL_PX = { least: 16, most: 104, fine: 40 };
