@@ -50,4 +50,15 @@ def test_hooks_before_a_commit_are_steps_of_the_definition_of_clean():
     steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     entries = [hook["entry"] for hook in repository["hooks"]]
     assert [entry for entry in entries if entry not in steps] == []
-    assert [entry.split()[3] for entry in entries] == ["ruff", "ruff", "mypy", "lint-imports"]
+    assert [hook["id"] for hook in repository["hooks"]] == [
+        *("lint", "format", "types", "imports"),
+        *("pages", "page-scripts"),
+    ]
+
+
+def test_biome_has_one_version_and_no_file_of_npm_names_a_host():
+    text = (ROOT / ".ci" / "biome").read_text(encoding="utf-8")
+    assert re.search(r"^BIOME=\d+\.\d+\.\d+$", text, flags=re.MULTILINE)
+    for path in (ROOT / ".ci" / "biome", ROOT / "biome.jsonc"):
+        assert "://" not in path.read_text(encoding="utf-8")
+    assert not any((ROOT / name).exists() for name in ("package.json", "package-lock.json"))

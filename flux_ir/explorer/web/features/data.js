@@ -9,9 +9,7 @@ const KEPT = { records: 24, patches: 12 }; // shards of records, pictures of pat
 const loads = new Map(); // name -> {promise, settle}, least recently used first
 
 /** What a script beside the page calls: the value of that name is there. */
-function received(name, value) {
-  loads.get(name)?.settle(value);
-}
+window.received = (name, value) => loads.get(name)?.settle(value);
 
 /** The value that the script `name`.js holds: a promise, which fails where there is no such file. */
 function load(name) {
@@ -24,8 +22,16 @@ function load(name) {
   const entry = {};
   entry.promise = new Promise((resolve, reject) => {
     const script = make("script", { src: `${name}.js` });
-    entry.settle = (value) => (script.remove(), (entry.value = value), resolve(value));
-    script.onerror = () => (script.remove(), loads.delete(name), reject(new Error(`${name}.js could not be loaded`)));
+    entry.settle = (value) => {
+      script.remove();
+      entry.value = value;
+      resolve(value);
+    };
+    script.onerror = () => {
+      script.remove();
+      loads.delete(name);
+      reject(new Error(`${name}.js could not be loaded`));
+    };
     document.head.append(script);
   });
   loads.set(name, entry);

@@ -48,7 +48,7 @@ function rangeText({ low, high }) {
 
 // ---- Image tokens ---------------------------------------------------------------------------------------------------------
 
-function pictureCard(example, group, record, facts) {
+function pictureCard(example, group, _record, facts) {
   const parts = { ...makeShot(example.image, facts), example, facts };
   shots.push(parts);
   const silent = group.kind === "silent";

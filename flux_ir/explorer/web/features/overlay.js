@@ -89,8 +89,6 @@ function showLegend(largest) {
 
 // ---- Shots: a picture with its overlay and a mark where the largest value is ------------------------------------------
 
-const CLOSE_UP = 2.6;
-
 /** A picture that can be clicked, patch by patch. `show` paints it for the state as it is now. */
 function makeShot(image, facts) {
   const layer = make("span", { className: "layer" });

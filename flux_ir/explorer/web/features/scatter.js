@@ -90,7 +90,8 @@ const channels = (colour) => [1, 3, 5].map((start) => parseInt(colour.slice(star
 function drawDots(width, height) {
   const ratio = devicePixelRatio;
   const canvas = element("scatter-canvas");
-  const [columns, rows] = [(canvas.width = Math.round(width * ratio)), (canvas.height = Math.round(height * ratio))];
+  const [columns, rows] = [Math.round(width * ratio), Math.round(height * ratio)];
+  [canvas.width, canvas.height] = [columns, rows];
   const cover = [new Float32Array(columns * rows), new Float32Array(columns * rows)];
   const stamp = dotStamp(clamp(3.4 - 0.46 * Math.log10(pages.d_sae), 1.1, 3) * ratio);
   for (let feature = 0; feature < pages.d_sae; feature += 1)
@@ -312,7 +313,10 @@ function listenToScatter() {
     event.preventDefault();
   });
   frame.addEventListener("pointerup", onScatterUp);
-  frame.addEventListener("pointercancel", () => ((drag = null), showBox()));
+  frame.addEventListener("pointercancel", () => {
+    drag = null;
+    showBox();
+  });
   frame.addEventListener("wheel", onScatterWheel, { passive: false });
   frame.addEventListener("dblclick", () => act(() => (state.view = "")));
   element("whole").addEventListener("click", () => act(() => (state.view = "")));
