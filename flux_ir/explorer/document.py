@@ -10,16 +10,29 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from flux_ir.files import complete_file
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
+def ascii_json(value: Any) -> str:
+    """JSON in ASCII, which is also a JavaScript expression: the two line separators that were not are escaped."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
 def safe_json(value: Any) -> str:
     """JSON in ASCII that can stand in any HTML element: no `</script>`, no `<!--`, no line separator survives in it."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: _UNSAFE[found[0]], text)
+    return re.sub("[<>&]", lambda found: _UNSAFE[found[0]], ascii_json(value))
+
+
+def write_script(path: Path, name: str, value: Any) -> None:
+    """A classic script that gives a value to the page, as `received(name, value)`; complete or not at all."""
+    with complete_file(path) as beside:
+        beside.write_text(f"received({json.dumps(name)},{ascii_json(value)})\n", encoding="ascii", newline="\n")
 
 
 def joined(names: Sequence[str]) -> str:

@@ -23,14 +23,13 @@ from numpy.typing import NDArray
 
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer import feature_list, feature_pictures, feature_records
-from flux_ir.explorer.document import filled, joined, policy, safe_json
+from flux_ir.explorer.document import filled, joined, policy, safe_json, write_script
 from flux_ir.explorer.feature_pictures import (
     draw_thumbnails,
     image_shards,
     numbered,
     originals,
     patches_of,
-    write_script,
 )
 from flux_ir.explorer.feature_records import Group, Panels, shard_records
 from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels, token_strings

@@ -4,7 +4,6 @@ All three are by the number of the picture, and shared by all features: a pictur
 """
 
 import io
-import json
 import os
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
@@ -168,15 +167,3 @@ def _entries(part: ScorePart, image: int) -> tuple[NDArray[np.int64], NDArray[np
     lengths = np.diff(part.row_ptr[rows.start : rows.stop + 1])
     feature = np.repeat(np.asarray(part.feature[rows], np.int64), lengths)
     return np.asarray(part.place[entries], np.int64), feature, np.asarray(part.value[entries])
-
-
-def write_script(path: Path, name: str, value: Any) -> None:
-    """A classic script that gives a value to the page, as `received(name, value)`; complete or not at all."""
-    text = f"received({json.dumps(name)},{_script_json(value)})\n"
-    with complete_file(path) as beside:
-        beside.write_text(text, encoding="ascii", newline="\n")
-
-
-def _script_json(value: Any) -> str:
-    # JSON in ASCII is a JavaScript expression: the two line separators that were not are escaped.
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))

@@ -4,7 +4,6 @@ A record is JSON of at most about 8 kB. Its maps are as fine as fits: of every s
 largest value; then on grids twice, four and eight times as coarse. `docs/file-formats.md` says what is in it.
 """
 
-import json
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flux_ir.explorer.document import ascii_json
 from flux_ir.features.contents import ScorePart
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.sites import Stream
@@ -81,12 +81,12 @@ def shard_records(
             | {"pool": 1, "groups": list(_described(groups, feature, examples, place, maps))}
             for place, feature in enumerate(features)
         ]
-        room = limit - np.array([len(_json(record)) for record in records], np.int64)
+        room = limit - np.array([len(ascii_json(record)) for record in records], np.int64)
         scale = panels.largest[features.start : features.stop]
         for record, pool in zip(records, fill_maps(maps, folder, stream, examples, scale, room), strict=True):
             record["pool"] = int(pool)
         for first in range(0, len(records), SHARD):
-            yield [_json(record) for record in records[first : first + SHARD]]
+            yield [ascii_json(record) for record in records[first : first + SHARD]]
 
 
 class Examples(NamedTuple):
@@ -206,10 +206,6 @@ def _described(
 def _rounded(number: float | np.floating[Any]) -> float | None:
     """Four digits, as many as the page shows; None where it is not finite."""
     return float(f"{number:.4g}") if np.isfinite(number) else None
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 # ---- Maps of examples as the pages hold them: a byte per token, short where a feature is sparse.
