@@ -39,7 +39,7 @@ from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Site, Stream
-from flux_ir.visualize.feature_sheet import Example, draw_feature_sheet
+from flux_ir.visualize.feature_sheet import SheetPicture, draw_feature_sheet
 from flux_ir.visualize.heatmap import OPACITY
 
 DECODER = "decoder.safetensors"
@@ -420,7 +420,7 @@ def _active(part: ScorePart) -> Active:
     return Active(len(part.images), images, features)
 
 
-def _panels(path: Path | None) -> list[Example]:
+def _panels(path: Path | None) -> list[SheetPicture]:
     """What a feature draws, as cells of the sheet: one panel, or two beside each other."""
     if path is None:
         return []
@@ -430,7 +430,7 @@ def _panels(path: Path | None) -> list[Example]:
     words = ["its icon"] if width < 2 * height * 0.99 else ["its direction read out", "its icon"]
     side = width // len(words)
     boxes = [(number * side, 0, (number + 1) * side, height) for number in range(len(words))]
-    return [Example(whole.crop(box), None, word, "") for box, word in zip(boxes, words, strict=True)]
+    return [SheetPicture(whole.crop(box), None, word, "") for box, word in zip(boxes, words, strict=True)]
 
 
 def _kept(settings: DrawSettings) -> dict[str, Any]:

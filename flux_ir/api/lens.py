@@ -24,7 +24,7 @@ from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
-from flux_ir.visualize.sheet import MOST_COLUMNS, Column, Row, draw_sheet
+from flux_ir.visualize.sheet import MOST_COLUMNS, SheetColumn, SheetRow, draw_sheet
 
 LensWord = Literal["euler", "x0", "both"]
 LENSES: dict[LensWord, tuple[Lens, ...]] = {"euler": ("euler",), "x0": ("x0",), "both": ("euler", "x0")}
@@ -222,9 +222,11 @@ def draw_contact_sheet(folder: RunFolder, capture: Capture, lens: Lens) -> None:
     """Steps across, blocks down, titled with what was drawn by what."""
     facts, every = capture.metadata, math.ceil(len(capture.steps) / MOST_COLUMNS)
     steps = capture.steps[::every]
-    columns = [Column(f"step {step}, t {capture.context(step).t_curr:.2f}", str(step)) for step in steps]
+    columns = [SheetColumn(f"step {step}, t {capture.context(step).t_curr:.2f}", str(step)) for step in steps]
     rows = [
-        Row(f"{site.kind} {site.block}", [folder.decoded_image(lens, step, site.kind, site.block) for step in steps])
+        SheetRow(
+            f"{site.kind} {site.block}", [folder.decoded_image(lens, step, site.kind, site.block) for step in steps]
+        )
         for site in readable_sites(capture)
     ]
     reading = "the state each block would go to" if lens == "euler" else "the image each block believes in"

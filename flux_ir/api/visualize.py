@@ -33,7 +33,7 @@ LONGEST_STEPS_IN_NAME = 60
 READINGS = {"euler": "the state each block would go to (euler)", "x0": "the image each block believes in (x0)"}
 
 
-class Subject(NamedTuple):
+class ShownRuns(NamedTuple):
     """What is shown: one run, or two side by side, each with its metadata."""
 
     folders: list[RunFolder]
@@ -146,22 +146,22 @@ def draw(settings: VisualizationSettings, progress: Watch = unwatched) -> Visual
             f"a GIF shows at most {MOST_GIF_FPS} pictures per second: got --fps {settings.fps}",
             hint="viewers slow down faster ones; use --output_format mp4",
         )
-    subject = find_subject(settings)
-    target = subject.folders[0].path / file_name(settings, subject.folders)
-    nothing = Visualization(subject.folders[0].generation_id, {}, 0, (0, 0), 0.0, {})
+    runs = find_shown_runs(settings)
+    target = runs.folders[0].path / file_name(settings, runs.folders)
+    nothing = Visualization(runs.folders[0].generation_id, {}, 0, (0, 0), 0.0, {})
     if settings.output_format == "html":
         with phase(progress, "page"):
-            ids = [folder.generation_id for folder in subject.folders]
+            ids = [folder.generation_id for folder in runs.folders]
             return nothing._replace(files={"page": write_explorer(settings.output_dir, ids, target)})
     reader = PictureReader(skip_broken=settings.skip_broken)
-    frames = find_frames(settings, subject, progress)
+    frames = find_frames(settings, runs, progress)
     if target.exists():
         progress(Note(f"note: {target} is replaced"))
     draw_as = draw_pages if settings.output_format == "png" else draw_film
-    return draw_as(nothing, settings, subject, frames, reader, target, progress)._replace(left_out=reader.left_out)
+    return draw_as(nothing, settings, runs, frames, reader, target, progress)._replace(left_out=reader.left_out)
 
 
-def find_subject(settings: VisualizationSettings) -> Subject:
+def find_shown_runs(settings: VisualizationSettings) -> ShownRuns:
     """The runs to show. Raises FluxIRError if one does not exist, or if a run is compared with itself."""
     names = [settings.generation_id] + ([] if settings.compare is None else [settings.compare])
     folders = [find_run(settings.output_dir, name) for name in names]
@@ -169,19 +169,19 @@ def find_subject(settings: VisualizationSettings) -> Subject:
         raise FluxIRError(
             f"--compare must be another generation: both are {folders[0].generation_id}", hint="leave --compare out"
         )
-    return Subject(folders, [run_facts(folder) for folder in folders])
+    return ShownRuns(folders, [run_facts(folder) for folder in folders])
 
 
-def find_frames(settings: VisualizationSettings, subject: Subject, progress: Watch) -> list[Frame]:
+def find_frames(settings: VisualizationSettings, runs: ShownRuns, progress: Watch) -> list[Frame]:
     """The frames in the order to show them: of two runs, the cells that both have."""
-    cells = [find_cells(folder, settings.lens) for folder in subject.folders]
+    cells = [find_cells(folder, settings.lens) for folder in runs.folders]
     common = sorted(set.intersection(*map(set, cells)))
     if not common:
         raise FluxIRError("the two generations must have a block and a step in common: they have none")
     if alone := len(set.union(*map(set, cells))) - len(common):
         progress(Note(f"note: {alone} pictures of blocks and steps that only one of the two has are not shown"))
     choice = Choice(settings.block_type, settings.max_blocks, settings.steps, settings.order)
-    return make_frames(subject.folders, settings.lens, choose_cells(common, choice))
+    return make_frames(runs.folders, settings.lens, choose_cells(common, choice))
 
 
 def file_name(settings: VisualizationSettings, folders: Sequence[RunFolder]) -> str:
@@ -205,14 +205,14 @@ def file_name(settings: VisualizationSettings, folders: Sequence[RunFolder]) -> 
 def draw_film(
     begun: Visualization,
     settings: VisualizationSettings,
-    subject: Subject,
+    runs: ShownRuns,
     frames: Sequence[Frame],
     reader: PictureReader,
     target: Path,
     progress: Watch,
 ) -> Visualization:
     """Write the film."""
-    labels = names_of(subject) if len(subject.folders) > 1 else []
+    labels = names_of(runs) if len(runs.folders) > 1 else []
     film = Film(frames, reader, font_size=settings.font_size, labels=labels)
     if settings.output_format == "gif":
         thumbnails = film.thumbnails(thumbnail_side(len(film) * len(film.panels)))
@@ -228,19 +228,19 @@ def draw_film(
 def draw_pages(
     begun: Visualization,
     settings: VisualizationSettings,
-    subject: Subject,
+    runs: ShownRuns,
     frames: Sequence[Frame],
     reader: PictureReader,
     target: Path,
     progress: Watch,
 ) -> Visualization:
     """Write the contact sheet, in pages if it is large."""
-    letters = [f"{letter}: " for letter in "AB"] if len(subject.folders) > 1 else [""]
-    prompts = [str(facts.get("prompt", "")) for facts in subject.facts]
+    letters = [f"{letter}: " for letter in "AB"] if len(runs.folders) > 1 else [""]
+    prompts = [str(facts.get("prompt", "")) for facts in runs.facts]
     titles = prompts[:1] if len(set(prompts)) == 1 else map("".join, zip(letters, prompts, strict=True))
     makers = [
         f"{letter}{facts.get('model', 'model unknown')}, seed {facts.get('seed', 'unknown')}, {folder.generation_id}"
-        for letter, facts, folder in zip(letters, subject.facts, subject.folders, strict=True)
+        for letter, facts, folder in zip(letters, runs.facts, runs.folders, strict=True)
     ]
     subtitle = f"{'; '.join(makers)}; {READINGS[settings.lens]}"
     written: dict[str, Path] = {}
@@ -250,13 +250,11 @@ def draw_pages(
     return begun._replace(files=written)
 
 
-def names_of(subject: Subject) -> list[str]:
+def names_of(runs: ShownRuns) -> list[str]:
     """What to call runs that stand side by side: by model, seed and prompt where they differ, else by their id."""
     names = []
-    for folder, facts in zip(subject.folders, subject.facts, strict=True):
-        telling = [
-            key for key in ("model", "seed", "prompt") if len({str(other.get(key)) for other in subject.facts}) > 1
-        ]
+    for folder, facts in zip(runs.folders, runs.facts, strict=True):
+        telling = [key for key in ("model", "seed", "prompt") if len({str(other.get(key)) for other in runs.facts}) > 1]
         words = [f"seed {facts[key]}" if key == "seed" else str(facts[key]) for key in telling if key in facts]
         names.append(", ".join(words) or folder.generation_id)
     return names

@@ -37,7 +37,7 @@ Pictures = Mapping[tuple[Block, int], Path]  # by block and step
 
 
 @dataclass(frozen=True)
-class Run:
+class PageRun:
     """One generation as the page shows it: blocks in depth order, steps, and a picture for most of their pairs."""
 
     folder: RunFolder
@@ -76,7 +76,7 @@ def decoded_runs(output_dir: Path) -> list[str]:
     return [run.generation_id for run in sorted(decoded, key=lambda run: (run.find_metadata().name, run.generation_id))]
 
 
-def read_run(output_dir: Path, generation_id: str) -> Run:
+def read_run(output_dir: Path, generation_id: str) -> PageRun:
     """One run from its folder. Raises FluxIRError where there is no such run, no picture in it, or a broken file."""
     folder = RunFolder(output_dir, generation_id)
     metadata = read_json(folder.find_metadata(), hint=_MAKE_AGAIN)
@@ -87,7 +87,7 @@ def read_run(output_dir: Path, generation_id: str) -> Run:
             hint=f"flux-ir lens --generation_id {generation_id} --lens both makes them",
         )
     cells = {cell for found in pictures.values() for cell in found}
-    return Run(
+    return PageRun(
         folder=folder,
         facts={name: metadata.get(name) for name in FACTS},
         prompt=str(metadata.get("prompt", "")),
@@ -99,7 +99,7 @@ def read_run(output_dir: Path, generation_id: str) -> Run:
     )
 
 
-def run_entry(run: Run) -> dict[str, Any]:
+def run_entry(run: PageRun) -> dict[str, Any]:
     """What the page's JSON says of a run, all but the addresses of its pictures (`lenses`, `picture`)."""
     numbers = {
         name: [[run.numbers.get((block, step), {}).get(name) for step in run.steps] for block in run.blocks]

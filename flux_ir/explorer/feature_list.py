@@ -20,7 +20,7 @@ CHUNK = 4096  # features whose prompts' words are counted at once
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 
-class Column(NamedTuple):
+class ListColumn(NamedTuple):
     """A number that every feature has. NaN where it is not known."""
 
     name: str
@@ -67,24 +67,24 @@ SORT = ("coherence", "max_active")
 """What the list is sorted by first: the first of these that is known."""
 
 
-def columns_of(table: FeatureTable, steps: Sequence[int], later: Mapping[str, NDArray[Any]]) -> list[Column]:
+def columns_of(table: FeatureTable, steps: Sequence[int], later: Mapping[str, NDArray[Any]]) -> list[ListColumn]:
     """All numbers of the features of one stream: those of the table, and what later stages found, by name."""
     found = [
-        Column(name, title, unit, about, np.asarray(getattr(table, name), np.float32))
+        ListColumn(name, title, unit, about, np.asarray(getattr(table, name), np.float32))
         for name, title, unit, about in _TABLE
         if np.isfinite(getattr(table, name)).any()
     ]
     if len(steps) > 1:
         strongest = np.asarray(steps, np.float32)[np.argmax(table.step_mean, axis=1)]
         about = "The step at which it is strongest."
-        found.append(Column("peak_step", "step", "step", about, np.where(table.count > 0, strongest, np.nan)))
+        found.append(ListColumn("peak_step", "step", "step", about, np.where(table.count > 0, strongest, np.nan)))
     for name, values in later.items():
         title, unit, about = _LATER.get(name, (name.replace("_", " "), "number", "A later stage's number."))
-        found.append(Column(name, title, unit, about, np.asarray(values, np.float32)))
+        found.append(ListColumn(name, title, unit, about, np.asarray(values, np.float32)))
     return found
 
 
-def columns_text(columns: Sequence[Column]) -> str:
+def columns_text(columns: Sequence[ListColumn]) -> str:
     """All columns one after the other, float32 little endian, in base64."""
     return _base64(np.concatenate([column.values for column in columns]).astype("<f4"))
 

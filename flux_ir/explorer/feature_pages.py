@@ -96,7 +96,7 @@ class Shown(NamedTuple):
 
     groups: Sequence[Group]
     panels: Panels
-    columns: Sequence[feature_list.Column]
+    columns: Sequence[feature_list.ListColumn]
 
 
 def write_pages(folder: FeatureFolder, settings: PagesSettings) -> Iterator[Written]:

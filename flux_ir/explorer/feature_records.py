@@ -89,7 +89,7 @@ def shard_records(
             yield [ascii_json(record) for record in records[first : first + SHARD]]
 
 
-class Examples(NamedTuple):
+class RecordExamples(NamedTuple):
     """Examples of several features, [n] each, in the order of the records: by feature, then by group."""
 
     owner: NDArray[np.int64]
@@ -103,7 +103,7 @@ class Examples(NamedTuple):
     has_map: NDArray[np.bool_]
 
 
-def flattened(groups: Sequence[Group], features: range) -> Examples:
+def flattened(groups: Sequence[Group], features: range) -> RecordExamples:
     """The examples of some features, the absent ones left out."""
     rows = slice(features.start, features.stop)
     image = np.concatenate([group.image[rows] for group in groups], axis=1)
@@ -115,14 +115,14 @@ def flattened(groups: Sequence[Group], features: range) -> Examples:
     )
     has_map = np.array([group.kind != "silent" for group in groups], np.bool_)[group]
     chosen = image[owner, place].astype(np.int64)
-    return Examples(owner, group, owner + features.start, chosen, value, token, step, has_map)
+    return RecordExamples(owner, group, owner + features.start, chosen, value, token, step, has_map)
 
 
 def fill_maps(
     maps: Sequence[list[str]],
     folder: FeatureFolder,
     stream: Stream,
-    examples: Examples,
+    examples: RecordExamples,
     scale: NDArray[np.floating[Any]],
     room: NDArray[np.int64],
 ) -> NDArray[np.int64]:
@@ -181,7 +181,7 @@ def _panels_of(panels: Panels, feature: int) -> dict[str, Any]:
 def _described(
     groups: Sequence[Group],
     feature: int,
-    examples: Examples,
+    examples: RecordExamples,
     place: int,
     maps: Sequence[list[str]],
 ) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from PIL import Image, UnidentifiedImageError
 
 from flux_ir.errors import FluxIRError
-from flux_ir.explorer.data import Block, Run, read_run, run_entry
+from flux_ir.explorer.data import Block, PageRun, read_run, run_entry
 from flux_ir.explorer.document import filled, joined, policy, safe_json
 from flux_ir.files import complete_file, versions
 from flux_ir.layout import DECODED_NAME, Lens
@@ -47,17 +47,17 @@ def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path
     return target
 
 
-def _entry(run: Run, links: "Links") -> dict[str, Any]:
-    plan = plan_sheet(*picture_size(run), len(run.blocks), len(run.steps))
+def _entry(run: PageRun, links: "Links") -> dict[str, Any]:
+    layout = lay_out_tiles(*picture_size(run), len(run.blocks), len(run.steps))
     lenses = {
         lens: {
             "pictures": links.pictures(run, lens),
             "missing": run.missing(lens),
-            "bands": [links.band(run, lens, index, jpeg) for index, jpeg in enumerate(draw_bands(run, lens, plan))],
+            "bands": [links.band(run, lens, index, jpeg) for index, jpeg in enumerate(draw_bands(run, lens, layout))],
         }
         for lens in run.pictures
     }
-    return run_entry(run) | {"picture": links.picture(run), "lenses": lenses, "tiles": plan._asdict()}
+    return run_entry(run) | {"picture": links.picture(run), "lenses": lenses, "tiles": layout._asdict()}
 
 
 def _page(data: dict[str, Any], links: "Links") -> Iterator[str]:
@@ -89,16 +89,16 @@ class Beside:
         self.files = target.with_name(f"{target.stem}_files")
         self.written: set[Path] = set()
 
-    def picture(self, run: Run) -> str | None:
+    def picture(self, run: PageRun) -> str | None:
         """The address of the finished picture, if it is still there."""
         path = run.folder.image()
         return self._url(path) if path.exists() else None
 
-    def pictures(self, run: Run, lens: Lens) -> str:
+    def pictures(self, run: PageRun, lens: Lens) -> str:
         """A pattern for the addresses of all decoded pictures."""
         return f"{self._url(run.folder.decoded(lens))}/{DECODED_NAME}"
 
-    def band(self, run: Run, lens: Lens, index: int, jpeg: bytes) -> str:
+    def band(self, run: PageRun, lens: Lens, index: int, jpeg: bytes) -> str:
         """Store one band of thumbnails, and give its address."""
         path = self.files / f"{run.folder.generation_id}_{lens}_{index}.jpg"
         with complete_file(path) as beside:
@@ -129,17 +129,17 @@ class Inside:
 
     def __init__(self) -> None:
         self.early: list[tuple[str, bytes]] = []
-        self.late: list[tuple[Run, Lens]] = []
+        self.late: list[tuple[PageRun, Lens]] = []
 
-    def picture(self, run: Run) -> str | None:
+    def picture(self, run: PageRun) -> str | None:
         path = run.folder.image()
         return self._early(run.folder.generation_id, path.read_bytes()) if path.exists() else None
 
-    def pictures(self, run: Run, lens: Lens) -> str:
+    def pictures(self, run: PageRun, lens: Lens) -> str:
         self.late.append((run, lens))
         return f"#{run.folder.generation_id}_{lens}_step_{{step}}_{CELL}"
 
-    def band(self, run: Run, lens: Lens, index: int, jpeg: bytes) -> str:
+    def band(self, run: PageRun, lens: Lens, index: int, jpeg: bytes) -> str:
         return self._early(f"{run.folder.generation_id}_{lens}_{index}", jpeg)
 
     def first(self) -> Iterator[str]:
@@ -179,7 +179,7 @@ QUALITY = 82
 NOTHING = (128, 128, 128)
 
 
-class Plan(NamedTuple):
+class TileLayout(NamedTuple):
     """How the thumbnails of a run lie: tile size [px], and how many rows a band has (the last may have fewer)."""
 
     tile_width_px: int
@@ -187,17 +187,17 @@ class Plan(NamedTuple):
     rows_per_band: int
 
 
-def plan_sheet(width_px: int, height_px: int, rows: int, columns: int) -> Plan:
+def lay_out_tiles(width_px: int, height_px: int, rows: int, columns: int) -> TileLayout:
     """The largest tiles, in the shape of the pictures, of which this many fit; never larger than the pictures."""
     longest_px = min(max(width_px, height_px), MOST_TILE_PX, isqrt(SHEET_PIXELS // (rows * columns)))
     scale = longest_px / max(width_px, height_px)
     tile_width_px, tile_height_px = max(1, round(width_px * scale)), max(1, round(height_px * scale))
     most_rows = max(1, BAND_PIXELS // (tile_width_px * tile_height_px * columns))
     bands = ceil(rows / most_rows)
-    return Plan(tile_width_px, tile_height_px, ceil(rows / bands))
+    return TileLayout(tile_width_px, tile_height_px, ceil(rows / bands))
 
 
-def picture_size(run: Run) -> tuple[int, int]:
+def picture_size(run: PageRun) -> tuple[int, int]:
     """Width and height [px] of the run's decoded pictures, by the first of them."""
     pictures = next(iter(run.pictures.values()))
     path = pictures[min(pictures)]
@@ -208,14 +208,14 @@ def picture_size(run: Run) -> tuple[int, int]:
         raise _broken(path, error) from error
 
 
-def draw_bands(run: Run, lens: Lens, plan: Plan) -> Iterator[bytes]:
+def draw_bands(run: PageRun, lens: Lens, layout: TileLayout) -> Iterator[bytes]:
     """The bands of one lens from top to bottom, as JPEG. Raises FluxIRError naming a picture that cannot be read."""
-    for start in range(0, len(run.blocks), plan.rows_per_band):
-        yield _draw_band(run, lens, plan, run.blocks[start : start + plan.rows_per_band])
+    for start in range(0, len(run.blocks), layout.rows_per_band):
+        yield _draw_band(run, lens, layout, run.blocks[start : start + layout.rows_per_band])
 
 
-def _draw_band(run: Run, lens: Lens, plan: Plan, blocks: Sequence[Block]) -> bytes:
-    size = (plan.tile_width_px, plan.tile_height_px)
+def _draw_band(run: PageRun, lens: Lens, layout: TileLayout, blocks: Sequence[Block]) -> bytes:
+    size = (layout.tile_width_px, layout.tile_height_px)
     places = [
         (path, (column * size[0], row * size[1]))
         for row, block in enumerate(blocks)

@@ -15,7 +15,7 @@ from flux_ir.features.embeddings import open_picture
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.selection import Selection
 from flux_ir.sites import Stream
-from flux_ir.visualize.feature_sheet import Example, FeatureLine, number_lines
+from flux_ir.visualize.feature_sheet import FeatureLine, SheetPicture, number_lines
 from flux_ir.visualize.heatmap import OPACITY, overlay, scale_top
 
 
@@ -64,7 +64,7 @@ def sheet_line(
     label: str = "",
     selection: Selection | None = None,
     images: Sequence[int] | None = None,
-    more: Sequence[Example] = (),
+    more: Sequence[SheetPicture] = (),
 ) -> FeatureLine:
     """The line of a feature on a contact sheet: its numbers, and so many of its strongest images, or these `images`.
 
@@ -77,8 +77,8 @@ def sheet_line(
     for image in chosen[:examples]:
         values = values_of(folder, feature, image)
         value = strength.get(image, float(values.max()))
-        cells.append(Example(open_picture(folder, image), values, f"{value:.3g}", folder.images[image].prompt))
-    cells += [Example(None, None, "", "")] * (examples - len(cells))
+        cells.append(SheetPicture(open_picture(folder, image), values, f"{value:.3g}", folder.images[image].prompt))
+    cells += [SheetPicture(None, None, "", "")] * (examples - len(cells))
     numbers = feature_numbers(folder, feature, selection)
     top = scale_of(folder, feature, percentile)
     return FeatureLine(f"feature {feature}", label, numbers, top, [*cells, *more])

@@ -24,7 +24,7 @@ MOST_LINES = 200
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-class Example(NamedTuple):
+class SheetPicture(NamedTuple):
     """One picture of a feature."""
 
     picture: Image.Image | None
@@ -47,7 +47,7 @@ class FeatureLine(NamedTuple):
     """What is known of it, a line each."""
     top: float | None
     """The value with the strongest colour in all its pictures; None: no maps, so no legend."""
-    examples: Sequence[Example]
+    examples: Sequence[SheetPicture]
 
 
 def draw_feature_sheet(
@@ -138,7 +138,7 @@ def _draw_panel(page: Image.Image, pen: ImageDraw.ImageDraw, line: FeatureLine, 
 def _draw_example(
     page: Image.Image,
     pen: ImageDraw.ImageDraw,
-    example: Example,
+    example: SheetPicture,
     top: float | None,
     corner: tuple[int, int],
     cell: tuple[int, int],

@@ -18,7 +18,7 @@ GAP_PX = 8  # between pictures side by side
 GAP_COLOUR = (24, 24, 28)
 
 
-class Panel(NamedTuple):
+class FilmPanel(NamedTuple):
     """Where one generation's pictures stand in the frame, and the size that their files have [px]."""
 
     natural_px: tuple[int, int]
@@ -112,14 +112,14 @@ class Film:
 
 def _arrange(
     natural_sizes: Sequence[tuple[int, int]], captions: Sequence[Sequence[str]], font_size: int
-) -> list[Panel]:
+) -> list[FilmPanel]:
     """Side by side and equally high, all enlarged by the same factor if their captions could not be read else."""
     height = max(height for _, height in natural_sizes)
     widths = [round(width * height / own_height) for width, own_height in natural_sizes]
     factor = enlargement(captions, widths[0], height, font_size)
     panels, left = [], 0
     for natural_px, width in zip(natural_sizes, widths, strict=True):
-        panels.append(Panel(natural_px, (left, 0, left + width * factor, height * factor)))
+        panels.append(FilmPanel(natural_px, (left, 0, left + width * factor, height * factor)))
         left += width * factor + GAP_PX
     return panels
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from flux_ir.errors import FluxIRError
 from flux_ir.visualize.frames import Frame
 from flux_ir.visualize.pictures import PictureReader
-from flux_ir.visualize.sheet import MOST_CELL_PX, Column, Row, draw_sheet
+from flux_ir.visualize.sheet import MOST_CELL_PX, SheetColumn, SheetRow, draw_sheet
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def write_pages(
     for page in _paginate(frames, width, height):
         pictures = [[grid[step, block] for step in page.steps] for block in page.blocks]
         rows = [
-            Row(block, [path if reader.read(path, draft_px=8) else None for cell in line for path in cell])
+            SheetRow(block, [path if reader.read(path, draft_px=8) else None for cell in line for path in cell])
             for block, line in zip(page.blocks, pictures, strict=True)
         ]
         if not any(picture for row in rows for picture in row.pictures):
@@ -85,8 +85,8 @@ def _even_parts(items: Sequence[T], most: int) -> list[list[T]]:
     return [list(items[start:end]) for start, end in pairwise(ends)]
 
 
-def _columns(steps: Sequence[int], *, generations: int) -> list[Column]:
+def _columns(steps: Sequence[int], *, generations: int) -> list[SheetColumn]:
     letters = "ABCDEFGH"[:generations] if generations > 1 else ""
     if not letters:
-        return [Column(f"step {step}", str(step)) for step in steps]
-    return [Column(f"step {step} {letter}", f"{step}{letter}") for step in steps for letter in letters]
+        return [SheetColumn(f"step {step}", str(step)) for step in steps]
+    return [SheetColumn(f"step {step} {letter}", f"{step}{letter}") for step in steps for letter in letters]

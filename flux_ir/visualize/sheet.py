@@ -22,14 +22,14 @@ SMALLEST_PRINT_PX = 8  # of column headers over narrow cells
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-class Column(NamedTuple):
+class SheetColumn(NamedTuple):
     """One step: its header, and the short one used where the columns are too narrow for it."""
 
     header: str
     short: str
 
 
-class Row(NamedTuple):
+class SheetRow(NamedTuple):
     """One block: its label and its picture per step (None where there is none)."""
 
     label: str
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 def draw_sheet(
-    title: str, subtitle: str, columns: Sequence[Column], rows: Sequence[Row], path: Path
+    title: str, subtitle: str, columns: Sequence[SheetColumn], rows: Sequence[SheetRow], path: Path
 ) -> tuple[int, int]:
     """Write the sheet to `path`, as PNG if it is named so and else as JPEG, and give its width and height [px].
 
@@ -120,7 +120,7 @@ def _cell_size(natural_width_px: int, natural_height_px: int, columns: int, line
     return width_px, max(1, round(width_px * aspect))
 
 
-def _headers(columns: Sequence[Column], frame: _Frame) -> tuple[list[str], Font]:
+def _headers(columns: Sequence[SheetColumn], frame: _Frame) -> tuple[list[str], Font]:
     """The headers and the largest font in which all of them fit their columns; the short ones if there is none."""
     headers = [column.header for column in columns]
     for size_px in range(frame.text_px, SMALLEST_PRINT_PX - 1, -1):
@@ -140,7 +140,9 @@ def _write_titles(pen: ImageDraw.ImageDraw, frame: _Frame, title: str, subtitle:
     pen.text(below_title, _fitted(line, font, room_px), FAINT, font)
 
 
-def _write_labels(pen: ImageDraw.ImageDraw, frame: _Frame, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+def _write_labels(
+    pen: ImageDraw.ImageDraw, frame: _Frame, columns: Sequence[SheetColumn], rows: Sequence[SheetRow]
+) -> None:
     headers, font = _headers(columns, frame)
     for column, header in enumerate(headers):
         x, _ = frame.corner(column, 0)

@@ -10,8 +10,8 @@ from flux_ir.visualize.feature_sheet import (
     MARGIN_PX,
     PAGE,
     PANEL_PX,
-    Example,
     FeatureLine,
+    SheetPicture,
     draw_feature_sheet,
     number_lines,
 )
@@ -26,7 +26,9 @@ def picture(shade):
 
 
 def line(number, *, examples=3, label="a label", top=4.0):
-    own = [Example(picture(30 * number + column), MAP, f"{column}.5", "a red circle") for column in range(examples)]
+    own = [
+        SheetPicture(picture(30 * number + column), MAP, f"{column}.5", "a red circle") for column in range(examples)
+    ]
     return FeatureLine(f"feature {number}", label, ["largest 4", "coherence 0.5"], top, own)
 
 
@@ -71,7 +73,7 @@ def test_plain_pictures_stand_above_those_with_maps(tmp_path):
 
 def test_pictures_of_other_forms_keep_theirs_in_the_middle_of_the_cell(tmp_path):
     tall = Image.new("RGB", (20, 40), (10, 200, 10))
-    examples = [Example(picture(5), None, "1", ""), Example(tall, None, "2", "")]
+    examples = [SheetPicture(picture(5), None, "1", ""), SheetPicture(tall, None, "2", "")]
     draw_feature_sheet("t", "s", [FeatureLine("f", "", [], None, examples)], tmp_path / "sheet.png", cell_px=CELL)
     page = drawn(tmp_path / "sheet.png")
     found = (page == (10, 200, 10)).all(axis=2)
@@ -83,7 +85,7 @@ def test_pictures_of_other_forms_keep_theirs_in_the_middle_of_the_cell(tmp_path)
 
 def test_what_is_not_known_leaves_its_place_empty(tmp_path):
     """No picture, no map, no scale, no label."""
-    lonely = FeatureLine("feature 7", "", [], None, [Example(None, None, "", "")])
+    lonely = FeatureLine("feature 7", "", [], None, [SheetPicture(None, None, "", "")])
     draw_feature_sheet("t", "s", [lonely, line(1, examples=1)], tmp_path / "sheet.png", cell_px=CELL)
     page = drawn(tmp_path / "sheet.png")
     (corner,) = cells_of(page, np.asarray(overlay(picture(30).resize((96, 64)), MAP, 4.0)))
@@ -93,7 +95,7 @@ def test_what_is_not_known_leaves_its_place_empty(tmp_path):
 
 def test_long_texts_are_cut_where_their_room_ends(tmp_path):
     long = "a very long text that goes on and on " * 9
-    own = [Example(picture(9), MAP, long, long)]
+    own = [SheetPicture(picture(9), MAP, long, long)]
     wide = FeatureLine(long, long, [long], 4.0, own)
     draw_feature_sheet(long, long, [wide], tmp_path / "sheet.png", cell_px=CELL)
     page = drawn(tmp_path / "sheet.png").astype(int)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flux_ir.errors import FluxIRError
-from flux_ir.visualize.sheet import LONGEST_SIDE_PX, MOST_COLUMNS, PAGE, Column, Row, draw_sheet
+from flux_ir.visualize.sheet import LONGEST_SIDE_PX, MOST_COLUMNS, PAGE, SheetColumn, SheetRow, draw_sheet
 
 COLUMNS, LINES = 5, 3
 SIZE = (64, 48)
@@ -21,7 +21,7 @@ def colour(column, line):
 
 
 def headers(count):
-    return [Column(f"step {step}, t 0.50", str(step)) for step in range(count)]
+    return [SheetColumn(f"step {step}, t 0.50", str(step)) for step in range(count)]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def picture(tmp_path):
 def rows(picture):
     """A grid of pictures, each of a colour of its own."""
     return [
-        Row(f"single {line}", [picture(f"{column}.{line}", colour(column, line)) for column in range(COLUMNS)])
+        SheetRow(f"single {line}", [picture(f"{column}.{line}", colour(column, line)) for column in range(COLUMNS)])
         for line in range(LINES)
     ]
 
@@ -108,14 +108,14 @@ def test_a_missing_picture_leaves_a_gap(rows, tmp_path):
 
 def test_large_pictures_shrink_and_small_ones_do_not_grow(picture, tmp_path):
     for side_px, cell_px in ((1024, 192), (200, 192), (16, 16)):
-        rows = [Row("single 0", [picture("p", (255, 0, 0), (side_px, side_px))])]
+        rows = [SheetRow("single 0", [picture("p", (255, 0, 0), (side_px, side_px))])]
         draw_sheet("", "", headers(1), rows, tmp_path / "sheet.jpg")
         left, top, right, bottom = box_of(drawn(tmp_path / "sheet.jpg"), (255, 0, 0))
         assert (right - left, bottom - top) == (cell_px, cell_px)
 
 
 def test_pictures_keep_their_proportions(picture, tmp_path):
-    rows = [Row("single 0", [picture("p", (255, 0, 0), (1536, 512))])]
+    rows = [SheetRow("single 0", [picture("p", (255, 0, 0), (1536, 512))])]
     draw_sheet("", "", headers(1), rows, tmp_path / "sheet.jpg")
     left, top, right, bottom = box_of(drawn(tmp_path / "sheet.jpg"), (255, 0, 0))
     assert (right - left, bottom - top) == (192, 64)
@@ -125,7 +125,7 @@ def test_jpegs_much_larger_than_their_cells_show_the_same(tmp_path):
     halves = Image.new("RGB", (1024, 1024), (255, 0, 0))
     halves.paste((0, 0, 255), (512, 0, 1024, 1024))
     halves.save(tmp_path / "p.jpg", quality=95, subsampling=0)
-    draw_sheet("", "", headers(1), [Row("single 0", [tmp_path / "p.jpg"])], tmp_path / "sheet.jpg")
+    draw_sheet("", "", headers(1), [SheetRow("single 0", [tmp_path / "p.jpg"])], tmp_path / "sheet.jpg")
     page = drawn(tmp_path / "sheet.jpg")
     red, blue = box_of(page, (255, 0, 0)), box_of(page, (0, 0, 255))
     assert red[3] - red[1] == blue[3] - blue[1] == 192
@@ -151,7 +151,7 @@ def test_a_title_that_fits_is_left_as_it_is(rows, tmp_path):
 
 
 def test_one_narrow_column_still_has_room_for_a_title(picture, tmp_path):
-    rows = [Row("single 0", [picture("p", (255, 0, 0), (16, 16))])]
+    rows = [SheetRow("single 0", [picture("p", (255, 0, 0), (16, 16))])]
     width, _ = draw_sheet("a large red circle on white", "flux-tiny", headers(1), rows, tmp_path / "sheet.jpg")
     ends = np.nonzero(inked(drawn(tmp_path / "sheet.jpg"))[:16].any(axis=0))[0].max()
     assert 120 < ends < width - 100
@@ -160,7 +160,7 @@ def test_one_narrow_column_still_has_room_for_a_title(picture, tmp_path):
 @pytest.mark.parametrize(("blocks", "steps", "size"), [(57, 50, (96, 96)), (57, 2, (64, 512)), (3, MOST_COLUMNS, SIZE)])
 def test_the_largest_sheets_stay_readable_by_any_viewer(picture, tmp_path, blocks, steps, size):
     path = picture("p", (255, 0, 0), size)
-    rows = [Row(f"single {block}", [path] * steps) for block in range(blocks)]
+    rows = [SheetRow(f"single {block}", [path] * steps) for block in range(blocks)]
     width, height = draw_sheet("a title", "a subtitle", headers(steps), rows, tmp_path / "sheet.jpg")
     assert max(width, height) <= LONGEST_SIDE_PX
     assert drawn(tmp_path / "sheet.jpg").shape == (height, width, 3)
@@ -168,8 +168,8 @@ def test_the_largest_sheets_stay_readable_by_any_viewer(picture, tmp_path, block
 
 @pytest.mark.parametrize("side_px", [96, 40, 12])
 def test_headers_of_narrow_columns_do_not_run_into_each_other(picture, tmp_path, side_px):
-    rows = [Row("single 0", [picture("p", (255, 0, 0), (side_px, side_px))] * 12)]
-    columns = [Column(f"step {step + 20}, t 0.50", str(step)) for step in range(12)]
+    rows = [SheetRow("single 0", [picture("p", (255, 0, 0), (side_px, side_px))] * 12)]
+    columns = [SheetColumn(f"step {step + 20}, t 0.50", str(step)) for step in range(12)]
     draw_sheet("", "", columns, rows, tmp_path / "sheet.jpg")
     page = drawn(tmp_path / "sheet.jpg")
     red = np.abs(page - (255, 0, 0)).max(axis=2) < 30
@@ -183,11 +183,11 @@ def test_headers_of_narrow_columns_do_not_run_into_each_other(picture, tmp_path,
 
 
 def test_nothing_to_show_is_refused(picture, tmp_path):
-    empty = [Row("single 0", [None, None])]
-    for columns, rows in ((headers(2), empty), (headers(2), []), ([], [Row("single 0", [])])):
+    empty = [SheetRow("single 0", [None, None])]
+    for columns, rows in ((headers(2), empty), (headers(2), []), ([], [SheetRow("single 0", [])])):
         with pytest.raises(FluxIRError, match="at least one picture"):
             draw_sheet("", "", columns, rows, tmp_path / "sheet.jpg")
-    many = [Row("single 0", [picture("p", (255, 0, 0))] * (MOST_COLUMNS + 1))]
+    many = [SheetRow("single 0", [picture("p", (255, 0, 0))] * (MOST_COLUMNS + 1))]
     with pytest.raises(FluxIRError, match=f"at most {MOST_COLUMNS} columns: got {MOST_COLUMNS + 1}"):
         draw_sheet("", "", headers(MOST_COLUMNS + 1), many, tmp_path / "sheet.jpg")
     assert not list(tmp_path.glob("sheet*"))
@@ -207,7 +207,7 @@ def test_the_same_pictures_give_the_same_bytes(rows, tmp_path):
 
 
 def test_a_subtitle_that_is_a_little_too_long_is_drawn_smaller_and_whole(picture, tmp_path):
-    rows = [Row("double 0", [picture(str(step), (255, 0, 0), (128, 128)) for step in range(4)])]
+    rows = [SheetRow("double 0", [picture(str(step), (255, 0, 0), (128, 128)) for step in range(4)])]
     for lens in ("euler", "eulex"):
         subtitle = f"flux-tiny, seed 2014090147: the state each block would go to ({lens})"
         draw_sheet("a red circle", subtitle, headers(4), rows, tmp_path / f"{lens}.png")
