@@ -20,7 +20,7 @@ _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
 def ascii_json(value: Any) -> str:
-    """JSON in ASCII, which is also a JavaScript expression: the two line separators that were not are escaped."""
+    """JSON in ASCII. It is also a JavaScript expression: the line separators that old engines refuse are escaped."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 

@@ -123,7 +123,7 @@ def write_pages(folder: FeatureFolder, settings: PagesSettings) -> Iterator[Writ
     for stream, shown in streams.items():
         _write_list(folder, pages, stream, shown, pictured if settings.pictures else None)
         yield from _write_records(folder, pages, stream, shown)
-    _write_index(folder, pages, streams, settings)
+    _write_index(folder, pages, streams, settings)  # last: a page that opens finds all its files
 
 
 def page_digest() -> str:

@@ -139,6 +139,8 @@ def fill_maps(
     entries = read_entries(folder, stream, examples.feature[mapped], examples.image[mapped])
     entries = entries._replace(example=mapped[entries.example])
     pools, waiting = np.ones(len(room), np.int64), np.ones(len(room), np.bool_)
+    # All features try each fineness together, since sums over arrays are quicker than a loop over features; those whose
+    # maps fit are done, and only the others are made coarser.
     for number, (every_step, pool) in enumerate(FINENESS):
         here = waiting[examples.owner]
         kept = quantised(entries.of(here, None if every_step else own_step), scale[examples.owner], grids, pool)

@@ -43,7 +43,7 @@ def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path
     data = {"schema": SCHEMA, "flux_ir": versions()["flux_ir"], "runs": [_entry(run, links) for run in runs]}
     with complete_file(target) as page, page.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_page(data, links))
-    beside.remove_stale()
+    beside.remove_stale()  # after the page: the one before needs them until it is replaced
     return target
 
 
@@ -234,7 +234,8 @@ def _draw_band(run: PageRun, lens: Lens, layout: TileLayout, blocks: Sequence[Bl
 def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(path) as picture:
-            picture.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG gives halves, quarters and eighths for little
+            # JPEG gives halves, quarters and eighths for little; twice the size, so that LANCZOS mixes pixels.
+            picture.draft("RGB", (2 * size[0], 2 * size[1]))
             return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError) as error:
         raise _broken(path, error) from error

@@ -141,6 +141,8 @@ def _gif_of_one(indexed: Image.Image, delay: int) -> bytes:
 
 def _header_bytes(gif: bytes) -> int:
     """How long everything is that stands before the first frame: size, palette, and that the film loops for ever."""
+    # Pillow writes header and screen (6 + 7 bytes), the palette padded to a power of two, and the loop, in this order;
+    # frames after the first do without, and so share the palette of the first.
     colour_bits = (gif[10] & 0b111) + 1
     return 13 + 3 * 2**colour_bits + len(_LOOP_FOR_EVER)
 

@@ -8,14 +8,14 @@ const KEPT = { records: 24, patches: 12 }; // shards of records, pictures of pat
 
 const loads = new Map(); // name -> {promise, settle}, least recently used first
 
-/** What a script beside the page calls: the value of that name is there. */
+/** What a script beside the page calls: the value of that name is there. On window, where other scripts find it. */
 window.received = (name, value) => loads.get(name)?.settle(value);
 
 /** The value that the script `name`.js holds: a promise, which fails where there is no such file. */
 function load(name) {
   const known = loads.get(name);
   if (known) {
-    loads.delete(name);
+    loads.delete(name); // a Map keeps the order of insertion: put in again, it is the one last used
     loads.set(name, known);
     return known.promise;
   }
@@ -23,7 +23,7 @@ function load(name) {
   entry.promise = new Promise((resolve, reject) => {
     const script = make("script", { src: `${name}.js` });
     entry.settle = (value) => {
-      script.remove();
+      script.remove(); // its text is as large as the value, and would stay with the page
       entry.value = value;
       resolve(value);
     };

@@ -16,7 +16,7 @@ async function showFeature() {
     const facts = await loadImages([
       ...new Set(record.groups.flatMap((group) => group.examples.map(({ image }) => image))),
     ]);
-    if (current.key !== key) return;
+    if (current.key !== key) return; // another feature has been opened meanwhile
     Object.assign(current, { record, facts });
     showExamples(record, facts);
     refreshFeature();
@@ -44,6 +44,7 @@ function showFailure(error) {
   );
 }
 
+/** By the order of the list, neighbours are mostly in other shards of records. */
 function prefetchNeighbours() {
   for (const by of [1, 2, -1]) {
     const feature = neighbour(by);

@@ -1,7 +1,7 @@
 /* Pictures: thumbnails are cut from bands, large pictures are loaded when looked at. */
 "use strict";
 
-const inlined = new Map();
+const inlined = new Map(); // address -> blob URL, never revoked: frames and backgrounds may name it at any time
 
 /** The URL behind an address of the data: itself, or a blob of the element it names (null if that is not there yet). */
 function urlOf(address) {
@@ -75,6 +75,7 @@ async function showLarge(frame, key, shot, layers) {
   if (urls.includes(null)) return; // inside the page, and not yet read
   const images = urls.map((url, index) => make("img", { src: url, alt: index ? "" : describe(shot, layers) }));
   try {
+    // Decoded before they are put in: the thumbnail stays until then, and of a difference both parts come at once.
     await Promise.all(images.map((image) => image.decode()));
   } catch {
     if (frame.dataset.shot === key) say(`The picture of ${placeOf(shot)} could not be loaded`);
