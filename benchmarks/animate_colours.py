@@ -73,9 +73,9 @@ def compare(name: str, frames: list[Frame], folder: Path) -> None:
             write_with_ffmpeg(film, target, FFMPEG[way])
         seconds = time.perf_counter() - start
         seen, error, plain, unsteady = judge(film, target)
-        size = f"{target.stat().st_size / 1e6:.1f} MB"
+        numbers = (f"{target.stat().st_size / 1e6:.1f} MB", f"{seen:.1f} dB", f"{error:.1f}", f"{plain:.1f} dB")
         print(
-            f"| {way} | {seconds:.1f} | {size} | {seen:.1f} dB | {error:.1f} | {plain:.1f} dB | {unsteady:.1%} |",
+            f"| {way} | {seconds:.1f} | {' | '.join(numbers)} | {100 * unsteady:.1f} % |",
             flush=True,
         )
 

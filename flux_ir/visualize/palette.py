@@ -1,7 +1,8 @@
 """256 colours for a whole film: chosen once, from all of its pictures, so that no colour flickers between frames.
 
 Between the colours of the palette, pixels are mixed in a pattern that stands still (ordered dithering), as strong as
-the palette is coarse: gradients stay smooth, and where the picture does not change, the film does not either.
+the palette is coarse: gradients stay smooth, and where the picture does not change, the film does not either. Error
+diffusion mixes better, but there it flickers (`benchmarks/animate_colours.py`).
 """
 
 import math
