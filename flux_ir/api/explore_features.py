@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flux_ir.api.progress import Note, Progress, Watch, unwatched
 from flux_ir.explorer.feature_pages import PagesSettings, page_digest, write_pages
-from flux_ir.explorer.feature_stages import made_of
+from flux_ir.explorer.feature_stages import stages_digest
 from flux_ir.features.folder import FeatureFolder, open_features
 
 AFTER = ("score", "examples")
@@ -33,7 +33,7 @@ def explore_features(
     folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
     for stage in AFTER:
         folder.check_done(stage)
-    known = {**asdict(settings), "page": page_digest(), "made_of": made_of(folder)}
+    known = {**asdict(settings), "page": page_digest(), "made_of": stages_digest(folder)}
     page = folder.path / "pages" / "index.html"
     if folder.is_done("pages", known, after=AFTER):
         progress(Note(f"the pages in {page.parent} are complete"))

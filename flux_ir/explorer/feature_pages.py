@@ -32,7 +32,7 @@ from flux_ir.explorer.feature_pictures import (
     patches_of,
 )
 from flux_ir.explorer.feature_records import Group, Panels, shard_records
-from flux_ir.explorer.feature_stages import made_of, read_groups, read_later, read_panels, token_strings
+from flux_ir.explorer.feature_stages import read_groups, read_later, read_panels, stages_digest, token_strings
 from flux_ir.features.contents import COMMON, PLACE_R2, RARE, digest_of
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.files import complete_file, read_json, versions, write_json
@@ -61,7 +61,7 @@ SCRIPTS = ("shared.js", *(f"features/{region}.js" for region in REGIONS))
 
 @dataclass(frozen=True)
 class PagesSettings:
-    """What is asked for."""
+    """What `explore_features` is asked to put on the pages."""
 
     pictures: bool = True
     """Show pictures; without them the maps and the prompts stand alone."""
@@ -127,7 +127,7 @@ def write_pages(folder: FeatureFolder, settings: PagesSettings) -> Iterator[Writ
 
 
 def page_digest() -> str:
-    """What stands for the page itself: its template, style sheets and scripts."""
+    """A digest of the page itself: its template, style sheets and scripts."""
     return digest_of([joined([TEMPLATE]), joined(STYLES), joined(SCRIPTS)])
 
 
@@ -167,7 +167,7 @@ def _pictured(folder: FeatureFolder, images: NDArray[np.int64]) -> list[int]:
 
 def _digest(folder: FeatureFolder, settings: PagesSettings) -> str:
     before = [folder.stages[name]["digest"] for name in ("score", "examples")]
-    return digest_of([SCHEMA, folder.settings.digest, before, made_of(folder), asdict(settings)])
+    return digest_of([SCHEMA, folder.settings.digest, before, stages_digest(folder), asdict(settings)])
 
 
 def _begin(target: Path, digest: str, *parts: str) -> None:
@@ -243,7 +243,7 @@ def _write_index(folder: FeatureFolder, pages: Path, streams: Mapping[Stream, Sh
 def _data(
     folder: FeatureFolder, pages: Path, streams: Mapping[Stream, Shown], settings: PagesSettings
 ) -> dict[str, Any]:
-    """What is true of all features."""
+    """The JSON in the page itself: what holds for all features."""
     known = folder.settings
     return {
         "schema": SCHEMA,

@@ -87,7 +87,7 @@ def _thumbnail(path: Path, side_px: int) -> bytes:
 def image_shards(
     folder: FeatureFolder, shown: NDArray[np.bool_], tokens: Sequence[Sequence[str] | None]
 ) -> Iterator[list[list[Any] | None]]:
-    """What is known of 1,024 pictures after the other; None for those that no feature shows.
+    """The facts of all pictures, in lists of 1,024; None for those that no feature shows.
 
     `tokens` are the strings of each prompt's text tokens, None where they are not known.
     """

@@ -71,7 +71,7 @@ class Panels:
 def shard_records(
     folder: FeatureFolder, stream: Stream, groups: Sequence[Group], panels: Panels, *, limit: int = RECORD_BYTES
 ) -> Iterator[list[str]]:
-    """The records of 64 features after the other, each as JSON."""
+    """The records of all features, in lists of 64, each as JSON."""
     for start in range(0, folder.settings.d_sae, BATCH):
         features = range(start, min(start + BATCH, folder.settings.d_sae))
         examples = flattened(groups, features)

@@ -1,4 +1,4 @@
-"""What the stages left in a folder of features, as the pages take it; what is not there yet is None."""
+"""What the stages of a folder of features have found, read for the pages; None where a stage has not been run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -101,8 +101,8 @@ def token_strings(folder: FeatureFolder) -> list[list[str]]:
     return [[tokens.strings[number] for number in row if number != tokens.padding] for row in tokens.ids.tolist()]
 
 
-def made_of(folder: FeatureFolder) -> str:
-    """What stands for all that is read here besides the scores and the examples."""
+def stages_digest(folder: FeatureFolder) -> str:
+    """A digest of all that is read here besides the scores and the examples."""
     files = [folder.path / name for name in (*NUMBERS, WORDS_FILE, LABELS_FILE)]
     digests = [sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in files]
     return digest_of(
