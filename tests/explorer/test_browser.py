@@ -86,6 +86,17 @@ def test_hover_shows_the_large_picture_and_its_numbers(make_run, open_page, colo
     assert here(page) == ("double.0", 0)
 
 
+def test_a_difference_asked_for_twice_while_it_loads_is_subtracted_once(make_run, open_page):
+    make_run(double=2, single=3, steps=(0, 1))
+    page = open_page(address="#block=double.1&step=0&mode=difference")
+    large_picture(page)
+    # As on loading: the frame forgets its shot while the first is still waiting for the pointer to rest.
+    page.evaluate("showAgain(), requestAnimationFrame(() => requestAnimationFrame(showAgain))")
+    page.wait_for_timeout(500)
+    assert page.locator("#shot-a img").count() == 2
+    assert pixel(page.locator("#shot-a")) == pytest.approx((0, 4 * 16, 0), abs=24)
+
+
 def test_arrows_move_the_one_cell_that_has_the_focus(make_run, open_page):
     make_run(double=2, single=3, steps=(0, 1, 2))
     page = open_page()

@@ -81,7 +81,8 @@ async function showLarge(frame, key, shot, layers) {
     if (frame.dataset.shot === key) say(`The picture of ${placeOf(shot)} could not be loaded`);
     return;
   }
-  if (frame.dataset.shot === key) frame.append(...images);
+  // While the page loads a shot may be asked for twice (`showAgain`): a second pair would be subtracted once more.
+  if (frame.dataset.shot === key && !frame.querySelector("img")) frame.append(...images);
 }
 
 function describe(shot, layers) {
