@@ -308,5 +308,5 @@ def test_what_later_stages_found_is_shown_and_pages_follow_it(folder):
 def test_a_file_of_a_stage_that_is_none_is_named(folder):
     folder = add_later_stages(folder)
     (folder.path / "labels.json").write_text("[")
-    with pytest.raises(FluxIRError, match=r"labels\.json cannot be read"):
+    with pytest.raises(FluxIRError, match=r"labels\.json must be JSON"):
         write(folder)
