@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 
+from flux_ir.api.capacity import free_memory
 from flux_ir.api.curve_loggers import check_logger
 from flux_ir.api.progress import Note, Watch, unwatched
-from flux_ir.api.room import free_memory
 from flux_ir.api.training_data import TrainingData, open_data
 from flux_ir.api.training_run import Planned, Trained, TrainingRow, TrainingRun
 from flux_ir.api.training_settings import SPARSE, TrainSAESettings

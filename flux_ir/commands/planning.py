@@ -15,9 +15,9 @@ import torch
 from rich.text import Text
 
 from flux_ir.activations.shards import site_key
+from flux_ir.api.capacity import DiskSpace, check_disk, check_memory, disk_space_at, weights_bytes
 from flux_ir.api.capture import CaptureSettings, describe, planned_file, settle
 from flux_ir.api.collect import CollectArguments, CollectionJob, settle_collection
-from flux_ir.api.room import Room, check_disk, check_memory, room_at, weights_bytes
 from flux_ir.collecting.collection import Collection
 from flux_ir.collecting.collector import latent_content
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embedding_content
@@ -65,9 +65,9 @@ def plan_capture(settings: CaptureSettings, options: Options) -> None:
     _print(report, _size_rows(planned, 1, total))
     pictures = len(image_outputs(job.sites)) * len(planned.kept_steps) if settings.should_decode_intermediates else 0
     pictures *= 2 if settings.lens == "both" else 1
-    room = room_at(str(settings.output_dir))
-    _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_room_rows(room)])
-    check_disk(total, room, flags="--sites or --steps")
+    disk = disk_space_at(str(settings.output_dir))
+    _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_disk_rows(disk)])
+    check_disk(total, disk, flags="--sites or --steps")
     source = locate_model(
         job.spec, settings.checkpoint, settings.ae_checkpoint, text=job.text is None, announce=report.note
     )
@@ -113,11 +113,11 @@ def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report, options: 
     beside += [("embedded prompts", f"{embedded} B", f"{len(set(settings.prompts))} different ones")]
     beside += [("latents", f"{latents} B", f"of {generations}")] if latents else []
     _print(report, [*_size_rows(recipe.plan(), len(work), sizes.shards, what="shards"), *beside])
-    room = room_at(job.output_dir)
-    there = 0 if room.folder is None else bytes_at(Path(job.output_dir).expanduser())
-    _print(report, [*_room_rows(room), *([("already there", in_units(there), job.output_dir)] if there else [])])
+    disk = disk_space_at(job.output_dir)
+    there = 0 if disk.folder is None else bytes_at(Path(job.output_dir).expanduser())
+    _print(report, [*_disk_rows(disk), *([("already there", in_units(there), job.output_dir)] if there else [])])
     needed = sizes.shards + sizes.notes + embedded + latents - there
-    check_disk(needed, room, flags="--sites, --steps, --tokens_per_image or --store_dtype")
+    check_disk(needed, disk, flags="--sites, --steps, --tokens_per_image or --store_dtype")
     _check_weights(suite, report, encoders_go_first=True)
     small = command_line(
         options, plan=False, max_prompts=PACE_PROMPTS, repeats=1, output_dir=f"{job.output_dir.rstrip('/')}_pace"
@@ -243,10 +243,10 @@ def _size_rows(plan: CapturePlan, captures: int, total: int, *, what: str = "cap
     return rows
 
 
-def _room_rows(room: Room) -> Rows:
-    if room.free_bytes is None:
-        return [("free disk", "unknown", f"of {room.where}")]
-    return [("free disk", in_units(room.free_bytes), f"at {room.where}")]
+def _disk_rows(disk: DiskSpace) -> Rows:
+    if disk.free_bytes is None:
+        return [("free disk", "unknown", f"of {disk.where}")]
+    return [("free disk", in_units(disk.free_bytes), f"at {disk.where}")]
 
 
 def _title(report: Report, text: str) -> None:

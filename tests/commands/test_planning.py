@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flux_ir.activations import shards
-from flux_ir.api import room
-from flux_ir.api.room import check_disk, check_memory, room_at
+from flux_ir.api import capacity
+from flux_ir.api.capacity import check_disk, check_memory, disk_space_at
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect
@@ -103,7 +103,7 @@ def test_scales_of_float8_count_for_their_site():
 @pytest.mark.parametrize("command", ["capture", "collect"])
 def test_a_full_disk_is_said_before_the_model_is_loaded(command, tmp_path, capsys, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: free)
     (tmp_path / "prompts.txt").write_text("a red circle")
     words = ["--model", "flux-tiny", "--output_dir", str(tmp_path / "out"), "--plan"]
     if command == "collect":
@@ -117,7 +117,7 @@ def test_a_full_disk_is_said_before_the_model_is_loaded(command, tmp_path, capsy
 
 
 def test_weights_that_are_larger_than_the_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(room, "free_memory", lambda device: {"cpu": 50, "cuda:0": 20}[device])
+    monkeypatch.setattr(capacity, "free_memory", lambda device: {"cpu": 50, "cuda:0": 20}[device])
     on_gpu = Placement(*["cuda:0"] * 5, offload=False, reason="")
     parts = {"t5": 10, "clip": 2, "transformer": 15, "ae_decoder": 1}
     with pytest.raises(FluxIRError, match="the weights take 28 B on cuda:0, and 20 B are free") as raised:
@@ -130,11 +130,11 @@ def test_weights_that_are_larger_than_the_memory_are_refused(monkeypatch):
 
 
 def test_the_room_is_that_of_the_nearest_folder(tmp_path):
-    here = room_at(str(tmp_path / "not" / "yet"))
+    here = disk_space_at(str(tmp_path / "not" / "yet"))
     assert here.folder == tmp_path
     assert here.free_bytes > 0
     check_disk(here.free_bytes // 2, here, flags="--sites")
-    there = room_at("s3://bucket/captures")
+    there = disk_space_at("s3://bucket/captures")
     assert (there.folder, there.free_bytes) == (None, None)
     check_disk(10**18, there, flags="--sites")  # nobody knows
 

@@ -1,4 +1,4 @@
-"""What there is: free disk and memory, and what a model's weights take of it. Raised where something does not fit."""
+"""Whether it fits: the disk and the memory that are free, the memory that a model's weights take, and both checks."""
 
 import re
 import shutil
@@ -15,33 +15,33 @@ from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.placement import Placement
 from flux_ir.models.suite import Suite
 
-# Of a text encoder's checkpoint, what is never loaded: T5's decoder, CLIP's picture half.
+# Parts of a text encoder's checkpoint that are never loaded: T5's decoder, CLIP's picture tower.
 _LEFT_OUT = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
-class Room(NamedTuple):
-    """Where results go. `folder` is the nearest folder that exists, None for a URL; so is `free_bytes`."""
+class DiskSpace(NamedTuple):
+    """The disk that results go to. `folder` is the nearest one that exists; a URL has neither it nor `free_bytes`."""
 
     where: str
     folder: Path | None
     free_bytes: int | None
 
 
-def room_at(where: str) -> Room:
+def disk_space_at(where: str) -> DiskSpace:
     """The disk that `--output_dir` lies on."""
     if "://" in where:
-        return Room(where, None, None)
+        return DiskSpace(where, None, None)
     path = Path(where).expanduser().absolute()
     folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    return Room(where, folder, shutil.disk_usage(folder).free)
+    return DiskSpace(where, folder, shutil.disk_usage(folder).free)
 
 
-def check_disk(needed_bytes: int, room: Room, *, flags: str) -> None:
+def check_disk(needed_bytes: int, disk: DiskSpace, *, flags: str) -> None:
     """Raises FluxIRError if the disk has less. `flags` are those that make it less."""
-    if room.free_bytes is not None and needed_bytes > room.free_bytes:
+    if disk.free_bytes is not None and needed_bytes > disk.free_bytes:
         raise FluxIRError(
-            f"it does not fit: {needed_bytes} bytes ({in_units(needed_bytes)}) are needed, and {room.free_bytes} "
-            f"({in_units(room.free_bytes)}) are free at {room.where}",
+            f"it does not fit: {needed_bytes} bytes ({in_units(needed_bytes)}) are needed, and {disk.free_bytes} "
+            f"({in_units(disk.free_bytes)}) are free at {disk.where}",
             hint=f"keep less with {flags}, free some space, or use another --output_dir",
         )
 
@@ -62,11 +62,11 @@ def weights_bytes(suite: Suite) -> dict[str, int]:
 def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_first: bool = False) -> None:
     """Raises FluxIRError if the weights alone are more than a device has. `encoders_go_first`: freed after use."""
     for device in dict.fromkeys(["cpu", *placement.devices] if placement.offload else placement.devices):
-        here = {part: size for part, size in parts.items() if _is_on(part, device, placement)}
-        text = here.get("t5", 0) + here.get("clip", 0)
-        needed = sum(here.values())
+        on_device = {part: size for part, size in parts.items() if _is_on(part, device, placement)}
+        text = on_device.get("t5", 0) + on_device.get("clip", 0)
+        needed = sum(on_device.values())
         if placement.offload and device != "cpu":
-            needed = max(here.values(), default=0)
+            needed = max(on_device.values(), default=0)
         elif encoders_go_first:
             needed = max(text, needed - text)
         free = free_memory(device)
