@@ -1,41 +1,58 @@
 """Which site and step know what: a linear probe for every label at every site and step, on prompts not fitted on."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flux_ir.activations.blocks import TokenSource
 from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
 from flux_ir.api.progress import Watch, follow, unwatched
-from flux_ir.api.score_concepts import JUDGED, MAX_TOKENS, PARTS, labels_of
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.files import read_json, versions, write_json
+from flux_ir.files import versions, write_json
 from flux_ir.sae.data.filters import choose_sites
 from flux_ir.sae.evaluation.plots import number_grid
-from flux_ir.sites import SiteNames, site_names
+from flux_ir.sites import Site, SiteNames, site_names
 from flux_ir.studies.concepts import LEAST_POSITIVES, answers_as_json, askable
-from flux_ir.studies.label_files import read_labels
+from flux_ir.studies.label_files import LabelFile, read_label_file
+from flux_ir.studies.labelled_tokens import LabelledTokens
 from flux_ir.studies.labels import Labels, Level, check_sources_apart
-from flux_ir.studies.part import Part
 from flux_ir.studies.rows import Bench, Space, number_probes, probes
 
 RESULT = "probes.json"
-_FORMAT = 1
+_FORMAT = 1  # of the kept results: one that is computed in another way has another
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What probes found."""
+    """The result of all probes."""
 
     folder: Path
     result: dict[str, Any]
     """The content of probes.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """What every probe depends on, besides the activations and their labels. Raises FluxIRError for wrong numbers."""
+
+    levels: tuple[Level, ...]
+    held_out: float
+    least_positives: int
+    bootstrap: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        check_words(ProbeSettings, {"levels": self.levels})
+        check_least(vars(self))
+        if not 0 < self.held_out < 1:
+            raise FluxIRError(
+                f"--held_out must be between 0 and 1: got {self.held_out}", hint="pass 0.3 for three tenths"
+            )
 
 
 def probe(
@@ -64,96 +81,156 @@ def probe(
 
     Raises FluxIRError for what a user can mend.
     """
-    known = [levels] if isinstance(levels, str) else list(levels)
-    check_words(probe, {"levels": known})
-    check_least({"least_positives": least_positives, "max_tokens": max_tokens, "bootstrap": bootstrap})
-    if not 0 < held_out < 1:
-        raise FluxIRError(f"--held_out must be between 0 and 1: got {held_out}", hint="pass 0.3 for three tenths")
+    settings = ProbeSettings(
+        levels=(levels,) if isinstance(levels, str) else tuple(levels),
+        held_out=held_out,
+        least_positives=least_positives,
+        bootstrap=bootstrap,
+        max_tokens=max_tokens,
+    )
+    file = None if labels is None else read_label_file(Path(labels))
+    data = _read_data(captures, report, sites, steps, file, Path(output_dir) / JUDGED, settings, progress)
+    described = _described(settings, data, file)
+    found: dict[str, dict[str, Any]] = {}
+    sites_and_steps = [(site, step) for site in data.sites for step in data.steps]
+    for site, step in follow(progress, "probe", sites_and_steps, total=len(sites_and_steps)):
+        fit_on = LabelledTokens(data.sources[0], data.labels[0], site, step)
+        judge_on = LabelledTokens(data.sources[1], data.labels[1], site, step)
+        found.setdefault(str(site), {})[str(step)] = _probed(fit_on, judge_on, settings, described, Path(output_dir))
+    _check_some(found, least_positives)
+    folder = Path(output_dir) / (Path(str(captures)).resolve().name if name is None else name)
+    result = {"settings": described, "sets": _sizes(data.labels), "sites": found, "versions": versions("torch")}
+    write_json(folder / RESULT, result)
+    draw(folder / "probes.png", result)
+    return Probed(folder, result)
+
+
+# ---- The data
+
+
+class _Data(NamedTuple):
+    """The two sets, first the one probes are fitted on and then the one they are judged on; their sites and steps."""
+
+    sources: tuple[TokenSource, TokenSource]
+    labels: tuple[Labels, Labels]
+    has_report: bool
+    """Whether the second is a collection of its own; else it is the held-out prompts of the first."""
+    sites: Sequence[Site | None]
+    steps: Sequence[int]
+
+
+def _read_data(
+    captures: str | Path,
+    report: str | Path | None,
+    sites: SiteNames | None,
+    steps: Sequence[int] | None,
+    file: LabelFile | None,
+    judged_folder: Path,
+    settings: ProbeSettings,
+    progress: Watch,
+) -> _Data:
     source = open_source(captures)
     other = source if report is None else open_source(report)
     if report is not None:
         check_sources_apart((str(captures), source), (str(report), other))
     chosen = choose_sites(source, ["*"] if sites is None else list(site_names(sites)))
     at_steps = _steps(source, other, steps)
-    file = None if labels is None else read_labels(Path(labels))
-    judged = Path(output_dir) / JUDGED
-    first = labels_of(source, "pick", file, judged, max_tokens, chosen[0], progress)
+    max_tokens = settings.max_tokens
+    labels = labels_of(source, "pick", file, judged_folder, max_tokens, chosen[0], progress)
     if report is None:
-        pick, told = _halves(first, held_out)
+        both = _halves(labels, settings.held_out)
     else:
-        pick, told = first, labels_of(other, "report", file, judged, max_tokens, chosen[0], progress)
-    settings = {
-        "format": _FORMAT,
-        "sets": [source.identity, other.identity],
-        "labels": "judged" if file is None else file.digest,
-        "levels": known,
-        "held_out": None if report is not None else held_out,
-        "least_positives": least_positives,
-        "bootstrap": bootstrap,
-        "max_tokens": max_tokens,
-    }
-    places = [(site, step) for site in chosen for step in at_steps]
-    found: dict[str, dict[str, Any]] = {}
-    for site, step in follow(progress, "probe", places, total=len(places)):
-        parts = Part(source, pick, site, step), Part(other, told, site, step)
-        key = settings | {"site": str(parts[0].site), "step": step}
-        if any(part.used is not None for part in parts):
-            key["padding"] = "left out"
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(output_dir) / PARTS / f"probe_step_{step}_{digest}.json"
-        if path.is_file():
-            made = read_json(path, required=("found",))["found"]
-        else:
-            made = _probed(*parts, known, least_positives, bootstrap)
-            write_json(path, {"key": key, "found": made})
-        found.setdefault(str(site), {})[str(step)] = made
-    if not any(made["answers"] or made["numbers"] for of_steps in found.values() for made in of_steps.values()):
-        raise FluxIRError(
-            f"no label has {counted(least_positives, 'positive')} to judge on and half as many to fit on",
-            hint="label more pictures, or lower --least_positives",
-        )
-    folder = Path(output_dir) / (Path(str(captures)).resolve().name if name is None else name)
-    sizes = {
-        side: {"pictures": len(one.images), "prompts": len(set(one.prompts))}
-        for side, one in zip(("pick", "report"), (pick, told), strict=True)
-    }
-    result = {"settings": settings, "sets": sizes, "sites": found, "versions": versions("torch")}
-    write_json(folder / RESULT, result)
-    draw(folder / "probes.png", result)
-    return Probed(folder, result)
-
-
-def _probed(pick: Part, report: Part, levels: Sequence[str], least_positives: int, bootstrap: int) -> dict[str, Any]:
-    asked = [
-        one for one in askable(pick, report, least_positives) if one.negatives == "all" and one.question.level in levels
-    ]
-    bench, space = Bench(pick, report, asked, bootstrap), Space(pick.values(), report.values())
-    answers = answers_as_json(probes(bench, space))
-    numbers = number_probes(bench, space, least_positives)
-    return {"answers": answers, "numbers": [{**one._asdict(), "r_squared": round(one.r_squared, 5)} for one in numbers]}
+        both = labels, labels_of(other, "report", file, judged_folder, max_tokens, chosen[0], progress)
+    return _Data((source, other), both, report is not None, chosen, at_steps)
 
 
 def _steps(source: TokenSource, other: TokenSource, steps: Sequence[int] | None) -> list[int]:
-    there = sorted(set(source.steps) & set(other.steps))
+    both = sorted(set(source.steps) & set(other.steps))
     if steps is None:
-        return there
-    if absent := sorted(set(steps) - set(there)):
+        return both
+    if absent := sorted(set(steps) - set(both)):
         raise FluxIRError(
             f"the steps to probe must have been collected: got {absent[0]}",
-            hint=f"there are {', '.join(map(str, there))}",
+            hint=f"there are {', '.join(map(str, both))}",
         )
     return sorted(set(steps))
 
 
 def _halves(labels: Labels, held_out: float) -> tuple[Labels, Labels]:
-    """What to fit on and what to judge on: whole prompts, drawn by chance."""
+    """The labels to fit on and those to judge on: whole prompts, drawn at random, always with the same seed."""
     groups = labels.groups
     count = int(groups.max()) + 1
     if count < 2:
         raise FluxIRError("probes are judged on prompts they were not fitted on: got one prompt", hint="give --report")
     order = np.random.default_rng(0).permutation(count)
-    told = np.isin(groups, order[: min(count - 1, max(1, round(held_out * count)))])
-    return labels.chosen(~told), labels.chosen(told)
+    is_held_out = np.isin(groups, order[: min(count - 1, max(1, round(held_out * count)))])
+    return labels.chosen(~is_held_out), labels.chosen(is_held_out)
+
+
+# ---- One site and step
+
+
+def _probed(
+    fit_on: LabelledTokens,
+    judge_on: LabelledTokens,
+    settings: ProbeSettings,
+    described: dict[str, Any],
+    output_dir: Path,
+) -> dict[str, Any]:
+    """The probes of all labels at one site and step, from the file of an earlier run if there is one."""
+    key = described | {"site": str(fit_on.site), "step": fit_on.step}
+    if any(tokens.used is not None for tokens in (fit_on, judge_on)):
+        key["padding"] = "left out"  # results of earlier versions, which read it, have keys without this word
+
+    def fit() -> dict[str, Any]:
+        asked = [
+            task
+            for task in askable(fit_on, judge_on, settings.least_positives)
+            if task.negatives == "all" and task.question.level in settings.levels
+        ]
+        bench, space = (
+            Bench(fit_on, judge_on, asked, settings.bootstrap),
+            Space(fit_on.values(), judge_on.values()),
+        )
+        answers = answers_as_json(probes(bench, space))
+        numbers = number_probes(bench, space, settings.least_positives)
+        rounded = [{**one._asdict(), "r_squared": round(one.r_squared, 5)} for one in numbers]
+        return {"answers": answers, "numbers": rounded}
+
+    return kept_result(output_dir, f"probe_step_{fit_on.step}", key, fit)
+
+
+# ---- The report
+
+
+def _described(settings: ProbeSettings, data: _Data, file: LabelFile | None) -> dict[str, Any]:
+    """The settings as probes.json has them: all that a result depends on besides its site and step."""
+    return {
+        "format": _FORMAT,
+        "sets": [source.identity for source in data.sources],
+        "labels": "judged" if file is None else file.digest,
+        "levels": list(settings.levels),
+        "held_out": None if data.has_report else settings.held_out,
+        "least_positives": settings.least_positives,
+        "bootstrap": settings.bootstrap,
+        "max_tokens": settings.max_tokens,
+    }
+
+
+def _check_some(found: dict[str, dict[str, Any]], least_positives: int) -> None:
+    """Raises FluxIRError if no label could be probed anywhere."""
+    if not any(result["answers"] or result["numbers"] for of_steps in found.values() for result in of_steps.values()):
+        raise FluxIRError(
+            f"no label has {counted(least_positives, 'positive')} to judge on and half as many to fit on",
+            hint="label more pictures, or lower --least_positives",
+        )
+
+
+def _sizes(labels: tuple[Labels, Labels]) -> dict[str, dict[str, int]]:
+    return {
+        name: {"pictures": len(one.images), "prompts": len(set(one.prompts))}
+        for name, one in zip(("pick", "report"), labels, strict=True)
+    }
 
 
 def table_of(result: dict[str, Any]) -> tuple[list[str], list[str], list[list[float | None]]]:

@@ -1,17 +1,15 @@
-"""What an autoencoder's features know, where the answer is known: `concepts.json`, a table and a picture.
+"""How well single features tell concepts whose presence is known: `concepts.json`, a table and a picture.
 
 Every row of every step is a file of its own, named by a digest of all it depends on, so that a run that was stopped
 goes on, and rows that do not depend on the autoencoder are made once for all that read one site.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,17 +17,17 @@ from flux_ir.activations.blocks import SampledSource, TokenSource
 from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.evaluate_sae import load_for
+from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.score_features import folder_path
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.files import read_json, versions, write_json
+from flux_ir.files import versions, write_json
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.data.held_out import evaluation_data_of, filters_of
 from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sae.files.formats import weights_file
@@ -43,20 +41,22 @@ from flux_ir.studies.concepts import (
     RowName,
     answers_as_json,
     askable,
-    limited,
     null_as_json,
     questions_as_json,
 )
-from flux_ir.studies.judged import Judged, judge_collection
-from flux_ir.studies.label_files import LabelFile, read_labels
-from flux_ir.studies.labels import Comparison, Labels, Level, Negatives, check_sources_apart, known_answers
-from flux_ir.studies.neurons import has_neurons, neurons_site, run_neurons, stored_neurons
-from flux_ir.studies.part import Part
+from flux_ir.studies.label_files import read_label_file
+from flux_ir.studies.labelled_tokens import (
+    LabelledTokens,
+    has_neurons,
+    neurons_site,
+    run_neurons,
+    stored_neurons,
+)
+from flux_ir.studies.labels import Labels, Level, Negatives, Task, check_sources_apart
 from flux_ir.studies.rows import Bench
 
-RESULT, PARTS, JUDGED = "concepts.json", "parts", "judged"
-MAX_TOKENS = 2**19
-_FORMAT = 1  # of the rows: other numbers for the same question have another
+RESULT = "concepts.json"
+_FORMAT = 1  # of the kept rows: one that is computed in another way has another
 NOTES = (
     "a relation implies no place: pictures of two objects are asked about no place",
     "the opposite relation draws the same pictures, so an image token can tell the two only by a trace of the caption",
@@ -94,7 +94,7 @@ class ScoreConceptsSettings:
 
 @dataclass(frozen=True)
 class ScoredConcepts:
-    """What was found out about one autoencoder."""
+    """The result of one autoencoder."""
 
     folder: Path
     result: dict[str, Any]
@@ -156,11 +156,11 @@ def score_concepts(
         output_dir=Path(output_dir),
         device=device,
     )
-    return _Scoring(settings, progress).run()
+    return _ConceptScoring(settings, progress).run()
 
 
-class _Scoring:
-    """One autoencoder, the two sets, and their labels."""
+class _ConceptScoring:
+    """One run: the data and their labels, then the rows of every step, then the report."""
 
     def __init__(self, settings: ScoreConceptsSettings, progress: Watch) -> None:
         self.settings, self.progress = settings, progress
@@ -177,14 +177,14 @@ class _Scoring:
         self.steps = self._steps(loaded)
         self.sae = loaded.folded().requires_grad_(False).to(torch.device(placement.transformer))
         self.weights = hashlib.sha256(weights_file(settings.sae).read_bytes()).hexdigest()[:16]
-        self.file = None if settings.labels is None else read_labels(settings.labels)
+        self.file = None if settings.labels is None else read_label_file(settings.labels)
 
     def run(self) -> ScoredConcepts:
-        """Every row at every step, those that are there already from their files."""
+        """Every row at every step; rows of earlier runs are read from their files."""
         labels = {name: self._labels(name, source) for name, source in self.sources.items()}
         steps, questions = dict[str, Any](), list[dict[str, Any]]()
         for step in self.steps:
-            parts = [Part(self.sources[name], labels[name], self.site, step) for name in ("pick", "report")]
+            parts = [LabelledTokens(self.sources[name], labels[name], self.site, step) for name in ("pick", "report")]
             asked = askable(parts[0], parts[1], self.settings.least_positives)
             questions = questions_as_json(parts[0], parts[1], asked)
             if not asked:
@@ -215,8 +215,8 @@ class _Scoring:
     def _steps(self, sae: SparseAutoencoder) -> list[int]:
         """The steps to score at. Raises FluxIRError for one that a collection does not have."""
         if self.settings.steps is None:
-            there = [set(filters_of(sae, source).steps_of(source.steps)) for source in self.sources.values()]
-            return sorted(there[0] & there[1])
+            pick, report = (set(filters_of(sae, source).steps_of(source.steps)) for source in self.sources.values())
+            return sorted(pick & report)
         for source in self.sources.values():
             if absent := sorted(set(self.settings.steps) - set(source.steps)):
                 raise FluxIRError(
@@ -226,14 +226,14 @@ class _Scoring:
         return sorted(set(self.settings.steps))
 
     def _labels(self, name: str, source: TokenSource) -> Labels:
-        """What is known of a set, of no more pictures than there is room for."""
+        """The labels of a set, of as many pictures as `max_tokens` allows; labels that are numbers are noted."""
         judged = self.settings.output_dir / JUDGED
         labels = labels_of(source, name, self.file, judged, self.settings.max_tokens, self.site, self.progress)
         if labels.numbers:
             self.progress(Note(f"note: numbers are for flux-ir probe: {', '.join(labels.numbers)} left out"))
         return labels
 
-    def _rows(self, step: int, parts: Sequence[Part], asked: Sequence[Comparison]) -> dict[str, Any]:
+    def _rows(self, step: int, parts: Sequence[LabelledTokens], asked: Sequence[Task]) -> dict[str, Any]:
         settings = self.settings
         bench = Bench(parts[0], parts[1], asked, settings.bootstrap)
         readers = Readers(bench, self.sae, self._neurons(parts), settings.null, self._neuron_count(parts))
@@ -249,26 +249,23 @@ class _Scoring:
         return found
 
     def _row(self, readers: Readers, row: RowName, step: int) -> dict[str, Any]:
-        """One row: from its file, or made and kept."""
+        """One row, from the file of an earlier run if there is one."""
+
+        def read() -> dict[str, Any]:
+            stage = f"{row}, step {step}"
+            if row == "null":
+                drawn = readers.null(lambda draws: follow(self.progress, stage, draws, len(draws)))
+                found: dict[str, Any] = {"draws": self.settings.null, "answers": null_as_json(drawn)}
+            else:
+                total = len(readers.bench.tasks)
+                found = {"answers": answers_as_json(follow(self.progress, stage, readers.row(row), total))}
+            return {"candidates": readers.candidates(row), **found}
+
         key = self._key(readers, row, step)
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.settings.output_dir / PARTS / f"{row}_step_{step}_{digest}.json"
-        if path.is_file():
-            return read_json(path, required=("found",))["found"]
-        total = len(readers.bench.comparisons)
-        stage = f"{row}, step {step}"
-        if row == "null":
-            drawn = readers.null(lambda draws: follow(self.progress, stage, draws, len(draws)))
-            found: dict[str, Any] = {"draws": self.settings.null, "answers": null_as_json(drawn)}
-        else:
-            answers = answers_as_json(follow(self.progress, stage, readers.row(row), total))
-            found = {"answers": answers}
-        found = {"candidates": readers.candidates(row), **found}
-        write_json(path, {"key": key, "found": found})
-        return found
+        return kept_result(self.settings.output_dir, f"{row}_step_{step}", key, read)
 
     def _key(self, readers: Readers, row: RowName, step: int) -> dict[str, Any]:
-        """All that a row depends on."""
+        """All that a row depends on; the autoencoder is not among it for rows that do not read its features."""
         settings, bench = self.settings, readers.bench
         key: dict[str, Any] = {
             "format": _FORMAT,
@@ -281,7 +278,7 @@ class _Scoring:
             "least_positives": settings.least_positives,
             "max_tokens": settings.max_tokens,
             "device": self.placement.transformer.split(":")[0],
-            "asked": len(bench.comparisons),
+            "asked": len(bench.tasks),
         }
         if any(part.used is not None for part in (bench.pick, bench.report)):
             key["padding"] = "left out"
@@ -299,8 +296,8 @@ class _Scoring:
             key["stored"] = has_neurons(bench.pick) and has_neurons(bench.report)
         return key
 
-    def _neuron_count(self, parts: Sequence[Part]) -> int | None:
-        """How many neurons the row of neurons picks from; None: there is no such row."""
+    def _neuron_count(self, parts: Sequence[LabelledTokens]) -> int | None:
+        """How many neurons the row `neurons` picks from; None without this row."""
         source, site = parts[0].source, neurons_site(parts[0])
         if all(map(has_neurons, parts)):
             return source.d(site)
@@ -309,8 +306,8 @@ class _Scoring:
         params = get_spec(source.model).flux
         return int(params.hidden_size * params.mlp_ratio)
 
-    def _neurons(self, parts: Sequence[Part]) -> Callable[[Part], Tensor] | None:
-        """Gives the neurons of a part: as they were stored, or by the model if it may be run."""
+    def _neurons(self, parts: Sequence[LabelledTokens]) -> Callable[[LabelledTokens], Tensor] | None:
+        """A function that gives neurons: as they were collected, or by the model if it may be run; None for neither."""
         if all(map(has_neurons, parts)):
             return stored_neurons
         if not self.settings.run_model or parts[0].site is None:
@@ -347,46 +344,6 @@ class _Scoring:
         }
 
 
-def labels_of(
-    source: TokenSource,
-    name: str,
-    file: LabelFile | None,
-    judged: Path,
-    max_tokens: int,
-    site: SiteKey,
-    progress: Watch,
-) -> Labels:
-    """What is known of a set: from a file, or by the judge, who keeps what it saw in the folder `judged`.
-
-    Of no more pictures than have `max_tokens` tokens of the site. What is left out is noted.
-    """
-    count = len(source.generations)
-    looked: Judged | None = None
-    if file is not None:
-        labels = file.labels(source, lambda images: follow(progress, f"masks of {name}", images, total=count))
-    else:
-        looked = judge_collection(source, judged, lambda paths: follow(progress, f"look at {name}", paths, total=count))
-        labels = known_answers(looked)
-    for reason, left_out in labels.dropped.items():
-        if left_out:
-            progress(Note(f"{counted(left_out, 'picture')} of {count} of {name} left out: {reason}"))
-    some = limited(labels, max_tokens // source.tokens(site), seed=0)
-    if len(set(some.prompts)) < 2:
-        raise FluxIRError(
-            f"labelled pictures of two prompts or more are needed: {name} has "
-            f"{counted(len(some.images), 'picture')} of {counted(len(set(some.prompts)), 'prompt')}, of "
-            f"{counted(count, 'generation')}",
-            hint="collect more prompts, or raise --max_tokens",
-        )
-    if some is not labels:
-        text = f"note: {len(some.images)} of {len(labels.images)} pictures of {name} are used"
-        progress(Note(f"{text}, as many as have {max_tokens} tokens"))
-        if looked is not None:
-            chosen = looked.chosen(np.isin(looked.images, some.images))
-            some = replace(some, by_shape=known_answers(chosen).by_shape)
-    return some
-
-
 class MeanRow(NamedTuple):
     """The mean over the concepts of one kind, at one level and against one kind of negatives."""
 
@@ -398,11 +355,11 @@ class MeanRow(NamedTuple):
     recalls: dict[RowName, float]
     """At 95 % precision where the threshold was picked; the null has none."""
     of_fewer: dict[int, float]
-    """What the best of fewer features is expected to come to, by how many: as many as some readers have."""
+    """The expected AUROC of the best of fewer features, by how many: as many as other readers pick from."""
 
 
 def mean_rows(rows: Mapping[RowName, Any]) -> list[MeanRow]:
-    """What a step's rows come to, kind by kind."""
+    """The means of a step's rows, for each kind, level and kind of negatives."""
     groups: dict[tuple[Any, Any, Any], dict[Any, list[float]]] = {}
     recalls: dict[tuple[Any, Any, Any], dict[RowName, list[float]]] = {}
     for row, answered in rows.items():
@@ -414,13 +371,13 @@ def mean_rows(rows: Mapping[RowName, Any]) -> list[MeanRow]:
                 recalls.setdefault(words, {}).setdefault(row, []).append(one["recall"])
             for count, expected in (one.get("chosen", {}).get("expected_of_fewer", {}) if row == "sae" else {}).items():
                 group.setdefault(int(count), []).append(expected)
-    found = list[MeanRow]()
+    means_of = list[MeanRow]()
     for words, of_rows in groups.items():
         means = {row: sum(each) / len(each) for row, each in of_rows.items()}
         of_fewer = {count: means.pop(count) for count in list(means) if isinstance(count, int)}
         recall = {row: sum(each) / len(each) for row, each in recalls.get(words, {}).items()}
-        found.append(MeanRow(*words, max(map(len, of_rows.values())), means, recall, of_fewer))
-    return found
+        means_of.append(MeanRow(*words, max(map(len, of_rows.values())), means, recall, of_fewer))
+    return means_of
 
 
 LEVEL_WORDS: dict[str, str] = {"interior": "inside", "any": "any patch", "image": "picture"}
@@ -428,7 +385,7 @@ NEGATIVES_WORDS: dict[str, str] = {"all": "all others", "hard": "hard ones"}
 
 
 def draw(path: Path, rows: Mapping[RowName, Any], subtitle: str) -> None:
-    """The same as a picture: readers across, kinds of concepts down."""
+    """The means as a picture: readers across, kinds of concepts down."""
     means = mean_rows(rows)
     names = [f"{one.kind}, {LEVEL_WORDS[one.level]}, {NEGATIVES_WORDS[one.negatives]}" for one in means]
     values = [[one.aurocs.get(row) for row in rows] for one in means]

@@ -1,11 +1,13 @@
 """AUROC of many features at once, exact: the chance that a positive scores above a negative, ties counting half.
 
-Features of an SAE are nearly all zero, so the zeros are counted and only the rest is sorted, once for all questions: an
-answer costs one pass over the positives' features. For a question with positives P among everyone I that counts,
+It is the Mann-Whitney statistic U(P, N), the number of pairs (positive, negative) in which the positive is larger, plus
+half of those that tie, divided by |P| |N|. Features of an SAE are nearly all zero, so zeros are counted and only the
+rest is sorted, once for all questions: an answer costs one pass over the positives' features. With positives P among
+the counted tokens I = P + N,
 
-    U(P, I) = U(P, negatives) + U(P, P),    U(P, P) = |P|^2 / 2,
+    U(P, I) = U(P, N) + U(P, P),    U(P, P) = |P|^2 / 2,
 
-so that questions which count the same tokens share the pass over I. Next: `concepts`.
+so that questions with the same I share the pass over I. Next: `concepts`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_POOLED = 2**24  # numbers held at once
-_NEGATIVES = 20_000
+_POOLED = 2**24  # numbers of a dense block [pictures, features]: 64 MB
+_NEGATIVES = 20_000  # of a bootstrap, at most
 
 
 class Codes(NamedTuple):
-    """Features of tokens (or of pictures), without those that are zero; sorted by token."""
+    """The non-zero features of tokens (or of pictures), as triples sorted by token."""
 
     token: np.ndarray
     """int32 [entries], ascending."""
@@ -38,12 +40,13 @@ class Codes(NamedTuple):
         for first in range(0, images, each := max(1, _POOLED // self.features)):
             last = min(first + each, images)
             rows = slice(ends[first], ends[last])
-            place = (self.token[rows] // tokens_per_image - first).astype(np.int64) * self.features + self.feature[rows]
+            image_of_row = (self.token[rows] // tokens_per_image - first).astype(np.int64)
+            cell = image_of_row * self.features + self.feature[rows]
             largest = torch.zeros((last - first) * self.features)
-            largest.scatter_reduce_(0, torch.from_numpy(place), torch.from_numpy(self.value[rows]), "amax")
-            found = np.flatnonzero(largest.numpy())
-            image, feature = np.divmod(found, self.features)
-            parts.append(((image + first).astype(np.int32), feature.astype(np.int32), largest.numpy()[found]))
+            largest.scatter_reduce_(0, torch.from_numpy(cell), torch.from_numpy(self.value[rows]), "amax")
+            cells = np.flatnonzero(largest.numpy())
+            image, feature = np.divmod(cells, self.features)
+            parts.append(((image + first).astype(np.int32), feature.astype(np.int32), largest.numpy()[cells]))
         token, feature, value = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Codes(token, feature, value, images, self.features)
 
@@ -59,13 +62,14 @@ class Codes(NamedTuple):
         return np.bincount(self.feature, weights=self.value * among[self.token], minlength=self.features)
 
 
-class Ranked:
-    """Codes sorted by feature and value: what every question is answered from."""
+class RankedCodes:
+    """Codes sorted by feature and value, from which the AUROC of every question is read."""
 
     def __init__(self, codes: Codes) -> None:
         self.tokens, self.features = codes.tokens, codes.features
         if not np.isfinite(codes.value).all():
             raise ValueError("scores must be finite to be ranked")
+        # One sort of 64-bit keys: the feature above, the bits of the value, made to sort as floats do, below.
         key = codes.feature.astype(np.uint64) << np.uint64(32) | _ordered_bits(codes.value)
         order = np.argsort(key, kind="stable")
         key = key[order]
@@ -84,8 +88,8 @@ class Ranked:
             self._tie_first = np.concatenate([[0], ends[:-1]])[group]
             self._tie_end = ends[group]
         # By token: where its entries are in that order, and whose features they are.
-        self._place = np.empty(len(order), dtype=np.int64)
-        self._place[order] = np.arange(len(order))
+        self._rank = np.empty(len(order), dtype=np.int64)
+        self._rank[order] = np.arange(len(order))
         self._feature = codes.feature
         self._of_token = np.searchsorted(codes.token, np.arange(codes.tokens + 1))
         self._counted: np.ndarray | None = None
@@ -101,43 +105,44 @@ class Ranked:
             self._below = _running(counted[self._token])
         below, first, everyone = self._below, self._first, int(counted.sum())
         rows = _rows(self._of_token, np.flatnonzero(positive))
-        place, feature = self._place[rows], self._feature[rows]
+        rank, feature = self._rank[rows], self._feature[rows]
         if self._tie_first is None or self._tie_end is None:
-            among = 0.5 * (below[place] + below[place + 1])
+            among = 0.5 * (below[rank] + below[rank + 1])
         else:
-            among = 0.5 * (below[self._tie_first[place]] + below[self._tie_end[place]])
-        # An entry also beats, or is beaten by, everyone who has no entry, which is to score zero.
+            among = 0.5 * (below[self._tie_first[rank]] + below[self._tie_end[rank]])
+        # U(P, I) per feature: each positive beats the counted tokens below it, and half of those that tie with it.
+        # Tokens without an entry score zero: entries above zero beat them, those below do not.
         listed = below[first[1:]] - below[first[:-1]]
         unlisted = everyone - listed
         negative_values = below[self._zero] - below[first[:-1]]
-        above_zero = place >= self._zero[feature]
+        above_zero = rank >= self._zero[feature]
         positives = int(positive.sum())
         sum_among = np.bincount(feature, weights=among, minlength=self.features)
-        mine = np.bincount(feature, minlength=self.features)
-        mine_above = np.bincount(feature[above_zero], minlength=self.features)
-        sum_among -= mine * below[first[:-1]]
-        unlisted_positives = positives - mine
-        u = sum_among + mine_above * unlisted + unlisted_positives * (negative_values + 0.5 * unlisted)
+        listed_positives = np.bincount(feature, minlength=self.features)
+        above = np.bincount(feature[above_zero], minlength=self.features)
+        sum_among -= listed_positives * below[first[:-1]]
+        unlisted_positives = positives - listed_positives
+        u = sum_among + above * unlisted + unlisted_positives * (negative_values + 0.5 * unlisted)
         return _share(u - 0.5 * positives**2, positives, everyone - positives)
 
     def auroc_of(self, feature: int, positive: np.ndarray, counted: np.ndarray) -> float:
-        """The same of one feature, which costs only as much as it has entries."""
+        """The AUROC of one feature, from its own entries alone."""
         first, last = self._first[feature], self._first[feature + 1]
         token, zero = self._token[first:last], self._zero[feature] - first
-        here, below = positive[token], _running(counted[token])
+        hits, below = positive[token], _running(counted[token])
         if self._tie_first is None or self._tie_end is None:
             among = 0.5 * (below[:-1] + below[1:])
         else:
             tied = slice(first, last)
             among = 0.5 * (below[self._tie_first[tied] - first] + below[self._tie_end[tied] - first])
         positives, everyone = int(positive.sum()), int(counted.sum())
-        unlisted, unlisted_positives = everyone - below[-1], positives - int(here.sum())
-        u = among[here].sum() + here[zero:].sum() * unlisted + unlisted_positives * (below[zero] + 0.5 * unlisted)
+        unlisted, unlisted_positives = everyone - below[-1], positives - int(hits.sum())
+        u = among[hits].sum() + hits[zero:].sum() * unlisted + unlisted_positives * (below[zero] + 0.5 * unlisted)
         return float(_share(np.array([u - 0.5 * positives**2]), positives, everyone - positives)[0])
 
 
 def dense_codes(values: np.ndarray) -> Codes:
-    """All scores of tokens, float32 [tokens, features], as codes in which nothing is left out."""
+    """Dense scores of tokens, float32 [tokens, features], as codes, zeros included."""
     tokens, features = values.shape
     return Codes(
         np.repeat(np.arange(tokens, dtype=np.int32), features),
@@ -158,24 +163,24 @@ def weighted_auroc(
 ) -> list[float]:
     """AUROC of one score where each token counts as often as it has weight, for several weightings [tokens]."""
     who = np.flatnonzero(counted)
-    who = who[np.argsort(scores[who])]  # in whichever order they tie: those are added up
+    who = who[np.argsort(scores[who])]  # no stable sort: the weights of ties are added up
     ordered, is_positive = scores[who], positive[who]
     if not np.isfinite(ordered).all():
         raise ValueError("scores must be finite to be ranked")
     starts = np.flatnonzero(np.append(True, np.diff(ordered) != 0)) if len(who) else np.zeros(0, dtype=np.int64)
-    found = []
+    aurocs = []
     for weight in weights:
-        mine = weight[who]
-        positives, everyone = (_sums(mine * is_positive, starts), _sums(mine, starts))
+        weights_of = weight[who]
+        positives, everyone = (_sums(weights_of * is_positive, starts), _sums(weights_of, starts))
         negatives = everyone - positives
         below = np.cumsum(negatives) - 0.5 * negatives
         total = positives.sum(), negatives.sum()
-        found.append(float(positives @ below / (total[0] * total[1])) if min(total) > 0 else float("nan"))
-    return found
+        aurocs.append(float(positives @ below / (total[0] * total[1])) if min(total) > 0 else float("nan"))
+    return aurocs
 
 
 class Operating(NamedTuple):
-    """What a threshold comes to: `threshold` inf where no threshold is precise enough."""
+    """Precision and recall at a threshold, which is inf where none is precise enough."""
 
     threshold: float
     precision: float | None
@@ -184,9 +189,9 @@ class Operating(NamedTuple):
 
 
 def precise_threshold(scores: np.ndarray, positive: np.ndarray, counted: np.ndarray, precision: float = 0.95) -> float:
-    """The threshold that finds the most positives while this share of what reaches it is positive; inf: there is none.
+    """The threshold of the largest recall at which precision is at least this; inf if there is none.
 
-    Scores that tie stand or fall together.
+    Scores that tie are above it or below it together.
     """
     who = np.flatnonzero(counted)
     who = who[np.argsort(-scores[who])]
@@ -212,19 +217,20 @@ def bootstrap(
 
     Draws without positives or without negatives have no AUROC and are left out; None if there is no other.
 
-    Of more than `_NEGATIVES` negatives as many are taken for this, by chance: what they vary by is little beside what
-    the positives do. The interval is moved by what that changes of the AUROC itself.
+    Prompts are drawn and not tokens, since those of one prompt are not independent. Of more than `_NEGATIVES` negatives
+    a random subset of this size is used: their variance is small beside that of the positives. The interval is shifted
+    by the difference that this makes to the AUROC itself.
     """
-    some = counted
+    used = counted
     if (counted & ~positive).sum() > _NEGATIVES:
         who = np.flatnonzero(counted & ~positive)
-        some = positive & counted
-        some[np.random.default_rng(seed).choice(who, _NEGATIVES, replace=False)] = True
-    found = np.array(weighted_auroc(scores, positive, some, _drawn(group, draws, seed)))
-    if np.isnan(found).all():
+        used = positive & counted
+        used[np.random.default_rng(seed).choice(who, _NEGATIVES, replace=False)] = True
+    aurocs = np.array(weighted_auroc(scores, positive, used, _drawn(group, draws, seed)))
+    if np.isnan(aurocs).all():
         return None
-    moved = 0.0 if some is counted else auroc(scores, positive, counted) - auroc(scores, positive, some)
-    low, high = np.nanquantile(found, [0.025, 0.975]) + moved
+    moved = 0.0 if used is counted else auroc(scores, positive, counted) - auroc(scores, positive, used)
+    low, high = np.nanquantile(aurocs, [0.025, 0.975]) + moved
     return max(0.0, float(low)), min(1.0, float(high))
 
 
@@ -242,7 +248,7 @@ def _ordered_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _running(flags: np.ndarray) -> np.ndarray:
-    """How many flags are set before each place: int64 [len + 1]."""
+    """The number of flags set before each index: int64 [len + 1]."""
     counts = np.zeros(len(flags) + 1, dtype=np.int64)
     np.cumsum(flags, out=counts[1:])
     return counts

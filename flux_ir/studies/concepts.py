@@ -1,4 +1,4 @@
-"""What features of an autoencoder know, where the answer is known: the best one of each concept, and how good it is.
+"""The best feature of each concept, and how well it tells the concept, where the answer is known.
 
 A feature is picked on one set of pictures and reported on another that shares no prompt with it. Beside it stand rows
 of other readers (`rows`), and a null: the same pick under label maps that were permuted between pictures.
@@ -16,8 +16,8 @@ from flux_ir.sae.architectures.config import HAS_K, SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.studies.auroc import auroc
-from flux_ir.studies.labels import LEVELS, NEGATIVES, Comparison, Labels, check_apart
-from flux_ir.studies.part import FeatureBoard, Part
+from flux_ir.studies.labelled_tokens import FeatureBoard, LabelledTokens
+from flux_ir.studies.labels import LEVELS, NEGATIVES, Labels, Task, check_apart
 from flux_ir.studies.rows import (
     Answer,
     Bench,
@@ -32,7 +32,7 @@ from flux_ir.studies.rows import (
 )
 
 LEAST_POSITIVES = 200
-"""Below so many positives (or negatives) to report on there is no number; to pick with, half of them are enough."""
+"""With fewer positives, or negatives, to report on there is no number; half as many are enough to pick with."""
 RowName = Literal[
     "sae",
     "k_sparse_1",
@@ -71,9 +71,9 @@ OF_THE_SAE: tuple[RowName, ...] = ("sae", "k_sparse_1", "k_sparse_2", "k_sparse_
 
 
 class BestFeature(NamedTuple):
-    """The feature that tells a concept best, with its sign: -1 where the concept is there when the feature is not."""
+    """The feature that tells a concept best, with its sign: -1 if it is smaller where the concept is present."""
 
-    comparison: Comparison
+    task: Task
     feature: int
     sign: int
     picked_on: float
@@ -85,41 +85,39 @@ class BestFeature(NamedTuple):
 
 
 def best_features(
-    sae: SparseAutoencoder, pick: Part, report: Part, least_positives: int = LEAST_POSITIVES
+    sae: SparseAutoencoder, pick: LabelledTokens, report: LabelledTokens, least_positives: int = LEAST_POSITIVES
 ) -> list[BestFeature]:
-    """For every comparison with enough positives the feature that is best on `pick`, and how good it is on `report`.
+    """For every task with enough positives the feature that is best on `pick`, and how good it is on `report`.
 
     Raises FluxIRError if the two share a prompt.
     """
     check_apart(("the set that picks", pick.labels.prompts), ("the set that reports", report.labels.prompts))
-    there, here = FeatureBoard(pick, sae), FeatureBoard(report, sae)
-    found = []
-    for comparison in askable(pick, report, least_positives):
-        feature, sign, picked_on = best_of(there.aurocs(comparison))
-        scores = sign * here.scores(comparison, feature)
-        positives = pick.counts(comparison)[0], report.counts(comparison)[0]
-        found.append(
-            BestFeature(comparison, feature, sign, picked_on, auroc(scores, *report.flags(comparison)), positives)
-        )
-    return found
+    pick_board, report_board = FeatureBoard(pick, sae), FeatureBoard(report, sae)
+    best = []
+    for task in askable(pick, report, least_positives):
+        feature, sign, picked_on = best_of(pick_board.aurocs(task))
+        scores = sign * report_board.scores(task, feature)
+        positives = pick.counts(task)[0], report.counts(task)[0]
+        best.append(BestFeature(task, feature, sign, picked_on, auroc(scores, *report.flags(task)), positives))
+    return best
 
 
-def askable(pick: Part, report: Part, least_positives: int = LEAST_POSITIVES) -> list[Comparison]:
-    """The comparisons with so many positives and so many negatives to report on, and half of them to pick with."""
-    there = {one for one in report.comparisons() if min(report.counts(one)) >= least_positives}
-    asked = [one for one in pick.comparisons() if one in there and 2 * min(pick.counts(one)) >= least_positives]
+def askable(pick: LabelledTokens, report: LabelledTokens, least_positives: int = LEAST_POSITIVES) -> list[Task]:
+    """The tasks with at least `least_positives` positives and negatives to report on, and half as many to pick with."""
+    reportable = {one for one in report.tasks() if min(report.counts(one)) >= least_positives}
+    asked = [one for one in pick.tasks() if one in reportable and 2 * min(pick.counts(one)) >= least_positives]
     # Those of one level and one kind of negatives count the same tokens, so that the pass over these is shared.
     return sorted(asked, key=lambda one: (LEVELS.index(one.question.level), NEGATIVES.index(one.negatives)))
 
 
 @dataclass(frozen=True)
 class Readers:
-    """All rows of one autoencoder at one site and step. What several of them share is made once."""
+    """All readers of one site and step, a row each. What several of them need is computed once."""
 
     bench: Bench
     sae: SparseAutoencoder
-    neurons: Callable[[Part], Tensor] | None
-    """Gives the neurons of every token of a part; None: there are none."""
+    neurons: Callable[[LabelledTokens], Tensor] | None
+    """Gives the neurons of every token; None: there are none."""
     null_draws: int
     neuron_count: int | None = None
     """How many of them there are."""
@@ -131,9 +129,9 @@ class Readers:
 
     @cached_property
     def fewer(self) -> tuple[int, ...]:
-        """What the other rows pick from, where that is fewer than there are features.
+        """How many candidates other rows pick from, where these are fewer than the features.
 
-        Their numbers stand beside what the best of so many features comes to, not beside the best of all.
+        The best of more candidates is better by chance, so these rows are held against the best of as many features.
         """
         part = self.bench.pick
         sizes = [part.source.d(part.site), self.neuron_count, part.noisy_width]
@@ -152,7 +150,7 @@ class Readers:
         return missing
 
     def candidates(self, row: RowName) -> int | None:
-        """How many a row picks from, each with both signs; None: it picks from none."""
+        """How many candidates a row picks from, each with both signs; None: it picks none."""
         sizes: dict[RowName, Callable[[], int]] = {
             "sae": lambda: self.sae.config.d_sae,
             "null": lambda: self.sae.config.d_sae,
@@ -165,7 +163,7 @@ class Readers:
         return sizes[row]() if row in sizes else None
 
     def row(self, name: RowName) -> Iterator[Answer]:
-        """One row's answer to every comparison."""
+        """The answers of one row, one for each task."""
         d, count = self._space.pick.shape[1], self.sae.config.d_sae
         match name:
             case "sae":
@@ -193,13 +191,13 @@ class Readers:
             case "null":
                 raise ValueError("the null is asked for by `null`")
 
-    def null(self, follow: Callable[[Sequence[int]], Iterable[int]] = iter) -> dict[Comparison, np.ndarray]:
-        """AUROC where there is nothing to find: [draws, 2], on the set that picked and on the other one."""
-        found: dict[Comparison, list[tuple[float, float]]] = {one: [] for one in self.bench.comparisons}
+    def null(self, follow: Callable[[Sequence[int]], Iterable[int]] = iter) -> dict[Task, np.ndarray]:
+        """AUROC under permuted label maps, [draws, 2] for each task: on the set that picks and on the other one."""
+        found: dict[Task, list[tuple[float, float]]] = {one: [] for one in self.bench.tasks}
         for draw in follow(range(self.null_draws)):
-            for comparison, picked_on, reported in self._features.null(draw):
-                found[comparison].append((picked_on, reported))
-        return {comparison: np.array(pairs) for comparison, pairs in found.items()}
+            for task, picked_on, reported in self._features.null(draw):
+                found[task].append((picked_on, reported))
+        return {task: np.array(pairs) for task, pairs in found.items()}
 
     @cached_property
     def _features(self) -> FeatureRows:
@@ -225,12 +223,12 @@ class Readers:
         return Space(self.neurons(self.bench.pick), self.neurons(self.bench.report))
 
     def _untrained(self) -> SparseAutoencoder:
-        """One with as many features as the autoencoder, so many of them per token, as training would start it."""
+        """An autoencoder of the same size and the same k as training would begin with it."""
         config = SAEConfig("topk", self._space.pick.shape[1], self.sae.config.d_sae, k=self.k, seed=self.bench.seed)
         return make_sae(config, sample=self._read[:: max(1, len(self._read) // 100_000)].float())
 
 
-def features_per_token(sae: SparseAutoencoder, part: Part) -> int:
+def features_per_token(sae: SparseAutoencoder, part: LabelledTokens) -> int:
     """The k of an autoencoder; of one that has none, the nearest whole number to its L0 on a part."""
     if sae.config.architecture in HAS_K and sae.config.k is not None:
         return sae.config.k
@@ -240,7 +238,7 @@ def features_per_token(sae: SparseAutoencoder, part: Part) -> int:
 
 
 def limited(labels: Labels, most: int, seed: int) -> Labels:
-    """At most so many pictures, of prompts that are drawn by chance; all pictures of a prompt, or none."""
+    """At most `most` pictures, of prompts drawn at random: all pictures of a prompt, or none."""
     if len(labels.images) <= most:
         return labels
     order = np.random.default_rng(seed).permutation(int(labels.groups.max()) + 1)
@@ -256,7 +254,7 @@ def answers_as_json(answers: Iterable[Answer]) -> list[dict[str, Any]]:
     """One object per answer."""
     return [
         {
-            **comparison_as_json(one.comparison),
+            **task_as_json(one.task),
             "picked_on": round(one.picked_on, 5),
             "auroc": round(one.auroc, 5),
             "interval": None if one.interval is None else [round(end, 5) for end in one.interval],
@@ -268,34 +266,34 @@ def answers_as_json(answers: Iterable[Answer]) -> list[dict[str, Any]]:
     ]
 
 
-def null_as_json(found: dict[Comparison, np.ndarray]) -> list[dict[str, Any]]:
-    """The 95th percentile of every comparison: what one pick in twenty exceeds where there is nothing to find."""
+def null_as_json(found: dict[Task, np.ndarray]) -> list[dict[str, Any]]:
+    """The 95th percentile of every task: what one pick in twenty exceeds where there is nothing to find."""
     return [
         {
-            **comparison_as_json(comparison),
+            **task_as_json(task),
             "picked_on": round(float(np.quantile(pairs[:, 0], 0.95)), 5),
             "auroc": round(float(np.quantile(pairs[:, 1], 0.95)), 5),
             "mean": round(float(pairs[:, 1].mean()), 5),
         }
-        for comparison, pairs in found.items()
+        for task, pairs in found.items()
     ]
 
 
-def comparison_as_json(comparison: Comparison) -> dict[str, str]:
-    """Its words."""
-    return {**comparison.question._asdict(), "negatives": comparison.negatives}
+def task_as_json(task: Task) -> dict[str, str]:
+    """Kind, concept, level and negatives of a task."""
+    return {**task.question._asdict(), "negatives": task.negatives}
 
 
-def questions_as_json(pick: Part, report: Part, asked: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Every comparison with its counts in both sets, by shape too, and whether there were enough for a number."""
-    known, rows = set(asked), []
-    for comparison in dict.fromkeys([*pick.comparisons(), *report.comparisons()]):
+def questions_as_json(pick: LabelledTokens, report: LabelledTokens, asked: Sequence[Task]) -> list[dict[str, Any]]:
+    """Every task with its counts in both sets, by shape too, and whether there were enough for a number."""
+    were_asked, rows = set(asked), []
+    for task in dict.fromkeys([*pick.tasks(), *report.tasks()]):
         counts = {
-            name: dict(zip(("positives", "negatives"), part.counts(comparison), strict=True))
+            name: dict(zip(("positives", "negatives"), part.counts(task), strict=True))
             for name, part in (("pick", pick), ("report", report))
         }
-        by_shape = report.labels.by_shape.get(comparison.question) or None
-        rows.append({**comparison_as_json(comparison), **counts, "by_shape": by_shape, "asked": comparison in known})
+        by_shape = report.labels.by_shape.get(task.question) or None
+        rows.append({**task_as_json(task), **counts, "by_shape": by_shape, "asked": task in were_asked})
     return rows
 
 

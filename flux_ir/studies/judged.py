@@ -1,4 +1,4 @@
-"""What the judge saw on the pictures of a collection of flux-tiny: slow, 10 ms each, so it is kept in a file.
+"""What the judge sees on the pictures of a collection of flux-tiny. It takes 10 ms a picture, so it is kept in a file.
 
 The file has the name of the collection's content, so that it serves every autoencoder and every study. Next: `labels`.
 """
@@ -22,7 +22,7 @@ from flux_ir.files import complete_file
 PATCH_PX = 16
 """The side of the square of pixels that an image token stands for."""
 ASPECTS = ("number", "background", "colour", "shape", "size", "place", "relation")
-"""In what a picture can agree with its caption. Of a place and a relation the ones that were asked for."""
+"""What a picture and its caption can agree in; in a place or a relation only if the caption names one."""
 _VERSION = 1  # of the judge: another finds other objects
 
 
@@ -33,7 +33,7 @@ class Judged:
     images: np.ndarray
     """int64 [images]: which generations of the source."""
     scenes: Sequence[Scene]
-    """What each caption asks for."""
+    """The scene of each caption."""
     cover: np.ndarray
     """float32 [images, 2, tokens]: the share of each patch that the first and the second object of the caption cover.
 
@@ -53,24 +53,24 @@ Follow = Callable[[Sequence[Path]], Iterator[Path]]
 
 
 def judge_collection(source: TokenSource, folder: Path | None = None, follow: Follow = iter) -> Judged:
-    """What the judge saw on every picture of a collection; from `folder` if it was asked before, else kept there.
+    """What the judge sees on every picture of a collection, read from `folder` if it is kept there, else kept.
 
-    `follow` goes through the pictures, and may tell how far it is.
+    `follow` iterates over the pictures, and may report progress.
 
     Raises FluxIRError for captions that flux-tiny does not know, for generations without a picture, and for pictures
     that are not square.
     """
     scenes = [_scene(generation) for generation in source.generations]
     path = None if folder is None else folder / f"judged_{source.identity}.safetensors"
-    found = _read(path) if path is not None and path.is_file() else None
-    if found is None:
+    kept = _read(path) if path is not None and path.is_file() else None
+    if kept is None:
         looked = zip(follow(pictures_of(source)), scenes, strict=True)
         pixels, right = zip(*(_look(picture, scene) for picture, scene in looked), strict=True)
-        found = np.stack(pixels), np.array(right, dtype=bool)
+        kept = np.stack(pixels), np.array(right, dtype=bool)
         if path is not None:
             with complete_file(path) as beside:
-                save_file({"covered_px": found[0], "agrees": found[1].astype(np.uint8)}, beside, _METADATA)
-    covered_px, agrees = found
+                save_file({"covered_px": kept[0], "agrees": kept[1].astype(np.uint8)}, beside, _METADATA)
+    covered_px, agrees = kept
     return Judged(
         images=np.arange(len(scenes)),
         scenes=scenes,
@@ -95,7 +95,7 @@ def pictures_of(source: TokenSource) -> list[Path]:
 
 
 def agreement(sight: Sight, scene: Scene) -> tuple[bool, ...]:
-    """In which of `ASPECTS` a picture shows what its caption says."""
+    """For each of `ASPECTS`, whether a picture shows what its caption says."""
     verdict = compare(sight, scene)
     objects = verdict.objects
     return (
@@ -120,7 +120,7 @@ _METADATA = {"format": "flux_ir judged pictures", "aspects": json.dumps(ASPECTS)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """What was kept; None if another judge has seen it."""
+    """Pixels and agreement as they were kept; None if another version of the judge kept them."""
     with safe_open(path, framework="np") as file:
         if file.metadata() != _METADATA:
             return None
@@ -138,7 +138,7 @@ def _scene(generation: Generation) -> Scene:
 
 
 def _look(path: Path, scene: Scene) -> tuple[np.ndarray, tuple[bool, ...]]:
-    """The pixels of each patch that the caption's objects cover, uint16 [2, tokens], and in what they agree."""
+    """The pixels of each patch that the caption's objects cover, uint16 [2, tokens], and their agreement by aspect."""
     with Image.open(path) as file:
         picture = np.asarray(file.convert("RGB"))
     height, width = picture.shape[:2]
@@ -149,7 +149,7 @@ def _look(path: Path, scene: Scene) -> tuple[np.ndarray, tuple[bool, ...]]:
         )
     sight, masks = find_objects(picture)
     covered = np.zeros((2, (height // PATCH_PX) ** 2), dtype=np.uint16)
-    for place, found in enumerate(match_objects(sight.objects, scene)):
+    for number, found in enumerate(match_objects(sight.objects, scene)):
         if found is not None:
-            covered[place] = covered_px(masks[found : found + 1])[0]
+            covered[number] = covered_px(masks[found : found + 1])[0]
     return covered, agreement(sight, scene)

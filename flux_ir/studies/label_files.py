@@ -22,11 +22,11 @@ from flux_ir.studies.labels import IN_ALL, INTERIOR, LEAST, MOST, POSITIVE, Labe
 from flux_ir.tables import TABLES, TableRow, read_rows
 
 _YES_NO = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
-_FEWEST_NUMBERS = 3  # a column of two numbers is a choice between two words
+_FEWEST_NUMBERS = 3  # a column of two different numbers is read as two words
 
 
-class Column(NamedTuple):
-    """One label of a table: `values` by key, as text, without those that are not known."""
+class LabelColumn(NamedTuple):
+    """One label of a table: the known `values` by key, as text."""
 
     name: str
     values: Mapping[str, str]
@@ -42,34 +42,34 @@ class Column(NamedTuple):
 
 
 class LabelFile(NamedTuple):
-    """Labels as they are in a file or folder, before it is known which pictures they are for."""
+    """Labels as a file or folder has them; `labels` finds the pictures of a source that they are about."""
 
     path: Path
-    columns: tuple[Column, ...]
+    columns: tuple[LabelColumn, ...]
     by: str
-    """What the rows are known by: id or prompt."""
+    """The column that identifies a row: id or prompt."""
     masks: Mapping[tuple[str, str], Mapping[str, Path]]
     """By kind and concept, the mask of each picture that has one, by its id."""
     digest: str
     """A digest of the content: 16 hex digits."""
 
     def labels(self, source: TokenSource, follow: Callable[[Sequence[int]], Iterable[int]] = iter) -> Labels:
-        """What they say about the generations of a source. Raises FluxIRError if that is nothing."""
+        """The labels of a source's generations. Raises FluxIRError if none of them is labelled."""
         keys = [generation.id if self.by == "id" else generation.prompt for generation in source.generations]
         if self.masks:
             return self._of_masks(source, keys, follow)
         known = {key for column in self.columns for key in column.values}
         images = np.array([image for image, key in enumerate(keys) if key in known], dtype=np.int64)
         self._check_some(source, len(images))
-        there = [keys[int(image)] for image in images]
+        known_keys = [keys[int(image)] for image in images]
         questions, pictures = list[Question](), list[np.ndarray]()
         for column in self.columns:
             if not column.is_number:
-                for question, bits in _asked(column, there):
+                for question, bits in _asked(column, known_keys):
                     questions.append(question)
                     pictures.append(bits)
         numbers = {
-            column.name: np.array([float(column.values.get(key, "nan")) for key in there])
+            column.name: np.array([float(column.values.get(key, "nan")) for key in known_keys])
             for column in self.columns
             if column.is_number
         }
@@ -145,7 +145,7 @@ def _prompts(source: TokenSource, images: np.ndarray) -> tuple[str, ...]:
     return tuple(one.prompt or one.id for one in known)
 
 
-def read_labels(path: Path) -> LabelFile:
+def read_label_file(path: Path) -> LabelFile:
     """Labels from a .csv or .jsonl file, or from a folder of masks. Raises FluxIRError for what is none of these."""
     if path.is_dir():
         return _read_masks(path)
@@ -169,7 +169,7 @@ def read_labels(path: Path) -> LabelFile:
     for name in labels:
         values = {key: row[name] for key, row in zip(keys, rows, strict=True) if key and row.get(name, "")}
         if len(set(values.values())) > 1:
-            columns.append(Column(name, values))
+            columns.append(LabelColumn(name, values))
     if not columns:
         raise FluxIRError(f"a label must differ between pictures: no column of {path} has two values")
     for column in columns:
@@ -179,7 +179,7 @@ def read_labels(path: Path) -> LabelFile:
 
 
 def _cells(path: Path, row: TableRow) -> dict[str, str]:
-    """A row's cells as text; an empty one is not known."""
+    """A row's cells as text; an empty cell is not known."""
     if path.suffix == ".csv" and (None in row.cells or None in row.cells.values()):
         raise FluxIRError(f"{path}, line {row.line} must have as many cells as its head", hint="quote commas in cells")
     return {name.strip(): _as_text(value) for name, value in row.cells.items()}
@@ -204,16 +204,16 @@ def _counted(keys: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def _asked(column: Column, keys: Sequence[str]) -> Iterator[tuple[Question, np.ndarray]]:
-    """The questions about the pictures with these keys that a column of words answers."""
+def _asked(column: LabelColumn, keys: Sequence[str]) -> Iterator[tuple[Question, np.ndarray]]:
+    """The questions that a column of words answers, each with the bits of the pictures with these keys."""
     values = np.array([column.values.get(key, "") for key in keys])
-    known = np.where(values != "", np.uint8(IN_ALL), np.uint8(0))
+    bits = np.where(values != "", np.uint8(IN_ALL), np.uint8(0))
     if column.is_yes_no:
         yes = np.array([_YES_NO.get(value.lower(), False) for value in values])
-        yield Question(column.name, column.name, "image"), known + np.where(yes, np.uint8(POSITIVE), np.uint8(0))
+        yield Question(column.name, column.name, "image"), bits + np.where(yes, np.uint8(POSITIVE), np.uint8(0))
         return
     for word in sorted(set(column.values.values())):
-        yield Question(column.name, word, "image"), known + np.where(values == word, np.uint8(POSITIVE), np.uint8(0))
+        yield Question(column.name, word, "image"), bits + np.where(values == word, np.uint8(POSITIVE), np.uint8(0))
 
 
 # ---- Masks
@@ -251,7 +251,7 @@ def _cover(path: Path, rows: int, columns: int) -> np.ndarray:
     """The share of each patch that a mask covers: float32 [tokens]. A mask may have any size of the right form."""
     try:
         with Image.open(path) as file:
-            mask = file.convert("L").convert("F")  # bytes would be rounded
+            mask = file.convert("L").convert("F")  # in float32: resized bytes would be rounded
     except OSError as error:
         raise FluxIRError(f"cannot read the mask {path}: {error}") from error
     if abs(mask.width * rows - mask.height * columns) > max(mask.width * rows, mask.height * columns) * 0.02:
@@ -265,7 +265,11 @@ def _cover(path: Path, rows: int, columns: int) -> np.ndarray:
 def _of_cover(
     kind: str, concept: str, mine: np.ndarray, every: np.ndarray, rivals: np.ndarray
 ) -> Iterator[tuple[Question, np.ndarray]]:
-    """The three questions about one concept: its own cover [images, tokens], all covers, those of the same kind."""
+    """The three questions about one concept, with their bits.
+
+    `mine` is its own cover [images, tokens], `every` those of all concepts [images, concepts, tokens], `rivals` those
+    of the others of its kind.
+    """
     others = rivals.max(1) if rivals.shape[1] else np.zeros_like(mine)
     clear = every.max(1) < LEAST
     inside, elsewhere = mine > INTERIOR, (mine < LEAST) & (every.max(1) > INTERIOR)

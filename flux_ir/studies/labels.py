@@ -1,9 +1,10 @@
-"""What is known about the tokens and the pictures of a collection: the answers that features are held against.
+"""The labels of the tokens and pictures of a collection: the known answers that features are held against.
 
 A `Question` is one thing that a token or a picture has or has not: "red, where the object covers the patch". Each has
-two sets of negatives: all there are at its level, and hard ones. Labels of flux-tiny's pictures come from the objects
-that `demo.judge` finds in the *generated* picture: in a scene drawn anew, with another jitter, most well covered
-patches would be others. Labels of any other model come from files: `label_files`. Next: `auroc`.
+two sets of negatives: all others at its level, and hard ones. Labels of flux-tiny's pictures come from the objects that
+`demo.judge` finds in the *generated* picture: a scene that is drawn again from the caption has another jitter, and 40
+to 80 % of its well covered patches would be others. Labels of any other model come from files: `label_files`. Next:
+`auroc`.
 """
 
 from collections import Counter
@@ -24,11 +25,12 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 NEGATIVES: tuple[Negatives, ...] = get_args(Negatives)
 
 POSITIVE, IN_ALL, IN_HARD = 1, 2, 4
-"""The bits of a label: has it; counts where the negatives are all others; counts where they are the hard ones."""
+"""The bits of a label: positive; counts if the negatives are all others; counts if they are the hard ones."""
 _BIT: dict[Negatives, int] = {"all": IN_ALL, "hard": IN_HARD}
 
 INTERIOR, MOST, LEAST = 0.9, 0.5, 0.05
-"""Shares of a patch: covered by one object, covered more than not, and not covered."""
+"""Shares of a patch above which it lies inside one object, above which it is mostly covered, and below which it is
+not covered."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     "colour": COLOURS,
@@ -40,7 +42,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """flux-tiny's concepts. A place is known of a single object only: "left of" is not "on the left"."""
 WORDS = {"number": "number of objects", "background": "background", "colour": "colour of an object"}
-"""In what a picture must agree with its caption to be used at all, in words."""
+"""The aspects in which a picture must agree with its caption to be used at all, in words."""
 _OF_PATCHES = ("colour", "shape", "size", "background")
 
 
@@ -57,8 +59,8 @@ class Question(NamedTuple):
         return self.level != "image"
 
 
-class Comparison(NamedTuple):
-    """A question with one of its two sets of negatives: what an AUROC is of."""
+class Task(NamedTuple):
+    """A classification task, which has an AUROC: a question and one of its two sets of negatives."""
 
     question: Question
     negatives: Negatives
@@ -68,16 +70,15 @@ class Comparison(NamedTuple):
 class Labels:
     """The answers to questions about some pictures of a collection.
 
-    `tokens` and `pictures` hold the bits `POSITIVE`, `IN_ALL`, `IN_HARD`; 0 is left out of the question.
+    `tokens` and `pictures` hold the bits `POSITIVE`, `IN_ALL`, `IN_HARD`; 0 counts for neither set of negatives.
     """
 
     images: np.ndarray
     """int64 [images]: which generations of the source, ascending. Those whose picture is in doubt are missing."""
     prompts: tuple[str, ...]
-    """The prompt of each image, or its id where it has none. Pictures of one prompt stay together where they are drawn
-    or permuted."""
+    """The prompt of each image, or its id where it has none. Draws and permutations are of prompts, not of pictures."""
     questions: tuple[Question, ...]
-    """Those about tokens first."""
+    """Questions about tokens come before those about pictures."""
     tokens: np.ndarray
     """uint8 [token questions, images, tokens]."""
     pictures: np.ndarray
@@ -105,14 +106,14 @@ class Labels:
             self, images=images, prompts=prompts, tokens=tokens, pictures=pictures, by_shape={}, numbers=numbers
         )
 
-    def split(self, comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
-        """Who is positive and who counts at all (positives and negatives): bool, shaped as `of` says."""
-        return split(self.of(comparison.question), comparison.negatives)
+    def split(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
+        """Which are positive, and which count (positive or negative): bool, of the shape of `of`."""
+        return split(self.of(task.question), task.negatives)
 
-    def comparisons(self) -> list[Comparison]:
+    def tasks(self) -> list[Task]:
         """Every question with every set of negatives it has."""
         return [
-            Comparison(question, negatives)
+            Task(question, negatives)
             for question in self.questions
             for negatives in NEGATIVES
             if (self.of(question) & _BIT[negatives]).any()
@@ -126,10 +127,10 @@ class Labels:
 
 
 def permuted(labels: Labels, seed: int | Sequence[int]) -> np.ndarray:
-    """A draw of which picture gets the label map of which other, as `Part.flags` takes it: int64 [images].
+    """A permutation of label maps for a null: picture i gets the map of picture order[i], int64 [images].
 
-    Prompts are permuted and not single pictures, since pictures of one prompt are much alike: prompts with equally many
-    pictures change places, their first pictures with each other, their second ones, and so on.
+    Whole prompts are permuted, since pictures of one prompt are much alike: prompts with equally many pictures exchange
+    the maps of their first pictures, of their second ones, and so on. Maps are not changed: positions stay.
     """
     draw, order = np.random.default_rng(seed), np.arange(len(labels.images))
     _, count = np.unique(labels.groups, return_counts=True)
@@ -142,13 +143,13 @@ def permuted(labels: Labels, seed: int | Sequence[int]) -> np.ndarray:
 
 
 def split(bits: np.ndarray, negatives: Negatives) -> tuple[np.ndarray, np.ndarray]:
-    """Who is positive and who counts at all, by the bits of a question: two arrays of bool."""
+    """Which are positive, and which count, by the bits of a question: two arrays of bool."""
     counted = (bits & _BIT[negatives]) != 0
     return counted & ((bits & POSITIVE) != 0), counted
 
 
 def known_answers(judged: Judged) -> Labels:
-    """The labels of flux-tiny's pictures. Those that disagree with their caption are left out, and counted.
+    """The labels of flux-tiny's pictures. Pictures that disagree with their caption are left out, and counted.
 
     A picture must show as many objects as its caption names, in these colours, on this background; the questions about
     shapes, sizes, places and relations are asked of those that agree in that as well.
@@ -185,7 +186,7 @@ def known_answers(judged: Judged) -> Labels:
 
 
 class _Table:
-    """The words of the kept pictures' captions as numbers, and the questions they answer."""
+    """The words of captions as numbers, by picture, and the questions that they answer."""
 
     def __init__(self, judged: Judged) -> None:
         self.judged, self.cover = judged, judged.cover  # [images, 2, tokens]
@@ -203,7 +204,7 @@ class _Table:
         self.covered = self.cover.sum(1)
 
     def asked(self, kind: str) -> np.ndarray:
-        """Which pictures have something to say about a kind, right or wrong: bool [images]."""
+        """Which pictures have captions that name a word of this kind: bool [images]."""
         return {"place": self.alone, "relation": ~self.alone}.get(kind, np.ones(len(self.alone), dtype=bool))
 
     def patches(self, level: Level) -> Iterator[tuple[Question, np.ndarray]]:
@@ -226,9 +227,9 @@ class _Table:
                 yield Question(kind, concept, level), make_bits(positive, all_there & usable, rivals & usable)
 
     def images(self) -> Iterator[tuple[Question, np.ndarray]]:
-        """The questions about whole pictures. The hard ones are asked of pictures of two objects alone.
+        """The questions about whole pictures. Hard negatives, and their positives, are pictures of two objects.
 
-        There a positive has, as a rule, an object without the concept as well, and no negative has fewer objects.
+        A positive then has, as a rule, an object without the concept too, and no negative has fewer objects.
         """
         for kind, concepts in KINDS.items():
             usable = self.judged.agrees[kind]
@@ -269,13 +270,13 @@ class _Table:
 
 
 def make_bits(positive: np.ndarray, in_all: np.ndarray, in_hard: np.ndarray) -> np.ndarray:
-    """Labels of these: whoever counts nowhere is no positive either."""
+    """The bits of a question; what counts for no negatives is not positive either."""
     counts = in_all * np.uint8(IN_ALL) + in_hard * np.uint8(IN_HARD)
     return (counts + (positive & (counts > 0)) * np.uint8(POSITIVE)).astype(np.uint8)
 
 
 def check_sources_apart(pick: tuple[str, TokenSource], report: tuple[str, TokenSource]) -> None:
-    """The same of two collections, which must be two also where their pictures have no prompts."""
+    """Raises FluxIRError if two collections share a prompt, or are the same captures (which may have no prompts)."""
     check_apart(*((name, [one.prompt for one in source.generations]) for name, source in (pick, report)))
     if pick[1].identity == report[1].identity:
         raise FluxIRError(
@@ -285,12 +286,9 @@ def check_sources_apart(pick: tuple[str, TokenSource], report: tuple[str, TokenS
 
 
 def check_apart(pick: tuple[str, Sequence[str]], report: tuple[str, Sequence[str]]) -> None:
-    """Raises FluxIRError for the first prompt of the second set that the first one has too. Each has its name first.
-
-    A picture without a prompt shares none.
-    """
-    known = set(pick[1]) - {""}
-    if common := next((prompt for prompt in report[1] if prompt in known), None):
+    """Raises FluxIRError if two sets, each a name and its prompts, share one. Pictures without a prompt share none."""
+    prompts = set(pick[1]) - {""}
+    if common := next((prompt for prompt in report[1] if prompt in prompts), None):
         raise FluxIRError(
             f"what picks and what reports must share no prompt: {pick[0]} and {report[0]} both have {common!r}",
             hint="collect sets of other prompts: python -m flux_ir.demo.captions --part A, B and so on",

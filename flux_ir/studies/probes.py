@@ -1,7 +1,7 @@
-"""Linear probes: logistic regression for what is there or not, ridge regression for numbers.
+"""Linear probes: logistic regression for words, ridge regression for numbers.
 
-A probe's penalty is picked on halves of the pictures it is fitted on: fitted on one, judged on the other, whole prompts
-on one side. Then it is fitted on all of them.
+The penalty is picked by two-fold cross-validation: fitted on one half of the prompts, judged on the other, and the
+other way round. The probe is then fitted on all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from flux_ir.studies.auroc import auroc
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Penalties on the squared length of the weights, for inputs of unit variance and a loss per token."""
 MOST_OF_EACH = 8192
-"""Most positives, and most negatives, that a probe is fitted on: drawn anew for each."""
+"""Most positives, and most negatives, that a probe is fitted on; each probe has its own draw."""
 
 
 class Probe(NamedTuple):
@@ -36,9 +36,9 @@ class Probe(NamedTuple):
 
 
 def fit_probe(x: Tensor, y: np.ndarray, group: np.ndarray, penalties: Sequence[float] = PENALTIES) -> Probe:
-    """Logistic regression of y, bool [n], on x, [n, d]. `group` [n] is what must stay on one side: the prompt.
+    """Logistic regression of y, bool [n], on x, [n, d]. `group` [n] is the prompt of each row.
 
-    The penalty is the one with the best AUROC on the half it was not fitted on.
+    The penalty is the one with the best AUROC on the halves that were not fitted on.
     """
 
     def judge(probe: Probe, rows: np.ndarray) -> float:
@@ -87,15 +87,16 @@ def _fit(
             f"a probe's penalty is picked on other prompts than it is fitted on: all {len(x)} rows are of one prompt",
             hint="collect more prompts, or raise --least_positives",
         )
-    worth = np.zeros(len(penalties))
+    held_out = np.zeros(len(penalties))
     if len(penalties) > 1:
         for rows, others in (halves, halves[::-1]):
             scaled, mean, scale = _standardised(x[rows])
             weights = None
-            for place, penalty in reversed(list(enumerate(penalties))):  # the strongest first: each starts the next
+            # From the strongest penalty down: each solution is where the next one starts.
+            for number, penalty in reversed(list(enumerate(penalties))):
                 weights = fit(scaled, y[rows], penalty, weights)
-                worth[place] += judge(_raw(weights, mean, scale, penalty), others)
-    penalty = penalties[int(np.argmax(np.nan_to_num(worth, nan=-np.inf)))]
+                held_out[number] += judge(_raw(weights, mean, scale, penalty), others)
+    penalty = penalties[int(np.argmax(np.nan_to_num(held_out, nan=-np.inf)))]
     scaled, mean, scale = _standardised(x)
     return _raw(fit(scaled, y, penalty, None), mean, scale, penalty)
 
@@ -106,7 +107,7 @@ def _half(group: np.ndarray) -> np.ndarray:
 
 
 def _standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns with mean 0 and variance 1, and what was taken from them. A constant column becomes 0."""
+    """The columns with mean 0 and variance 1, their means and their scales. A constant column becomes 0."""
     x = x.float()
     mean, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -114,7 +115,7 @@ def _standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _raw(weights: Tensor, mean: Tensor, scale: Tensor, penalty: float) -> Probe:
-    """The same read-out of columns as they were. `weights` end with the bias."""
+    """The probe for columns that are not standardised. `weights` end with the bias."""
     weight = weights[:-1] / scale
     return Probe(weight, float(weights[-1] - weight @ mean), penalty)
 
@@ -133,8 +134,8 @@ def _logistic(x: Tensor, y: Tensor, penalty: float, start: Tensor | None) -> Ten
 
     begin = np.zeros(x.shape[1] + 1) if start is None else start.double().numpy()
     # float32 losses cannot tell smaller steps apart
-    found = minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": 200, "ftol": 1e-8, "gtol": 1e-5})
-    return torch.from_numpy(found.x).float()
+    solution = minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": 200, "ftol": 1e-8, "gtol": 1e-5})
+    return torch.from_numpy(solution.x).float()
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float, start: Tensor | None) -> Tensor:

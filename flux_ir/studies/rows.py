@@ -1,8 +1,8 @@
-"""What concepts are read with: features, neurons, directions, probes. Each is made on one set and judged on another.
+"""The readers of concepts: features, neurons, directions, probes. Each is made on one set and judged on another.
 
-Whoever picks the best of many picks it in the same way, each candidate with both signs. Some have fewer candidates than
-there are features (axes, neurons): beside the best feature stands what the best of so many features is expected to come
-to, so that what is compared is what there is to pick from. Next: `concepts`, the study made of these rows.
+All readers that pick the best of many candidates pick in the same way, each candidate with both signs. The best of more
+candidates is better by chance alone, and axes and neurons are fewer than features: beside the best feature stands the
+expected AUROC of the best of as many features. Next: `concepts`, the study made of these rows.
 """
 
 import math
@@ -18,27 +18,27 @@ from torch import Tensor
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.evaluation.baselines import PCA, Covariance
 from flux_ir.studies.auroc import at_threshold, auroc, bootstrap, precise_threshold
-from flux_ir.studies.labels import Comparison, permuted
-from flux_ir.studies.part import FeatureBoard, Part
+from flux_ir.studies.labelled_tokens import FeatureBoard, LabelledTokens
+from flux_ir.studies.labels import Task, permuted
 from flux_ir.studies.probes import Probe, balanced, fit_probe, fit_ridge, r_squared
 
 PRECISION = 0.95
-"""At which the recall is told; the threshold is picked along with everything else."""
+"""The precision at which the recall is given; its threshold is picked on the set that picks."""
 SCREENED_TOKENS, FINALISTS = 65_536, 5
 """Dense candidates are ranked on so many tokens of the set that picks, and the best few again on all of them."""
-_NUMBERS = 2**25  # held at once
+_NUMBERS = 2**25  # of a dense block: 128 MB in float32
 
 
 class Answer(NamedTuple):
     """How well one row tells one concept."""
 
-    comparison: Comparison
+    task: Task
     picked_on: float
     """AUROC on the set that picked or fitted."""
     auroc: float
     """AUROC on the other one."""
     interval: tuple[float, float] | None
-    """The middle 95 % over draws of the reported prompts; None: not asked for, or no draw had both sides."""
+    """The middle 95 % over draws of the reported prompts; None: no draws, or none with positives and negatives."""
     recall: float
     """The share of positives above the threshold."""
     precision: float | None
@@ -49,26 +49,26 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """The two sets, and what is asked about them."""
+    """The two sets of labelled tokens, and the tasks that readers are held against."""
 
-    pick: Part
-    report: Part
-    comparisons: Sequence[Comparison]
+    pick: LabelledTokens
+    report: LabelledTokens
+    tasks: Sequence[Task]
     draws: int
-    """How many the bootstrap has; 0: no intervals."""
+    """Draws of the bootstrap; 0: no intervals."""
     seed: int = 0
 
-    def answer(self, comparison: Comparison, pick: np.ndarray, report: np.ndarray, chosen: Mapping[str, Any]) -> Answer:
-        """What scores come to: those of every token, or picture, of the two sets."""
-        there, here = self.pick.flags(comparison), self.report.flags(comparison)
-        threshold = precise_threshold(pick, *there, PRECISION)
-        reached = at_threshold(report, *here, threshold)
+    def answer(self, task: Task, pick: np.ndarray, report: np.ndarray, chosen: Mapping[str, Any]) -> Answer:
+        """The AUROC, interval, recall and precision of one score of every token, or picture, of the two sets."""
+        pick_flags, report_flags = self.pick.flags(task), self.report.flags(task)
+        threshold = precise_threshold(pick, *pick_flags, PRECISION)
+        reached = at_threshold(report, *report_flags, threshold)
         interval = None
         if self.draws:
-            groups = self.report.groups(comparison)
-            interval = bootstrap(report, *here, groups, draws=self.draws, seed=self.seed)
-        worth = auroc(pick, *there), auroc(report, *here)
-        return Answer(comparison, *worth, interval, reached.recall, reached.precision, chosen)
+            groups = self.report.groups(task)
+            interval = bootstrap(report, *report_flags, groups, draws=self.draws, seed=self.seed)
+        aurocs = auroc(pick, *pick_flags), auroc(report, *report_flags)
+        return Answer(task, *aurocs, interval, reached.recall, reached.precision, chosen)
 
 
 # ---- Features of an autoencoder
@@ -79,84 +79,84 @@ class FeatureRows:
 
     def __init__(self, bench: Bench, sae: SparseAutoencoder) -> None:
         self.bench = bench
-        self.there, self.here = (FeatureBoard(part, sae) for part in (bench.pick, bench.report))
+        self.pick, self.report = (FeatureBoard(part, sae) for part in (bench.pick, bench.report))
 
     @property
     def candidates(self) -> int:
-        return self.there.codes.features
+        return self.pick.codes.features
 
     @cached_property
-    def _aurocs(self) -> dict[Comparison, np.ndarray]:
+    def _aurocs(self) -> dict[Task, np.ndarray]:
         """The AUROC of every feature on the set that picks."""
-        return {comparison: self.there.aurocs(comparison) for comparison in self.bench.comparisons}
+        return {task: self.pick.aurocs(task) for task in self.bench.tasks}
 
     def best(self, fewer: Sequence[int] = ()) -> Iterator[Answer]:
         """The feature that is best on the set that picks.
 
-        For each of `fewer` also what the best of so many features, drawn by chance, is expected to come to.
+        For each number in `fewer` also the expected AUROC of the best of so many features drawn at random.
         """
-        for comparison, aurocs in self._aurocs.items():
+        for task, aurocs in self._aurocs.items():
             feature, sign, _ = best_of(aurocs)
-            there, here = (sign * board.scores(comparison, feature) for board in (self.there, self.here))
+            scores = [sign * board.scores(task, feature) for board in (self.pick, self.report)]
             chosen: dict[str, Any] = {"feature": feature, "sign": sign}
-            if few := {str(count): self._best_of_fewer(comparison, count) for count in fewer if count < len(aurocs)}:
+            if few := {str(count): self._best_of_fewer(task, count) for count in fewer if count < len(aurocs)}:
                 chosen["expected_of_fewer"] = few
-            yield self.bench.answer(comparison, there, here, chosen)
+            yield self.bench.answer(task, scores[0], scores[1], chosen)
 
     def k_sparse(self, k: int) -> Iterator[Answer]:
         """Logistic regression on the k features whose means differ most between positives and negatives."""
-        for comparison in self.bench.comparisons:
-            positive, counted = self.bench.pick.flags(comparison)
-            codes = self.there.codes if comparison.question.of_tokens else self.there.pooled
+        for task in self.bench.tasks:
+            positive, counted = self.bench.pick.flags(task)
+            codes = self.pick.codes if task.question.of_tokens else self.pick.pooled
             means = [codes.sums(side) / side.sum() for side in (positive, counted & ~positive)]
             features = np.sort(np.argsort(-np.abs(means[0] - means[1]), kind="stable")[:k])
-            there, here = (
-                torch.from_numpy(np.stack([board.scores(comparison, int(f)) for f in features], axis=1))
-                for board in (self.there, self.here)
+            x_pick, x_report = (
+                torch.from_numpy(np.stack([board.scores(task, int(f)) for f in features], axis=1))
+                for board in (self.pick, self.report)
             )
-            probe = fitted(self.bench, comparison, there)
+            probe = fitted(self.bench, task, x_pick)
             chosen = {"features": features.tolist(), "penalty": probe.penalty}
-            yield self.bench.answer(comparison, probe.scores(there), probe.scores(here), chosen)
+            yield self.bench.answer(task, probe.scores(x_pick), probe.scores(x_report), chosen)
 
-    def null(self, draw: int) -> Iterator[tuple[Comparison, float, float]]:
-        """The best feature once more, with label maps permuted between pictures of either set: `picked_on`, `auroc`.
+    def null(self, draw: int) -> Iterator[tuple[Task, float, float]]:
+        """One draw of the null: the best feature under permuted label maps, as a task, `picked_on` and `auroc`.
 
-        Every draw picks anew and reports what it picked, so its numbers are what a pick comes to where there is nothing
-        to find. Every number of a draw has its own permutation, positions kept.
+        A draw permutes the maps of both sets and repeats the whole pick, so its AUROC is that of a pick where there is
+        nothing to find. Maps move between pictures and positions stay: a feature of a position keeps its advantage.
         """
         bench = self.bench
         orders = [
             permuted(part.labels, (bench.seed, draw, side)) for side, part in enumerate((bench.pick, bench.report))
         ]
-        for comparison in bench.comparisons:
-            feature, sign, picked_on = best_of(self.there.aurocs(comparison, orders[0]))
-            found = self.here.auroc_of(comparison, feature, orders[1])
-            yield comparison, picked_on, found if sign > 0 else 1 - found
+        for task in bench.tasks:
+            feature, sign, picked_on = best_of(self.pick.aurocs(task, orders[0]))
+            reported = self.report.auroc_of(task, feature, orders[1])
+            yield task, picked_on, reported if sign > 0 else 1 - reported
 
-    def _best_of_fewer(self, comparison: Comparison, count: int) -> float:
-        """The AUROC to expect of the best of `count` features: over all draws of so many, without a draw.
+    def _best_of_fewer(self, task: Task, count: int) -> float:
+        """The expected AUROC of the best of `count` features drawn at random from all F, in closed form.
 
-        With features ranked by what they come to on the set that picks, the one of rank r is the best of a draw with
+        With features ranked on the set that picks, from r = 0 on, the one of rank r is the best of a draw with
         probability C(F - r - 1, count - 1) / C(F, count).
         """
-        aurocs = self._aurocs[comparison]
+        aurocs = self._aurocs[task]
         order, features = np.argsort(-np.abs(aurocs - 0.5), kind="stable"), len(aurocs)
-        total, reached, chance = 0.0, 0.0, count / features
+        total, reached, chance = 0.0, 0.0, count / features  # C(F - 1, count - 1) / C(F, count)
         for rank, feature in enumerate(order[: features - count + 1]):
-            found = self.here.auroc_of(comparison, int(feature))
-            total += chance * (found if aurocs[feature] >= 0.5 else 1 - found)
+            reported = self.report.auroc_of(task, int(feature))
+            total += chance * (reported if aurocs[feature] >= 0.5 else 1 - reported)
             reached += chance
             if reached > 1 - 1e-4:
-                break
+                break  # the features below are the best of almost no draw
             chance *= (features - rank - count) / (features - rank - 1)
         return total / reached
 
 
 def best_of(aurocs: np.ndarray) -> tuple[int, int, float]:
-    """The one furthest from chance, the sign that puts it above, and its AUROC with that sign."""
-    apart = np.abs(np.nan_to_num(aurocs, nan=0.5) - 0.5)
-    feature = int(apart.argmax())
-    return feature, 1 if aurocs[feature] >= 0.5 else -1, 0.5 + float(apart[feature])
+    """The feature whose AUROC is furthest from .5, the sign that puts it above, and its AUROC with that sign."""
+    distance = np.abs(np.nan_to_num(aurocs, nan=0.5) - 0.5)
+    feature = int(distance.argmax())
+    return feature, 1 if aurocs[feature] >= 0.5 else -1, 0.5 + float(distance[feature])
 
 
 # ---- Directions
@@ -175,37 +175,37 @@ def best_directions(bench: Bench, space: Space, directions: Tensor | None) -> It
     A picture's number is its largest token's, along the direction or against it.
     """
     for of_tokens in (True, False):
-        asked = [one for one in bench.comparisons if one.question.of_tokens == of_tokens]
+        asked = [one for one in bench.tasks if one.question.of_tokens == of_tokens]
         finals = _screened(bench, space.pick, directions, asked)
-        for comparison, finalists in zip(asked, finals, strict=True):
-            there = _columns(bench.pick, space.pick, directions, finalists, of_tokens=of_tokens)
-            flags = bench.pick.flags(comparison)
-            aurocs = np.array([auroc(column, *flags) for column in there.T])
-            place, sign, _ = best_of(aurocs) if of_tokens else (int(aurocs.argmax()), 1, 0.0)
-            chosen, along = finalists[place]
-            here = _columns(bench.report, space.report, directions, [finalists[place]], of_tokens=of_tokens)[:, 0]
+        for task, finalists in zip(asked, finals, strict=True):
+            pick_scores = _columns(bench.pick, space.pick, directions, finalists, of_tokens=of_tokens)
+            flags = bench.pick.flags(task)
+            aurocs = np.array([auroc(column, *flags) for column in pick_scores.T])
+            best, sign, _ = best_of(aurocs) if of_tokens else (int(aurocs.argmax()), 1, 0.0)
+            chosen, along = finalists[best]
+            scores = _columns(bench.report, space.report, directions, [finalists[best]], of_tokens=of_tokens)[:, 0]
             picked = {"candidate": chosen, "sign": sign * along}
-            yield bench.answer(comparison, sign * there[:, place], sign * here, picked)
+            yield bench.answer(task, sign * pick_scores[:, best], sign * scores, picked)
 
 
 def _screened(
-    bench: Bench, tokens: Tensor, directions: Tensor | None, asked: Sequence[Comparison]
+    bench: Bench, tokens: Tensor, directions: Tensor | None, asked: Sequence[Task]
 ) -> list[list[tuple[int, int]]]:
-    """For every comparison the few candidates, with their signs, of the largest difference in mean rank."""
+    """For every task the few candidates, with their signs, of the largest difference in mean rank."""
     if not asked:
         return []
     part, of_tokens = bench.pick, asked[0].question.of_tokens
     each = part.tokens_per_image
-    every = -(-len(tokens) // SCREENED_TOKENS) if of_tokens else 1  # of the pictures, so many apart
+    every = -(-len(tokens) // SCREENED_TOKENS) if of_tokens else 1  # every so many-th picture is screened
     images = np.arange(0, part.images, every)
     rows = (images[:, None] * each + np.arange(each)).reshape(-1) if of_tokens else images
+    # Where all rows count, AUROC = 1/2 + (mean rank of positives - mean rank of negatives) / rows, so one product of
+    # weights and ranks screens all candidates for all tasks.
     sides = []
-    for comparison in asked:
-        positive, counted = (flags[rows] for flags in part.flags(comparison))
+    for task in asked:
+        positive, counted = (flags[rows] for flags in part.flags(task))
         sides.append(positive / max(1, positive.sum()) - (counted & ~positive) / max(1, (counted & ~positive).sum()))
-    weights = torch.from_numpy(
-        np.stack(sides)
-    ).float()  # [comparisons, rows]: mean over positives less that of the rest
+    weights = torch.from_numpy(np.stack(sides)).float()  # [tasks, rows]: mean over positives less that of the rest
     count = (directions if directions is not None else tokens).shape[1]
     gaps = torch.zeros(len(asked), 1 if of_tokens else 2, count)
     at_once = max(1, _NUMBERS // max(1, len(rows)))
@@ -227,16 +227,16 @@ def _screened(
 def _ranks(values: Tensor) -> Tensor:
     """The rank of each value in its row, the mean one where values tie (bfloat16 has few): float32, as `values`."""
     ordered, order = values.sort(1)
-    place = torch.arange(values.shape[1]).expand_as(order)
+    index = torch.arange(values.shape[1]).expand_as(order)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    first = torch.where(new, place, 0).cummax(1).values
-    ends = torch.where(new.roll(-1, 1), place, values.shape[1]).flip(1).cummin(1).values.flip(1)
+    first = torch.where(new, index, 0).cummax(1).values
+    ends = torch.where(new.roll(-1, 1), index, values.shape[1]).flip(1).cummin(1).values.flip(1)
     return torch.empty_like(values).scatter_(1, order, 0.5 * (first + ends))
 
 
 def _columns(
-    part: Part,
+    part: LabelledTokens,
     tokens: Tensor,
     directions: Tensor | None,
     chosen: Sequence[tuple[int, int]],
@@ -244,7 +244,7 @@ def _columns(
     of_tokens: bool,
     images: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Some candidates of all tokens, or pictures, of a part, or of some of its pictures: float32 [rows, chosen]."""
+    """The scores of some candidates on all tokens, or pictures, or those of `images` alone: float32 [rows, chosen]."""
     each = part.tokens_per_image
     which = torch.arange(part.images) if images is None else torch.from_numpy(images)
     numbers = torch.tensor([number for number, _ in chosen])
@@ -278,19 +278,19 @@ def random_directions(d: int, count: int, seed: int) -> Tensor:
 
 
 def probes(bench: Bench, space: Space, *, shuffled: bool = False) -> Iterator[Answer]:
-    """A linear probe on all of a space. `shuffled`: fitted on label maps that were permuted between pictures.
+    """A linear probe on all dimensions. `shuffled`: fitted on label maps that were permuted between pictures.
 
-    A picture is given to it as the mean, the largest and the smallest of its tokens, dimension by dimension.
+    A picture is the mean, the largest and the smallest of its tokens, dimension by dimension (`pooled`).
     """
     order = permuted(bench.pick.labels, (bench.seed, 1)) if shuffled else None
     for of_tokens in (True, False):
-        asked = [one for one in bench.comparisons if one.question.of_tokens == of_tokens]
-        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image, bench.pick.used)
-        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image, bench.report.used)
-        for comparison in asked:
-            probe = fitted(bench, comparison, there, order)
-            scores = [_scores(probe, tokens) for tokens in (there, here)]
-            yield bench.answer(comparison, scores[0], scores[1], {"penalty": probe.penalty})
+        asked = [one for one in bench.tasks if one.question.of_tokens == of_tokens]
+        x_pick = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image, bench.pick.used)
+        x_report = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image, bench.report.used)
+        for task in asked:
+            probe = fitted(bench, task, x_pick, order)
+            scores = [_scores(probe, tokens) for tokens in (x_pick, x_report)]
+            yield bench.answer(task, scores[0], scores[1], {"penalty": probe.penalty})
 
 
 class NumberAnswer(NamedTuple):
@@ -301,48 +301,45 @@ class NumberAnswer(NamedTuple):
     """On the pictures the probe was not fitted on."""
     penalty: float
     pictures: tuple[int, int]
-    """How many had the label: to fit on, and to judge on."""
+    """How many pictures have the label: to fit on, and to judge on."""
 
 
 def number_probes(bench: Bench, space: Space, least: int) -> list[NumberAnswer]:
-    """Ridge regression of every label that is a number, with at least so many pictures to judge on and half to fit on.
-
-    A picture is given to it as in `probes`.
-    """
-    there, here = bench.pick, bench.report
-    found = []
-    for name, fit_on in there.labels.numbers.items():
-        judge_on = here.labels.numbers.get(name, np.zeros(0))
+    """Ridge regression of every number that is known of `least` pictures to judge on and of half as many to fit on."""
+    pick, report = bench.pick, bench.report
+    answers = []
+    for name, fit_on in pick.labels.numbers.items():
+        judge_on = report.labels.numbers.get(name, np.zeros(0))
         rows = np.flatnonzero(np.isfinite(fit_on)), np.flatnonzero(np.isfinite(judge_on))
         if len(rows[1]) < least or 2 * len(rows[0]) < least:
             continue
         x = [
-            pooled(tokens, part.tokens_per_image, part.used) for tokens, part in zip(space, (there, here), strict=True)
+            pooled(tokens, part.tokens_per_image, part.used) for tokens, part in zip(space, (pick, report), strict=True)
         ]
-        probe = fit_ridge(x[0][torch.from_numpy(rows[0])], fit_on[rows[0]], there.labels.groups[rows[0]])
+        probe = fit_ridge(x[0][torch.from_numpy(rows[0])], fit_on[rows[0]], pick.labels.groups[rows[0]])
         predicted = probe.scores(x[1][torch.from_numpy(rows[1])])
-        worth = r_squared(predicted, judge_on[rows[1]])
-        found.append(NumberAnswer(name, worth, probe.penalty, (len(rows[0]), len(rows[1]))))
-    return found
+        explained = r_squared(predicted, judge_on[rows[1]])
+        answers.append(NumberAnswer(name, explained, probe.penalty, (len(rows[0]), len(rows[1]))))
+    return answers
 
 
 def mean_differences(bench: Bench, space: Space) -> Iterator[Answer]:
     """The direction from the mean of the negatives to that of the positives."""
     for of_tokens in (True, False):
-        there = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image, bench.pick.used)
-        here = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image, bench.report.used)
-        for comparison in [one for one in bench.comparisons if one.question.of_tokens == of_tokens]:
-            positive, counted = bench.pick.flags(comparison)
-            means = [_mean(there, np.flatnonzero(side)) for side in (positive, counted & ~positive)]
+        x_pick = space.pick if of_tokens else pooled(space.pick, bench.pick.tokens_per_image, bench.pick.used)
+        x_report = space.report if of_tokens else pooled(space.report, bench.report.tokens_per_image, bench.report.used)
+        for task in [one for one in bench.tasks if one.question.of_tokens == of_tokens]:
+            positive, counted = bench.pick.flags(task)
+            means = [_mean(x_pick, np.flatnonzero(side)) for side in (positive, counted & ~positive)]
             line = Probe(means[0] - means[1], 0.0, 0.0)
-            yield bench.answer(comparison, _scores(line, there), _scores(line, here), {})
+            yield bench.answer(task, _scores(line, x_pick), _scores(line, x_report), {})
 
 
-def fitted(bench: Bench, comparison: Comparison, x: Tensor, order: np.ndarray | None = None) -> Probe:
+def fitted(bench: Bench, task: Task, x: Tensor, order: np.ndarray | None = None) -> Probe:
     """A probe fitted on the set that picks: on all tokens or pictures that count, or as many as `balanced` draws."""
-    positive, counted = bench.pick.flags(comparison, order)
+    positive, counted = bench.pick.flags(task, order)
     rows = balanced(positive, counted, bench.seed)
-    return fit_probe(x[torch.from_numpy(rows)].float(), positive[rows], bench.pick.groups(comparison)[rows])
+    return fit_probe(x[torch.from_numpy(rows)].float(), positive[rows], bench.pick.groups(task)[rows])
 
 
 def pooled(tokens: Tensor, tokens_per_image: int, used: Tensor | None = None) -> Tensor:

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from flux_ir.activations.source import open_source
-from flux_ir.api.score_concepts import LEVEL_WORDS, labels_of, score_concepts
+from flux_ir.api.known_labels import labels_of
+from flux_ir.api.score_concepts import LEVEL_WORDS, score_concepts
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.main import main as flux_ir
 from flux_ir.commands.probe import main as probe
@@ -20,7 +21,7 @@ from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.files.folder import save_sae
 from flux_ir.sites import Site
 from flux_ir.studies.concepts import ROWS
-from flux_ir.studies.part import Part
+from flux_ir.studies.labelled_tokens import LabelledTokens
 
 SITE = Site.parse("single.6.img")
 FEW = ("--least_positives", "6", "--bootstrap", "4", "--null", "2")
@@ -107,7 +108,7 @@ def test_features_are_scored_on_what_the_judge_saw_and_a_rerun_changes_no_byte(w
 def test_padding_of_the_text_has_no_features(collections, tmp_path):
     source, site = open_source(collections / "A"), Site.parse("double.3.txt")
     labels = labels_of(source, "pick", None, tmp_path, 10**6, site, lambda _: None)
-    part = Part(source, labels, site, 2)
+    part = LabelledTokens(source, labels, site, 2)
     config = SAEConfig("topk", source.d(site), 256, k=8, site=str(site), model="flux-tiny", steps=(2,))
     codes = part.codes(make_sae(config, sample=part.values().float()))
     lengths = [source.read(int(image), site, 2).used_txt for image in labels.images]

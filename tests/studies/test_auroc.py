@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flux_ir.studies.auroc import (
     Codes,
-    Ranked,
+    RankedCodes,
     at_threshold,
     auroc,
     bootstrap,
@@ -46,7 +46,7 @@ def test_sparse_and_dense_codes_agree_with_every_pair(seed, signed):
         return
     expected = [pairs(column, positive, counted) for column in values.T]
     for codes in (sparse(values), dense_codes(values)):
-        ranked = Ranked(codes)
+        ranked = RankedCodes(codes)
         np.testing.assert_allclose(ranked.auroc(positive, counted), expected, rtol=0, atol=1e-12)
         alone = [ranked.auroc_of(feature, positive, counted) for feature in range(values.shape[1])]
         np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-12)
@@ -55,7 +55,7 @@ def test_sparse_and_dense_codes_agree_with_every_pair(seed, signed):
 
 def test_questions_one_after_another_do_not_disturb_each_other():
     values, positive, counted = draw(1)
-    ranked = Ranked(sparse(values))
+    ranked = RankedCodes(sparse(values))
     first = ranked.auroc(positive, counted)
     other = ~counted | positive
     np.testing.assert_allclose(ranked.auroc(positive, other), [pairs(c, positive, other) for c in values.T])
@@ -70,14 +70,14 @@ def test_values_without_ties_and_features_that_never_fire():
     values[:, 3] = 0
     positive = rng.random(200) < 0.2
     everyone = np.ones(200, bool)
-    found = Ranked(sparse(values)).auroc(positive, everyone)
+    found = RankedCodes(sparse(values)).auroc(positive, everyone)
     np.testing.assert_allclose(found, [pairs(c, positive, everyone) for c in values.T])
     assert found[3] == 0.5
 
 
 def test_without_positives_or_negatives_there_is_no_number():
     values, positive, counted = draw(2)
-    ranked = Ranked(sparse(values))
+    ranked = RankedCodes(sparse(values))
     assert np.isnan(ranked.auroc(np.zeros_like(positive), counted)).all()
     assert np.isnan(ranked.auroc(counted, counted)).all()
     assert np.isnan(auroc(values[:, 0], counted, counted))
@@ -87,7 +87,7 @@ def test_scores_that_are_not_finite_are_refused():
     values, positive, counted = draw(3)
     values[counted.argmax(), 0] = np.inf
     with pytest.raises(ValueError, match="finite"):
-        Ranked(sparse(values))
+        RankedCodes(sparse(values))
     with pytest.raises(ValueError, match="finite"):
         auroc(values[:, 0], positive, counted)
 

@@ -7,19 +7,19 @@ from flux_ir.demo.scenes import COLOURS
 from flux_ir.errors import FluxIRError
 from flux_ir.studies.concepts import askable, best_features, best_of
 from flux_ir.studies.judged import judge_collection
+from flux_ir.studies.labelled_tokens import FeatureBoard, LabelledTokens
 from flux_ir.studies.labels import known_answers
-from flux_ir.studies.part import FeatureBoard, Part
 from tests.studies.drawn import SITE, TEXT, TOKENS, D, channels, drawn
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     sources = [drawn(tmp_path_factory.mktemp("drawn"), 120, seed) for seed in (0, 1)]
-    return [Part(source, known_answers(judge_collection(source)), SITE, 0) for source in sources]
+    return [LabelledTokens(source, known_answers(judge_collection(source)), SITE, 0) for source in sources]
 
 
 def test_a_planted_feature_is_found_and_nothing_else(parts):
-    found = {(one.comparison.question, one.comparison.negatives): one for one in best_features(channels(), *parts, 15)}
+    found = {(one.task.question, one.task.negatives): one for one in best_features(channels(), *parts, 15)}
     seen = set()
     for (question, negatives), best in found.items():
         if question.kind == "colour" and question.level != "image":
@@ -46,10 +46,10 @@ def test_a_feature_that_is_silent_where_the_concept_is_has_the_other_sign():
 
 def test_too_few_positives_are_not_asked_about(parts):
     asked = askable(*parts, 100)
-    assert 0 < len(asked) < len(parts[0].comparisons())
-    for comparison in parts[0].comparisons():
-        pick, report = (min(part.counts(comparison)) for part in parts)
-        assert (comparison in asked) == (report >= 100 and pick >= 50)
+    assert 0 < len(asked) < len(parts[0].tasks())
+    for task in parts[0].tasks():
+        pick, report = (min(part.counts(task)) for part in parts)
+        assert (task in asked) == (report >= 100 and pick >= 50)
 
 
 def test_parts_that_share_a_prompt_are_refused(parts):
@@ -64,12 +64,12 @@ def test_other_patches_than_those_labelled_are_refused(parts):
 
     source = parts[0].source
     with pytest.raises(FluxIRError, match="has 256 tokens a picture, the labels 64"):
-        Part(Finer(source.folder, source.scenes), parts[0].labels, SITE, 0)
+        LabelledTokens(Finer(source.folder, source.scenes), parts[0].labels, SITE, 0)
 
 
 def test_of_text_only_whole_pictures_are_asked(parts):
-    text = Part(parts[0].source, parts[0].labels, TEXT, 0)
-    assert {comparison.question.level for comparison in text.comparisons()} == {"image"}
+    text = LabelledTokens(parts[0].source, parts[0].labels, TEXT, 0)
+    assert {task.question.level for task in text.tasks()} == {"image"}
 
 
 def test_patches_that_were_not_kept_have_no_label(parts):
@@ -84,18 +84,18 @@ def test_patches_that_were_not_kept_have_no_label(parts):
             return block._replace(values=block.values[kept], positions=block.positions[kept])
 
     whole, source = parts[0], parts[0].source
-    few = Part(Fewer(source.folder, source.scenes), whole.labels, SITE, 0)
-    for comparison in few.comparisons():
-        for some, every in zip(few.flags(comparison), whole.flags(comparison), strict=True):
-            expected = every.reshape(-1, 64)[:, kept].reshape(-1) if comparison.question.of_tokens else every
+    few = LabelledTokens(Fewer(source.folder, source.scenes), whole.labels, SITE, 0)
+    for task in few.tasks():
+        for some, every in zip(few.flags(task), whole.flags(task), strict=True):
+            expected = every.reshape(-1, 64)[:, kept].reshape(-1) if task.question.of_tokens else every
             np.testing.assert_array_equal(some, expected)
 
 
 def test_label_maps_of_other_pictures_keep_their_patches(parts):
     part = parts[0]
     order = np.random.default_rng(0).permutation(part.images)
-    for comparison in part.comparisons():
-        positive, counted = part.flags(comparison)
-        moved = part.flags(comparison, order)
+    for task in part.tasks():
+        positive, counted = part.flags(task)
+        moved = part.flags(task, order)
         for one, other in ((positive, moved[0]), (counted, moved[1])):
             np.testing.assert_array_equal(one.reshape(part.images, -1)[order], other.reshape(part.images, -1))

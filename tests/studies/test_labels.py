@@ -13,8 +13,8 @@ from flux_ir.studies.judged import Judged, judge_collection
 from flux_ir.studies.labels import (
     IN_ALL,
     POSITIVE,
-    Comparison,
     Question,
+    Task,
     check_apart,
     check_sources_apart,
     known_answers,
@@ -62,7 +62,7 @@ def test_labels_of_a_colour_are_those_of_the_drawn_cover(source, judged, labels,
         ("interior", "all", share > 0.9, (every > 0.9).any(1) | (every.sum(1) < 0.05)),
         ("interior", "hard", share > 0.9, (every > 0.9).any(1)),
     ):
-        found = labels.split(Comparison(colour(name, level), negatives))
+        found = labels.split(Task(colour(name, level), negatives))
         sure = ~blurred
         np.testing.assert_array_equal(found[0][sure], (positive & counted)[sure], err_msg=f"{level} {negatives}")
         np.testing.assert_array_equal(found[1][sure], counted[sure], err_msg=f"{level} {negatives}")
@@ -71,11 +71,11 @@ def test_labels_of_a_colour_are_those_of_the_drawn_cover(source, judged, labels,
 def test_backgrounds_are_the_patches_without_objects(source, labels):
     every = np.stack([true_cover(scene).sum(0) for scene in source.scenes])
     white = np.array([scene.background == "white" for scene in source.scenes])[:, None]
-    positive, counted = labels.split(Comparison(Question("background", "white", "interior"), "hard"))
+    positive, counted = labels.split(Task(Question("background", "white", "interior"), "hard"))
     sure = np.abs(every - 0.05) > 0.02
     np.testing.assert_array_equal(positive[sure], ((every < 0.05) & white)[sure])
     np.testing.assert_array_equal(counted[sure], (every < 0.05)[sure])
-    positive, counted = labels.split(Comparison(Question("background", "white", "any"), "all"))
+    positive, counted = labels.split(Task(Question("background", "white", "any"), "all"))
     sure &= np.abs(every - 0.5) > 0.02
     np.testing.assert_array_equal(positive[sure], ((every < 0.5) & white)[sure])
     assert (counted | ~white.repeat(64, 1) | (every > 0.45)).all()
@@ -86,10 +86,10 @@ def test_pictures_have_what_their_captions_name(source, labels):
     for shape in SHAPES:
         has = np.array([any(thing.shape == shape for thing in scene.things) for scene in source.scenes])
         two = np.array([len(scene.things) == 2 for scene in source.scenes])
-        positive, counted = labels.split(Comparison(Question("shape", shape, "image"), "all"))
+        positive, counted = labels.split(Task(Question("shape", shape, "image"), "all"))
         np.testing.assert_array_equal(positive, has)
         assert counted.all()
-        positive, counted = labels.split(Comparison(Question("shape", shape, "image"), "hard"))
+        positive, counted = labels.split(Task(Question("shape", shape, "image"), "hard"))
         np.testing.assert_array_equal(positive, has & two)
         np.testing.assert_array_equal(counted, two)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flux_ir.api.score_concepts import labels_of
+from flux_ir.api.known_labels import labels_of
 from flux_ir.studies.labels import POSITIVE
 from tests.studies.drawn import SITE, TOKENS, drawn
 
