@@ -1,1 +1,1 @@
-"""How flux-tiny was made: the scenes it was shown, its training, its evaluation. Start with `scenes`."""
+"""The world that flux-tiny knows: scenes, their pictures and captions, and a judge of pictures. Start with `scenes`."""

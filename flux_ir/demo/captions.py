@@ -1,4 +1,4 @@
-"""Captions for flux-tiny, one per line, all different: prompts to collect activations with.
+"""Captions for flux-tiny, all different: prompts to collect activations with, and a program that prints them.
 
 uv run python -m flux_ir.demo.captions --count 1000 > prompts.txt
 
@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 from flux_ir.demo.scenes import scene_at
 
-Part = Literal["T", "A", "B", "C"]
-PARTS: tuple[Part, ...] = get_args(Part)
+CaptionPart = Literal["T", "A", "B", "C"]
+PARTS: tuple[CaptionPart, ...] = get_args(CaptionPart)
 """T trains autoencoders, A picks features, B ranks recipes, C is for the report alone."""
 
 _OF_TEN = "TTTTAABBCC"
@@ -23,35 +23,35 @@ _OF_TEN = "TTTTAABBCC"
 MOST_ALONE = {"T": 700, "A": 340, "B": 340, "C": 340}
 
 
-def captions(number: int, seed: int, part: Part | None = None, alone: int | None = None) -> list[str]:
-    """So many different captions of scenes drawn with this seed; of one part only, if one is named.
+def captions(number: int, seed: int, part: CaptionPart | None = None, alone: int | None = None) -> list[str]:
+    """`number` different captions of scenes drawn with this seed; of one part only, if one is named.
 
-    `alone` is how many of them are to have one object; None: as many as happen to.
+    `alone` is how many of them have one object; None leaves it to chance.
 
-    Raises ValueError for more of these than there are.
+    Raises ValueError for more captions of one object than there are.
     """
     if alone is not None and not 0 <= alone <= min(number, MOST_ALONE[part or "T"]):
         raise ValueError(f"alone must be in 0..{min(number, MOST_ALONE[part or 'T'])}: got {alone}")
-    wanted: dict[bool | None, int] = {None: number} if alone is None else {True: alone, False: number - alone}
+    missing: dict[bool | None, int] = {None: number} if alone is None else {True: alone, False: number - alone}
     found: dict[str, None] = {}
     for caption, is_alone in _endless(seed, part):
         kind = None if alone is None else is_alone
-        if wanted[kind] and caption not in found:
+        if missing[kind] and caption not in found:
             found[caption] = None
-            wanted[kind] -= 1
-            if not any(wanted.values()):
+            missing[kind] -= 1
+            if not any(missing.values()):
                 break
     return list(found)
 
 
-def part_of(caption: str) -> Part:
+def part_of(caption: str) -> CaptionPart:
     """The part a caption belongs to, by its hash: the same for every seed."""
     letter = _OF_TEN[int.from_bytes(hashlib.sha256(f"part {caption}".encode()).digest()[:4], "big") % 10]
     return next(part for part in PARTS if part == letter)
 
 
-def _endless(seed: int, part: Part | None) -> Iterator[tuple[str, bool]]:
-    """Captions of a part, with repetitions, and whether each has one object."""
+def _endless(seed: int, part: CaptionPart | None) -> Iterator[tuple[str, bool]]:
+    """Endless captions of a part, with repetitions, each with whether it has one object."""
     for index in count():
         scene = scene_at(seed, index)
         if part is None or part_of(scene.caption) == part:
@@ -59,7 +59,7 @@ def _endless(seed: int, part: Part | None) -> Iterator[tuple[str, bool]]:
 
 
 def main() -> None:
-    """Print them."""
+    """Print captions, one per line."""
     parser = argparse.ArgumentParser(description="Captions that flux-tiny knows every word of, one per line.")
     parser.add_argument("--count", type=int, default=1000, help="how many (default 1000)")
     parser.add_argument("--seed", type=int, default=77, help="another seed gives others (default 77)")

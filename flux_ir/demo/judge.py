@@ -34,7 +34,7 @@ MOST_OBJECTS = 4
 
 
 class Seen(NamedTuple):
-    """One object as found. `x`, `y` (its centre of gravity) and `radius` are in units of the picture's side."""
+    """One object of a picture. `x`, `y` (its centre of gravity) and `radius` are in units of the picture's side."""
 
     colour: str
     shape: str | None
@@ -76,8 +76,8 @@ class Verdict(NamedTuple):
     objects: tuple[ObjectVerdict, ...]
 
 
-class Row(NamedTuple):
-    """One line of the table: the share of `n` cases where `aspect` was right, over captions with `captions` objects."""
+class TallyRow(NamedTuple):
+    """One row of the tally: the share of `n` cases where `aspect` was right, for captions with `captions` objects."""
 
     captions: int
     aspect: str
@@ -145,21 +145,21 @@ def match_objects(seen: list[Seen], scene: Scene) -> tuple[int | None, ...]:
         sizes = sum(s.size == thing.size for s, thing in pairs)
         return colours, shapes, sizes, _relation_of(objects) == scene.relation
 
-    wanted = len(scene.things)
-    padded: list[int | None] = [*range(len(seen)), *[None] * (wanted - len(seen))]
-    return max(permutations(padded, wanted), key=agreement)
+    count = len(scene.things)
+    padded: list[int | None] = [*range(len(seen)), *[None] * (count - len(seen))]
+    return max(permutations(padded, count), key=agreement)
 
 
-def tally(verdicts: Iterable[tuple[Verdict, Scene]]) -> list[Row]:
-    """The table, captions with one object and with two apart: how often each aspect was right, over how many cases."""
+def tally(verdicts: Iterable[tuple[Verdict, Scene]]) -> list[TallyRow]:
+    """How often each aspect was right, over how many cases: first for captions with one object, then with two."""
     pairs = list(verdicts)
-    rows: list[Row] = []
+    rows: list[TallyRow] = []
     for captions, aspects in ((1, _ONE_OBJECT), (2, _TWO_OBJECTS)):
         group = [verdict for verdict, scene in pairs if len(scene.things) == captions]
         for aspect, cases in aspects.items():
             right = [case for verdict in group for case in cases(verdict)]
             if right:
-                rows.append(Row(captions, aspect, sum(right) / len(right), len(right)))
+                rows.append(TallyRow(captions, aspect, sum(right) / len(right), len(right)))
     return rows
 
 

@@ -101,12 +101,12 @@ def scenes(seed: int, split: Split, start: int = 0) -> Iterator[Scene]:
 
 def held_out_scenes(count: int, seed: int) -> list[Scene]:
     """`count` held-out scenes with captions that all differ."""
-    found: dict[str, Scene] = {}
+    by_caption: dict[str, Scene] = {}
     for scene in scenes(seed, "held_out"):
-        found.setdefault(scene.caption, scene)
-        if len(found) == count:
+        by_caption.setdefault(scene.caption, scene)
+        if len(by_caption) == count:
             break
-    return list(found.values())
+    return list(by_caption.values())
 
 
 def parse_caption(caption: str) -> Scene:
@@ -114,13 +114,13 @@ def parse_caption(caption: str) -> Scene:
 
     Raises ValueError for a sentence that is no caption.
     """
-    found = _CAPTION.fullmatch(caption)
-    if found is None:
+    words = _CAPTION.fullmatch(caption)
+    if words is None:
         raise ValueError(f"not a caption of flux-tiny's world: {caption!r}")
-    if found["place"]:
-        return Scene((_standing(found, "", found["place"]),), None, found["background"])
-    first, second = RELATIONS[found["relation"]]
-    return Scene((_standing(found, "", first), _standing(found, "2", second)), found["relation"], found["background"])
+    if words["place"]:
+        return Scene((_standing(words, "", words["place"]),), None, words["background"])
+    first, second = RELATIONS[words["relation"]]
+    return Scene((_standing(words, "", first), _standing(words, "2", second)), words["relation"], words["background"])
 
 
 def vocabulary() -> list[str]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from flux_ir.demo.judge import Row, judge, tally
+from flux_ir.demo.judge import TallyRow, judge, tally
 from flux_ir.demo.scenes import held_out_scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.files import write_json
@@ -68,7 +68,7 @@ def draw_captions(suite: Suite, captions: list[str], num_steps: int) -> Iterator
             yield from decode(autoencoder, last.after, side, side, suite.dtype).numpy()
 
 
-def evaluate(spec: ModelSpec, count: int, num_steps: int, device: str | None) -> list[Row]:
+def evaluate(spec: ModelSpec, count: int, num_steps: int, device: str | None) -> list[TallyRow]:
     """The table over `count` held-out captions that all differ."""
     placement = plan(torch.cuda.device_count(), device=device)
     suite = Suite(spec, locate_model(spec), placement, choose_dtype("auto", placement.devices).dtype)
@@ -78,12 +78,12 @@ def evaluate(spec: ModelSpec, count: int, num_steps: int, device: str | None) ->
     return tally((judge(picture, scene), scene) for picture, scene in zip(followed, scenes, strict=True))
 
 
-def bar_for(row: Row) -> float | None:
+def bar_for(row: TallyRow) -> float | None:
     """The bar this row has to reach, if there is one."""
     return next((bar.least for bar in BARS if (bar.captions, bar.aspect) == (row.captions, row.aspect)), None)
 
 
-def print_table(rows: list[Row], title: str) -> None:
+def print_table(rows: list[TallyRow], title: str) -> None:
     """The rows on stdout, with the bar beside those that have one."""
     table = Table("objects", "aspect", "right", "bar", "cases", title=title, title_justify="left")
     for row in rows:
@@ -93,7 +93,7 @@ def print_table(rows: list[Row], title: str) -> None:
     Console().print(table)
 
 
-def write_quality(folder: Path, rows: list[Row], num_steps: int) -> None:
+def write_quality(folder: Path, rows: list[TallyRow], num_steps: int) -> None:
     """Put the table into the provenance of the model in `folder`."""
     path = folder / PROVENANCE_FILE
     provenance = json.loads(path.read_text(encoding="utf-8"))

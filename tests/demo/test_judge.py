@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from flux_ir.demo.drawing import RGB, SIDE_PX, draw, silhouette
-from flux_ir.demo.judge import ObjectVerdict, Row, Sight, Verdict, find_objects, judge, look, match_objects, tally
+from flux_ir.demo.judge import ObjectVerdict, Sight, TallyRow, Verdict, find_objects, judge, look, match_objects, tally
 from flux_ir.demo.scenes import PLACES, RADIUS, RELATIONS, SHAPES, Scene, Thing, scenes
 
 TRUE_SCENES = list(islice(scenes(7, "train"), 400))
@@ -257,13 +257,13 @@ def test_tally_counts_one_and_two_object_captions_apart() -> None:
         (judge(draw(wrong_ring), STAR_AND_RING), STAR_AND_RING),
     ]
     rows = tally(judged)
-    assert Row(1, "background", 0.5, 2) in rows
-    assert Row(1, "everything", 0.5, 2) in rows
-    assert Row(1, "place", 1.0, 2) in rows
-    assert Row(2, "shape of each", 0.5, 2) in rows
-    assert Row(2, "both shapes", 0.0, 1) in rows
-    assert Row(2, "relation and both colours", 1.0, 1) in rows
-    assert Row(2, "everything", 0.0, 1) in rows
+    assert TallyRow(1, "background", 0.5, 2) in rows
+    assert TallyRow(1, "everything", 0.5, 2) in rows
+    assert TallyRow(1, "place", 1.0, 2) in rows
+    assert TallyRow(2, "shape of each", 0.5, 2) in rows
+    assert TallyRow(2, "both shapes", 0.0, 1) in rows
+    assert TallyRow(2, "relation and both colours", 1.0, 1) in rows
+    assert TallyRow(2, "everything", 0.0, 1) in rows
 
 
 def test_tally_leaves_out_what_was_never_judged() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from flux_ir.demo.judge import Row
+from flux_ir.demo.judge import TallyRow
 from flux_ir.demo.scenes import scenes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
@@ -224,13 +224,13 @@ def test_evaluation_of_an_untrained_model_misses_the_bars_and_says_so(exported: 
 
 
 def test_every_bar_is_held_against_a_row_of_the_table() -> None:
-    assert all(bar_for(Row(bar.captions, bar.aspect, 1.0, 1)) == bar.least for bar in BARS)
-    assert bar_for(Row(2, "everything", 1.0, 1)) is None
+    assert all(bar_for(TallyRow(bar.captions, bar.aspect, 1.0, 1)) == bar.least for bar in BARS)
+    assert bar_for(TallyRow(2, "everything", 1.0, 1)) is None
 
 
 def test_quality_is_written_beside_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text('{"seed": 0}')
-    write_quality(tmp_path, [Row(1, "background", 0.98765, 200)], 8)
+    write_quality(tmp_path, [TallyRow(1, "background", 0.98765, 200)], 8)
     provenance = json.loads((tmp_path / "provenance.json").read_text())
     assert provenance["seed"] == 0
     assert provenance["quality"]["rows"] == [{"captions": 1, "aspect": "background", "share": 0.9877, "n": 200}]
