@@ -1,4 +1,4 @@
-"""What a study's file may say, and all that it leaves to the defaults: read and checked before anything runs.
+"""The file of a study: what it may say, read and checked with all defaults before anything runs.
 
 A table of the file holds the arguments of one function of the Python API; `[prompts]`, `[concepts.pick]` and
 `[concepts.report]` say where prompts come from. Next: `study`, which runs it.
@@ -29,8 +29,8 @@ class StageSpec(NamedTuple):
     module: str
     function: str
     given: tuple[str, ...]
-    otherwise: Mapping[str, Any] = {}
-    """Defaults of a study that are others than the function's."""
+    study_defaults: Mapping[str, Any] = {}
+    """Defaults of a study that differ from the function's."""
     own: Mapping[str, Any] = {}
     """Settings of the study that the function does not have, with their defaults."""
 
@@ -40,7 +40,9 @@ class StageSpec(NamedTuple):
 
 
 STAGES = {
-    "collect": StageSpec("flux_ir.api.collect", "collect", ("prompts", "output_dir"), otherwise={"save_images": True}),
+    "collect": StageSpec(
+        "flux_ir.api.collect", "collect", ("prompts", "output_dir"), study_defaults={"save_images": True}
+    ),
     "train": StageSpec(
         "flux_ir.api.train_sae", "train_sae", ("captures", "output_dir", "name", "model", "prompts", "repeats", "stop")
     ),
@@ -53,19 +55,19 @@ STAGES = {
         own={"repeats": 4},  # generations of each prompt, to pick with and to report on
     ),
 }
-"""In the order they run. A stage runs if the file has a table of its name."""
+"""The stages in the order they run: those whose table the file has."""
 NEEDED = ("prompts", "collect")
-_OF_PROMPTS = {"file": None, "captions": None, "part": None, "alone": None, "sample": None, "seed": 0}
+_PROMPT_DEFAULTS = {"file": None, "captions": None, "part": None, "alone": None, "sample": None, "seed": 0}
 
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study as it will run: every setting, also those its file left out."""
+    """A study as it will run, with every setting, defaults included."""
 
     path: Path
     name: str
     prompts: dict[str, list[str]]
-    """By what they are for: "train", and with `[concepts]` also "pick" and "report"."""
+    """By their use: "train", and with `[concepts]` also "pick" and "report"."""
     prompt_settings: dict[str, Table]
     stages: dict[str, Table]
 
@@ -80,7 +82,7 @@ class StudyFile:
 
 
 def read_study(path: Path | str) -> StudyFile:
-    """Reads a study's file. Raises FluxIRError for tables and settings there are not, wrong values, bad prompts."""
+    """Reads a study's file. Raises FluxIRError for unknown tables and settings, wrong values and bad prompts."""
     path = Path(path)
     tables = _parse(path)
     name = tables.pop("name", path.stem)
@@ -99,6 +101,12 @@ def read_study(path: Path | str) -> StudyFile:
     return StudyFile(path, name, prompts, settings, stages)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, if one is near."""
+    near = nearest(name, list(known))
+    return f"; did you mean {near}?" if near else ""
+
+
 def _parse(path: Path) -> Table:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -115,9 +123,8 @@ def _check_tables(path: Path, tables: Table) -> None:
     known = ("prompts", *STAGES)
     for name, table in tables.items():
         if name not in known:
-            near = nearest(name, known)
             raise FluxIRError(
-                f"{path}: there is no stage {name!r}{f'; did you mean {near}?' if near else ''}",
+                f"{path}: there is no stage {name!r}{did_you_mean(name, known)}",
                 hint=f"the tables of a study are {', '.join(known)}",
             )
         if not isinstance(table, dict):
@@ -130,7 +137,7 @@ def _check_tables(path: Path, tables: Table) -> None:
 
 
 def _settled(path: Path, stage: str, table: Table) -> Table:
-    """All settings of a stage, with defaults. Raises FluxIRError for one there is not, and for a wrong value."""
+    """All settings of a stage, with defaults. Raises FluxIRError for an unknown one, and for a wrong value."""
     spec = STAGES[stage]
     function = spec.load()
     parameters = inspect.signature(function).parameters
@@ -140,10 +147,9 @@ def _settled(path: Path, stage: str, table: Table) -> Table:
         if name in spec.own:
             continue
         if name not in known:
-            near = nearest(name, [*known, *spec.own])
             why = "the study itself gives it" if name in spec.given else "there is no such setting"
             raise FluxIRError(
-                f"{path}: [{stage}] {name}: {why}{f'; did you mean {near}?' if near else ''}",
+                f"{path}: [{stage}] {name}: {why}{did_you_mean(name, [*known, *spec.own])}",
                 hint=f"it has the arguments of flux_ir.{spec.function}",
             )
         if not _fits(annotations[name], value):
@@ -154,7 +160,7 @@ def _settled(path: Path, stage: str, table: Table) -> Table:
     settled: Table = {}
     for name in known:
         default = parameters[name].default
-        value = table.get(name, spec.otherwise.get(name, default))
+        value = table.get(name, spec.study_defaults.get(name, default))
         settled[name] = list(value) if isinstance(value, tuple) else value
         if value is inspect.Parameter.empty:
             raise FluxIRError(f"{path}: [{stage}] needs {name}", hint=f"it is an argument of flux_ir.{spec.function}")
@@ -170,16 +176,15 @@ def _prompt_settings(path: Path, use: str, table: Any) -> Table:
     if not isinstance(table, dict):
         raise FluxIRError(f"{path}: {where} must be a table: got {table!r}")
     for name, value in table.items():
-        if name not in _OF_PROMPTS:
-            near = nearest(name, _OF_PROMPTS)
+        if name not in _PROMPT_DEFAULTS:
             raise FluxIRError(
-                f"{path}: {where} {name}: there is no such setting{f'; did you mean {near}?' if near else ''}",
-                hint=f"prompts have {', '.join(_OF_PROMPTS)}",
+                f"{path}: {where} {name}: there is no such setting{did_you_mean(name, _PROMPT_DEFAULTS)}",
+                hint=f"prompts have {', '.join(_PROMPT_DEFAULTS)}",
             )
-        wanted: Any = str if name in ("file", "part") else int
-        if not _fits(wanted, value) or (name in ("captions", "sample") and value < 1):
+        type_of: Any = str if name in ("file", "part") else int
+        if not _fits(type_of, value) or (name in ("captions", "sample") and value < 1):
             raise FluxIRError(
-                f"{path}: {where} {name} must be {'text' if wanted is str else 'a number'}: got {value!r}"
+                f"{path}: {where} {name} must be {'text' if type_of is str else 'a number'}: got {value!r}"
             )
     if ("file" in table) == ("captions" in table):
         raise FluxIRError(
@@ -190,7 +195,7 @@ def _prompt_settings(path: Path, use: str, table: Any) -> Table:
         raise FluxIRError(f"{path}: {where} part must be one of {', '.join(PARTS)}: got {table['part']!r}")
     if "file" in table and (odd := {"part", "alone"} & table.keys()):
         raise FluxIRError(f"{path}: {where} {min(odd)} is for captions: got a file", hint="leave it out")
-    settled = {name: table.get(name, default) for name, default in _OF_PROMPTS.items()}
+    settled = {name: table.get(name, default) for name, default in _PROMPT_DEFAULTS.items()}
     return settled | ({"file": str((path.parent / table["file"]).resolve())} if "file" in table else {})
 
 
@@ -198,24 +203,24 @@ def _prompts(path: Path, use: str, table: Table) -> list[str]:
     """The prompts, each once: all of them, or a sample that keeps their order."""
     if table["file"] is None:
         try:
-            found = captions(table["captions"], table["seed"], table["part"], table["alone"])
+            prompts = captions(table["captions"], table["seed"], table["part"], table["alone"])
         except ValueError as error:
             raise FluxIRError(f"{path}: {use}: {error}") from error
     else:
-        found = list(dict.fromkeys(read_prompts(Path(table["file"]))))
+        prompts = list(dict.fromkeys(read_prompts(Path(table["file"]))))
     size = table["sample"]
     if size is None:
-        return found
-    if size > len(found):
+        return prompts
+    if size > len(prompts):
         raise FluxIRError(
-            f"{path}: a sample of {size} prompts needs as many different ones: there are {len(found)}",
+            f"{path}: a sample of {size} prompts needs as many different ones: there are {len(prompts)}",
             hint="leave sample out, or give more prompts",
         )
-    return [found[index] for index in sorted(random.Random(table["seed"]).sample(range(len(found)), size))]
+    return [prompts[index] for index in sorted(random.Random(table["seed"]).sample(range(len(prompts)), size))]
 
 
 def _check_disjoint(path: Path, prompts: Mapping[str, Sequence[str]]) -> None:
-    """Known answers are only worth something on prompts that were not seen before."""
+    """Raises FluxIRError if two uses share a prompt: features must not be picked, or judged, on prompts seen before."""
     seen: dict[str, str] = {}
     for use, some in prompts.items():
         for prompt in some:
@@ -228,7 +233,7 @@ def _check_disjoint(path: Path, prompts: Mapping[str, Sequence[str]]) -> None:
 
 
 def _fits(annotation: Any, value: Any) -> bool:
-    """Whether a value of TOML is of this type."""
+    """Whether a value from TOML has this type."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (UnionType, Union):
         return any(_fits(one, value) for one in inner)
@@ -244,7 +249,7 @@ def _fits(annotation: Any, value: Any) -> bool:
 
 
 def _words(annotation: Any) -> str:
-    """What a type is called in a message."""
+    """The name of a type in a message."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (UnionType, Union):
         return " or ".join(dict.fromkeys(filter(None, map(_words, inner))))
