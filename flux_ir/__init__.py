@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from flux_ir.api.capture import capture
     from flux_ir.api.collect import collect
     from flux_ir.api.collect_clip import collect_clip
-    from flux_ir.api.compare_features import Comparison, compare_features
+    from flux_ir.api.compare_features import compare_features
+    from flux_ir.api.comparison_files import Comparison
     from flux_ir.api.convert_collection import convert_collection
     from flux_ir.api.draw_features import DrawnFeatures, draw_features
     from flux_ir.api.evaluate_sae import EvaluatedSAE, evaluate_sae
@@ -48,7 +49,7 @@ _MODULES = {
     "collect": "flux_ir.api.collect",
     "collect_clip": "flux_ir.api.collect_clip",
     "compare_features": "flux_ir.api.compare_features",
-    "Comparison": "flux_ir.api.compare_features",
+    "Comparison": "flux_ir.api.comparison_files",
     "convert_collection": "flux_ir.api.convert_collection",
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",

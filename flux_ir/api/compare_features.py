@@ -1,12 +1,12 @@
-"""The features of two folders side by side: which are the same, which have moved, and how alike the activations are."""
+"""The features of two folders side by side: which are the same, which have moved, and how alike the activations are.
+
+Next: `comparison_files`, the settings and the table.
+"""
 
 import hashlib
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,20 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_array, csr_array
 
 from flux_ir.activations.source import open_source
-from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.comparison_files import (
+    PICTURE,
+    RESULT,
+    CompareBy,
+    CompareLevel,
+    CompareSettings,
+    Comparison,
+    Findings,
+    check_same_other,
+    comparison_digest,
+    content_of,
+    result_folder,
+    write_content,
+)
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.compare import (
@@ -31,7 +44,6 @@ from flux_ir.features.compare import (
     paired_steps,
     site_of,
 )
-from flux_ir.features.contents import digest_of
 from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.matching import (
     Pairs,
@@ -44,57 +56,20 @@ from flux_ir.features.matching import (
     random_directions,
 )
 from flux_ir.features.significance import q_values
-from flux_ir.files import complete_file, read_json
-from flux_ir.lens.measures import json_number
-from flux_ir.sae.evaluation.plots import ScatterGroup, scatter
+from flux_ir.files import read_json
 from flux_ir.sae.files.formats import load_any, weights_file
 from flux_ir.sites import Stream
 
-By = Literal["auto", "activations", "decoder"]
-Level = Literal["image", "token"]
-RESULT, PICTURE = "compare.json", "compare.png"
-VERSION = 2
 NULL_SCORES, MOST_DRAWS = 10_000, 100
 """The null is drawn until it has at least so many pairs, but not more often than that."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareSettings:
-    """What a comparison depends on, besides its two folders."""
-
-    by: By = "auto"
-    level: Level = "image"
-    stream: Stream | None = None
-    candidates: int = 16
-    min_likeness: float = 0.5
-    min_images: int = 10
-    max_images: int = 20_000
-    permutations: int = 10_000
-    fdr: float = 0.05
-    cka_tokens: int = 20_000
-    seed: int = 0
-
-
-class Comparison(NamedTuple):
-    """What was found, as compare.json holds it."""
-
-    path: Path
-    """compare.json; compare.png is beside it."""
-    content: Mapping[str, Any]
-
-    @property
-    def matched(self) -> list[tuple[int, int]]:
-        """The features that are the same one, beyond the null: numbers in the first folder and in the second."""
-        pairs = self.content["pairs"]
-        return [(a, b) for a, b, is_one in zip(pairs["a"], pairs["b"], pairs["matched"], strict=True) if is_one]
 
 
 def compare_features(
     features: str | Path,
     other: str | Path,
     *,
-    by: By = "auto",
-    level: Level = "image",
+    by: CompareBy = "auto",
+    level: CompareLevel = "image",
     stream: Stream | None = None,
     candidates: int = 16,
     min_likeness: float = 0.5,
@@ -135,60 +110,33 @@ def compare_features(
         cka_tokens=cka_tokens,
         seed=seed,
     )
-    check_words(compare_features, {"by": by, "level": level, "stream": stream})
-    check_least(asdict(settings), permutations=1)  # the null is made of them
-    for bounded in ("fdr", "min_likeness"):
-        if getattr(settings, bounded) > 1:
-            raise FluxIRError(f"--{bounded} is at most 1: got {getattr(settings, bounded)}", hint="leave it out")
     a, b = open_features(features), open_features(other)
     for folder in (a, b):
         folder.check_done("score")
-    where = _result_folder(a, b, name)
-    digest = digest_of([VERSION, a.settings.digest, b.settings.digest, asdict(settings)])
+    where = result_folder(a, b, name)
     if (where / RESULT).is_file():
-        known = read_json(where / RESULT)
-        if known.get("digest") == digest and (where / PICTURE).is_file():
+        previous = read_json(where / RESULT)
+        if previous.get("digest") == comparison_digest(a, b, settings) and (where / PICTURE).is_file():
             progress(Note(f"the comparison in {where} is complete"))
-            return Comparison(where / RESULT, known)
-        _check_same_other(where, known, b)
-    content = {"version": VERSION, "digest": digest} | _Comparing(a, b, settings, progress).result()
-    _draw(where / PICTURE, content)
-    with complete_file(where / RESULT) as beside:
-        beside.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    return Comparison(where / RESULT, content)
-
-
-def _result_folder(a: FeatureFolder, b: FeatureFolder, name: str | None) -> Path:
-    name = b.path.resolve().name if name is None else name
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="it is made below compare/")
-    return a.path / "compare" / name
-
-
-def _check_same_other(where: Path, known: Mapping[str, Any], b: FeatureFolder) -> None:
-    """Raises FluxIRError where a comparison stands that is with other features: names of folders can meet."""
-    side = known.get("b", {})
-    if side.get("scored", b.settings.digest) != b.settings.digest:
-        raise FluxIRError(
-            f"{where} holds a comparison with another folder {side.get('features')}, of "
-            f"{side.get('site') or 'an array'}: {b.path} has other features",
-            hint="give this comparison a --name of its own, or delete that one",
-        )
+            return Comparison(where / RESULT, previous)
+        check_same_other(where, previous, b)
+    run = _Comparing(a, b, settings, progress)
+    return write_content(where, content_of(run.folders, run.streams, settings, run.findings()))
 
 
 class _Comparing:
-    """One comparison, step by step."""
+    """One run of a comparison. What is compared, and by what, is settled before anything is computed."""
 
     def __init__(self, a: FeatureFolder, b: FeatureFolder, settings: CompareSettings, progress: Watch) -> None:
         self.folders, self.settings, self.progress = (a, b), settings, progress
         self.streams = (_stream(a, settings.stream), _stream(b, settings.stream))
         self.common = common_generations(a, b)
-        self.by = self._measure()
+        self.by = self._compared_by()
         self.common = self._thinned(self.common)
         self.decoders = self._decoders()
 
-    def result(self) -> dict[str, Any]:
-        """All that compare.json holds but for its version and digest."""
+    def findings(self) -> Findings:
+        """Which features are the same, which of these have moved, and how alike the activations are."""
         same = len(self.common.a) > 1
         scores = [
             image_scores(*each) if same else None
@@ -197,44 +145,22 @@ class _Comparing:
         usable = [self._usable(side, score) for side, score in enumerate(scores)]
         pairs, tested = self._match(usable, scores)
         matched = (tested.q <= self.settings.fdr) & (pairs.score >= self.settings.min_likeness)
-        changes = self._changes(pairs, matched, scores) if same else {}
-        folders = [self._described(side, usable[side], pairs, matched) for side in (0, 1)]
-        return {
-            "a": folders[0],
-            "b": folders[1],
-            "by": self.by,
-            "level": self.settings.level if self.by == "activations" else None,
-            "fdr": self.settings.fdr,
-            "generations": len(self.common.a),
-            "settings": asdict(self.settings),
-            "null": {
-                "kind": "images permuted" if self.by == "activations" else "random directions of the same covariance",
-                "draws": self._draws(len(usable[0])),
-                **{f"quantile_{q}": json_number(float(np.quantile(tested.null, q))) for q in (0.5, 0.95, 0.99)},
-            },
-            "pairs": {
-                "a": pairs.row.tolist(),
-                "b": pairs.column.tolist(),
-                "likeness": _numbers(pairs.score),
-                "mutual": pairs.mutual.tolist(),
-                "matched": matched.tolist(),
-                "p": _numbers(tested.p),
-                "q": _numbers(tested.q),
-            },
-            "changes": {
-                measure: {name: _numbers(values) for name, values in change._asdict().items()}
-                for measure, change in changes.items()
-            },
-            "cka": [
-                one._asdict() | {"cka": json_number(one.cka), "permuted": json_number(one.permuted)}
-                for one in self._cka()
-            ],
-        }
+        return Findings(
+            by=self.by,
+            generations=len(self.common.a),
+            usable=usable,
+            pairs=pairs,
+            tested=tested,
+            null_draws=self._null_draws(len(usable[0])),
+            matched=matched,
+            changes=self._changes(pairs, matched, scores) if same else {},
+            alignments=self._alignments(),
+        )
 
-    # What is compared
+    # ---- What is compared
 
-    def _measure(self) -> Literal["activations", "decoder"]:
-        """By what. Raises FluxIRError where that cannot be."""
+    def _compared_by(self) -> Literal["activations", "decoder"]:
+        """Whether by activations or by directions. Raises FluxIRError where neither is possible."""
         (a, b), same = self.folders, len(self.common.a) > 1
         widths = a.settings.d_in, b.settings.d_in
         by = self.settings.by
@@ -254,6 +180,7 @@ class _Comparing:
         return by
 
     def _thinned(self, common: Common) -> Common:
+        """As many of the common generations as may be compared: fewer where every token of them is a row."""
         n, most = len(common.a), self.settings.max_images
         if self.by == "activations" and self.settings.level == "token":
             (a, _), pairs = self.folders, paired_steps(*self.folders)
@@ -266,8 +193,8 @@ class _Comparing:
         return common.thinned(most)
 
     def _decoders(self) -> list[torch.Tensor] | None:
-        """Both decoders. None where a folder is gone, and nothing needs it but units of mean activation."""
-        found = []
+        """W_dec of both. None where an autoencoder is gone that only the unit of mean activations needs."""
+        decoders = []
         for folder in self.folders:
             if not folder.sae.is_dir() and self.by == "activations":
                 self.progress(
@@ -280,8 +207,8 @@ class _Comparing:
                     f"the autoencoder {folder.sae} must be the one that was scored: {folder.path} is of other weights",
                     hint="score it again, into another folder",
                 )
-            found.append(load_any(folder.sae).W_dec.detach())
-        return found
+            decoders.append(load_any(folder.sae).W_dec.detach())
+        return decoders
 
     def _usable(self, side: int, scores: csr_array | None) -> NDArray[np.int64]:
         """The numbers of the features that are active on enough images to be compared."""
@@ -295,14 +222,14 @@ class _Comparing:
             )
         return usable
 
-    def _draws(self, features: int) -> int:
+    def _null_draws(self, features: int) -> int:
         return min(-(-NULL_SCORES // features), MOST_DRAWS)
 
-    # Which are the same
+    # ---- Which are the same
 
     def _match(self, usable: Sequence[NDArray[np.int64]], scores: Sequence[csr_array | None]) -> tuple[Pairs, Tested]:
         rows, columns, most = len(usable[0]), len(usable[1]), self.settings.candidates
-        seeds = [self.settings.seed + 1 + draw for draw in range(self._draws(rows))]
+        seeds = [self.settings.seed + 1 + draw for draw in range(self._null_draws(rows))]
         nulls: Iterable[Pairs]
         if self.by == "activations":
             with phase(self.progress, "read"):
@@ -325,7 +252,7 @@ class _Comparing:
         tested = compare_with_null(pairs, list(follow(self.progress, "null", nulls, len(seeds))), counts)
         return pairs._replace(row=usable[0][pairs.row], column=usable[1][pairs.column]), tested
 
-    # Which have moved
+    # ---- Which have moved
 
     def _changes(
         self, pairs: Pairs, matched: NDArray[np.bool_], scores: Sequence[csr_array | None]
@@ -346,17 +273,17 @@ class _Comparing:
                     mean = mean * self.decoders[side].norm(dim=1).double().numpy()[numbers]
                 sides["frequency"].append(csc_array(active))
                 sides["mean"].append(csc_array(mean))
-            found = {}
+            changes = {}
             for measure, (a, b) in sides.items():
                 change = paired_change(
                     a, b, self.common.groups, permutations=self.settings.permutations, seed=self.settings.seed
                 )
-                found[measure] = change._replace(q=q_values(np.where(matched, change.p, np.nan)))
-            return found
+                changes[measure] = change._replace(q=q_values(np.where(matched, change.p, np.nan)))
+            return changes
 
-    # How alike the activations are
+    # ---- How alike the activations are
 
-    def _cka(self) -> list[Alignment]:
+    def _alignments(self) -> list[Alignment]:
         if not self.settings.cka_tokens or len(self.common.a) < 2:
             return []
         a, b = self.folders
@@ -374,7 +301,7 @@ class _Comparing:
                 return []
         sites = site_of(a, self.streams[0]), site_of(b, self.streams[1])
         images = max(4, self.settings.cka_tokens // a.settings.tokens[self.streams[0]])
-        found, pairs = [], paired_steps(a, b)
+        alignments, pairs = [], paired_steps(a, b)
         if not pairs:
             self.progress(Note("note: no CKA: the two have no step in common"))
         for steps in follow(self.progress, "CKA", pairs, len(pairs)):
@@ -383,24 +310,8 @@ class _Comparing:
             if one is None:
                 self.progress(Note("note: no CKA: the two have not the same tokens"))
                 return []
-            found.append(one)
-        return found
-
-    def _described(
-        self, side: int, usable: NDArray[np.int64], pairs: Pairs, matched: NDArray[np.bool_]
-    ) -> dict[str, str | int | list[int] | None]:
-        folder = self.folders[side]
-        return {
-            "features": folder.path.resolve().name,
-            "scored": folder.settings.digest,
-            "model": folder.settings.model,
-            "site": folder.settings.site,
-            "stream": self.streams[side],
-            "steps": list(folder.steps),
-            "d_sae": folder.settings.d_sae,
-            "compared": len(usable),
-            "unmatched": np.setdiff1d(usable, (pairs.row, pairs.column)[side][matched]).tolist(),
-        }
+            alignments.append(one)
+        return alignments
 
 
 def _stream(folder: FeatureFolder, asked: Stream | None) -> Stream:
@@ -415,40 +326,3 @@ def _stream(folder: FeatureFolder, asked: Stream | None) -> Stream:
 def _active(scores: csr_array) -> NDArray[np.int64]:
     """On how many images each feature is active."""
     return np.bincount(scores.indices, minlength=scores.shape[1]).astype(np.int64)
-
-
-def _numbers(values: NDArray[np.floating[Any]]) -> list[float | str | None]:
-    return [json_number(None if math.isnan(value) else float(value)) for value in values]
-
-
-def _draw(path: Path, content: Mapping[str, Any]) -> None:
-    """Each pair by its frequency on the two sides; where generations differ, by its likeness and its rank."""
-    pairs, matched = content["pairs"], np.array(content["pairs"]["matched"], np.bool_)
-    names = [f"{content[side]['features']}, {content[side]['site'] or 'an array'}" for side in ("a", "b")]
-    subtitle = f"{int(matched.sum())} of {content['a']['compared']} features matched by {content['by']}"
-    if not content["changes"]:
-        order = np.argsort(-np.array(pairs["likeness"]), kind="stable")
-        points = np.stack([np.arange(1, len(order) + 1), np.array(pairs["likeness"])[order]], 1)
-        groups = [
-            ScatterGroup("matched", points[matched[order]]),
-            ScatterGroup("paired, and not alike", points[~matched[order]]),
-        ]
-        scatter(path, groups, f"{names[0]} and {names[1]}", x="features by rank", y="likeness", subtitle=subtitle)
-        return
-    change = content["changes"]["frequency"]
-    points = np.stack([np.array(change["a"]), np.array(change["b"])], 1)
-    moved = matched & (np.array(change["q"], np.float64) <= content["fdr"])
-    groups = [
-        ScatterGroup("paired, and not alike", points[~matched]),
-        ScatterGroup("matched", points[matched & ~moved]),
-        ScatterGroup("matched, and more or less frequent", points[moved]),
-    ]
-    scatter(
-        path,
-        groups,
-        "The same features on both sides",
-        x=f"share of images active on: {names[0]}",
-        y=f"share of images active on: {names[1]}",
-        subtitle=subtitle,
-        shares=True,
-    )

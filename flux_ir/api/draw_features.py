@@ -1,4 +1,4 @@
-"""Features as pictures: contact sheets with maps, what stands beside each in the dictionary, and what each draws."""
+"""Features as pictures: contact sheets with maps, the neighbours of each in the dictionary, and what each draws."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from PIL import Image
 
 from flux_ir.activations.blocks import SampledSource
 from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.captured_model import ModelChoice, captured_model, scoring_of
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.api.score_features import prepare
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
 from flux_ir.errors import FluxIRError, nearest
@@ -31,12 +31,9 @@ from flux_ir.features.scoring import Scoring, half_of
 from flux_ir.features.selection import Ranked, Selection, ranked, read_lists
 from flux_ir.files import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import Placement, plan
-from flux_ir.models.registry import get_spec
-from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Site, Stream
 from flux_ir.visualize.feature_sheet import SheetPicture, draw_feature_sheet
@@ -47,11 +44,11 @@ SHEETS, DRAWS, OVERLAYS = "sheets", "draws", "overlays"
 LINES = 24
 """Features of a sheet; more go to the next."""
 TABLE = ("share", "frequency", "images", "max_active")
-"""What features may be chosen by besides the lists of `select_features`."""
+"""The columns of the table by which features may be chosen, besides the lists of `select_features`."""
 
 
 class DrawnFeatures(NamedTuple):
-    """What was drawn."""
+    """What was drawn, and where it is."""
 
     features: list[int]
     sheets: list[Path]
@@ -62,7 +59,7 @@ class DrawnFeatures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """Which features, and how they are drawn. Raises FluxIRError for what is none."""
+    """Which features, and how they are drawn. Raises FluxIRError for numbers out of range."""
 
     numbers: tuple[int, ...] | None
     by: str | None
@@ -78,11 +75,7 @@ class DrawSettings:
     strength: float
     batch_size: int
     seed: int
-    model: str | None
-    dtype: DtypeWord
-    checkpoint: str | Path | None
-    ae_checkpoint: str | Path | None
-    device: str | None
+    model: ModelChoice
 
     def __post_init__(self) -> None:
         check_least(vars(self))
@@ -131,7 +124,7 @@ def draw_features(
     model, or `model`, is run: draws/ gets for each feature what its direction reads out as, and beside it its icon, the
     empty prompt with `strength` x k x the mean activation x the direction in place of what the block adds.
 
-    What is there for the same settings is not drawn again. Raises FluxIRError for what a user can mend.
+    A picture that exists for the same settings is not drawn again. Raises FluxIRError for what a user can mend.
     """
     check_words(draw_features, {"dtype": dtype})
     settings = DrawSettings(
@@ -149,39 +142,28 @@ def draw_features(
         strength=strength,
         batch_size=batch_size,
         seed=seed,
-        model=model,
-        dtype=dtype,
-        checkpoint=checkpoint,
-        ae_checkpoint=ae_checkpoint,
-        device=device,
+        model=ModelChoice(name=model, dtype=dtype, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint, device=device),
     )
-    folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
+    folder = open_features(features)
     for stage in ("score", "examples"):
         folder.check_done(stage)
     return Drawing(folder, settings, progress).run()
 
 
 class Drawing:
-    """The work. Nothing is computed before it is known which features are meant."""
+    """One drawing of some features. Which ones is settled before anything is computed."""
 
     def __init__(self, folder: FeatureFolder, settings: DrawSettings, progress: Watch) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.stream: Stream = "img" if "img" in folder.streams else folder.streams[0]
         self.chosen = choose(folder, self.stream, settings)
-        self.placement: Placement = plan(torch.cuda.device_count(), device=settings.device)
+        self.placement: Placement = plan(torch.cuda.device_count(), device=settings.model.device)
         self.device = torch.device(self.placement.transformer)
 
     def run(self) -> DrawnFeatures:
-        """Neighbours, then what each draws, then the sheets, which show all of it."""
+        """Neighbours, then what each feature draws, then the sheets, which show both."""
         folder, features = self.folder, self.chosen.features
-        scoring = prepare(
-            folder.sae,
-            folder.captures,
-            site=folder.settings.site,
-            steps=folder.steps,
-            device=self.device,
-            progress=self.progress,
-        )
+        scoring = scoring_of(folder, self.device, self.progress)
         self._neighbours(scoring)
         draws = self._draws(scoring)
         sheets, overlays = list[Path](), list[Path]()
@@ -190,13 +172,13 @@ class Drawing:
             overlays = self._overlays() if self.settings.overlays else []
         drawn = [draws[feature] for feature in features if feature in draws]
         after = [stage for stage in ("score", "examples", "select", "labels") if stage in folder.stages]
-        folder.mark_done("draw", _kept(self.settings), after=after)
+        folder.mark_done("draw", _recorded(self.settings), after=after)
         return DrawnFeatures(features, sheets, drawn, overlays)
 
     # Neighbours
 
     def _neighbours(self, scoring: Scoring) -> None:
-        """decoder.safetensors, unless it is there."""
+        """Write decoder.safetensors, unless it is there for these scores."""
         folder, path = self.folder, self.folder.path / DECODER
         if path.is_file() and read_tensors(path)[1].get("scores") == folder.settings.digest:
             return
@@ -227,17 +209,17 @@ class Drawing:
         folder, settings = self.folder, self.settings
         if not settings.draws or not self.chosen.features:
             return {}
-        if (why := why_not_run(folder, scoring.source, settings.model)) is not None:
+        if (why := why_not_run(folder, scoring.source, settings.model.name)) is not None:
             self.progress(Note(f"note: {why}, so nothing is drawn by it"))
             return {}
         assert isinstance(scoring.source, SampledSource)
-        suite = self._suite()
-        made = scoring.source.sampling(0)
+        suite = captured_model(folder, settings.model, self.placement, without="--draws False", progress=self.progress)
+        sampling = scoring.source.sampling(0)
         canvas = Canvas(
-            width=made.width,
-            height=made.height,
-            timesteps=made.timesteps,
-            guidance=made.guidance,
+            width=sampling.width,
+            height=sampling.height,
+            timesteps=sampling.timesteps,
+            guidance=sampling.guidance,
             step=folder.steps[len(folder.steps) // 2],
             seed=settings.seed,
         )
@@ -280,28 +262,13 @@ class Drawing:
             empty=empty,
         )
 
-    def _suite(self) -> Suite:
-        settings = self.settings
-        name = settings.model or self.folder.settings.model
-        if name is None:
-            raise FluxIRError(
-                "the captures do not say which model they are of", hint="name it with --model, or --draws False"
-            )
-        source = locate_model(
-            get_spec(name),
-            settings.checkpoint,
-            settings.ae_checkpoint,
-            announce=lambda told: self.progress(Note(told)),
-        )
-        return Suite(get_spec(name), source, self.placement, choose_dtype(settings.dtype, self.placement.devices).dtype)
-
     # Pictures with maps
 
     def _has_pictures(self) -> bool:
-        """Whether there is anything to draw maps over; says so if not."""
+        """Whether there are pictures to draw maps over; if not, a note says why."""
         folder = self.folder
-        if self.stream != "img":
-            self.progress(Note("note: features of text tokens have no place in the pictures, so there are no sheets"))
+        if (tokens := self._tokens_without_place()) is not None:
+            self.progress(Note(f"note: features of {tokens} have no place in the pictures, so there are no sheets"))
             return False
         if not self.chosen.features:
             self.progress(Note("note: no feature is active on these images, so there are no sheets"))
@@ -316,6 +283,16 @@ class Drawing:
             )
         return bool(shown) and not lacking
 
+    def _tokens_without_place(self) -> str | None:
+        """The tokens in words, where it is not known where they lie in the picture: a map of them would mislead.
+
+        The one token of an image that CLIP has seen stands for the whole of it.
+        """
+        if self.stream == "txt":
+            return "text tokens"
+        on_grids = all(row.grid is not None for row in self.folder.images)
+        return None if on_grids or self.folder.settings.tokens["img"] == 1 else "tokens that lie on no known grid"
+
     def _images(self, feature: int) -> list[int]:
         """The images a feature is shown by: its own of the list, if the list is made by them, else the strongest."""
         if self.chosen.images is not None:
@@ -327,12 +304,12 @@ class Drawing:
         folder, settings, chosen = self.folder, self.settings, self.chosen
         selection, labels = Selection(folder), read_labels(folder, self.stream) or {}
         name = re.sub(r"[^a-z0-9]+", "-", chosen.name.lower()).strip("-")
-        known = folder.settings
-        where = f"{known.model or 'a model'}, {known.site or 'an array'}"
-        steps = f"step{'s' if len(known.steps) > 1 else ''} {', '.join(map(str, known.steps))}"
+        scored = folder.settings
+        where = f"{scored.model or 'a model'}, {scored.site or 'an array'}"
+        steps = f"step{'s' if len(scored.steps) > 1 else ''} {', '.join(map(str, scored.steps))}"
         scale = "largest value" if settings.percentile == 100 else f"{settings.percentile:g}th percentile above 0"
         about = (
-            f"{known.d_sae:,} features, {known.images:,} images, {steps}; the strongest images of different prompts; "
+            f"{scored.d_sae:,} features, {scored.images:,} images, {steps}; the strongest images of different prompts; "
             f"colours up to the {scale} of each feature"
         )
         pages = [chosen.features[start : start + LINES] for start in range(0, len(chosen.features), LINES)]
@@ -384,7 +361,7 @@ class Drawing:
 
 
 def choose(folder: FeatureFolder, stream: Stream, settings: DrawSettings) -> Ranked:
-    """The features to draw. Raises FluxIRError for numbers there are not, for no such list, and for none at all."""
+    """The features to draw. Raises FluxIRError for unknown numbers, for an unknown list, and for an empty one."""
     if settings.numbers is not None:
         unknown = [number for number in settings.numbers if not 0 <= number < folder.settings.d_sae]
         if unknown:
@@ -397,22 +374,22 @@ def choose(folder: FeatureFolder, stream: Stream, settings: DrawSettings) -> Ran
     if by in TABLE:
         table = folder.table(stream)
         values = np.asarray(getattr(table, by), np.float64)
-        found = ranked(by, by, values, settings.top, chosen=table.alive)
+        chosen = ranked(by, by, values, settings.top, chosen=table.alive)
     elif by in lists:
         one = lists[by]
         images = None if one.images is None else one.images[: settings.top]
-        found = one._replace(features=one.features[: settings.top], images=images)
+        chosen = one._replace(features=one.features[: settings.top], images=images)
     else:
         near = nearest(by, [*lists, *TABLE])
         raise FluxIRError(
             f"there is no list {by!r}: there are {', '.join([*lists, *TABLE])}",
             hint=f"did you mean {near!r}?" if near else "flux-ir select-features makes lists",
         )
-    if not found.features and settings.by is not None:
+    if not chosen.features and settings.by is not None:
         raise FluxIRError(
             f"no feature is in the list {by!r}: there is nothing to draw", hint="choose another with --by"
         )
-    return found
+    return chosen
 
 
 def _active(part: ScorePart) -> Active:
@@ -421,7 +398,7 @@ def _active(part: ScorePart) -> Active:
 
 
 def _panels(path: Path | None) -> list[SheetPicture]:
-    """What a feature draws, as cells of the sheet: one panel, or two beside each other."""
+    """What a feature draws, as cells of the sheet: its file holds one picture, or two side by side."""
     if path is None:
         return []
     with Image.open(path) as picture:
@@ -433,7 +410,7 @@ def _panels(path: Path | None) -> list[SheetPicture]:
     return [SheetPicture(whole.crop(box), None, word, "") for box, word in zip(boxes, words, strict=True)]
 
 
-def _kept(settings: DrawSettings) -> dict[str, Any]:
+def _recorded(settings: DrawSettings) -> dict[str, Any]:
     """The settings that what is drawn depends on, as JSON has them."""
-    left_out = ("device", "model", "checkpoint", "ae_checkpoint")
-    return {name: value for name, value in asdict(settings).items() if name not in left_out}
+    recorded = {name: value for name, value in asdict(settings).items() if name != "model"}
+    return recorded | {"dtype": settings.model.dtype}

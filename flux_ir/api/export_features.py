@@ -19,7 +19,7 @@ from flux_ir.api.features import flat_columns, read_features
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder, open_features
-from flux_ir.features.neuronpedia import Rows, batches, description_rows, names_of
+from flux_ir.features.neuronpedia import NeuronpediaRows, batches, description_rows, names_of
 from flux_ir.features.words import find_tokenizer, prompt_tokens
 from flux_ir.files import complete_file
 from flux_ir.sites import Stream
@@ -36,16 +36,16 @@ def export_features(
     output_dir: str | Path | None = None,
     progress: Watch = unwatched,
 ) -> dict[str, Path]:
-    """Write what is known of every feature as other programs read it; what was written, by format and stream.
+    """Write the table of features as other programs read it; gives the paths written, by format and stream.
 
     `features` is a folder that is scored. csv and parquet are the table with the columns of later stages, a row per
-    feature; neuronpedia has its folders of features/ and activations/, and needs examples. `stream` None is all there
-    are. `tokenizer` is a folder with the one of the texts, None the model's own. Files go to `output_dir`, by default
-    exports/ in the folder of features.
+    feature; neuronpedia has its folders of features/ and activations/, and needs examples. `stream` None is every
+    stream. `tokenizer` is a folder with the tokenizer of the prompts, by default the model's own. Files go to
+    `output_dir`, by default exports/ in the folder of features.
 
-    Raises FluxIRError for what is not there yet, and without the package that a format needs.
+    Raises FluxIRError for a stage that has not been run, and without the package that a format needs.
     """
-    folder = features if isinstance(features, FeatureFolder) else open_features(features)
+    folder = open_features(features)
     formats: Sequence[FeatureFormat] = (format,) if isinstance(format, str) else tuple(format)
     check_words(export_features, {"format": formats})
     where, written = Path(folder.path / "exports" if output_dir is None else output_dir), dict[str, Path]()
@@ -63,7 +63,7 @@ def export_features(
 
 def _csv_writer() -> Callable[[Path, Mapping[str, NDArray[Any]]], None]:
     def write(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
-        """What is not defined is left empty, as spreadsheets and pandas read it."""
+        """NaN is an empty cell, as spreadsheets and pandas read it."""
         with complete_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(columns)
@@ -100,13 +100,13 @@ def _write_neuronpedia(
     folder.check_done("examples")
     names, tokens = names_of(folder, stream), None
     if stream == "txt":
-        found = find_tokenizer(folder.settings.model, None if tokenizer is None else Path(tokenizer))
-        if found is None:
+        model_tokenizer = find_tokenizer(folder.settings.model, None if tokenizer is None else Path(tokenizer))
+        if model_tokenizer is None:
             progress(Note("note: there is no tokenizer of the model here, so tokens of texts are called by number"))
         else:
             prompts = [row.prompt for row in folder.images]
-            tokens = prompt_tokens(found, prompts, folder.settings.tokens["txt"])
-    path, rows, every = where / names.model / names.source, Rows(folder, stream, tokens), batches(folder)
+            tokens = prompt_tokens(model_tokenizer, prompts, folder.settings.tokens["txt"])
+    path, rows, every = where / names.model / names.source, NeuronpediaRows(folder, stream, tokens), batches(folder)
     for number, features in enumerate(follow(progress, f"neuronpedia {stream}", every, total=len(every))):
         with _lines(path / "features" / f"batch-{number}.jsonl.gz") as file:
             file.writelines(map(_line, map(rows.feature, features)))
@@ -120,7 +120,7 @@ def _write_neuronpedia(
 
 @contextmanager
 def _lines(path: Path) -> Iterator[TextIO]:
-    """A compressed text file; without a name and a time in it, so that the same lines are the same bytes."""
+    """A gzip file to write text to; its header has no name and no time, so that the same lines give the same bytes."""
     with (
         complete_file(path) as beside,
         beside.open("wb") as raw,

@@ -1,4 +1,8 @@
-"""What the features of an autoencoder mean: all stages into one folder, and that folder for a notebook."""
+"""What the features of an autoencoder mean: one run of all stages, on this page, and its result for a notebook.
+
+The run is `analyse_features`: scores, examples, selection, labels, pictures, pages. Every stage is a file of its own
+here in `api`, and can be run again by itself in the folder that they share.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -28,16 +32,16 @@ ExampleKind = Literal["top", "quantile", "random", "silent"]
 
 
 class Stage(NamedTuple):
-    """A stage after scoring. It leaves everything as it is where its result for these settings is there."""
+    """A stage after scoring. It does nothing where its result for the same settings is there."""
 
     name: str
     run: Callable[[FeatureFolder, Watch], object]
     shared: bool = False
-    """Whether all processes of a job work at it together; else the first does, and the others wait."""
+    """Whether all processes of a job share its work; else the first does it and the others wait."""
 
 
 def _pages(folder: FeatureFolder, progress: Watch) -> None:
-    """The pages, of maps and prompts alone where there are no pictures: too late to collect again."""
+    """The pages; without pictures they show maps and prompts alone, and a note says so."""
     has_pictures = any(row.picture is not None for row in folder.images) and "://" not in folder.captures
     if not has_pictures:
         progress(Note("note: these captures have no pictures, so the pages show maps and prompts alone"))
@@ -51,7 +55,7 @@ STAGES = (
     Stage("draw", lambda folder, progress: draw_features(folder, progress=progress)),
     Stage("pages", _pages),
 )
-"""In their order, with the defaults of their functions."""
+"""In the order they run, with the defaults of their functions."""
 
 
 def analyse_features(
@@ -66,11 +70,11 @@ def analyse_features(
     device: str | None = None,
     progress: Watch = unwatched,
 ) -> FeatureFolder:
-    """Score the features of an autoencoder and find out what they mean: every stage that is not there yet.
+    """Score the features of an autoencoder and find out what they mean: every stage that has not been run yet.
 
-    Arguments are those of `score_features`; every stage is a function too, with settings of its own: here they have
-    their defaults. The result is one folder, which `read_features` and `flux-ir explore-features` show. Under torchrun
-    all processes call this alike.
+    The arguments are those of `score_features`. Every other stage is a function too, with settings of its own; here
+    they have their defaults. The result is one folder, which `read_features` and `flux-ir explore-features` show. Under
+    torchrun all processes call this alike.
 
     Raises FluxIRError for what a user can mend.
     """
@@ -94,21 +98,21 @@ def analyse_features(
 
 
 def read_features(features: str | Path | FeatureFolder, stream: Stream | None = None) -> "Features":
-    """The folder of features as a notebook wants it: one stream of it, image tokens if there are any.
+    """Read the features of one stream, image tokens by default if there are any, for a notebook.
 
-    Raises FluxIRError for a folder that is none, is not scored, or lacks the stream.
+    Raises FluxIRError for a folder that holds no features, is not scored, or lacks the stream.
     """
-    folder = features if isinstance(features, FeatureFolder) else open_features(features)
+    folder = open_features(features)
     return Features(folder, stream or folder.streams[0])
 
 
-class Example(NamedTuple):
-    """An image beside a feature."""
+class ExampleImage(NamedTuple):
+    """An image that shows what a feature responds to, or does not respond to."""
 
     image: int
     """Its number in the source."""
     value: float
-    """The largest activation on it; of a silent look-alike, how alike it is."""
+    """The largest activation on it; of a silent look-alike, its likeness (a cosine)."""
     token: int | None
     """The position of that activation in its stream."""
     step: int | None
@@ -116,16 +120,16 @@ class Example(NamedTuple):
 
 
 class Features:
-    """The features of one stream of an autoencoder. What is large is read when it is asked for."""
+    """The features of one stream of an autoencoder. Files are read when they are first needed."""
 
     def __init__(self, folder: FeatureFolder, stream: Stream) -> None:
         self.folder, self.stream = folder, stream
         self._scores = folder.table(stream)
 
     def __repr__(self) -> str:
-        known, alive = self.folder.settings, int(self._scores.alive.sum())
-        where = f"{known.site or 'an array'}" + (f" of {known.model}" if known.model else "")
-        return f"<Features of {where}, {self.stream} tokens: {alive} of {known.d_sae} alive, {known.images} images>"
+        scored, alive = self.folder.settings, int(self._scores.alive.sum())
+        where = f"{scored.site or 'an array'}" + (f" of {scored.model}" if scored.model else "")
+        return f"<Features of {where}, {self.stream} tokens: {alive} of {scored.d_sae} alive, {scored.images} images>"
 
     def __len__(self) -> int:
         return self.folder.settings.d_sae
@@ -151,20 +155,20 @@ class Features:
             raise FluxIRError("a DataFrame needs pandas", hint="pip install 'flux-ir[analysis]'") from error
         return pandas.DataFrame(flat_columns(self.folder, self.table))
 
-    def examples(self, feature: int, kind: ExampleKind = "top") -> list[Example]:
+    def examples(self, feature: int, kind: ExampleKind = "top") -> list[ExampleImage]:
         """The images of one kind: the strongest, of each share from strong to weak, at random, or silent ones."""
         self._check(feature)
-        found = self.folder.examples(self.stream)
-        images, values = getattr(found, kind)[feature].ravel(), getattr(found, f"{kind}_value")[feature].ravel()
-        nowhere = np.full(len(images), -1)
-        tokens, steps = (getattr(found, f"{kind}_{name}", None) for name in ("token", "step"))
-        at = nowhere if tokens is None else tokens[feature].ravel()
-        step = nowhere if steps is None else steps[feature].ravel()
+        table = self.folder.examples(self.stream)
+        images, values = getattr(table, kind)[feature].ravel(), getattr(table, f"{kind}_value")[feature].ravel()
+        unknown = np.full(len(images), -1)  # silent images have no token and step
+        tokens, steps = (getattr(table, f"{kind}_{name}", None) for name in ("token", "step"))
+        token = unknown if tokens is None else tokens[feature].ravel()
+        step = unknown if steps is None else steps[feature].ravel()
         return [
-            Example(
+            ExampleImage(
                 int(images[row]),
                 float(values[row]),
-                int(at[row]) if at[row] >= 0 else None,
+                int(token[row]) if token[row] >= 0 else None,
                 int(step[row]) if step[row] >= 0 else None,
                 self.folder.images[int(images[row])].prompt,
             )
@@ -175,25 +179,25 @@ class Features:
         """S of every image, [images]: its largest activation there, 0 where it is silent."""
         self._check(feature)
         images, values = self.folder.scores_of(feature, self.stream)
-        found = np.zeros(self.folder.settings.images, np.float32)
-        found[images] = values
-        return found
+        every = np.zeros(self.folder.settings.images, np.float32)
+        every[images] = values
+        return every
 
     def map(self, feature: int, image: int) -> dict[int, NDArray[np.float32]]:
-        """What the feature does on an image, [rows, columns] by step; NaN where no token was kept."""
+        """The activation on every patch of an image, [rows, columns] by step; NaN where no token was kept."""
         self._check(feature)
         return dict(zip(self.folder.steps, self.folder.map(feature, image, self.stream), strict=True))
 
     @cached_property
     def labels(self) -> Mapping[int, str]:
         """The label of every feature that has one. Raises FluxIRError if `label_features` has not been run."""
-        found = read_labels(self.folder, self.stream)
-        if found is None:
+        rows = read_labels(self.folder, self.stream)
+        if rows is None:
             self.folder.check_done("labels")
-        return {feature: str(row["text"]) for feature, row in (found or {}).items()}
+        return {feature: str(row["text"]) for feature, row in (rows or {}).items()}
 
     def words(self, feature: int) -> list[tuple[str, float, int]]:
-        """The words that lift a feature, the surest first: word, PMI [bits], prompts with it and a strong image."""
+        """The words that lift a feature, the smallest p first: word, PMI [bits], prompts with it and a strong image."""
         self._check(feature)
         if self._words is None:
             self.folder.check_done("labels")

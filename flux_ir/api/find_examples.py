@@ -15,7 +15,7 @@ from flux_ir.features.folder import FeatureFolder, open_features, read_tensors, 
 from flux_ir.sites import Stream
 
 PARTIAL = "partial"
-"""The folder that processes leave their findings in for each other; gone when the stage is complete."""
+"""The folder in which processes exchange what they found; deleted when the stage is complete."""
 
 
 def find_examples(
@@ -29,12 +29,12 @@ def find_examples(
     seed: int = 0,
     progress: Watch = unwatched,
 ) -> FeatureFolder:
-    """Find, for every feature, the images that show what it responds to; nothing is done where they are there.
+    """Find, for every feature, the images that show what it responds to, unless they are there for these settings.
 
-    `features` is the folder that `score_features` left. There are `top` of the strongest, `per_quantile` of each of
-    `quantiles` equal shares of the images it fires on, `random` of all of these, and `silent` ones that look alike but
-    on which it does not fire; each row has one image of a prompt. `seed` is that of the draws. Under torchrun all
-    processes call this alike and share the work.
+    `features` is the folder that `score_features` left. It finds the `top` strongest images, `per_quantile` of
+    each of `quantiles` equal shares of the images a feature fires on, `random` of all of these, and `silent` ones that
+    look alike but on which it does not fire; no two images of a row have one prompt. `seed` is that of the draws. Under
+    torchrun all processes call this alike and share the work.
 
     Raises FluxIRError for a folder that is not scored, and numbers below 1.
     """
@@ -43,7 +43,7 @@ def find_examples(
     )
     with joined() as ranks:
         watch = progress if ranks.is_first else unwatched
-        scored = open_features(features.path if isinstance(features, FeatureFolder) else features)
+        scored = open_features(features)
         scored.check_done("score")
         if scored.is_done("examples", asdict(settings), after=["score"]):
             watch(Note(f"the examples in {scored.path} are complete"))
@@ -73,7 +73,7 @@ def _search(folder: FeatureFolder, stream: Stream, settings: ExampleSettings, ra
 
 
 def _exchange(search: Search, name: str, what: tuple[Sequence[str], Sequence[str]], ranks: Ranks) -> None:
-    """What each process found becomes what all found, through files beside the result."""
+    """An all-reduce through files: afterwards each process has what all of them found."""
     if ranks.world_size == 1:
         return
     folder = search.folder.path / PARTIAL

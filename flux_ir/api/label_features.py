@@ -14,22 +14,21 @@ from scipy.sparse import csr_array
 
 from flux_ir.api.arguments import check_least
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.contents import digest_of
-from flux_ir.features.embeddings import BATCH, ClipEmbedder, make_embeddings, read_embeddings
+from flux_ir.features.embeddings import BATCH, ClipEmbedder, clip_digest, make_embeddings, read_embeddings
 from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.labels import (
     LABELS_FILE,
     Candidates,
     Description,
-    Verdict,
+    LabelScores,
     clip_candidates,
     describe,
     description_text,
+    feature_images,
     judge,
     judged_images,
-    sides_of,
     sources_of,
     together,
 )
@@ -56,14 +55,14 @@ from flux_ir.models.text import load_phrase_tower
 from flux_ir.sites import Stream
 
 WORDS_KEPT = 12
-"""Words of each feature."""
+"""Words that words.json lists of each feature, at most."""
 MOST_PHRASES, CLIP_PHRASES = 20_000, 500
-"""Phrases of the prompts, the most frequent, that features are described by; and those that CLIP looks for."""
+"""How many phrases of the prompts, the most frequent ones, features are described by, and how many CLIP looks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
-    """What words and labels depend on, besides the scores."""
+    """What words and labels depend on besides the scores: with the same ones they are not made again."""
 
     min_count: int = 5
     fdr: float = 0.05
@@ -92,7 +91,7 @@ def label_features(
     device: str | None = None,
     progress: Watch = unwatched,
 ) -> FeatureFolder:
-    """Find what lifts each feature, and describe it; nothing is done where that is there for these settings.
+    """Find the words that lift each feature, and describe it, unless that is there for these settings.
 
     `features` is the folder that `score_features` left. words.json gets, of each feature, the words and phrases that
     are more often in prompts of its strong images than in others: in `min_count` prompts at least, and significant at
@@ -105,48 +104,39 @@ def label_features(
 
     Raises FluxIRError for a folder that is not scored, and files that cannot be read.
     """
-    folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
+    folder = open_features(features)
     folder.check_done("score")
-    check_least({"min_count": min_count, "seed": seed})
-    for name, value, least in (("fdr", fdr, 0.0), ("min_score", min_score, 0.5)):
-        if not least <= value <= 1:
-            raise FluxIRError(f"--{name} must be {least:g} to 1: got {value}", hint="leave it out for the usual one")
-    if vocabulary is not None and clip is None:
-        raise FluxIRError("--vocabulary is what CLIP looks for: got no --clip", hint="name a CLIP, or leave it out")
-    announce = lambda text: progress(Note(text))  # noqa: E731
-    clip_folder = None if clip is None else locate_clip(clip, announce=announce)
+    _check_arguments(min_count=min_count, fdr=fdr, min_score=min_score, seed=seed, vocabulary=vocabulary, clip=clip)
+    clip_folder = None if clip is None else locate_clip(clip, announce=lambda text: progress(Note(text)))
     settings = LabelSettings(
         min_count=min_count,
         fdr=fdr,
         min_score=min_score,
         seed=seed,
         concepts=None if concepts is None else _content(Path(concepts)),
-        clip=None if clip_folder is None else _weights(clip_folder),
+        clip=None if clip_folder is None else clip_digest(clip_folder),
         vocabulary=None if vocabulary is None else _content(Path(vocabulary)),
         tokenizer=None if tokenizer is None else str(tokenizer),
     )
     if folder.is_done(STAGE, asdict(settings), after=["score"]):
         progress(Note(f"the words and labels in {folder.path} are complete"))
         return folder
-    groups, prompts = _prompts(folder)
-    phrases = phrases_of(prompts, min_count=min_count, most=MOST_PHRASES)
-    if not phrases.texts:
-        progress(Note(f"note: no word is in {min_count} prompts and not in all, so prompts say nothing of features"))
-    told = [_by_image(phrases, groups)]
+    groups, phrases = _read_prompts(folder, min_count, progress)
+    sources = [_of_prompts(phrases, groups)]
     if concepts is not None:
-        told.append(read_concepts(Path(concepts), folder))
+        sources.append(read_concepts(Path(concepts), folder))
     if clip_folder is not None:
         texts = [*_lines(vocabulary), *phrases.texts[:CLIP_PHRASES]]
-        told.append(_seen(folder, clip_folder, list(dict.fromkeys(texts)), device, progress))
-    candidates = together(told)
+        sources.append(_seen_by_clip(folder, clip_folder, list(dict.fromkeys(texts)), device, progress))
+    candidates = together(sources)
     words: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     for stream in folder.streams:
         with phase(progress, f"words {stream}"):
             levels = levels_of(folder, stream)
-            words[stream] = _lifting(folder, stream, levels, groups, phrases, settings)
+            words[stream] = _lifting_words(folder, stream, levels, groups, phrases, settings)
             if stream == "txt":
-                words[stream]["tokens"] = _tokens(folder, Path(tokenizer) if tokenizer else None, progress)
+                words[stream]["tokens"] = _fired_tokens(folder, Path(tokenizer) if tokenizer else None, progress)
         with phase(progress, f"labels {stream}"):
             labels[stream] = _labels(folder, stream, levels, groups, candidates, settings)
         if not any(row["text"] for row in labels[stream]):
@@ -156,6 +146,37 @@ def label_features(
     _write(folder.path / WORDS_FILE, {"version": 1, "streams": words})
     _write(folder.path / LABELS_FILE, {"version": 1, "settings": asdict(settings), "streams": labels})
     return folder.mark_done(STAGE, asdict(settings), after=["score"])
+
+
+def _check_arguments(
+    *, min_count: int, fdr: float, min_score: float, seed: int, vocabulary: str | Path | None, clip: str | None
+) -> None:
+    """Raises FluxIRError for numbers out of range, and for a vocabulary that nothing reads."""
+    check_least({"min_count": min_count, "seed": seed})
+    for name, value, least in (("fdr", fdr, 0.0), ("min_score", min_score, 0.5)):
+        if not least <= value <= 1:
+            raise FluxIRError(f"--{name} must be {least:g} to 1: got {value}", hint="leave it out for the usual one")
+    if vocabulary is not None and clip is None:
+        raise FluxIRError("--vocabulary is what CLIP looks for: got no --clip", hint="name a CLIP, or leave it out")
+
+
+# ---- What descriptions are made of: words of the prompts, known concepts, what CLIP sees
+
+
+def _read_prompts(folder: FeatureFolder, min_count: int, progress: Watch) -> tuple[NDArray[np.int64], Phrases]:
+    """The number of each image's prompt, [images], and the phrases of the prompts, a row for each number."""
+    prompts = [row.prompt for row in folder.images]
+    groups = prompt_numbers_of(prompts)
+    different = [prompts[first] for first in np.unique(groups, return_index=True)[1]]
+    phrases = phrases_of(different, min_count=min_count, most=MOST_PHRASES)
+    if not phrases.texts:
+        progress(Note(f"note: no word is in {min_count} prompts and not in all, so prompts say nothing of features"))
+    return groups, phrases
+
+
+def _of_prompts(phrases: Phrases, groups: NDArray[np.int64]) -> Candidates:
+    """The phrases as descriptions of images: one holds on the images whose prompt has it."""
+    return Candidates(phrases.texts, ["words"] * len(phrases.texts), csr_array(phrases.has[groups]))
 
 
 def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
@@ -182,30 +203,24 @@ def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
     return Candidates(list(concepts), ["concepts"] * len(concepts), has)
 
 
-# ---- The parts
-
-
-def _seen(folder: FeatureFolder, clip: Path, texts: list[str], device: str | None, progress: Watch) -> Candidates:
-    """What CLIP sees in the pictures. Their embeddings are kept in the folder, for other stages too."""
+def _seen_by_clip(
+    folder: FeatureFolder, clip: Path, texts: list[str], device: str | None, progress: Watch
+) -> Candidates:
+    """What CLIP sees in the pictures. Their embeddings are kept in the folder, where `select_features` finds them."""
     placed = plan(torch.cuda.device_count(), device=device).transformer
     tower = load_picture_tower(clip, placed, torch.float32)
-    embedder = ClipEmbedder(folder, tower, read_preprocessing(clip), _weights(clip))
+    embedder = ClipEmbedder(folder, tower, read_preprocessing(clip), clip_digest(clip))
     for _ in follow(progress, "pictures", make_embeddings(folder, embedder), total=folder.parts):
         pass
     with phase(progress, "texts"), torch.no_grad():
         encoder = load_phrase_tower(clip, placed, torch.float32)
-        said = [f"a picture of {text}" for text in texts]
-        batches = [encoder(said[start : start + BATCH]).cpu() for start in range(0, len(said), BATCH)]
+        sentences = [f"a picture of {text}" for text in texts]
+        batches = [encoder(sentences[start : start + BATCH]).cpu() for start in range(0, len(sentences), BATCH)]
     return clip_candidates(texts, read_embeddings(folder, embedder), torch.cat(batches))
 
 
-def _weights(clip: Path) -> str:
-    """A digest of CLIP's weights, as select_features has it."""
-    return files_digest(path for pattern in ("*.safetensors", "*.bin") for path in clip.glob(pattern))
-
-
 def _lines(vocabulary: str | Path | None) -> list[str]:
-    """The texts of a file, one a line. Raises FluxIRError for one without any."""
+    """The lines of the vocabulary that are not empty; none without a file. Raises FluxIRError for an empty file."""
     if vocabulary is None:
         return []
     lines = [line.strip() for line in Path(vocabulary).read_text(encoding="utf-8").splitlines()]
@@ -214,18 +229,10 @@ def _lines(vocabulary: str | Path | None) -> list[str]:
     return [line for line in lines if line]
 
 
-def _prompts(folder: FeatureFolder) -> tuple[NDArray[np.int64], list[str]]:
-    """The number of each image's prompt, and every prompt once, by its number."""
-    every = [row.prompt for row in folder.images]
-    groups = prompt_numbers_of(every)
-    return groups, [every[first] for first in np.unique(groups, return_index=True)[1]]
+# ---- What the two files hold
 
 
-def _by_image(phrases: Phrases, groups: NDArray[np.int64]) -> Candidates:
-    return Candidates(phrases.texts, ["words"] * len(phrases.texts), csr_array(phrases.has[groups]))
-
-
-def _lifting(
+def _lifting_words(
     folder: FeatureFolder,
     stream: Stream,
     levels: Levels,
@@ -233,10 +240,10 @@ def _lifting(
     phrases: Phrases,
     settings: LabelSettings,
 ) -> dict[str, Any]:
-    """What words.json holds of a stream."""
+    """What words.json holds of a stream: the words that lift each feature."""
     strong = strong_prompts(folder, stream, levels, groups)
-    found = lift(phrases, strong, min_count=settings.min_count, fdr=settings.fdr)
-    kept = shortened(found, phrases.texts, WORDS_KEPT)
+    lifted = lift(phrases, strong, min_count=settings.min_count, fdr=settings.fdr)
+    kept = shortened(lifted, phrases.texts, WORDS_KEPT)
     features: dict[str, list[list[float]]] = {}
     for feature, word, pmi, both, q in zip(kept.feature, kept.word, kept.pmi, kept.both, kept.q, strict=True):
         row = [int(word), _digits(float(pmi)), int(both), _digits(float(q))]
@@ -252,14 +259,14 @@ def _lifting(
     }
 
 
-def _tokens(folder: FeatureFolder, tokenizer: Path | None, progress: Watch) -> dict[str, Any] | None:
-    """What it holds of text tokens; None: nobody can say what they are."""
-    known = find_tokenizer(folder.settings.model, tokenizer)
-    if known is None:
+def _fired_tokens(folder: FeatureFolder, tokenizer: Path | None, progress: Watch) -> dict[str, Any] | None:
+    """What words.json holds of text tokens: those each feature fires on. None without the model's tokenizer."""
+    model_tokenizer = find_tokenizer(folder.settings.model, tokenizer)
+    if model_tokenizer is None:
         progress(Note("note: the model's tokenizer is not on this machine, so tokens of the text have no names"))
         return None
     length = folder.settings.tokens["txt"]
-    tokens = prompt_tokens(known, [row.prompt for row in folder.images], length)
+    tokens = prompt_tokens(model_tokenizer, [row.prompt for row in folder.images], length)
     _check_used(folder, tokens)
     lists = token_lists(folder, tokens)
     features = {}
@@ -303,24 +310,24 @@ def _labels(
     settings: LabelSettings,
 ) -> list[dict[str, Any]]:
     """What labels.json holds of a stream: a row for every feature that could be described and judged."""
-    own, others = sides_of(folder, stream, levels, groups, judged_images(folder), seed=settings.seed)
+    own, others = feature_images(folder, stream, levels, groups, judged_images(folder), seed=settings.seed)
     described = describe(candidates, own)
     return list(_rows(candidates, described, judge(candidates, described, others), settings))
 
 
 def _rows(
-    candidates: Candidates, described: Description, verdict: Verdict, settings: LabelSettings
+    candidates: Candidates, described: Description, verdict: LabelScores, settings: LabelSettings
 ) -> Iterator[dict[str, Any]]:
     for feature in np.flatnonzero(np.isfinite(verdict.score)).tolist():
         text = description_text(candidates, described, feature)
-        good = (
+        is_label = (
             verdict.q[feature] <= settings.fdr
             and verdict.low[feature] > 0.5
             and verdict.score[feature] >= settings.min_score
         )
         yield {
             "feature": feature,
-            "text": text if good else None,
+            "text": text if is_label else None,
             "candidate": text,
             "source": sources_of(candidates, described, feature),
             "score": _digits(verdict.score[feature]),

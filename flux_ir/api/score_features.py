@@ -41,46 +41,46 @@ def score_features(
     device: str | None = None,
     progress: Watch = unwatched,
 ) -> FeatureFolder:
-    """Score every feature of an autoencoder on every token of the activations; goes on with what is there.
+    """Score every feature of an autoencoder on every token of the activations; a run that was stopped is resumed.
 
     `sae` is the folder of an autoencoder, of whichever program; `captures` is what `open_source` takes, and `site` is
     for an autoencoder that does not say its own. All generations are scored, at `steps`: those the autoencoder was
     trained on by default. `pictures` is the folder that CLIP's activations were collected from. The result is the
-    folder `output_dir`/`name`, called as the autoencoder's by default. Under torchrun all processes call this alike and
+    folder `output_dir`/`name`, by default of the autoencoder's name. Under torchrun all processes call this alike and
     share the work.
 
     Raises FluxIRError for what a user can mend.
     """
     with joined() as ranks:
         watch = progress if ranks.is_first else unwatched
-        where = folder_path(Path(sae), name, output_dir)
+        path = folder_path(Path(sae), name, output_dir)
         scoring = prepare(Path(sae), captures, site=site, steps=steps, device=ranks.device(device), progress=watch)
         if ranks.is_first:
             with phase(watch, "begin"):
                 begun = begin_folder(
-                    where, scoring, Path(sae), str(captures), None if pictures is None else Path(pictures)
+                    path, scoring, Path(sae), str(captures), None if pictures is None else Path(pictures)
                 )
                 if read_sample(begun) is None:
                     write_sample(begun, measure_sample(scoring))
         wait_for_all(ranks)
-        return score(scoring, open_features(where), ranks, watch)
+        return score(scoring, open_features(path), ranks, watch)
 
 
 def score(scoring: Scoring, folder: FeatureFolder, ranks: Ranks, progress: Watch) -> FeatureFolder:
-    """The parts that are missing, by all processes, and then the table by the first."""
+    """Compute the parts that are missing, shared by all processes; the first one then makes the table."""
     done = folder.is_done("score", {})
-    wait_for_all(ranks)  # all have looked before one writes a part that is missing
+    wait_for_all(ranks)  # a barrier: all must have looked before one writes a missing part
     if done:
         progress(Note(f"the scores in {folder.path} are complete"))
         return folder
     for note in notes_of(folder):
         progress(Note(f"note: {note}"))
     sample = read_sample(folder)
-    assert sample is not None  # it was read, or written, before
+    assert sample is not None  # `score_features` has written it
     for stream in folder.streams:
         missing = [part for part in missing_parts(folder, stream) if part % ranks.world_size == ranks.rank]
-        made = make_parts(scoring, folder, sample, stream, missing)
-        for _ in follow(progress, f"score {stream}", made, total=len(missing)):
+        parts = make_parts(scoring, folder, sample, stream, missing)
+        for _ in follow(progress, f"score {stream}", parts, total=len(missing)):
             pass
     wait_for_all(ranks)
     if ranks.is_first:
@@ -103,7 +103,7 @@ def prepare(
     device: torch.device,
     progress: Watch,
 ) -> Scoring:
-    """The autoencoder and its activations, checked against each other. What will be missing is noted."""
+    """The autoencoder and its activations, checked against each other; steps that the captures lack are noted."""
     source = open_source(captures)
     loaded = load_for(sae, source, None if site is None else str(site), progress)
     if steps is not None:
@@ -125,8 +125,8 @@ def prepare(
     with weights_file(sae).open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     read = subject.filters.half(subject.site)
-    known = settings_of(loaded, weights, source, read, steps)
-    return Scoring(loaded.folded().requires_grad_(False).to(device), source, read, known)
+    settings = settings_of(loaded, weights, source, read, steps)
+    return Scoring(loaded.folded().requires_grad_(False).to(device), source, read, settings)
 
 
 def folder_path(sae: Path, name: str | None, output_dir: str | Path) -> Path:

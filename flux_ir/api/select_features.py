@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from flux_ir.activations.blocks import SampledSource
 from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.captured_model import ModelChoice, captured_model, scoring_of
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.api.score_features import prepare
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
-from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.coherence import coherence
 from flux_ir.features.contents import digest_of
@@ -36,6 +35,7 @@ from flux_ir.features.embeddings import (
     Embedder,
     LatentEmbedder,
     SiteEmbedder,
+    clip_digest,
     has_latents,
     make_embeddings,
     read_embeddings,
@@ -44,25 +44,23 @@ from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.scoring import Scoring
 from flux_ir.features.selection import Ranked, Selection, make_lists, write_lists
 from flux_ir.features.significance import q_values
-from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
-from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import plan
-from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.formats import load_any, weights_file
 from flux_ir.sites import Stream
 
 LONG = 1e14
-"""Operations in float64: half an hour and more of a CPU."""
+"""Operations in float64 from which on a note warns: half an hour and more of a CPU."""
 
 Columns = dict[Stream, dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectSettings:
-    """What is computed, and how. Raises FluxIRError for what is none."""
+    """What is computed, and how. Raises FluxIRError for numbers out of range."""
 
     clip: str | None
     embeddings: Literal["site", "latents"]
@@ -75,11 +73,7 @@ class SelectSettings:
     examples_each: int
     significance: float
     seed: int
-    model: str | None
-    dtype: DtypeWord
-    checkpoint: str | Path | None
-    ae_checkpoint: str | Path | None
-    device: str | None
+    model: ModelChoice
 
     def __post_init__(self) -> None:
         check_least(vars(self))
@@ -110,7 +104,7 @@ def select_features(
     device: str | None = None,
     progress: Watch = unwatched,
 ) -> dict[Stream, list[Ranked]]:
-    """Rank features by what makes them worth a look; columns that are there for these settings are not made again.
+    """Rank features by what makes them worth a look; columns that exist for these settings are not computed again.
 
     `features` is the folder that `score_features` left. Always: *coherence*, how alike the images are that a feature is
     active on (the monosemanticity score; z and p against permuted images), by the embeddings of `clip`, a CLIP of
@@ -138,24 +132,20 @@ def select_features(
         examples_each=examples_each,
         significance=significance,
         seed=seed,
-        model=model,
-        dtype=dtype,
-        checkpoint=checkpoint,
-        ae_checkpoint=ae_checkpoint,
-        device=device,
+        model=ModelChoice(name=model, dtype=dtype, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint, device=device),
     )
-    folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
+    folder = open_features(features)
     folder.check_done("score")
     return Selecting(folder, settings, progress).run()
 
 
 class Selecting:
-    """The work: what is asked for is checked first, then computed group by group, each written when it is there."""
+    """One selection: everything asked for is checked first, then computed group by group, each written at once."""
 
     def __init__(self, folder: FeatureFolder, settings: SelectSettings, progress: Watch) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.selection = Selection(folder)
-        self.placement = plan(torch.cuda.device_count(), device=settings.device)
+        self.placement = plan(torch.cuda.device_count(), device=settings.model.device)
         self.device = torch.device(self.placement.transformer)
         self.scoring = self._scoring()
         self.sides = None if settings.contrast is None else sides_of(folder.images, settings.contrast)
@@ -187,7 +177,7 @@ class Selecting:
         return self.folder.settings.d_sae
 
     def _put(self, group: str, settings: dict[str, Any], compute: Callable[[Stream], dict[str, NDArray[Any]]]) -> None:
-        """One group for all streams, unless it is there."""
+        """Compute one group of columns for all streams, unless it exists for these settings."""
         if not self.selection.has(group, settings):
             streams = follow(self.progress, group, self.folder.streams, total=len(self.folder.streams))
             self.selection.put(group, settings, {stream: compute(stream) for stream in streams})
@@ -203,14 +193,7 @@ class Selecting:
     def _scoring(self) -> Scoring:
         """The autoencoder and the activations as they were scored."""
         folder = self.folder
-        scoring = prepare(
-            folder.sae,
-            folder.captures,
-            site=folder.settings.site,
-            steps=folder.steps,
-            device=self.device,
-            progress=self.progress,
-        )
+        scoring = scoring_of(folder, self.device, self.progress)
         if scoring.settings.digest != folder.settings.digest:
             raise FluxIRError(
                 f"{folder.captures} or {folder.sae} has changed since {folder.path} was scored",
@@ -250,8 +233,8 @@ class Selecting:
     def _coherence(self) -> None:
         settings = self.settings
         embedder = self._embedder()
-        known = {**embedder.described(), "permutations": settings.permutations, "seed": settings.seed}
-        if self.selection.has("coherence", known):
+        depends_on = {**embedder.described(), "permutations": settings.permutations, "seed": settings.seed}
+        if self.selection.has("coherence", depends_on):
             return
         self._note_work(embedder)
         for _ in follow(self.progress, "embed", make_embeddings(self.folder, embedder), total=self.folder.parts):
@@ -259,7 +242,7 @@ class Selecting:
         rows = read_embeddings(self.folder, embedder)
 
         def compute(stream: Stream) -> dict[str, NDArray[Any]]:
-            found = coherence(
+            result = coherence(
                 self._parts(stream),
                 rows,
                 self.d_sae,
@@ -268,23 +251,23 @@ class Selecting:
                 device=self.device,
             )
             return {
-                "coherence": found.score.numpy(),
-                "coherence_z": found.z.numpy(),
-                "coherence_p": found.p.numpy(),
-                "coherence_q": q_values(found.p.numpy()),
+                "coherence": result.score.numpy(),
+                "coherence_z": result.z.numpy(),
+                "coherence_p": result.p.numpy(),
+                "coherence_q": q_values(result.p.numpy()),
             }
 
-        self._put("coherence", known, compute)
+        self._put("coherence", depends_on, compute)
 
     def _note_work(self, embedder: Embedder) -> None:
         """Say so where permutations will take long: they are most of the work."""
-        known, settings = self.folder.settings, self.settings
-        width = known.d_in if isinstance(embedder, SiteEmbedder) else 512
-        operations = 2.0 * known.images * self.d_sae * width * settings.permutations * len(self.folder.streams)
+        scored, settings = self.folder.settings, self.settings
+        width = scored.d_in if isinstance(embedder, SiteEmbedder) else 512
+        operations = 2.0 * scored.images * self.d_sae * width * settings.permutations * len(self.folder.streams)
         if self.device.type == "cpu" and operations > LONG:
             self.progress(
                 Note(
-                    f"note: {settings.permutations} permutations of {known.images} images take {operations:.1g} "
+                    f"note: {settings.permutations} permutations of {scored.images} images take {operations:.1g} "
                     "operations, much for a CPU: with --permutations 0 there is no p, and z is what it is"
                 )
             )
@@ -294,26 +277,27 @@ class Selecting:
         announce = lambda text: self.progress(Note(text))  # noqa: E731
         if settings.clip is not None:
             where = locate_clip(settings.clip, announce=announce)
-            weights = files_digest(path for pattern in ("*.safetensors", "*.bin") for path in where.glob(pattern))
             tower = load_picture_tower(where, self.device, torch.float32)
-            return ClipEmbedder(folder, tower, read_preprocessing(where), weights)
+            return ClipEmbedder(folder, tower, read_preprocessing(where), clip_digest(where))
         if settings.embeddings == "site":
             return SiteEmbedder(self.scoring, "img" if "img" in folder.streams else folder.streams[0])
         shards = [generation.path for generation in self.scoring.source.generations]
         if has_latents(folder, shards):
             return LatentEmbedder(folder, shards, None)
-        with self._suite(autoencoder=True, text=False).autoencoder() as autoencoder:
+        with self._model(autoencoder=True, text=False).autoencoder() as autoencoder:
             return LatentEmbedder(folder, shards, autoencoder)
 
     def _stability(self) -> None:
         settings = self.settings
         assert self.other is not None
         assert settings.other_sae is not None
-        known = {"weights": hashlib.sha256(weights_file(settings.other_sae).read_bytes()).hexdigest()}
-        if self.selection.has("stability", known):
+        depends_on = {"weights": hashlib.sha256(weights_file(settings.other_sae).read_bytes()).hexdigest()}
+        if self.selection.has("stability", depends_on):
             return
         cosine, number = best_cosine(self.scoring.sae.W_dec, self.other.W_dec.to(self.device))
-        self._put("stability", known, lambda stream: {"stability": cosine.numpy(), "stability_feature": number.numpy()})
+        self._put(
+            "stability", depends_on, lambda stream: {"stability": cosine.numpy(), "stability_feature": number.numpy()}
+        )
 
     def _contrast(self, sides: Sides) -> None:
         settings = self.settings
@@ -323,24 +307,24 @@ class Selecting:
             )
 
         def compute(stream: Stream) -> dict[str, NDArray[Any]]:
-            found = contrast_prompts(
+            result = contrast_prompts(
                 self._parts(stream),
                 sides,
                 self.d_sae,
                 permutations=settings.permutations,
                 generator=self._generator(),
             )
-            silent = ~self.folder.table(stream).alive  # is not tested: it would make the others' q larger
-            p = np.where(silent, np.nan, found.p)
+            silent = ~self.folder.table(stream).alive  # not tested: each test would make the q of the others larger
+            p = np.where(silent, np.nan, result.p)
             return {
-                "contrast": np.where(silent, np.nan, found.score),
-                "contrast_difference": np.where(silent, np.nan, found.difference),
+                "contrast": np.where(silent, np.nan, result.score),
+                "contrast_difference": np.where(silent, np.nan, result.difference),
                 "contrast_p": p,
                 "contrast_q": q_values(p),
             }
 
-        known = {"name": sides.name, "sides": digest_of([[*map(list, pair)] for pair in sides.deltas])}
-        self._put("contrast", {**known, "permutations": settings.permutations, "seed": settings.seed}, compute)
+        depends_on = {"name": sides.name, "sides": digest_of([[*map(list, pair)] for pair in sides.deltas])}
+        self._put("contrast", {**depends_on, "permutations": settings.permutations, "seed": settings.seed}, compute)
 
     def _region(self, region: Sequence[float]) -> None:
         images = self.folder.images
@@ -357,22 +341,22 @@ class Selecting:
         self._put("region", {"region": list(region)}, compute)
 
     def _effect(self) -> None:
-        """One forward and a few gradients for each step of each generation."""
+        """The effect on the velocity: one forward and `SIGN_VECTORS` gradients at each step of each generation."""
         folder, settings, source = self.folder, self.settings, self.scoring.source
-        if (why := why_not_run(folder, source, settings.model)) is not None:
+        if (why := why_not_run(folder, source, settings.model.name)) is not None:
             self.progress(Note(f"note: {why}, so effects are not measured"))
             return
         assert isinstance(source, SampledSource)
-        suite = self._suite(autoencoder=False, text=True)
+        suite = self._model(autoencoder=False, text=True)
         images = generations_for(folder, settings.effect_images)
-        known = {
+        depends_on = {
             "weights": weights_digest(suite.source, autoencoder=False),
             "images": images,
             "sign_vectors": SIGN_VECTORS,
-            "dtype": settings.dtype,
+            "dtype": settings.model.dtype,
             "seed": settings.seed,
         }
-        if self.selection.has("effect", known):
+        if self.selection.has("effect", depends_on):
             return
         prompts = list(dict.fromkeys(source.sampling(image).prompt for image in images))
         with phase(self.progress, "text"), suite.text_encoders() as encoders:
@@ -388,29 +372,26 @@ class Selecting:
             stream: {"effect": meter.everywhere(), "effect_active": meter.where_active()}
             for stream, meter in meters.items()
         }
-        self.selection.put("effect", known, columns)
+        self.selection.put("effect", depends_on, columns)
 
-    def _suite(self, *, autoencoder: bool, text: bool) -> Suite:
-        settings = self.settings
-        name = settings.model or self.folder.settings.model
-        if name is None:
-            raise FluxIRError(
-                "the captures do not say which model they are of", hint="name it with --model, or --effect_images 0"
-            )
-        source = locate_model(
-            get_spec(name),
-            settings.checkpoint,
-            settings.ae_checkpoint,
+    def _model(self, *, autoencoder: bool, text: bool) -> Suite:
+        return captured_model(
+            self.folder,
+            self.settings.model,
+            self.placement,
+            without="--effect_images 0",
             autoencoder=autoencoder,
             text=text,
-            announce=lambda told: self.progress(Note(told)),
+            progress=self.progress,
         )
-        compute = choose_dtype(settings.dtype, self.placement.devices)
-        return Suite(get_spec(name), source, self.placement, compute.dtype)
 
     def _lists(self) -> dict[Stream, list[Ranked]]:
         folder, settings = self.folder, self.settings
-        known = {"most": settings.most, "examples_each": settings.examples_each, "significance": settings.significance}
+        depends_on = {
+            "most": settings.most,
+            "examples_each": settings.examples_each,
+            "significance": settings.significance,
+        }
         self.selection.write()
         lists = {
             stream: make_lists(
@@ -422,11 +403,13 @@ class Selecting:
             )
             for stream in folder.streams
         }
-        write_lists(folder.path, lists, known)
+        write_lists(folder.path, lists, depends_on)
         if settings.permutations:
             self._note_power(lists)
         after = [stage for stage in ("score", "examples") if stage in folder.stages]
-        folder.mark_done("select", {"groups": dict(sorted(self.selection.groups.items())), "lists": known}, after=after)
+        folder.mark_done(
+            "select", {"groups": dict(sorted(self.selection.groups.items())), "lists": depends_on}, after=after
+        )
         return lists
 
     def _note_power(self, lists: dict[Stream, list[Ranked]]) -> None:

@@ -9,7 +9,7 @@ from flux_ir.commands.cli.option import REQUIRED, Options, option
 from flux_ir.commands.cli.parse import launch
 
 if TYPE_CHECKING:
-    from flux_ir.api.compare_features import Comparison
+    from flux_ir.api.comparison_files import Comparison
 
 WHAT, HOW = "what is compared", "how"
 SHOWN = 12
@@ -56,7 +56,8 @@ class CompareFeaturesOptions(Options):
 
 def run(options: CompareFeaturesOptions) -> None:
     """Compare as the options say. Raises FluxIRError for what a user can mend."""
-    from flux_ir.api.compare_features import PICTURE, compare_features
+    from flux_ir.api.compare_features import compare_features
+    from flux_ir.api.comparison_files import PICTURE
     from flux_ir.commands.report import Report, peak_memory
 
     with Report() as report:

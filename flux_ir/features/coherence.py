@@ -25,23 +25,23 @@ from flux_ir.features.contents import ScorePart
 from flux_ir.features.contrast import Parts, image_of_rows
 
 MEMORY_BYTES = 2**29
-"""What the sums of permutations may take; those of one permutation, [d_sae, d_embedding], are taken in any case."""
+"""Memory for the sums S of permutations that are drawn together; one at least, [d_sae, d_embedding], is held anyway."""
 _TIE = 1e-9  # scores of equal embeddings differ by rounding only
 
 
 class Coherence(NamedTuple):
-    """What is known of every feature: [d_sae] each, NaN for features that are active on fewer than two images."""
+    """The coherence of every feature, [d_sae] each; NaN for features that are active on fewer than two images."""
 
     score: Float[Tensor, "d_sae"]
     """The monosemanticity score, from -1 to 1."""
     z: Float[Tensor, "d_sae"]
-    """How many standard deviations above the mean of all permutations; NaN where all of them score the same."""
+    """The distance to the mean of all permutations in standard deviations; NaN where all of them score the same."""
     p: Float[Tensor, "d_sae"]
     """The share of permutations that score at least as high, itself counted; NaN where none were drawn."""
 
 
 class _Scale(NamedTuple):
-    """Over all images, the silent ones among them: how often a feature is active, its smallest and largest value."""
+    """How many images each feature is active on, and its smallest and largest activation over all images, [d_sae]."""
 
     active: Tensor
     smallest: Tensor
@@ -71,18 +71,19 @@ def coherence(
     scale = _scale_of(parts, n, d_sae, device)
     powers = torch.zeros(4, d_sae, dtype=torch.float64, device=device)
     observed = torch.zeros(d_sae, d, dtype=torch.float64, device=device)
+    # S = sum_i a_i e_i and the sums of a, a^2, a^3 and a^4: all that the score, its mean and its variance need.
     for part in parts():
         a = _scaled(part, scale, d_sae, device)
         observed.addmm_(a, units[part.images.start : part.images.stop])
         powers += torch.stack([a.pow(power).sum(dim=1) for power in range(1, 5)])
     score = _score(observed.square().sum(dim=1), powers)
-    del observed
+    del observed  # as large as the sums of one permutation, which come next
     draw = generator or torch.Generator().manual_seed(0)
     permuted, left = torch.zeros(d_sae, dtype=torch.int64, device=device), permutations
     while left:
         count = min(left, max(1, memory_bytes // (8 * d_sae * d)))
         orders = torch.stack([torch.randperm(n, generator=draw) for _ in range(count)])
-        permuted += _at_least(score, parts, units, orders, scale, powers)
+        permuted += _count_at_least(score, parts, units, orders, scale, powers)
         left -= count
     p = (1 + permuted).double() / (1 + permutations) if permutations else torch.full_like(score, torch.nan)
     z = (score - _mean_cosine(units)) / _deviation(powers, units)
@@ -90,7 +91,7 @@ def coherence(
     return Coherence(*(column.masked_fill(undefined, torch.nan).cpu() for column in (score, z, p)))
 
 
-def _at_least(
+def _count_at_least(
     score: Tensor, parts: Parts, units: Tensor, orders: Tensor, scale: _Scale, powers: Tensor
 ) -> Int[Tensor, "d_sae"]:
     """How many of these permutations give each feature its score or a higher one."""
@@ -130,7 +131,7 @@ def _scale_of(parts: Parts, images: int, d_sae: int, device: torch.device | str)
             f"every image needs an embedding: got {images} embeddings for {read} images",
             hint="embed the collection that was scored",
         )
-    smallest[active < images] = 0  # somewhere it is silent
+    smallest[active < images] = 0  # silent images have no row, and count as 0 in the min-max scale
     return _Scale(*(column.to(device) for column in (active, smallest.double(), largest.double())))
 
 
@@ -141,9 +142,8 @@ def _scaled(part: ScorePart, scale: _Scale, d_sae: int, device: torch.device | s
     features, images = (torch.from_numpy(numbers.astype("i8")) for numbers in (part.feature, image_of_rows(part)))
     features, images = features.to(device), images.to(device)
     low, high = scale.smallest[features], scale.largest[features]
-    values = (torch.from_numpy(part.max.copy()).double().to(device) - low) / (
-        high - low
-    )  # NaN for a feature that is the same everywhere
+    # 0 / 0, so NaN, for a feature that has one value on all images.
+    values = (torch.from_numpy(part.max.copy()).double().to(device) - low) / (high - low)
     return torch.zeros(d_sae, len(part.images), dtype=torch.float64, device=device).index_put_(
         (features, images), values
     )

@@ -19,16 +19,16 @@ from flux_ir.activations.blocks import TokenSource
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import ImageRow, ScorePart
 from flux_ir.features.folder import FeatureFolder
-from flux_ir.features.matching import Activations, permuted_groups
+from flux_ir.features.matching import PairedActivations, permuted_groups
 from flux_ir.features.scoring import half_of
 from flux_ir.features.significance import q_values
 from flux_ir.lens.measures import LinearCKA
 from flux_ir.sites import Site, Stream
 
 MOST_ROWS = 2**20
-"""Tokens that are correlated at most: 0.8 GB a side at 64 features each."""
+"""Tokens that are correlated, at most: 0.8 GB a side where 64 features are active on each."""
 _FLIPS_AT_ONCE = 1000
-_CHANGE_BYTES = 2**28
+_CHANGE_BYTES = 2**28  # of dense differences [prompts, features]
 
 
 class Common(NamedTuple):
@@ -67,16 +67,16 @@ class Alignment(NamedTuple):
     tokens: int
     cka: float
     permuted: float
-    """The same with the images of one side dealt out anew, positions kept: what position alone gives."""
+    """The same with the images of one side permuted and positions kept: what is alike by position alone."""
 
 
 # ---- The same generations
 
 
 def common_generations(a: FeatureFolder, b: FeatureFolder) -> Common:
-    """Those with the same prompt, seed and size; of sources without seeds, with the same id. May be none."""
-    known = {_key(row): row.index for row in b.images}
-    shared = [(row.index, known[_key(row)], row.prompt or row.id) for row in a.images if _key(row) in known]
+    """The generations of both with one prompt, seed and size (without a seed: one id); there may be none."""
+    index_in_b = {_key(row): row.index for row in b.images}
+    shared = [(row.index, index_in_b[_key(row)], row.prompt or row.id) for row in a.images if _key(row) in index_in_b]
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(prompt, len(numbers)) for _, _, prompt in shared]
     return Common(
@@ -91,7 +91,7 @@ def _key(row: ImageRow) -> tuple[str | int | None, ...]:
 
 
 def no_common_generations(a: FeatureFolder, b: FeatureFolder) -> FluxIRError:
-    """What is raised where the same generations are needed and there are fewer than two."""
+    """The error to raise where two generations in common are needed."""
     return FluxIRError(
         f"activations are compared over the same generations: {a.path} and {b.path} share fewer than two of one "
         "prompt, seed and size",
@@ -114,9 +114,9 @@ def image_scores(folder: FeatureFolder, stream: Stream, images: NDArray[np.int64
 
 
 def token_values(folder: FeatureFolder, stream: Stream, images: NDArray[np.int64], steps: Sequence[int]) -> csr_array:
-    """Activations of every token of these generations at these steps [n * steps * tokens, d_sae], sparse.
+    """PairedActivations of every token of these generations at these steps [n * steps * tokens, d_sae], sparse.
 
-    Padding, and a place for a token that was not kept, is a row of zeros.
+    Padding and tokens that were not kept are rows of zeros.
     """
     at = np.array([folder.steps.index(step) for step in steps], np.int64)
 
@@ -143,16 +143,16 @@ def _gathered(
     part = images // folder.part_images
     pieces, order = [], []
     for number in np.unique(part):
-        here = np.flatnonzero(part == number)
-        pieces.append(rows_of(folder.part(stream, int(number)), images[here] - number * folder.part_images))
-        order.append(here)
+        chosen = np.flatnonzero(part == number)
+        pieces.append(rows_of(folder.part(stream, int(number)), images[chosen] - number * folder.part_images))
+        order.append(chosen)
     every, order_of = csr_array(vstack(pieces)), np.argsort(np.concatenate(order), kind="stable")
     each = every.shape[0] // len(images)
     return every[(order_of[:, None] * each + np.arange(each)).ravel()]
 
 
 def paired_steps(a: FeatureFolder, b: FeatureFolder) -> list[tuple[int, int]]:
-    """Which step of one is compared with which of the other: equal ones; of one each, the two, whatever they are."""
+    """The steps to compare: those that both have; if each has a single step, these two, whatever their numbers."""
     if len(a.steps) == len(b.steps) == 1:
         return [(a.steps[0], b.steps[0])]
     return [(step, step) for step in a.steps if step in b.steps]
@@ -160,19 +160,19 @@ def paired_steps(a: FeatureFolder, b: FeatureFolder) -> list[tuple[int, int]]:
 
 def activations_of(
     a: FeatureFolder, b: FeatureFolder, streams: tuple[Stream, Stream], common: Common, *, tokens: bool
-) -> Activations:
+) -> PairedActivations:
     """What all features of both do on the same images, or with `tokens` on the same tokens of them.
 
     Raises FluxIRError where the tokens are not the same ones.
     """
     if not tokens:
         scores = [image_scores(f, s, images) for f, s, images in zip((a, b), streams, common[:2], strict=True)]
-        return Activations(csc_array(scores[0]), scores[1], 1, common.groups)
+        return PairedActivations(csc_array(scores[0]), scores[1], 1, common.groups)
     pairs = paired_steps(a, b)
     _check_tokens(a, b, streams, common, pairs)
     steps = [[pair[side] for pair in pairs] for side in (0, 1)]
     values = [token_values(*each) for each in zip((a, b), streams, common[:2], steps, strict=True)]
-    return Activations(csc_array(values[0]), values[1], values[0].shape[0] // len(common.a), common.groups)
+    return PairedActivations(csc_array(values[0]), values[1], values[0].shape[0] // len(common.a), common.groups)
 
 
 def _check_tokens(
@@ -203,10 +203,10 @@ def _positions(folder: FeatureFolder, stream: Stream, images: NDArray[np.int64])
 
 
 def paired_change(a: csc_array, b: csc_array, groups: NDArray[np.int64], *, permutations: int, seed: int) -> Change:
-    """The means of each column of both, over the same rows, and a test of their difference.
+    """The means of each column on both sides, over the same rows, and a sign-flip test of their difference.
 
-    Under the null the sides are exchangeable in every prompt, so the sign of each prompt's difference is a coin's
-    throw: all images of a prompt are thrown together.
+    Under the null the sides are exchangeable, so the difference of each prompt has a random sign. All images of a
+    prompt get one sign, because they are not independent.
     """
     n, columns = a.shape
     prompts, group = np.unique(groups, return_inverse=True)
@@ -239,7 +239,7 @@ def align(
     *,
     seed: int,
 ) -> Alignment | None:
-    """CKA at one step of each, over all tokens of these generations; None: they have not the same tokens."""
+    """CKA at one step of each, over all tokens of these generations; None if the sides have other tokens."""
     alignment, control = LinearCKA(), LinearCKA()
     others = common.b[permuted_groups(common.groups, np.random.default_rng(seed))]
     for image, same, other in zip(common.a, common.b, others, strict=True):
@@ -254,13 +254,13 @@ def align(
         if len(x) != len(y):
             return None
         alignment.add(x, y)
-        alike = min(len(x), len(z))  # prompts are of several lengths
-        control.add(x[:alike], z[:alike])
+        shared = min(len(x), len(z))  # prompts differ in length
+        control.add(x[:shared], z[:shared])
     return Alignment(*steps, alignment.tokens, alignment.value(), control.value())
 
 
 def _tokens(source: TokenSource, image: int, site: Site | None, step: int) -> Tensor:
-    """The tokens of an image at a step; of text those that are not padding."""
+    """The tokens of an image at a step [tokens, d], without padding where it is known."""
     block = source.read(image, site, step)
     values = block.floats()
     if block.used_txt is not None and block.txt_tokens == len(values):

@@ -17,14 +17,14 @@ from flux_ir.sites import Stream
 
 HISTOGRAM_BINS = 64
 RARE, COMMON = 0.01, 0.1
-"""Shares of the tokens: a feature that fires on fewer than the first is rare, on fewer than the second common."""
+"""Shares of the tokens. A feature that fires on fewer than `RARE` is rare, on fewer than `COMMON` common."""
 PLACE_R2 = 0.5
-"""A feature means a place if its position explains more than this share of its variance."""
+"""A feature means a place if the position of a token explains more than this share of its variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """What the scores depend on, wherever it lies. Anything else gives other scores."""
+    """Everything that the scores depend on, and no path: the same content gives the same digest wherever it lies."""
 
     weights: str
     """sha256 of the autoencoder's weights."""
@@ -32,7 +32,7 @@ class FeatureSettings:
     d_in: int
     d_sae: int
     k: int | None
-    """Active features per token; None: the architecture is given no number."""
+    """Active features per token; None for an architecture that is not given their number."""
     captures: str
     """The identity of the activations: a digest of their content."""
     model: str | None
@@ -44,7 +44,7 @@ class FeatureSettings:
     images: int
     """Generations."""
     tokens: Mapping[Stream, int]
-    """How many each stream of a generation has, padding among them; the most, where generations differ."""
+    """Tokens of each stream of a generation, padding included; where generations differ, the most."""
 
     @property
     def digest(self) -> str:
@@ -77,7 +77,7 @@ class TokenFeatures(NamedTuple):
     ptr: NDArray[np.int64]
     feature: NDArray[np.int64]
     value: NDArray[np.float32]
-    """The largest of a token first."""
+    """Descending within a token."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ScorePart:
     row_ptr: NDArray[np.int64]
     """[rows + 1]: the entries of each row."""
     place: NDArray[Any]
-    """[entries]: number of the step times `tokens`, plus the token; ascending within a row."""
+    """[entries]: index of the step times `tokens`, plus index of the token; ascending within a row."""
     value: NDArray[np.float32]
     """[entries], above 0."""
     error: NDArray[np.float32]
@@ -115,7 +115,7 @@ class ScorePart:
 
     @property
     def tokens(self) -> int:
-        """Places for tokens of each image and step."""
+        """Tokens of an image at one step: as many entries each, used or not."""
         return self.positions.shape[1]
 
     def rows(self, image: int) -> slice:
@@ -153,12 +153,12 @@ class ScorePart:
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """What is known of each feature of one stream, [d_sae] unless said otherwise. NaN where it is not defined."""
+    """The numbers of each feature of one stream, [d_sae] unless said otherwise; NaN where one is not defined."""
 
     count: NDArray[np.int64]
     """Tokens, over all steps, on which it fires."""
     frequency: NDArray[np.float64]
-    """The same as a share of all tokens."""
+    """`count` as a share of all tokens."""
     images: NDArray[np.int64]
     """Generations with such a token."""
     mean_active: NDArray[np.float32]
@@ -192,7 +192,7 @@ class FeatureTable:
 
     @cached_property
     def means_place(self) -> NDArray[np.bool_]:
-        """Whether it says where a token is more than what is there."""
+        """Whether a feature depends more on where a token is than on what is there."""
         return np.nan_to_num(self.position_r2) > PLACE_R2
 
     @cached_property
@@ -203,10 +203,11 @@ class FeatureTable:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Images by their numbers, [d_sae, most] of each kind, -1 where there are no more; one of each prompt in a row.
+class ExampleTable:
+    """The numbers of the images that show each feature, [d_sae, most] of each kind; -1 where there are fewer.
 
-    Beside each: its S, and where the largest value is. `quantile` is [d_sae, Q, M].
+    No two images of a row have one prompt. Beside each image: its S, and where the largest value is. `quantile` is
+    [d_sae, Q, M].
     """
 
     top: NDArray[np.int32]
@@ -217,7 +218,7 @@ class Examples:
     top_step: NDArray[np.int16]
     """By the sampler's number."""
     quantile: NDArray[np.int32]
-    """At random of each of Q equal shares of the images it fires on, the strongest share first."""
+    """Drawn from each of Q equal shares of the images it fires on, the strongest share first."""
     quantile_value: NDArray[np.float32]
     quantile_token: NDArray[np.int32]
     quantile_step: NDArray[np.int16]
@@ -226,16 +227,16 @@ class Examples:
     quantile_count: NDArray[np.int64]
     """[d_sae, Q]: images in each share."""
     random: NDArray[np.int32]
-    """At random of all images it fires on."""
+    """Drawn from all images it fires on."""
     random_value: NDArray[np.float32]
     random_token: NDArray[np.int32]
     random_step: NDArray[np.int16]
     silent: NDArray[np.int32]
     """Images on which it never fires, most like its strongest ones by what else fires on them."""
     silent_value: NDArray[np.float32]
-    """How alike: a cosine."""
+    """The likeness to its strongest images: a cosine."""
 
 
 def digest_of(value: Any) -> str:
-    """16 hex digits that stand for what JSON can say."""
+    """A digest of a value that JSON can hold: 16 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,18 +20,18 @@ Parts = Callable[[], Iterable[ScorePart]]
 """Reads the parts of a folder from the first to the last, as often as it is called."""
 
 MOST_DELTAS = 4096
-"""Pairs of prompts, times their seeds: each is a column of numbers for all features."""
+"""Most pairs of prompts times seeds: each is a column of float64 with a number for every feature."""
 _TIE = 1e-9
 
 
 class Sides(NamedTuple):
-    """Which images are contrasted. Every delta is a mean over some images of the first side minus one of the second."""
+    """Which images are contrasted. A delta is a mean S over some images of the first side minus one of the second."""
 
     name: str
     deltas: Sequence[tuple[Sequence[int], Sequence[int]]]
     """One for each seed (the images of a prompt are numbered), or for each pair of prompts and seed."""
     units: NDArray[np.int64]
-    """[deltas]: those of one unit are flipped together. All -1: the prompts of the two sides are exchanged instead."""
+    """[deltas]: a null of paired sides flips the signs of those of one unit together. All -1: sides are not paired."""
     prompt: NDArray[np.int64]
     """[images]: the number of each image's prompt; images of one prompt stay together."""
     left_out: int
@@ -44,7 +44,7 @@ class Sides(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What is known of every feature, [d_sae]."""
+    """The contrast of every feature, [d_sae]."""
 
     difference: NDArray[np.float64]
     """Mean S of the first side minus that of the second."""
@@ -118,17 +118,21 @@ def _prompts_of(text: str, known: dict[str, list[int]]) -> list[str]:
             )
         return lines
     pattern = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
-    found = [prompt for prompt in known if text and pattern.search(prompt)]
-    if not found:
+    prompts = [prompt for prompt in known if text and pattern.search(prompt)]
+    if not prompts:
         raise FluxIRError(f"no prompt holds {text!r}", hint="words are matched whole, in any case")
-    return found
+    return prompts
 
 
 @torch.no_grad()
 def contrast_prompts(
     parts: Parts, sides: Sides, d_sae: int, *, permutations: int = 0, generator: torch.Generator | None = None
 ) -> Contrast:
-    """How far S differs between the sides, in which direction and how steadily. `p` is NaN without permutations."""
+    """How far S differs between the sides, in which direction and how steadily. `p` is NaN without permutations.
+
+    The null of paired sides gives the deltas of each pair of prompts a random sign; that of two groups lets whole
+    prompts change sides. Images of one prompt are not independent, so they always stay together.
+    """
     draw = generator or torch.Generator().manual_seed(0)
     n, count = len(sides.prompt), len(sides.deltas)
     image = np.concatenate([np.array([*one, *other]) for one, other in sides.deltas])
@@ -168,7 +172,7 @@ def _means(side: NDArray[np.float64]) -> NDArray[np.float64]:
 def _exchanged(
     sides: Sides, side: NDArray[np.float64], permutations: int, draw: torch.Generator
 ) -> list[NDArray[np.float64]]:
-    """The side of every image when prompts change places: those of one prompt stay together."""
+    """Draws of the null: the side of every image, -1, 0 or 1, after whole prompts have changed sides."""
     of_prompt = np.zeros(int(sides.prompt.max()) + 1)
     of_prompt[sides.prompt] = side
     contrasted = np.flatnonzero(of_prompt)
@@ -182,9 +186,9 @@ def _exchanged(
 
 def _dense(part: ScorePart, d_sae: int) -> NDArray[np.float64]:
     """S of a part, [d_sae, images]."""
-    found = np.zeros((d_sae, len(part.images)))
-    found[part.feature.astype(np.int64), image_of_rows(part)] = part.max
-    return found
+    scores = np.zeros((d_sae, len(part.images)))
+    scores[part.feature.astype(np.int64), image_of_rows(part)] = part.max
+    return scores
 
 
 def image_of_rows(part: ScorePart) -> NDArray[np.int64]:

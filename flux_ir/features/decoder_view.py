@@ -1,4 +1,4 @@
-"""What stands beside a feature in the dictionary: the nearest by direction, and those that are active where it is.
+"""The neighbours of a feature in its dictionary: by direction, and by the images both are active on.
 
 Both are exact for all features. Products are made block by block, so nothing of size [d_sae, d_sae] is held. Next:
 `drawings`, which shows what a feature's direction draws.
@@ -31,14 +31,14 @@ class Neighbours(NamedTuple):
 @torch.no_grad()
 def nearest_by_cosine(decoder: Float[Tensor, "d_sae d"], most: int = NEIGHBOURS) -> Neighbours:
     """The features whose decoder rows have the largest cosine with each feature's; rows of length 0 are near none."""
-    units, there = normalize(decoder.float(), dim=1), decoder.norm(dim=1) > 0
-    found = []
+    units, has_length = normalize(decoder.float(), dim=1), decoder.norm(dim=1) > 0
+    blocks_done = []
     for block in _blocks(len(units)):
         cosine = units[block.start : block.stop] @ units.T
-        cosine[:, ~there] = -torch.inf
-        cosine[~there[block.start : block.stop]] = -torch.inf
-        found.append(_largest(cosine, block, most, least=-torch.inf))
-    return _joined(found)
+        cosine[:, ~has_length] = -torch.inf
+        cosine[~has_length[block.start : block.stop]] = -torch.inf
+        blocks_done.append(_largest(cosine, block, most, least=-torch.inf))
+    return _joined(blocks_done)
 
 
 @torch.no_grad()
@@ -63,19 +63,19 @@ def best_cosine(
 def encoder_decoder_cosine(
     encoder: Float[Tensor, "d_sae d"], decoder: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "d_sae"]:
-    """How nearly each feature reads the direction that it writes; NaN where one of the two is 0."""
+    """The cosine of each feature's encoder and decoder row; NaN where one of the two has length 0."""
     encoder, decoder = encoder.float(), decoder.float()
     lengths = encoder.norm(dim=1) * decoder.norm(dim=1)
     return ((encoder * decoder).sum(dim=1) / torch.where(lengths > 0, lengths, torch.nan)).cpu()
 
 
 class Active(NamedTuple):
-    """Which features are active on which of some images or tokens: pair by pair, each once."""
+    """The pairs of an item (an image or a token) and a feature that is active on it, each once."""
 
     items: int
-    """How many images or tokens there are."""
+    """The number of images or tokens."""
     item: Int[Tensor, "pairs"]
-    """Which of them, from 0."""
+    """[pairs]: the index of the image or token."""
     feature: Int[Tensor, "pairs"]
 
 
@@ -92,7 +92,7 @@ def active_together(
     which at least one of the two is. Features that never meet are no neighbours.
 
     `read` is called once for each block of d_sae / (block_values / d_sae) features: once for up to 11,000 features.
-    Counts are exact up to 2^24 items.
+    Counts are sums in float32, exact up to 2^24 items.
     """
     count = torch.zeros(d_sae, dtype=torch.int64)
     items = 0
@@ -104,7 +104,7 @@ def active_together(
             f"activity together is counted over at most {2**24} images or tokens: got {items}",
             hint="count over images, or over fewer of them",
         )
-    totals, found = count.float().to(device), []
+    totals, blocks_done = count.float().to(device), []
     for block in _blocks(d_sae, block_values=block_values):
         both = torch.zeros(len(block), d_sae, device=device)
         for part in read():
@@ -112,8 +112,8 @@ def active_together(
             dense[part.item.long().to(device), part.feature.long().to(device)] = 1
             both.addmm_(dense[:, block.start : block.stop].T, dense)
         either = totals[block.start : block.stop, None] + totals - both
-        found.append(_largest(both / either.clamp(min=1), block, most, least=0.0))
-    return _joined(found)
+        blocks_done.append(_largest(both / either.clamp(min=1), block, most, least=0.0))
+    return _joined(blocks_done)
 
 
 def _blocks(rows: int, *, columns: int | None = None, block_values: int | None = None) -> list[range]:

@@ -1,11 +1,11 @@
-"""What a feature draws, when nothing else is there.
+"""What a feature draws by itself: two pictures of each.
 
-Two pictures of each. *Read out*: its direction stands on every token, as long as tokens are apart from their mean, on
-top of that mean; the model's last layer reads it, and the autoencoder decodes the clean picture that this velocity
-points to from an image without noise (v = noise - picture, so it is decoded from -v). That is the lens, so it means
-least at early sites. *Icon*: an empty prompt is sampled with the site's update replaced by k x the feature's mean
-activation x its direction on every token at every step (the feature icon of Surkov et al., 2025): what is left of the
-network answers to it.
+*Read out*: every token is the mean token plus the feature's direction, scaled to the root mean square distance of
+tokens from their mean. The model's last layer turns these tokens into a velocity, and -v is decoded: v = noise -
+picture, and there is no noise here. That is the lens, which says least at early sites.
+
+*Icon*: an empty prompt is sampled with the site's update replaced, on every token at every step, by k x the feature's
+mean activation x its direction (the feature icon of Surkov et al., 2025). The rest of the network is as it was.
 """
 
 import math
@@ -69,8 +69,9 @@ def read_out(
     canvas: Canvas,
     empty: TextEmbedding,
 ) -> Pixels:
-    """The picture that each direction reads out as, [features, height, width, 3]: mean + length x direction on every
-    token. Directions are taken for their way only; `length` is in the unit of activations.
+    """The picture of each direction, [features, height, width, 3]: every token is mean + length x unit direction.
+
+    `length` is in the unit of activations.
     """
     device, dtype = model.img_in.weight.device, model.dtype
     inputs = canvas.inputs(empty, len(directions), device, dtype)
@@ -107,7 +108,7 @@ def icons(
 
 
 class Studio(NamedTuple):
-    """Everything it takes to draw features of one site, in one place."""
+    """All that it takes to draw the features of one site."""
 
     model: Flux
     autoencoder: AutoEncoder
@@ -116,7 +117,7 @@ class Studio(NamedTuple):
     directions: Float[Tensor, "d_sae d"]
     """W_dec."""
     amounts: Float[Tensor, "d_sae"]
-    """What the icon of each feature multiplies its direction with."""
+    """The length of each feature's vector in its icon."""
     mean: Float[Tensor, "d"]
     length: float
     canvas: Canvas
@@ -154,7 +155,7 @@ def draw_missing(studio: Studio, folder: Path, features: Sequence[int], batch: i
     """Draws the features whose pictures are not in the folder, or were made with another `digest`: {feature}.png each,
     and untouched.png. Yields how many are there, batch by batch.
 
-    Batches are those of all features, so that one that goes on gives the same bits.
+    Batches are always cut from all features, missing or not: the bits of a picture depend on what is in its batch.
     """
     if not is_drawn(folder / f"{UNTOUCHED}.png", digest):
         _write(folder / f"{UNTOUCHED}.png", studio.untouched(), digest)
@@ -180,9 +181,9 @@ def is_drawn(path: Path, digest: str) -> bool:
 
 
 def _write(path: Path, picture: Image.Image, digest: str) -> None:
-    said, encoded = PngInfo(), BytesIO()
-    said.add_text(_KEY, digest)
-    picture.save(encoded, format="PNG", pnginfo=said)
+    note, encoded = PngInfo(), BytesIO()
+    note.add_text(_KEY, digest)
+    picture.save(encoded, format="PNG", pnginfo=note)
     with complete_file(path) as beside:
         beside.write_bytes(encoded.getbuffer())
 
@@ -191,7 +192,7 @@ _KEY = "flux_ir"
 
 
 def token_length(folder: FeatureFolder, stream: Stream) -> float:
-    """How far tokens are from their mean: root mean square over all images and steps, in the unit of activations."""
+    """The root mean square distance of tokens from their mean over all images and steps, in the unit of activations."""
     squares = count = 0.0
     for part in folder.scores(stream):
         there = np.broadcast_to((part.positions >= 0)[:, None], part.norm.shape)

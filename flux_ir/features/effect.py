@@ -31,7 +31,7 @@ from flux_ir.shapes import PackedLatent, Tokens
 from flux_ir.sites import Site, Stream
 
 SIGN_VECTORS = 8
-"""More change the numbers by less than the choice of generations does: each is one backward pass."""
+"""Draws of u, a backward pass each. More of them change the numbers less than other generations do."""
 
 
 def gradients(
@@ -55,10 +55,10 @@ def gradients(
         added.append(torch.zeros_like(value, requires_grad=True))
         return value + added[0]
 
-    # A block's output moves as its update does; the update itself is read as a difference, which has no gradient here.
-    place = replace(site, part=None) if site.part == "update" else site
+    # out = in + update, so the gradients by both are equal; an update is read as out - in, which has no gradient here.
+    site_with_gradient = replace(site, part=None) if site.part == "update" else site
     img = inputs.img
-    with torch.enable_grad(), Intervention(model, {place: watch}):
+    with torch.enable_grad(), Intervention(model, {site_with_gradient: watch}):
         velocity = model(
             img,
             inputs.img_ids,
@@ -85,8 +85,9 @@ class EffectMeter:
         self._squares, self._active = np.zeros(d_sae), np.zeros(d_sae, np.int64)
 
     def add(self, gradient: Float[Tensor, "tokens d"], token: NDArray[np.int64], feature: NDArray[np.int64]) -> None:
-        """Take in one gradient of u . v. Feature `feature[i]` is active on token `token[i]`, a row of `gradient`."""
+        """Add one gradient of u . v. Feature `feature[i]` is active on token `token[i]`, a row of `gradient`."""
         gradient = gradient.float()
+        # E[g g^T], [d, d], serves all features at once: E[(g . w)^2] = w^T E[g g^T] w for a row w of W_dec.
         self._second_moment += (gradient.T @ gradient).double().cpu()
         self._rows += len(gradient)
         at, of = (torch.from_numpy(numbers).to(gradient.device) for numbers in (token, feature))
@@ -110,7 +111,7 @@ class EffectMeter:
 
 
 def why_not_run(folder: FeatureFolder, source: object, model: str | None) -> str | None:
-    """Why the generations of a folder cannot be run again, in words; None: they can. `model` is the one asked for."""
+    """Why the model cannot be run on these generations, for a note; None if it can. `model` is the one asked for."""
     name = model or folder.settings.model
     if folder.settings.site is None or not isinstance(source, SampledSource):
         return "these activations are of no model that can be run"
@@ -129,7 +130,7 @@ def generations_for(folder: FeatureFolder, count: int) -> list[int]:
     for row in folder.images:
         first_of.setdefault(row.prompt, row.index)
     chosen = np.unique(np.linspace(0, len(first_of) - 1, count).round().astype(int))
-    return [list(first_of.values())[place] for place in chosen]
+    return [list(first_of.values())[number] for number in chosen]
 
 
 def add_generation(
@@ -141,18 +142,19 @@ def add_generation(
     text: TextEmbedding,
     generator: torch.Generator,
 ) -> None:
-    """Take one generation into the meter of each stream, at every step that was scored: one forward at each, from the
-    state that was stored, or that its seed leads to where none was.
+    """Add one generation to the meter of each stream: one forward at every step that was scored.
+
+    A forward starts from the stored state of its step, or, where none was stored, from one that is sampled again.
     """
     assert folder.settings.site is not None
-    site, made = Site.parse(folder.settings.site), source.sampling(image)
+    site, sampling = Site.parse(folder.settings.site), source.sampling(image)
     device, dtype = model.img_in.weight.device, model.dtype
-    noise = noise_for([made.seed], made.height, made.width, device, dtype)
-    inputs = prepare(noise, text, made.height, made.width)
+    noise = noise_for([sampling.seed], sampling.height, sampling.width, device, dtype)
+    inputs = prepare(noise, text, sampling.height, sampling.width)
     for step in folder.steps:
         state = source.state(image, step)
-        img = _sampled_to(model, inputs, made.timesteps, made.guidance, step) if state is None else state[None]
-        here = inputs._replace(img=img.to(device, dtype))
+        img = _sampled_to(model, inputs, sampling.timesteps, sampling.guidance, step) if state is None else state[None]
+        at_step = inputs._replace(img=img.to(device, dtype))
         for stream, meter in meters.items():
             part = folder.part_of(image, stream)
             positions = part.positions[image - part.images.start]
@@ -161,8 +163,8 @@ def add_generation(
             rows = torch.from_numpy(positions[there].astype(np.int64)).to(device)
             of_stream = half_of(site, stream)
             assert of_stream is not None
-            t_curr = made.timesteps[step]
-            for gradient in gradients(model, of_stream, here, t_curr, made.guidance, generator=generator):
+            t_curr = sampling.timesteps[step]
+            for gradient in gradients(model, of_stream, at_step, t_curr, sampling.guidance, generator=generator):
                 meter.add(gradient[0, rows], token, active.feature)
 
 

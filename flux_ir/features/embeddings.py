@@ -1,4 +1,4 @@
-"""What images are compared by: a vector for each, of CLIP or of the model's own making.
+"""The embedding of every image, by which images are compared: CLIP's, or one of the model's own.
 
 They are made once and kept in the folder of features, a file for each part of the scores, so that a run that was
 stopped goes on. Next: `coherence`, which compares the images of a feature by them.
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from flux_ir.collecting.shard_notes import files_digest
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import digest_of
 from flux_ir.features.folder import FeatureFolder, read_tensors, write_tensors
@@ -33,8 +34,8 @@ class Embedder(Protocol):
     """Makes the embeddings of images."""
 
     centred: bool
-    """Whether the mean over all images is taken off before they are compared: what all images have in common is most
-    of an activation, and would make all cosines 1. CLIP's are compared as they are, as the score's authors do.
+    """Whether the mean over all images is subtracted before they are compared: most of an activation is the same for
+    all images and would make all cosines 1. CLIP's are compared as they are, as the score's authors do.
     """
 
     def described(self) -> Mapping[str, Any]:
@@ -47,7 +48,7 @@ class Embedder(Protocol):
 class SiteEmbedder:
     """The mean token of the autoencoder's own site, at the last of its steps.
 
-    It needs no other model, and says less than one: features and embeddings are read from the same activations.
+    It needs no other model, but features and embeddings are then read from the same activations, so it proves less.
     """
 
     centred = True
@@ -59,16 +60,16 @@ class SiteEmbedder:
         return {"kind": "site", "site": self.scoring.settings.site, "stream": self.stream, "step": self.step}
 
     def embed(self, images: range) -> Tensor:
-        found = []
+        batches = []
         for run in self.scoring.runs(images, BATCH):
             tokens = self.scoring.read(run, self.step, self.stream)
             counted = torch.from_numpy(tokens.counted).float()[..., None]
-            found.append((tokens.values.float() * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1))
-        return torch.cat(found)
+            batches.append((tokens.values.float() * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1))
+        return torch.cat(batches)
 
 
 class LatentEmbedder:
-    """The mean over the places of each picture's latent: its colours, in as many numbers as the latent has channels.
+    """The mean of each picture's latent over its pixels, [channels]: mostly its colours.
 
     They come from `--save_latents` where they were kept, else from the pictures. Raises FluxIRError without either.
     """
@@ -94,7 +95,7 @@ class LatentEmbedder:
     def _latent(self, image: int) -> Tensor:
         if self.kept:
             path = latent_file(self.folder.images[image].id, self.shards[image])
-            assert path is not None  # it was looked for
+            assert path is not None  # `has_latents` has looked
             return safetensors.torch.load_file(path)["latent"]
         assert self.autoencoder is not None
         pixels = torch.from_numpy(np.asarray(open_picture(self.folder, image), np.float32)).permute(2, 0, 1) / 127.5 - 1
@@ -116,35 +117,40 @@ class ClipEmbedder:
 
     @torch.no_grad()
     def embed(self, images: range) -> Tensor:
-        found = []
+        batches = []
         for start in range(images.start, images.stop, BATCH):
             paths = [
                 self.folder.picture(image) for image in images[start - images.start : start - images.start + BATCH]
             ]
             pixels = torch.stack([read_pixels(path, self.preprocessing) for path in paths if path is not None])
-            found.append(self.tower(pixels).float().cpu())
-        return torch.cat(found)
+            batches.append(self.tower(pixels).float().cpu())
+        return torch.cat(batches)
+
+
+def clip_digest(clip: Path) -> str:
+    """What stands for the content of CLIP's files: a digest of the weights in its folder."""
+    return files_digest(path for pattern in ("*.safetensors", "*.bin") for path in clip.glob(pattern))
 
 
 def make_embeddings(folder: FeatureFolder, embedder: Embedder) -> Iterator[int]:
-    """Makes what is not there yet; yields the number of each part when it is."""
+    """Makes the embeddings that are missing; yields the number of each part when its file is there."""
     for number in range(folder.parts):
         first = number * folder.part_images
         images = range(first, min(first + folder.part_images, folder.settings.images))
         path = _file(folder, embedder, number)
         if not path.is_file():
-            found = embedder.embed(images)
-            if not found.isfinite().all():
-                bad = images[int((~found.isfinite()).any(dim=1).nonzero()[0])]
+            rows = embedder.embed(images)
+            if not rows.isfinite().all():
+                bad = images[int((~rows.isfinite()).any(dim=1).nonzero()[0])]
                 raise FluxIRError(
                     f"the embedding of image {bad} is not finite", hint="look at this picture, or embed in float32"
                 )
-            write_tensors(path, {"embedding": found.numpy()}, dict(embedder.described()))
+            write_tensors(path, {"embedding": rows.numpy()}, dict(embedder.described()))
         yield number
 
 
 def read_embeddings(folder: FeatureFolder, embedder: Embedder) -> Float[Tensor, "images d"]:
-    """All of them, once they are made; less their mean if they are to be centred."""
+    """The embeddings of all images, float64, after `make_embeddings`; minus their mean if the embedder is centred."""
     parts = [read_tensors(_file(folder, embedder, number))[0]["embedding"] for number in range(folder.parts)]
     rows = torch.from_numpy(np.concatenate(parts)).double()
     return rows - rows.mean(dim=0) if embedder.centred else rows

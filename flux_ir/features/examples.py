@@ -1,8 +1,8 @@
 """Pictures that say what a feature means: the strongest, weaker ones, random ones, and look-alikes it is silent on.
 
-Everything comes from S, which is read twice, a part at a time; memory holds the rows found so far, 256 numbers for each
-image, and a part. All rows have one picture per prompt, and every draw follows from the seed, the feature and the
-prompt, so nothing depends on parts or processes.
+Everything comes from S, which is read twice, a part at a time. Memory holds the examples found so far, a sketch of 256
+numbers for each image, and a part. No two images of a row have one prompt, and every draw follows from the seed, the
+feature and the prompt, so that nothing depends on parts or processes.
 
     top        the N images with the largest S
     quantile   the images it fires on, by S in Q equal shares, the strongest first: M of each share at random
@@ -26,13 +26,13 @@ from flux_ir.features.folder import FeatureFolder
 from flux_ir.sites import Stream
 
 SKETCH = 256
-"""Numbers that stand for an image in the search for look-alikes."""
+"""Numbers of an image's sketch: a random projection of what fires on it, which nearly keeps cosines."""
 ALIKE = 8
-"""So many of its strongest images, at most, say what a look-alike of a feature looks like."""
+"""Look-alikes of a feature are like the mean of this many of its strongest images, at most."""
 AT_ONCE, ENTRIES_AT_ONCE = 4096, 1 << 21
 """Features, and pairs of an image and a feature, that are compared at a time."""
 BINS_PER_OCTAVE, OCTAVES = 16, 16
-"""How fine the histogram of S is, which the shares are cut by, from the lowest edge of the table's histograms."""
+"""The histogram of S that the shares are cut by begins at the lowest edge of the table's histograms."""
 
 FILE = "examples.safetensors"
 
@@ -57,8 +57,8 @@ class ExampleSettings:
                 raise FluxIRError(f"--{name} must be at least {int(name != 'seed')}: got {value}", hint="raise it")
 
 
-class Found(NamedTuple):
-    """Rows of S, one column each."""
+class ScoreRows(NamedTuple):
+    """Some rows of S as columns, [rows] each: a feature, an image it fires on, and the largest activation there."""
 
     feature: Ints
     image: Ints
@@ -89,8 +89,8 @@ class Best:
         self.token = np.full((slots, most), -1, np.int32)
         self.step = np.full((slots, most), -1, np.int16)
 
-    def add(self, slot: Ints, priority: Floats, found: Found) -> None:
-        """Take in rows, each for its slot; the smallest priority comes first."""
+    def add(self, slot: Ints, priority: Floats, found: ScoreRows) -> None:
+        """Add rows, each to its slot; the smallest priority comes first."""
         last, worst = self.priority[:, -1][slot], self.image[:, -1][slot]
         near = np.flatnonzero((priority < last) | ((priority == last) & (found.image < worst)))
         if not len(near):
@@ -98,24 +98,24 @@ class Best:
         slots, local = np.unique(slot[near], return_inverse=True)
         columns: dict[str, NDArray[Any]] = {"priority": priority[near]}
         columns |= {name: getattr(found, name)[near] for name in self.COLUMNS[1:]}
-        there = self.image[slots] >= 0
-        place = np.concatenate([np.nonzero(there)[0], local])
-        columns = {name: np.concatenate([getattr(self, name)[slots][there], new]) for name, new in columns.items()}
-        kept = _first_of_each(place, columns["prompt"], columns["priority"], columns["image"])
-        order = kept[np.lexsort((columns["image"][kept], columns["priority"][kept], place[kept]))]
-        place = place[order]
-        rank = np.arange(len(place)) - np.searchsorted(place, place)
-        order, place, rank = (part[rank < self.most] for part in (order, place, rank))
+        is_taken = self.image[slots] >= 0
+        row = np.concatenate([np.nonzero(is_taken)[0], local])
+        columns = {name: np.concatenate([getattr(self, name)[slots][is_taken], new]) for name, new in columns.items()}
+        kept = _first_of_each(row, columns["prompt"], columns["priority"], columns["image"])
+        order = kept[np.lexsort((columns["image"][kept], columns["priority"][kept], row[kept]))]
+        row = row[order]
+        rank = np.arange(len(row)) - np.searchsorted(row, row)
+        order, row, rank = (part[rank < self.most] for part in (order, row, rank))
         for name, column in columns.items():
             rows = np.full((len(slots), self.most), _EMPTY[name], column.dtype)
-            rows[place, rank] = column[order]
+            rows[row, rank] = column[order]
             getattr(self, name)[slots] = rows
 
     def merge(self, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Take in what `columns` of another list gave."""
+        """Add what `columns` of another list gave."""
         slot = np.nonzero(columns["image"] >= 0)
         image, prompt, value, token, step = (columns[name][slot] for name in self.COLUMNS[1:])
-        self.add(slot[0], columns["priority"][slot], Found(slot[0], image, prompt, value, token, step))
+        self.add(slot[0], columns["priority"][slot], ScoreRows(slot[0], image, prompt, value, token, step))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Everything, [slots, most] each; -1 where there is no image."""
@@ -153,90 +153,95 @@ class Search:
         self.directions = torch.from_numpy(signs.astype(np.float32) * 2 - 1) * torch.from_numpy(self.weights)[:, None]
 
     def first(self, part: ScorePart) -> None:
-        """Strongest and random images, the histogram of S, and what stands for each image."""
-        found = self._rows(part)
-        self.top.add(found.feature, -found.value.astype(np.float64), found)
-        self.random.add(found.feature, chance(self.settings.seed, found.feature, found.prompt), found)
-        np.add.at(self.histogram, (found.feature, self._bin(found.value)), 1)
+        """Strongest and random images, the histogram of S, and the sketch of each image."""
+        rows = self._rows(part)
+        self.top.add(rows.feature, -rows.value.astype(np.float64), rows)
+        self.random.add(rows.feature, chance(self.settings.seed, rows.feature, rows.prompt), rows)
+        np.add.at(self.histogram, (rows.feature, self._bin(rows.value)), 1)
         ends = torch.from_numpy(part.image_ptr[:-1].copy())
         weights = torch.from_numpy(np.array(part.max))
-        features = torch.from_numpy(found.feature)
+        features = torch.from_numpy(rows.feature)
         sums = F.embedding_bag(features, self.directions, ends, mode="sum", per_sample_weights=weights)
         self.sketches[part.images.start : part.images.stop] = sums.numpy()
 
     def turn(self) -> None:
-        """What the second pass needs of the first: the edges of the shares, and what look-alikes should look like."""
+        """Between the passes: the edges of the shares, and for each feature the direction that look-alikes have.
+
+        That is the mean of its strongest images' sketches, each without what the feature itself adds to it.
+        """
         self.edges = self._quantile_edges()
         self.lengths = np.linalg.norm(self.sketches, axis=1)
         self.alike = np.zeros((self.features, SKETCH), np.float32)
         for start in range(0, self.features, AT_ONCE):
             rows = slice(start, start + AT_ONCE)
-            known, value = self.top.image[rows, :ALIKE], self.top.value[rows, :ALIKE, None]
-            own = value * self.directions[rows, None].numpy()  # what the feature itself adds
-            alike = self.sketches[known] - own
+            strongest, value = self.top.image[rows, :ALIKE], self.top.value[rows, :ALIKE, None]
+            own = value * self.directions[rows, None].numpy()
+            alike = self.sketches[strongest] - own
             alike /= np.maximum(np.linalg.norm(alike, axis=2, keepdims=True), 1e-30)
-            self.alike[rows] = (alike * (known >= 0)[..., None]).sum(1)
+            self.alike[rows] = (alike * (strongest >= 0)[..., None]).sum(1)
         self.alike /= np.maximum(np.linalg.norm(self.alike, axis=1, keepdims=True), 1e-30)
 
     def second(self, part: ScorePart) -> None:
-        """Some of each share, and the look-alikes on which features are silent."""
-        found = self._rows(part)
-        share = (found.value[:, None] < self.edges[found.feature]).sum(1)
-        np.add.at(self.in_quantile, (found.feature, share), 1)
-        slot = found.feature * self.settings.quantiles + share
-        self.quantile.add(slot, chance(self.settings.seed + 1, slot, found.prompt), found)
-        self._look_for_silent(part, found)
+        """Images of each share, and look-alikes on which features are silent."""
+        rows = self._rows(part)
+        share = (rows.value[:, None] < self.edges[rows.feature]).sum(1)
+        np.add.at(self.in_quantile, (rows.feature, share), 1)
+        slot = rows.feature * self.settings.quantiles + share
+        self.quantile.add(slot, chance(self.settings.seed + 1, slot, rows.prompt), rows)
+        self._look_for_silent(part, rows)
 
-    def _look_for_silent(self, part: ScorePart, found: Found) -> None:
+    def _look_for_silent(self, part: ScorePart, firing: ScoreRows) -> None:
         """The images of a part, a few at a time, by their likeness to what each feature fires on: a cosine."""
         at_once = max(1, ENTRIES_AT_ONCE // self.features)
         for start in range(part.images.start, part.images.stop, at_once):
             images = range(start, min(start + at_once, part.images.stop))
             lengths = np.maximum(self.lengths[images.start : images.stop, None], 1e-30)
             alike = (self.sketches[images.start : images.stop] / lengths) @ self.alike.T
-            here = slice(*np.searchsorted(found.image, [images.start, images.stop]))
-            alike[found.image[here] - images.start, found.feature[here]] = -np.inf  # not silent
+            in_batch = slice(*np.searchsorted(firing.image, [images.start, images.stop]))
+            alike[firing.image[in_batch] - images.start, firing.feature[in_batch]] = -np.inf  # not silent
             alike[:, ~self.table.alive] = -np.inf
             image, feature = np.nonzero((alike > -np.inf) & (-alike <= self.silent.priority[:, -1]))
             value, numbers = alike[image, feature], image + images.start
             nowhere = np.full(len(image), -1)
-            rows = Found(
+            rows = ScoreRows(
                 feature, numbers, self.prompts[numbers], value, nowhere.astype(np.int32), nowhere.astype(np.int16)
             )
             self.silent.add(feature, -value.astype(np.float64), rows)
 
     def state(self, lists: Sequence[str], sums: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """What a process has found, for the others."""
-        found = {f"{name}/{column}": array for name in lists for column, array in getattr(self, name).columns().items()}
-        return found | {name: getattr(self, name) for name in sums}
+        """What this process has found, as arrays for the others to `merge`."""
+        arrays = {
+            f"{name}/{column}": array for name in lists for column, array in getattr(self, name).columns().items()
+        }
+        return arrays | {name: getattr(self, name) for name in sums}
 
     def merge(self, state: Mapping[str, NDArray[Any]], lists: Sequence[str], sums: Sequence[str]) -> None:
-        """Take in what another process has found in other parts."""
+        """Add what another process has found in other parts."""
         for name in lists:
             getattr(self, name).merge({column: state[f"{name}/{column}"] for column in Best.COLUMNS})
         for name in sums:
             setattr(self, name, getattr(self, name) + state[name])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What the file holds of this stream."""
+        """The arrays of examples.safetensors for this stream."""
         shape = (self.features, self.settings.quantiles, self.settings.per_quantile)
-        found: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for kind in ("top", "quantile", "random", "silent"):
             best: Best = getattr(self, kind)
             columns: dict[str, NDArray[Any]] = {"": best.image.astype(np.int32), "_value": best.value}
             if kind != "silent":
                 columns |= {"_token": best.token, "_step": best.step}
             for name, column in columns.items():
-                found[f"{self.stream}/{kind}{name}"] = column.reshape(shape) if kind == "quantile" else column
-        found[f"{self.stream}/quantile_edges"] = self.edges
-        found[f"{self.stream}/quantile_count"] = self.in_quantile
-        return found
+                arrays[f"{self.stream}/{kind}{name}"] = column.reshape(shape) if kind == "quantile" else column
+        arrays[f"{self.stream}/quantile_edges"] = self.edges
+        arrays[f"{self.stream}/quantile_count"] = self.in_quantile
+        return arrays
 
-    def _rows(self, part: ScorePart) -> Found:
+    def _rows(self, part: ScorePart) -> ScoreRows:
         image = part.images.start + np.repeat(np.arange(len(part.images)), np.diff(part.image_ptr))
         feature = part.feature.astype(np.int64)
         value, token, step = np.asarray(part.max), np.asarray(part.at_token), np.asarray(part.at_step)
-        return Found(feature, image, self.prompts[image], value, token, step)
+        return ScoreRows(feature, image, self.prompts[image], value, token, step)
 
     def _bin(self, value: NDArray[np.float32]) -> Ints:
         octaves = np.log2(value.astype(np.float64)) - math.log2(self.table.edges[0])
@@ -248,17 +253,17 @@ class Search:
         every, shares = np.arange(self.features), np.arange(self.settings.quantiles - 1, 0, -1)
         edges = np.zeros((self.features, len(shares)))
         for at, share in enumerate(shares):
-            wanted = share * below[:, -1] / self.settings.quantiles
-            bins = np.minimum((below[:, 1:] < wanted[:, None]).sum(1), self.histogram.shape[1] - 1)
-            within = (wanted - below[every, bins]) / np.maximum(self.histogram[every, bins], 1)
+            rank = share * below[:, -1] / self.settings.quantiles
+            bins = np.minimum((below[:, 1:] < rank[:, None]).sum(1), self.histogram.shape[1] - 1)
+            within = (rank - below[every, bins]) / np.maximum(self.histogram[every, bins], 1)
             edges[:, at] = self.table.edges[0] * 2.0 ** ((bins + within) / BINS_PER_OCTAVE)
         return edges.astype(np.float32)
 
 
 def rarity(table: FeatureTable, images: int) -> NDArray[np.float32]:
-    """[d_sae]: what a feature's S is multiplied with where images are compared, as words are weighed in search.
+    """The weight of each feature in sketches, [d_sae]: as tf-idf weighs words, a rare feature says more of an image.
 
-    One over its largest activation, times the logarithm of how many images there are for one it fires on.
+    It is log(images / images it fires on) divided by its largest activation.
     """
     weight = np.log(images / np.maximum(table.images, 1)) / np.maximum(table.max_active, 1e-30)
     return np.where(table.alive, weight, 0).astype(np.float32)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from flux_ir.errors import FluxIRError
-from flux_ir.features.contents import Examples, FeatureSettings, FeatureTable, ImageRow, ScorePart, digest_of
+from flux_ir.features.contents import ExampleTable, FeatureSettings, FeatureTable, ImageRow, ScorePart, digest_of
 from flux_ir.files import complete_file, read_json, write_json
 from flux_ir.sites import Stream
 
@@ -33,7 +33,7 @@ METADATA_KEY = "flux_ir"
 """The one key of a file's metadata, with JSON: the library writes several keys in an order that is never the same."""
 
 _DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U8": "u1", "I8": "i1"}
-_OPEN_PARTS = 128  # mapped, so of no cost but a descriptor each
+_OPEN_PARTS = 128  # memory-mapped: each costs a file descriptor and nothing else
 
 _FILES_OF: Mapping[str, Sequence[str]] = {
     "score": ("table.safetensors",),
@@ -41,7 +41,7 @@ _FILES_OF: Mapping[str, Sequence[str]] = {
     "labels": ("words.json", "labels.json"),
     "pages": ("pages/index.html",),
 }
-"""What each stage leaves, besides the parts of the scores: a stage whose files are gone is not done."""
+"""The files of each stage, besides the parts of the scores: a stage whose files are gone is not done."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -51,18 +51,21 @@ class FeatureFolder:
 
     def __init__(self, path: Path, described: Mapping[str, Any]) -> None:
         self.path, self.described = path, described
-        known = {field.name: described["settings"][field.name] for field in fields(FeatureSettings)}
-        known |= {name: tuple(known[name]) for name in ("streams", "steps")}
-        self.settings = FeatureSettings(**known)
-        # Not of a method: that would be a circle, and mapped files stay open until the garbage collector runs.
+        settings = {field.name: described["settings"][field.name] for field in fields(FeatureSettings)}
+        settings |= {name: tuple(settings[name]) for name in ("streams", "steps")}
+        self.settings = FeatureSettings(**settings)
+        # A cache of a bound method would hold this object in a cycle, and files stay mapped until the garbage
+        # collector runs; so what is cached is a function of the path.
         self._part = lru_cache(_OPEN_PARTS)(partial(_open_part, path, self.settings))
 
     def __repr__(self) -> str:
-        known, done = self.settings, ", ".join(self.stages) or "none"
-        where = known.site or "an array"
-        return f"<FeatureFolder {self.path}: {known.d_sae} features of {where}, {known.images} images; stages: {done}>"
+        scored, done = self.settings, ", ".join(self.stages) or "none"
+        where = scored.site or "an array"
+        return (
+            f"<FeatureFolder {self.path}: {scored.d_sae} features of {where}, {scored.images} images; stages: {done}>"
+        )
 
-    # What it is of
+    # What was scored
 
     @property
     def sae(self) -> Path:
@@ -72,8 +75,8 @@ class FeatureFolder:
     @property
     def captures(self) -> str:
         """Where the activations are: a path, or a URL."""
-        said: str = self.described["paths"]["captures"]
-        return said if "://" in said else str((self.path / said).resolve())
+        path: str = self.described["paths"]["captures"]
+        return path if "://" in path else str((self.path / path).resolve())
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -112,7 +115,7 @@ class FeatureFolder:
     # Scores
 
     def part_file(self, stream: Stream, number: int) -> Path:
-        """Where a part is, or is going to be."""
+        """The file of a part, whether or not it has been written."""
         return _part_file(self.path, stream, number)
 
     @cached_property
@@ -139,7 +142,7 @@ class FeatureFolder:
         return self.part(stream, image // self.part_images)
 
     def scores(self, stream: Stream = "img") -> Iterator[ScorePart]:
-        """All parts in order, each open only while it is looked at."""
+        """All parts in order; each is memory-mapped only while it is read."""
         self._check_stream(stream)
         for number in range(self.parts):
             yield _open_part(self.path, self.settings, stream, number)
@@ -161,15 +164,15 @@ class FeatureFolder:
         part = self.part_of(image, stream)
         rows, columns = self.grid(image, stream)
         positions = part.positions[image - part.images.start]
-        found = np.full((len(part.steps), rows * columns), np.nan, np.float32)
-        found[:, positions[positions >= 0]] = part.token_map(image, feature)[:, positions >= 0]
-        return found.reshape(-1, rows, columns)
+        maps = np.full((len(part.steps), rows * columns), np.nan, np.float32)
+        maps[:, positions[positions >= 0]] = part.token_map(image, feature)[:, positions >= 0]
+        return maps.reshape(-1, rows, columns)
 
     def grid(self, image: int, stream: Stream = "img") -> tuple[int, int]:
         """Rows and columns of an image's tokens; one row of what lies on no grid."""
-        known = self.images[image].grid if stream == "img" else None
-        if known is not None:
-            return known
+        grid = self.images[image].grid if stream == "img" else None
+        if grid is not None:
+            return grid
         part = self.part_of(image, stream)
         return 1, max(part.tokens, int(part.positions[image - part.images.start].max()) + 1)
 
@@ -181,11 +184,11 @@ class FeatureFolder:
         columns = self.columns("table.safetensors", stream)
         return FeatureTable(**{field.name: columns[field.name] for field in fields(FeatureTable)})
 
-    def examples(self, stream: Stream = "img") -> Examples:
+    def examples(self, stream: Stream = "img") -> ExampleTable:
         """The images that show what each feature responds to. Raises FluxIRError if they were not looked for."""
         self.check_done("examples")
         columns = self.columns("examples.safetensors", stream)
-        return Examples(**{field.name: columns[field.name] for field in fields(Examples)})
+        return ExampleTable(**{field.name: columns[field.name] for field in fields(ExampleTable)})
 
     def columns(self, file: str, stream: Stream = "img") -> dict[str, NDArray[Any]]:
         """The arrays of one stream of a file of this folder (`examples.safetensors`), memory-mapped, by name."""
@@ -197,7 +200,7 @@ class FeatureFolder:
     # Stages
 
     def stage_digest(self, stage: str, settings: Mapping[str, Any], after: Sequence[str] = ()) -> str:
-        """What stands for a stage's result: its settings, and the results it is made from."""
+        """A digest of a stage's settings and of the results it is made from, those of the stages `after`."""
         before = [self.stages[name]["digest"] for name in after]
         return digest_of([stage, self.settings.digest, dict(settings), before])
 
@@ -206,7 +209,7 @@ class FeatureFolder:
         if stage not in self.stages or not {*after} <= self.stages.keys():
             return False
         if not all(path.is_file() for path in self._files_of(stage)):
-            return False  # deleted, as the hint at a broken file says
+            return False  # the hint at a broken file is to delete it
         return bool(self.stages[stage]["digest"] == self.stage_digest(stage, settings, after))
 
     def _files_of(self, stage: str) -> Iterator[Path]:
@@ -222,9 +225,9 @@ class FeatureFolder:
         after: Sequence[str] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> "FeatureFolder":
-        """Note in features.json that a stage is complete, with `facts` beside the others; the folder as it is then.
+        """Write into features.json that a stage is complete, with more `facts`; gives the folder as it is then.
 
-        Call it last: where it stands, the stage's files are.
+        Call it last: a stage that is written there has its files.
         """
         record = {"settings": dict(settings), "digest": self.stage_digest(stage, settings, after)}
         described = dict(read_description(self.path)) | dict(facts or {})
@@ -256,17 +259,18 @@ def _part_file(folder: Path, stream: Stream, number: int) -> Path:
 
 def _open_part(folder: Path, known: FeatureSettings, stream: Stream, number: int) -> ScorePart:
     path = _part_file(folder, stream, number)
-    tensors, said = read_tensors(path)
-    if said.get("settings") != known.digest:
+    tensors, metadata = read_tensors(path)
+    if metadata.get("settings") != known.digest:
         raise FluxIRError(f"{path} was made with other settings", hint="run flux-ir score-features again")
     first = number * part_images(known)
     images = range(first, first + len(tensors["positions"]))
     return ScorePart(images=images, steps=known.steps, **tensors)
 
 
-def open_features(path: Path | str) -> FeatureFolder:
-    """The folder of features at a path. Raises FluxIRError for what is none."""
-    return FeatureFolder(Path(path), read_description(Path(path)))
+def open_features(features: str | Path | FeatureFolder) -> FeatureFolder:
+    """The folder of features as it is on the disk now. Raises FluxIRError for a folder that holds none."""
+    path = features.path if isinstance(features, FeatureFolder) else Path(features)
+    return FeatureFolder(path, read_description(path))
 
 
 def read_description(folder: Path) -> Mapping[str, Any]:
@@ -303,10 +307,10 @@ PART_TOKENS = 1 << 18
 
 def write_tensors(path: Path, tensors: Arrays, metadata: Mapping[str, Any] | None = None) -> None:
     """Write arrays as safetensors, complete or not at all; the same arrays give the same bytes."""
-    said = json.dumps(metadata or {}, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(metadata or {}, sort_keys=True, ensure_ascii=False)
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with complete_file(path) as beside:
-        save_file(contiguous, beside, {METADATA_KEY: said})
+        save_file(contiguous, beside, {METADATA_KEY: text})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
@@ -318,7 +322,7 @@ def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]
         content = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         header = json.loads(content[8:start].tobytes())
-        said = json.loads(header.pop("__metadata__", {}).get(METADATA_KEY, "{}"))
+        metadata = json.loads(header.pop("__metadata__", {}).get(METADATA_KEY, "{}"))
         arrays = {name: _array(content, start, entry) for name, entry in header.items()}
     except FileNotFoundError as error:
         raise FluxIRError(f"there is no {path}", hint="run the stage again that makes it") from error
@@ -326,7 +330,7 @@ def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]
         raise FluxIRError(
             f"{path} is no complete safetensors file: {error}", hint="delete it, and run its stage again"
         ) from error
-    return arrays, said
+    return arrays, metadata
 
 
 def _array(content: NDArray[np.uint8], start: int, entry: Mapping[str, Any]) -> NDArray[Any]:

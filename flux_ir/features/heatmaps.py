@@ -20,16 +20,17 @@ from flux_ir.visualize.heatmap import OPACITY, overlay, scale_top
 
 
 def values_of(folder: FeatureFolder, feature: int, image: int, step: int | None = None) -> NDArray[np.float32]:
-    """A feature on an image, [rows, columns], 0 where no token was kept: at one step (the sampler's number), or the
-    largest over all of them.
+    """The activation of a feature on an image, [rows, columns], 0 where no token was kept.
+
+    At one step (the sampler's number), or the largest over all steps.
     """
     maps = np.nan_to_num(folder.map(feature, image))
     return maps.max(axis=0) if step is None else maps[folder.steps.index(step)]
 
 
 def scale_of(folder: FeatureFolder, feature: int, percentile: float = 100.0) -> float | None:
-    """The value that has the strongest colour in every picture of a feature: the largest of its map values above 0 on
-    its strongest images, or a percentile of them. None for a dead feature.
+    """The value with the strongest colour in all pictures of a feature: a percentile of the values above 0 in its maps
+    on its strongest images, by default the largest. None for a dead feature.
     """
     images = folder.examples().top[feature]
     maps = [values_of(folder, feature, image).ravel() for image in images[images >= 0].tolist()]
@@ -66,13 +67,13 @@ def sheet_line(
     images: Sequence[int] | None = None,
     more: Sequence[SheetPicture] = (),
 ) -> FeatureLine:
-    """The line of a feature on a contact sheet: its numbers, and so many of its strongest images, or these `images`.
+    """The line of a feature on a contact sheet: its numbers, and its `examples` strongest images, or these `images`.
 
-    `more` are pictures behind these. Raises FluxIRError for a generation without a picture.
+    `more` are pictures to the right of them. Raises FluxIRError for a generation without a picture.
     """
-    found = folder.examples()
-    chosen = [image for image in found.top[feature].tolist() if image >= 0] if images is None else list(images)
-    strength = dict(zip(found.top[feature].tolist(), found.top_value[feature].tolist(), strict=True))
+    table = folder.examples()
+    chosen = [image for image in table.top[feature].tolist() if image >= 0] if images is None else list(images)
+    strength = dict(zip(table.top[feature].tolist(), table.top_value[feature].tolist(), strict=True))
     cells = []
     for image in chosen[:examples]:
         values = values_of(folder, feature, image)
@@ -87,7 +88,7 @@ def sheet_line(
 def feature_numbers(
     folder: FeatureFolder, feature: int, selection: Selection | None = None, stream: Stream = "img"
 ) -> list[str]:
-    """What a sheet says of a feature: a few numbers, those that are known."""
+    """The numbers of a feature on its sheet: those of the table, and those of the selection that were computed."""
     table = folder.table(stream)
     images = 100 * float(table.images[feature]) / folder.settings.images
     numbers = [("on", images, f"% of images, {100 * float(table.frequency[feature]):.2g}% of tokens")]

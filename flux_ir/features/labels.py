@@ -19,7 +19,7 @@ from scipy.stats import hypergeom, norm
 from torch import Tensor
 
 from flux_ir.features.compare import image_scores
-from flux_ir.features.examples import Best, Found, chance, rarity
+from flux_ir.features.examples import Best, ScoreRows, chance, rarity
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.significance import q_values
 from flux_ir.features.words import Levels, read_result
@@ -28,23 +28,23 @@ from flux_ir.sites import Stream
 
 LABELS_FILE = "labels.json"
 EACH = 100
-"""Images of each kind (strong, look-alike, other silent ones) on each side, at most."""
+"""Images of each kind (strong, look-alike, other silent ones) for the describer and for the judge, at most."""
 LEAST = 10
-"""With fewer strong or silent images on either side there is no label."""
+"""With fewer strong or silent images, for the describer or the judge, there is no label."""
 POOL = 4000
-"""Images of each side, of different prompts, that silent ones are looked for in."""
+"""Images, of different prompts, among which silent ones are searched: so many for each of the two."""
 GAIN = 0.05
-"""A second term must raise the describer's score by so much."""
+"""A second term is joined if it raises the describer's score by at least this."""
 SKETCH = 256
-_SHORTER = 1e-4
-_ENTRIES_AT_ONCE = 1 << 23
-_NEVER = 2.0
+_SHORTER = 1e-4  # the price of a word: of descriptions with one score the shortest is picked
+_ENTRIES_AT_ONCE = 1 << 23  # numbers of a dense block: 64 MB
+_NEVER = 2.0  # below every cosine
 
 Ints = NDArray[np.int64]
 
 
 class Candidates(NamedTuple):
-    """Descriptions that an image has or has not."""
+    """Descriptions to choose from, and the images that each holds on."""
 
     texts: list[str]
     kinds: list[str]
@@ -53,8 +53,8 @@ class Candidates(NamedTuple):
     """[images, descriptions]: 1 where it holds."""
 
 
-class Sides(NamedTuple):
-    """Images of each feature on one side, [d_sae, EACH] each: numbers, -1 where there are no more."""
+class FeatureImages(NamedTuple):
+    """Images of each feature for the describer, or for the judge, [d_sae, EACH] each; -1 where there are fewer."""
 
     strong: Ints
     alike: Ints
@@ -64,24 +64,24 @@ class Sides(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What the describer picked for each feature, [d_sae]: one candidate, or two joined."""
+    """What the describer picked for each feature, [d_sae]: one candidate, or two joined by "and" or "or"."""
 
     first: Ints
     """-1: there was nothing to describe."""
     second: Ints
     """-1: one is enough."""
     both: NDArray[np.bool_]
-    """Whether the two must hold, or one of them."""
+    """Joined by "and"; else by "or"."""
     score: NDArray[np.float64]
     """Its balanced accuracy on the describer's own images: too good, as it was picked there."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How the descriptions did on the judge's images, [d_sae] each."""
+class LabelScores:
+    """The scores of the descriptions on the judge's images, [d_sae] each."""
 
     strong: tuple[Ints, Ints]
-    """How many of the strong images it holds on, and how many there were."""
+    """The strong images that the description holds on, and all of them, as counts."""
     alike: tuple[Ints, Ints]
     silent: tuple[Ints, Ints]
     score: NDArray[np.float64]
@@ -96,7 +96,7 @@ class Verdict:
 
 
 CLIP_SHARES = (0.05, 0.15, 0.4)
-"""How many of the images CLIP may say a text of: the describer picks, as nobody knows how frequent a thing is."""
+"""On which share of the images a text holds for CLIP. All are candidates: how frequent a thing is, is not known."""
 
 
 def clip_candidates(texts: Sequence[str], pictures: Tensor, phrases: Tensor) -> Candidates:
@@ -121,15 +121,15 @@ def clip_candidates(texts: Sequence[str], pictures: Tensor, phrases: Tensor) -> 
 
 
 def judged_images(folder: FeatureFolder) -> NDArray[np.bool_]:
-    """[images]: whether an image is the judge's. All images of a prompt are on one side, in every collection."""
+    """Whether an image is the judge's, [images]: by a hash of its prompt, so alike in every collection."""
     split = Split("prompt", 0.5)
     return np.array([split.has("held_out", row.id, row.prompt) for row in folder.images])
 
 
-def sides_of(
+def feature_images(
     folder: FeatureFolder, stream: Stream, levels: Levels, groups: Ints, judged: NDArray[np.bool_], *, seed: int
-) -> tuple[Sides, Sides]:
-    """The describer's images and the judge's."""
+) -> tuple[FeatureImages, FeatureImages]:
+    """The describer's images of each feature, and the judge's."""
     d_sae, table = folder.settings.d_sae, folder.table(stream)
     draw = np.random.default_rng(seed)
     signs = draw.integers(0, 2, (d_sae, SKETCH), np.int8).astype(np.float32) * 2 - 1
@@ -145,7 +145,7 @@ def sides_of(
         entry = np.flatnonzero(part.max >= levels.strong[feature])
         slot = 2 * feature[entry] + judged[image[entry]]
         nowhere = np.full(len(entry), -1)
-        found = Found(
+        found = ScoreRows(
             slot,
             image[entry],
             groups[image[entry]],
@@ -159,12 +159,12 @@ def sides_of(
         numbers, values = strong.image[side::2], strong.value[side::2]
         pool = _pool(groups, np.flatnonzero(judged == bool(side)), seed)
         alike, silent = _silent_ones(folder, stream, levels, numbers, values, pool, sketches, directions)
-        sides.append(Sides(numbers, alike, silent))
+        sides.append(FeatureImages(numbers, alike, silent))
     return sides[0], sides[1]
 
 
 def _pool(groups: Ints, images: Ints, seed: int) -> Ints:
-    """At most 4,000 images of these, of different prompts, in random order."""
+    """At most `POOL` of these images, of different prompts, in random order."""
     firsts = images[np.unique(groups[images], return_index=True)[1]]
     return np.random.default_rng(seed).permutation(firsts)[:POOL]
 
@@ -179,7 +179,7 @@ def _silent_ones(
     sketches: NDArray[np.float32],
     directions: NDArray[np.float32],
 ) -> tuple[Ints, Ints]:
-    """For each feature, silent images of the pool: those most like its strong ones, and any."""
+    """For each feature, images of the pool on which it is silent: those most like its strong ones, and any."""
     d_sae = len(strong)
     alike, silent = (np.full((d_sae, EACH), -1, np.int64) for _ in range(2))
     if not len(pool):
@@ -189,29 +189,30 @@ def _silent_ones(
     step = max(1, _ENTRIES_AT_ONCE // max(len(pool), EACH * SKETCH))
     for start in range(0, d_sae, step):
         run = slice(start, start + step)
-        own = values[run, :, None] * directions[run, None]  # what the feature itself adds
+        # A look-alike is like the strong images' sketches without what the feature itself adds to them.
+        own = values[run, :, None] * directions[run, None]
         mean = (_unit(sketches[strong[run]] - own) * (strong[run] >= 0)[..., None]).sum(1)
         is_silent = scores[:, run].toarray() <= levels.silent[run]
         likeness = np.where(is_silent, units @ _unit(mean).T, -_NEVER)
         most = min(EACH, len(pool))
         order = np.argsort(-likeness, axis=0, kind="stable")[:most]
-        there = np.take_along_axis(likeness, order, 0) > -_NEVER
-        alike[run, :most] = np.where(there, pool[order], -1).T
-        place = np.argsort(~is_silent, axis=0, kind="stable")[:most]  # the pool's own order is random
-        there = np.take_along_axis(is_silent, place, 0)
-        silent[run, :most] = np.where(there, pool[place], -1).T
+        found = np.take_along_axis(likeness, order, 0) > -_NEVER
+        alike[run, :most] = np.where(found, pool[order], -1).T
+        first = np.argsort(~is_silent, axis=0, kind="stable")[:most]  # the pool's own order is random
+        found = np.take_along_axis(is_silent, first, 0)
+        silent[run, :most] = np.where(found, pool[first], -1).T
     return alike, silent
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
-    return found
+    units: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
+    return units
 
 
 # ---- The describer
 
 
-def describe(candidates: Candidates, side: Sides) -> Description:
+def describe(candidates: Candidates, side: FeatureImages) -> Description:
     """For every feature the candidate that tells its strong images best from silent ones, on the describer's images.
 
     The score is balanced accuracy, silent images being look-alikes and others in equal parts. A second candidate is
@@ -235,7 +236,8 @@ def describe(candidates: Candidates, side: Sides) -> Description:
         rows = np.arange(len(run))
         first[run], score[run] = best, gain[rows, best] + price[best]
         own = candidates.has[:, best]  # [images, run]: where each one's first term holds
-        for joins, is_and in ((False, False), (True, True)):
+        # "A or B" holds on the share of A plus that of B without A; "A and B" on the share of B among those with A.
+        for is_and in (False, True):
             added = []
             for images, count, share in zip(sets, counts, shares, strict=True):
                 kept = images * own.T if is_and else images - images * own.T
@@ -245,7 +247,7 @@ def describe(candidates: Candidates, side: Sides) -> Description:
             other = gain.argmax(1)
             value = gain[rows, other] + price[other]
             better = value >= np.where(second[run] >= 0, score[run], score[run] + GAIN)
-            second[run[better]], both[run[better]], score[run[better]] = other[better], joins, value[better]
+            second[run[better]], both[run[better]], score[run[better]] = other[better], is_and, value[better]
     return Description(first, second, both, score)
 
 
@@ -271,8 +273,8 @@ def holds(candidates: Candidates, described: Description, features: Ints, images
         column = np.broadcast_to(which[:, None], images.shape)
         asked = (images >= 0) & (column >= 0)
         key, found = images[asked] * most + column[asked], np.zeros(images.shape, np.bool_)
-        place = np.minimum(np.searchsorted(keys, key), max(0, len(keys) - 1))
-        found[asked] = keys[place] == key if len(keys) else False
+        nearest = np.minimum(np.searchsorted(keys, key), max(0, len(keys) - 1))
+        found[asked] = keys[nearest] == key if len(keys) else False
         return found
 
     a, b = one(described.first[features]), one(described.second[features])
@@ -281,7 +283,7 @@ def holds(candidates: Candidates, described: Description, features: Ints, images
 
 
 def description_text(candidates: Candidates, described: Description, feature: int) -> str:
-    """What a person reads."""
+    """A description in words, as a person reads it."""
     first, second = int(described.first[feature]), int(described.second[feature])
     if second < 0:
         return candidates.texts[first]
@@ -289,7 +291,7 @@ def description_text(candidates: Candidates, described: Description, feature: in
 
 
 def sources_of(candidates: Candidates, described: Description, feature: int) -> str:
-    """Where a description is from."""
+    """Where the terms of a description come from, as labels.json says it."""
     terms = (described.first[feature], described.second[feature])
     return " and ".join(dict.fromkeys(candidates.kinds[int(term)] for term in terms if term >= 0))
 
@@ -297,7 +299,7 @@ def sources_of(candidates: Candidates, described: Description, feature: int) -> 
 # ---- The judge
 
 
-def judge(candidates: Candidates, described: Description, side: Sides) -> Verdict:
+def judge(candidates: Candidates, described: Description, side: FeatureImages) -> LabelScores:
     """How well each description tells strong images from silent ones, on the judge's images."""
     d_sae = len(described.first)
     counts = []
@@ -309,11 +311,12 @@ def judge(candidates: Candidates, described: Description, side: Sides) -> Verdic
     enough = (described.first >= 0) & (np.min([total for _, total in counts], axis=0) >= LEAST)
     low, high = _difference_interval(*strong, *alike)
     score, score_silent = (0.5 + (_share(*strong) - _share(*others)) / 2 for others in (alike, silent))
+    # Fisher's exact test: how likely as many strong images are, given how many of all images it holds on.
     p = hypergeom.sf(strong[0] - 1, strong[1] + alike[1], strong[0] + alike[0], strong[1])
     score, low, high, score_silent, p = (
         np.where(enough, column, np.nan) for column in (score, 0.5 + low / 2, 0.5 + high / 2, score_silent, p)
     )
-    return Verdict(strong, alike, silent, score, low, high, score_silent, q_values(p))
+    return LabelScores(strong, alike, silent, score, low, high, score_silent, q_values(p))
 
 
 def _share(held: Ints, total: Ints) -> NDArray[np.float64]:
@@ -340,7 +343,7 @@ def _wilson(held: Ints, total: Ints) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 
 def together(parts: Sequence[Candidates]) -> Candidates:
-    """All candidates of several sources."""
+    """The candidates of several sources as one list."""
     texts = [text for part in parts for text in part.texts]
     kinds = [kind for part in parts for kind in part.kinds]
     return Candidates(texts, kinds, csr_array(hstack([part.has for part in parts])))

@@ -1,10 +1,10 @@
 """Which features of two autoencoders are the same one: by direction, or by when they are active. Never by number.
 
-A likeness between all features of one and all of the other is made in blocks of rows, so that 65,536 of each fit into
-memory. Up to 4,096 of each the best one-to-one assignment is that of all pairs (the Hungarian method); above, that of
-the few most alike pairs of each row and each column, which is the same wherever no pair beyond these is in it. The same
-is done with a null that has nothing to do with the first, and what is matched is what the null does not reach. Next:
-`compare`, which reads folders.
+The likeness of all features of one with all of the other is computed in blocks of rows, so that 65,536 of each fit into
+memory. Up to 4,096 of each the one-to-one assignment with the largest sum of likenesses is exact (the Hungarian
+method). Above, it is exact among the few most alike pairs of each row and each column, which is the same assignment
+unless that needs a pair beyond these. A pair counts as matched if it is more alike than the pairs that the same
+assignment finds under a null. Next: `compare`, which reads folders.
 """
 
 import math
@@ -22,18 +22,18 @@ from torch import Tensor
 from flux_ir.features.significance import permutation_p, q_values
 
 DENSE_FEATURES = 4096
-"""Up to so many features on either side every pair is looked at."""
+"""With at most so many features on either side every pair is looked at: the matrix is 64 MB."""
 STRATA = 4
-"""Features active on about equally many images are compared with the null of their like: rare ones match by chance."""
+"""Features are compared with the null of those that are active on about as many images: rare ones match by chance."""
 _BLOCK_BYTES = 2**28
-_DENSE_FROM, _DENSE_BYTES = 0.02, 2**30
+_DENSE_FROM, _DENSE_BYTES = 0.02, 2**30  # share of non-zeros, and size of the dense matrix
 
 Blocks = Iterable[tuple[int, NDArray[np.float32]]]
 """The likeness of a run of rows to all columns [run, columns], with the first row's number; the rows in order."""
 
 
-class Activations(NamedTuple):
-    """Activations of the same images, or of their tokens, on both sides: sparse float64, a row each, a column per
+class PairedActivations(NamedTuple):
+    """PairedActivations of the same images, or of their tokens, on both sides: sparse float64, a row each, a column per
     feature.
     """
 
@@ -44,7 +44,7 @@ class Activations(NamedTuple):
     """[images]: which have the same prompt. They are no independent draws, so they stay together."""
 
 
-class Candidates(NamedTuple):
+class CandidatePairs(NamedTuple):
     """Pairs that may be matched: row, column and likeness of each, by row and then by column, none twice."""
 
     row: NDArray[np.int64]
@@ -63,7 +63,7 @@ class Pairs(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """How an assignment stands to those of the null."""
+    """An assignment against those of the null, by pair: [pairs] each."""
 
     p: NDArray[np.float64]
     q: NDArray[np.float64]
@@ -83,9 +83,9 @@ def cosines(w_a: Tensor, w_b: Tensor) -> Iterator[tuple[int, NDArray[np.float32]
 
 
 def random_directions(like: Tensor, seeds: Iterable[int]) -> Iterator[Tensor]:
-    """For each seed as many random directions, drawn with the second moments of these.
+    """For each seed as many random directions, with the second moments of these.
 
-    So the null knows which way all of them lean. (Directions with no leaning at all are easier to beat.)
+    So the null leans where decoder rows lean; isotropic directions would be easier to beat.
     """
     unit = torch.nn.functional.normalize(like.double(), dim=1)
     variances, axes = torch.linalg.eigh(unit.T @ unit / len(unit))
@@ -95,10 +95,11 @@ def random_directions(like: Tensor, seeds: Iterable[int]) -> Iterator[Tensor]:
         yield torch.nn.functional.normalize(noise @ root.T, dim=1).to(like.dtype)
 
 
-def correlations(both: Activations) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def correlations(both: PairedActivations) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Pearson's correlation over all rows, zeros among them, of every feature of one with every feature of the other.
 
-    Exact, from sums of products of what is not zero. A feature that never changes has a correlation of 0.
+    r = (E[ab] - E[a] E[b]) / (sd(a) sd(b)), with E[ab] from the non-zero entries alone. A feature that never changes
+    has a correlation of 0.
     """
     rows, columns = both.a.shape[1], both.b.shape[1]
     (mean_a, spread_a), (mean_b, spread_b) = map(_moments, (both.a, both.b))
@@ -122,13 +123,14 @@ def _moments(values: csr_array | csc_array) -> tuple[NDArray[np.float64], NDArra
     """Mean and standard deviation of every column."""
     mean = np.asarray(values.mean(axis=0))
     variance = np.asarray(values.power(2).mean(axis=0)) - mean**2
-    # What rounding leaves of a constant is no variance.
+    # The variance of a constant is not 0 after rounding.
     return mean, np.sqrt(np.where(variance > 1e-12 * mean**2, variance, 0))
 
 
-def images_permuted(both: Activations, seed: int) -> Activations:
-    """The same with the images of `b` dealt out anew: prompts change places with all their images, and tokens keep
-    their positions and steps. A null in which a feature of a place is still one.
+def images_permuted(both: PairedActivations, seed: int) -> PairedActivations:
+    """The same with the images of `b` permuted: prompts change places with all their images.
+
+    Tokens keep their positions and steps, so that two features of the same place are still alike under this null.
     """
     images = permuted_groups(both.groups, np.random.default_rng(seed))
     rows = images[:, None] * both.rows_per_image + np.arange(both.rows_per_image)
@@ -136,21 +138,21 @@ def images_permuted(both: Activations, seed: int) -> Activations:
 
 
 def permuted_groups(groups: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
-    """An order in which groups of one size have changed places, and what was together still is."""
+    """A permutation of items that exchanges whole groups of equal size, so that groups stay together."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=groups[order][:1] - 1))
     sizes = np.diff(np.append(starts, len(groups)))
-    found = np.empty(len(groups), np.int64)
+    permuted = np.empty(len(groups), np.int64)
     for size in np.unique(sizes):
         members = order[starts[sizes == size][:, None] + np.arange(size)]
-        found[members] = members[draw.permutation(len(members))]
-    return found
+        permuted[members] = members[draw.permutation(len(members))]
+    return permuted
 
 
 # ---- Assignment
 
 
-def candidates(blocks: Blocks, columns: int, most: int) -> Candidates:
+def candidate_pairs(blocks: Blocks, columns: int, most: int) -> CandidatePairs:
     """The `most` most alike columns of every row, and rows of every column. Only likenesses above 0 count."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     best, best_row = torch.zeros(0, columns), torch.zeros(0, columns, dtype=torch.long)
@@ -168,11 +170,11 @@ def candidates(blocks: Blocks, columns: int, most: int) -> Candidates:
     )
     _, once = np.unique(rows_of * columns + columns_of, return_index=True)
     once = once[scores[once] > 0]
-    return Candidates(rows_of[once], columns_of[once], scores[once])
+    return CandidatePairs(rows_of[once], columns_of[once], scores[once])
 
 
 def assign(blocks: Blocks, rows: int, columns: int, most: int) -> Pairs:
-    """The one-to-one assignment of the largest sum of likenesses. What nothing is left for stays out of it.
+    """The one-to-one assignment with the largest sum of likenesses; features without a partner are left out.
 
     `most`: candidates of each feature, where there are more than 4,096 on a side.
     """
@@ -183,12 +185,12 @@ def assign(blocks: Blocks, rows: int, columns: int, most: int) -> Pairs:
         row, column = linear_sum_assignment(np.maximum(every, 0), maximize=True)
         best_column, best_row = every.argmax(1) if columns else row, every.argmax(0) if rows else column
         return _pairs(row, column, every[row, column], best_column, best_row)
-    found = candidates(blocks, columns, most)
+    candidates = candidate_pairs(blocks, columns, most)
     best_column, best_row = (np.full(count, -1, np.int64) for count in (rows, columns))
-    ascending = np.argsort(found.score, kind="stable")
-    best_column[found.row[ascending]] = found.column[ascending]
-    best_row[found.column[ascending]] = found.row[ascending]
-    row, column, score = _sparse_assignment(found, rows, columns)
+    ascending = np.argsort(candidates.score, kind="stable")
+    best_column[candidates.row[ascending]] = candidates.column[ascending]
+    best_row[candidates.column[ascending]] = candidates.row[ascending]
+    row, column, score = _sparse_assignment(candidates, rows, columns)
     return _pairs(row, column, score, best_column, best_row)
 
 
@@ -205,35 +207,35 @@ def _pairs(
 
 
 def _sparse_assignment(
-    found: Candidates, rows: int, columns: int
+    candidates: CandidatePairs, rows: int, columns: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """The assignment among candidates. Every row has a column of its own besides, for staying alone."""
-    # The method wants every row matched and no weight of 0: 1 stands for alone, 2 for a likeness of 1.
-    weights = np.concatenate([1 + found.score.astype(np.float64), np.ones(rows)])
-    row = np.concatenate([found.row, np.arange(rows)])
-    column = np.concatenate([found.column, columns + np.arange(rows)])
+    """The assignment among candidate pairs. Every row has a spare column besides, so that it may stay unmatched."""
+    # The method matches every row and takes a weight of 0 for no edge: so 1 is a spare column, 1 + likeness a pair.
+    weights = np.concatenate([1 + candidates.score.astype(np.float64), np.ones(rows)])
+    row = np.concatenate([candidates.row, np.arange(rows)])
+    column = np.concatenate([candidates.column, columns + np.arange(rows)])
     graph = csr_array((weights, (row, column)), shape=(rows, columns + rows))
     row, column = min_weight_full_bipartite_matching(graph, maximize=True)
     paired = column < columns
     row, column = row[paired].astype(np.int64), column[paired].astype(np.int64)
-    known = np.searchsorted(found.row * columns + found.column, row * columns + column)
-    return row, column, found.score[known]
+    entry = np.searchsorted(candidates.row * columns + candidates.column, row * columns + column)
+    return row, column, candidates.score[entry]
 
 
 def compare_with_null(pairs: Pairs, nulls: Sequence[Pairs], counts: NDArray[np.int64]) -> Tested:
-    """How often a feature's pair under the null is as alike, with every pair's p and q.
+    """The p and q of every pair: how often pairs of the null are at least as alike.
 
-    `counts` [rows]: on how many images each is active. The null of a feature is that of those about as frequent.
+    `counts` [rows] are the images each feature is active on: its null is that of features about as frequent.
     """
-    scores = np.zeros((len(nulls), len(counts)), np.float32)  # 0: it stayed alone
+    scores = np.zeros((len(nulls), len(counts)), np.float32)  # 0: unmatched in this draw
     for draw, null in enumerate(nulls):
         scores[draw, null.row] = null.score
     p = np.ones(len(pairs.row))
     edges = np.quantile(counts, np.linspace(0, 1, STRATA + 1)[1:-1]) if len(counts) else np.zeros(0)
     strata = np.searchsorted(edges, counts, side="left")
     for stratum in np.unique(strata[pairs.row]):
-        here = strata[pairs.row] == stratum
-        p[here] = permutation_p(pairs.score[here], scores[:, strata == stratum])
+        in_stratum = strata[pairs.row] == stratum
+        p[in_stratum] = permutation_p(pairs.score[in_stratum], scores[:, strata == stratum])
     return Tested(p, q_values(p), scores.ravel())
 
 

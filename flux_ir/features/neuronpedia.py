@@ -21,9 +21,9 @@ from flux_ir.sites import Site, Stream
 BATCH_FEATURES = 1024
 """Features of a file."""
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
-"""The account that their scripts name where nobody else is named: rows must belong to one."""
+"""The account that their scripts give to rows of nobody in particular: every row must belong to one."""
 CREATED_AT = "1970-01-01T00:00:00"
-"""Not when it was, so that the same features give the same bytes."""
+"""A fixed time, so that the same features give the same bytes."""
 _EMPTY = (
     "vector",
     "neuron_alignment_indices",
@@ -43,13 +43,13 @@ _EMPTY = (
     "logits_hist_data_bar_values",
     "decoder_weights_dist",
 )
-"""What their rows say of language models, by way of the vocabulary."""
+"""Columns of their rows that are about a language model's vocabulary: empty here."""
 
-Row = dict[str, Any]
+NeuronpediaRow = dict[str, Any]
 
 
 class Names(NamedTuple):
-    """What the features are called there: model "flux-tiny", source "6-single-img", and the set "single-img"."""
+    """The names that features get there: model "flux-tiny", source "6-single-img", and the set "single-img"."""
 
     model: str
     source: str
@@ -66,11 +66,11 @@ def names_of(folder: FeatureFolder, stream: Stream) -> Names:
     return Names(model, f"{site.block}-{words}", words)
 
 
-def description_rows(folder: FeatureFolder, names: Names) -> dict[str, Row]:
+def description_rows(folder: FeatureFolder, names: Names) -> dict[str, NeuronpediaRow]:
     """The rows of the four files that say what the features are of, by the names of the files."""
-    known = folder.settings
-    ours: Row = {"creatorId": CREATOR_ID, "createdAt": CREATED_AT}
-    where = f"{known.architecture} on {known.site or 'an array'} of {names.model}, {known.d_sae} features"
+    scored = folder.settings
+    ours: NeuronpediaRow = {"creatorId": CREATOR_ID, "createdAt": CREATED_AT}
+    where = f"{scored.architecture} on {scored.site or 'an array'} of {names.model}, {scored.d_sae} features"
     title = {"displayName": names.model, "displayNameShort": names.model, "updatedAt": CREATED_AT}
     release = {"name": folder.path.name, "description": where, "descriptionShort": where, "urls": []}
     return {
@@ -91,8 +91,8 @@ def description_rows(folder: FeatureFolder, names: Names) -> dict[str, Row]:
             "id": names.source,
             "visibility": "PUBLIC",
             "dataset": None,
-            "num_prompts": known.images,
-            "num_tokens_in_prompt": max(known.tokens.values()),
+            "num_prompts": scored.images,
+            "num_tokens_in_prompt": max(scored.tokens.values()),
             "hfRepoId": None,
             "hfFolderId": None,
         }
@@ -100,7 +100,7 @@ def description_rows(folder: FeatureFolder, names: Names) -> dict[str, Row]:
     }
 
 
-class Rows:
+class NeuronpediaRows:
     """The rows of the features of one stream, and of their activations."""
 
     def __init__(self, folder: FeatureFolder, stream: Stream, tokens: PromptTokens | None) -> None:
@@ -113,7 +113,7 @@ class Rows:
     def _has(self, file: str) -> bool:
         return (self.folder.path / file).is_file()
 
-    def feature(self, feature: int) -> Row:
+    def feature(self, feature: int) -> NeuronpediaRow:
         """The row of a feature."""
         largest = round(float(self.table.max_active[feature]), 6)
         heights = self.table.histogram[feature]
@@ -143,24 +143,24 @@ class Rows:
             **{name: [] for name in _EMPTY},
         }
 
-    def activations(self, feature: int) -> Iterator[Row]:
-        """A row for each of its strongest images, and for those of every share of the images it fires on."""
-        found, largest = self.examples, float(self.table.max_active[feature])
-        for at, image in enumerate(found.top[feature]):
+    def activations(self, feature: int) -> Iterator[NeuronpediaRow]:
+        """A row for each of a feature's strongest images, and for the examples of every share of its images."""
+        table, largest = self.examples, float(self.table.max_active[feature])
+        for at, image in enumerate(table.top[feature]):
             if image >= 0:
-                yield self._activation(feature, f"top-{at}", int(image), int(found.top_step[feature, at]), None)
-        edges = [largest, *found.quantile_edges[feature].tolist(), 0.0]
-        every = max(1, int(found.quantile_count[feature].sum()))
-        for share, images in enumerate(found.quantile[feature]):
-            bounds = (edges[share + 1], edges[share], float(found.quantile_count[feature, share]) / every)
+                yield self._activation(feature, f"top-{at}", int(image), int(table.top_step[feature, at]), None)
+        edges = [largest, *table.quantile_edges[feature].tolist(), 0.0]
+        every = max(1, int(table.quantile_count[feature].sum()))
+        for share, images in enumerate(table.quantile[feature]):
+            bounds = (edges[share + 1], edges[share], float(table.quantile_count[feature, share]) / every)
             for at, image in enumerate(images):
                 if image >= 0:
-                    step = int(found.quantile_step[feature, share, at])
+                    step = int(table.quantile_step[feature, share, at])
                     yield self._activation(feature, f"{share}-{at}", int(image), step, bounds)
 
     def _activation(
         self, feature: int, kind: str, image: int, step: int, bounds: tuple[float, float, float] | None
-    ) -> Row:
+    ) -> NeuronpediaRow:
         part, row = self.folder.part_of(image, self.stream), self.folder.images[image]
         values = part.token_map(image, feature)[part.steps.index(step)]
         positions = part.positions[image - part.images.start]
@@ -176,7 +176,7 @@ class Rows:
             "index": str(feature),
             "creatorId": CREATOR_ID,
             "createdAt": CREATED_AT,
-            "tokens": self._called(image, positions),
+            "tokens": self._token_strings(image, positions),
             "values": _rounded(values),
             "maxValue": round(float(values[largest]), 6),
             "maxValueTokenIndex": largest,
@@ -194,7 +194,7 @@ class Rows:
             "logitContributions": None,
         }
 
-    def _called(self, image: int, positions: NDArray[np.int32]) -> list[str]:
+    def _token_strings(self, image: int, positions: NDArray[np.int32]) -> list[str]:
         if self.stream == "txt" and self.tokens is not None:
             return [self.tokens.strings[number] for number in self.tokens.ids[image, positions]]
         grid = self.folder.images[image].grid if self.stream == "img" else None
@@ -204,7 +204,7 @@ class Rows:
 
 
 def batches(folder: FeatureFolder) -> list[range]:
-    """The features of each pair of files."""
+    """The features of each pair of files (features/ and activations/)."""
     count = folder.settings.d_sae
     numbers = range(math.ceil(count / BATCH_FEATURES))
     return [range(n * BATCH_FEATURES, min((n + 1) * BATCH_FEATURES, count)) for n in numbers]

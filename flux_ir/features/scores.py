@@ -1,8 +1,8 @@
 """One pass over stored activations: what every feature does on every token, image, step and place.
 
 Parts of up to 256 generations are computed one by one, in any order and by any process, and each is complete or absent;
-the table is the sum over all parts in their order. So a run may be killed at any moment: the same command goes on, and
-ends with the same bytes.
+the table is the sum over all parts in their order. So a run may be killed at any moment: the same command resumes it
+and ends with the same bytes.
 
 Memory holds two parts (100 MB each at 64 features per token), the autoencoder, and per feature 64 bins, at most 256
 places and a few sums: 3 kB, which is 200 MB for 65,536 features. The number of images does not matter.
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import FeatureSettings, FeatureTable
 from flux_ir.features.folder import FeatureFolder, write_tensors
-from flux_ir.features.scoring import Sample, Scoring, Tokens
+from flux_ir.features.scoring import Sample, Scoring, StreamTokens
 from flux_ir.features.table import Sums, counts_of, unexplained
 from flux_ir.sae.kernels.choose import sparse_decode
 from flux_ir.sites import Stream
@@ -30,9 +30,9 @@ from flux_ir.threads import in_order
 CHUNK_TOKENS = 8192
 """Tokens encoded before they are sorted into rows. Bits may depend on it, so no flag changes it."""
 DENSE_ENTRIES, CACHED_ENTRIES, CACHED_TOKENS = 1 << 26, 1 << 21, 2048
-"""Entries of a [tokens, d_sae] matrix that an architecture may hold at once: 256 MB. On a CPU such matrices, which
-TopK does without, are kept near its cache (for 1,536 features 19 instead of 25 microseconds a token), and so are
-tokens and their reconstructions."""
+"""Limits of a batch. `DENSE_ENTRIES` of a dense [tokens, d_sae] matrix are 256 MB. On a CPU a batch stays near the
+size of the cache: `CACHED_TOKENS` tokens, and `CACHED_ENTRIES` of such a matrix, which TopK does not make (for 1,536
+features 19 instead of 25 microseconds a token)."""
 
 
 def missing_parts(folder: FeatureFolder, stream: Stream) -> list[int]:
@@ -51,12 +51,12 @@ def _is_made(folder: FeatureFolder, stream: Stream, number: int) -> bool:
 
 
 class _Encoded(NamedTuple):
-    """What the autoencoder made of some images of one stream, as it comes: entry by entry, step by step."""
+    """The features of some images of one stream in the order they were computed: by step, then by token."""
 
     number: int
     images: range
     at: NDArray[np.int64]
-    """[entries]: number of the image times the places of one, plus the place as `ScorePart` counts it."""
+    """[entries]: index of the image times (steps x tokens), plus `ScorePart.place`."""
     feature: NDArray[np.int64]
     value: NDArray[np.float32]
     error: NDArray[np.float32]
@@ -68,9 +68,9 @@ class _Encoded(NamedTuple):
 def make_parts(
     scoring: Scoring, folder: FeatureFolder, sample: Sample, stream: Stream, numbers: Sequence[int]
 ) -> Generator[int, None, None]:
-    """Computes these parts and writes them; yields the number of each when it is there.
+    """Computes these parts and writes them; yields the number of each when its file is there.
 
-    The autoencoder works in this thread, entries are sorted in a second, and a third writes.
+    The autoencoder runs in this thread; others sort its entries, and one more writes.
     """
     workers = 1 if scoring.device.type == "cpu" else 4
     pieces = _encode(scoring, folder, sample, stream, numbers)
@@ -97,27 +97,27 @@ def _encode(
     for number in numbers:
         first = number * folder.part_images
         for images in scoring.runs(range(first, min(first + folder.part_images, known.images)), most):
-            made = _Entries(len(images), len(known.steps), tokens, known.d_in)
+            entries = _Entries(len(images), len(known.steps), tokens, known.d_in)
             for at, step in enumerate(known.steps):
                 read = scoring.read(images, step, stream)
-                made.begin(at, read)
+                entries.begin(at, read)
                 rows = read.rows(scoring.device)
                 for batch in torch.split(rows, at_once):
-                    found = scoring.sae.encode_sparse(batch)
-                    x_hat = sparse_decode(found.values, found.indices, scoring.sae.W_dec, scoring.sae.b_dec)
+                    codes = scoring.sae.encode_sparse(batch)
+                    x_hat = sparse_decode(codes.values, codes.indices, scoring.sae.W_dec, scoring.sae.b_dec)
                     centred = batch - means[at]
-                    made.add(
-                        found.values.cpu().numpy(),
-                        found.indices.cpu().numpy(),
+                    entries.add(
+                        codes.values.cpu().numpy(),
+                        codes.indices.cpu().numpy(),
                         torch.linalg.vector_norm(x_hat.sub_(batch), dim=1).square_().cpu().numpy(),
                         torch.linalg.vector_norm(centred, dim=1).square_().cpu().numpy(),
                         centred.sum(0).cpu().numpy(),
                     )
-            yield made.taken(number, images)
+            yield entries.taken(number, images)
 
 
 class _Entries:
-    """Collects what batches give, of some images of one stream. A place is an image, a step and a token."""
+    """Collects the entries of some images of one stream, batch by batch."""
 
     def __init__(self, images: int, steps: int, tokens: int, d_in: int) -> None:
         self.shape = (images, steps, tokens)
@@ -126,12 +126,12 @@ class _Entries:
         self.centred = np.zeros((steps, d_in))
         self._parts: list[tuple[NDArray[Any], ...]] = []
 
-    def begin(self, step: int, read: Tokens) -> None:
-        """A step, by its number among those that are scored: its tokens come next, in their order."""
+    def begin(self, step: int, read: StreamTokens) -> None:
+        """Begin a step, by its index among those that are scored: its tokens are added next, in their order."""
         self.positions[:, : read.positions.shape[1]] = np.where(read.counted, read.positions, -1)
         image, token = np.nonzero(read.counted)
         _, steps, tokens = self.shape
-        self._step, self._coming = step, (image * steps + step) * tokens + token
+        self._step, self._next_tokens = step, (image * steps + step) * tokens + token
 
     def add(
         self,
@@ -141,15 +141,15 @@ class _Entries:
         norm: NDArray[np.float32],
         centred: NDArray[np.float32],
     ) -> None:
-        """The next tokens of this step."""
-        at, self._coming = self._coming[: len(values)], self._coming[len(values) :]
+        """Add the next tokens of this step."""
+        at, self._next_tokens = self._next_tokens[: len(values)], self._next_tokens[len(values) :]
         self.error[at], self.norm[at] = error, norm
         self.centred[self._step] += centred
         entries = np.flatnonzero(values)
         self._parts.append((at[entries // values.shape[1]], indices.ravel()[entries], values.ravel()[entries]))
 
     def taken(self, number: int, images: range) -> _Encoded:
-        """All of it. `number` is that of the part."""
+        """All that was added. `number` is that of the part."""
         at, feature, value = (np.concatenate(column) for column in zip(*self._parts, strict=True))
         error, norm = self.error.reshape(self.shape), self.norm.reshape(self.shape)
         return _Encoded(number, images, at, feature, value, error, norm, self.positions, self.centred)
@@ -166,10 +166,10 @@ class _Rows(NamedTuple):
 
 
 def _sorted(known: FeatureSettings, made: _Encoded) -> _Rows:
-    """Entries by image and feature, and S of each. Within a row they stay as they came: by step, then token.
+    """Entries sorted by image and feature, and S of each row. Within a row they keep their order: by step, then token.
 
-    One sort of whole numbers, image and feature in front and the entry's own number behind, is several times as fast as
-    any that returns an order.
+    The key packs image and feature into the high bits of an integer and the entry's own index into the low ones: a
+    plain sort of these is several times as fast as an argsort.
     """
     entries, places = len(made.value), len(known.steps) * made.positions.shape[1]
     bits = max(entries, 1).bit_length()
@@ -201,7 +201,7 @@ def _row_scores(
     lengths: NDArray[np.int64],
     image: NDArray[np.int64],
 ) -> dict[str, NDArray[Any]]:
-    """S of each row, its mean, and where the first of its largest values is."""
+    """S of each row, its mean, and the token and step of the first of its largest values."""
     if not len(starts):
         empty = np.zeros(0, np.float32)
         return {"max": empty, "mean": empty, "at_token": empty.astype(np.int32), "at_step": empty.astype(np.int16)}
@@ -247,15 +247,16 @@ def _joined(folder: FeatureFolder, found: Iterable[tuple[int, _Rows]]) -> Iterat
 
 
 def _write_part(folder: FeatureFolder, stream: Stream, number: int, tensors: dict[str, NDArray[Any]]) -> int:
-    known, first = folder.settings, number * folder.part_images
+    settings, first = folder.settings, number * folder.part_images
     ids = [row.id for row in folder.images[first : first + len(tensors["positions"])]]
-    said = {"settings": known.digest, "stream": stream, "steps": list(known.steps), "first_image": first, "ids": ids}
-    write_tensors(folder.part_file(stream, number), tensors, said)
+    metadata: dict[str, Any] = {"settings": settings.digest, "stream": stream, "steps": list(settings.steps)}
+    metadata |= {"first_image": first, "ids": ids}
+    write_tensors(folder.part_file(stream, number), tensors, metadata)
     return number
 
 
 def make_table(folder: FeatureFolder, sample: Sample, decoder_norms: NDArray[np.float64]) -> FeatureFolder:
-    """Adds up all parts, writes table.safetensors, and notes counts and FVU: the stage is complete with it."""
+    """Adds up all parts, writes table.safetensors and marks the stage as done, with counts and FVU."""
     sums, counts, columns = dict[Stream, Sums](), dict[str, Any](), dict[str, NDArray[Any]]()
     for stream in folder.streams:
         sums[stream] = Sums(folder.settings, stream, sample.edges)

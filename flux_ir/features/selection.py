@@ -40,38 +40,38 @@ _NUMBERS = ("stability_feature",)
 
 
 class Ranked(NamedTuple):
-    """A list of features, the first first."""
+    """A list of features, best first."""
 
     name: str
     column: str
     features: list[int]
     values: list[float]
     q: list[float] | None
-    """The q-value of each, where the list has only those that are more than chance; None: no such test was made."""
+    """The q-value of each in a list of significant features; None for a list that was not tested."""
     images: list[list[int]] | None = None
-    """Examples of each, where the list is made by them."""
+    """The images that the list `distinct` gives to each; None for other lists."""
 
 
 class Selection:
-    """The columns of a folder as far as they are known. Raises FluxIRError for a broken file."""
+    """The columns that a folder has so far. Raises FluxIRError for a broken file."""
 
     def __init__(self, folder: FeatureFolder) -> None:
         self.folder, self.groups, self._columns = folder, dict[str, Any](), dict[str, NDArray[Any]]()
         path = folder.path / FILE
         if path.is_file():
-            arrays, said = read_tensors(path)
-            if said.get("scores") == folder.settings.digest:  # else it is of other scores, and counts for nothing
-                self.groups = dict(said["groups"])
+            arrays, metadata = read_tensors(path)
+            if metadata.get("scores") == folder.settings.digest:  # columns of other scores are computed again
+                self.groups = dict(metadata["groups"])
                 self._columns = {name: np.array(array) for name, array in arrays.items()}
 
     def has(self, group: str, settings: Mapping[str, Any]) -> bool:
-        """Whether a group is there, for these settings."""
+        """Whether a group has been computed with these settings."""
         return self.groups.get(group) == _as_json(settings)
 
     def put(
         self, group: str, settings: Mapping[str, Any], columns: Mapping[Stream, Mapping[str, NDArray[Any]]]
     ) -> None:
-        """Take in a group, and write the file."""
+        """Add a group, and write the file."""
         for stream, named in columns.items():
             for name in GROUPS[group]:
                 kind = np.int32 if name in _NUMBERS else np.float32
@@ -115,12 +115,12 @@ def ranked(
     else:
         q = None
     order = np.argsort(-np.where(fits, values, -np.inf), kind="stable")[: min(most, int(fits.sum()))]
-    found = order.tolist()
-    return Ranked(name, column, found, _floats(values[order]), None if q is None else _floats(q[order]))
+    features = order.tolist()
+    return Ranked(name, column, features, _floats(values[order]), None if q is None else _floats(q[order]))
 
 
 def distinct(order: Sequence[int], top: NDArray[np.integer], each: int, most: int) -> tuple[list[int], list[list[int]]]:
-    """Features whose examples share no image: in this order, each that still has `each` of its own among its strongest.
+    """Features whose examples share no image: in this order, each feature with `each` strong images not yet taken.
 
     `top` [d_sae, n] are the strongest images of every feature, -1 where there are no more. Gives the features and, for
     each of them, its images.
@@ -173,7 +173,7 @@ def make_lists(selection: Selection, stream: Stream, *, most: int, significance:
 
 
 def _distinct_list(selection: Selection, stream: Stream, *, most: int, each: int) -> Ranked:
-    """From the most coherent features on; where coherence is not known, from those that explain most."""
+    """The list `distinct`, from the most coherent features on; without coherence, from those of the largest share."""
     coherent = "coherence" in selection.groups and not np.isnan(selection.column(stream, "coherence")).all()
     name = "coherence" if coherent else "share"
     table = selection.folder.table(stream)
@@ -185,16 +185,16 @@ def _distinct_list(selection: Selection, stream: Stream, *, most: int, each: int
 
 def write_lists(path: Path, lists: Mapping[Stream, Iterable[Ranked]], settings: Mapping[str, Any]) -> None:
     """Write the lists of every stream, and what the columns they are made of were computed with."""
-    said = {stream: [_described(one) for one in some] for stream, some in lists.items()}
-    write_json(path / LISTS, {"settings": _as_json(settings), "lists": said})
+    described = {stream: [_described(one) for one in some] for stream, some in lists.items()}
+    write_json(path / LISTS, {"settings": _as_json(settings), "lists": described})
 
 
 def _described(one: Ranked) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    for place, (feature, value) in enumerate(zip(one.features, one.values, strict=True)):
+    for row_number, (feature, value) in enumerate(zip(one.features, one.values, strict=True)):
         row: dict[str, Any] = {"feature": feature, "value": value}
-        row |= {} if one.q is None else {"q": one.q[place]}
-        row |= {} if one.images is None else {"images": one.images[place]}
+        row |= {} if one.q is None else {"q": one.q[row_number]}
+        row |= {} if one.images is None else {"images": one.images[row_number]}
         rows.append(row)
     return {"name": one.name, "column": one.column, "tested": one.q is not None, "features": rows}
 
@@ -219,10 +219,10 @@ def read_lists(folder: FeatureFolder, stream: Stream) -> list[Ranked]:
 
 
 def _floats(values: NDArray[Any]) -> list[float]:
-    """Five digits: a list is for people, the columns are for programs."""
+    """Rounded to five digits: lists are read by people, columns by programs."""
     return [float(f"{value:.5g}") for value in values]
 
 
 def _as_json(settings: Mapping[str, Any]) -> Any:
-    """As a file gives them back, in its order."""
+    """Settings as they come back from a file, keys sorted."""
     return json.loads(json.dumps(settings, sort_keys=True))

@@ -17,27 +17,27 @@ from flux_ir.sae.evaluation.metrics import Deviation, rounded
 from flux_ir.sites import Stream
 
 CELLS = 16
-"""Rows and columns, at most, into which places are counted for `position_r2`; of text, `CELLS` squared in a row."""
+"""Cells that tokens are counted in for `position_r2`: at most 16 x 16 of a picture, at most 256 of a text."""
 BINS_PER_OCTAVE = 4
 PIECE_ENTRIES = 1 << 18
-"""Entries in work at a time: about 40 MB. No bit depends on it."""
+"""Entries that are added up at a time: about 40 MB. No bit depends on it."""
 
 Floats = NDArray[np.float64]
 
 
 class Places(NamedTuple):
-    """Where the tokens of some images lie. [images, tokens] each."""
+    """Where the tokens of some images lie, [images, tokens] each, in units of the picture's longer side."""
 
     x: Floats
-    """From the left; 1 is the longer side of the picture. Of text, from its beginning."""
+    """From the left; of text, from its beginning."""
     y: Floats
     cell: NDArray[np.int64]
     sides: Floats
-    """[images, 2]: width and height in the same unit."""
+    """[images, 2]: width and height."""
 
 
 class Sums:
-    """What the parts of one stream add up to."""
+    """The sums over all parts of one stream."""
 
     def __init__(self, known: FeatureSettings, stream: Stream, edges: Floats) -> None:
         self.known, self.stream, self.edges = known, stream, edges
@@ -61,7 +61,7 @@ class Sums:
         self.centred = np.zeros((steps, known.d_in))
 
     def add(self, part: ScorePart, images: Sequence[ImageRow]) -> None:
-        """Take in the next part; `images` are its rows of images.jsonl."""
+        """Add the next part; `images` are its rows of images.jsonl."""
         counted = part.positions >= 0
         self.tokens += int(counted.sum())
         self.error += part.error.sum((0, 2), dtype=np.float64)
@@ -108,6 +108,7 @@ class Sums:
         of, on = feature[starts], image[starts]
         np.add.at(self.total, of * steps + step[starts], mass)
         several = counted[on] > 1
+        # The entropy of a map p = value / mass, times mass: mass ln(mass) - sum value ln(value).
         surprise = mass * np.log(mass) - np.bincount(of_map, value * octaves) * math.log(2)
         most = np.log(np.maximum(counted[on], 2))
         np.add.at(self.entropy, of[several], (surprise.clip(0) / most)[several])
@@ -116,6 +117,7 @@ class Sums:
             at = image * part.tokens + token
             x, y = places.x.ravel()[at], places.y.ravel()[at]
             moved = [np.bincount(of_map, value * axis) for axis in (x, y)]
+            # Squared distances from the map's own centre, weighted: sum v r^2 - |sum v r|^2 / sum v.
             within = np.bincount(of_map, value * (x * x + y * y)) - (moved[0] ** 2 + moved[1] ** 2) / mass
             for axis in (0, 1):
                 np.add.at(self.centre[axis], of, moved[axis] / places.sides[on, axis])
@@ -150,10 +152,10 @@ class Sums:
             )
 
     def _position_r2(self, mass: Floats, tokens: int) -> Floats:
-        """Adjusted for the number of places, as R squared of a regression is: of noise it is 0 on average.
+        """R squared of a feature by cell, adjusted for the number of cells as in a regression: of noise 0 on average.
 
         The steps of an image are not independent, nor are neighbours within a cell, so an image counts once in each of
-        its cells. NaN where there is one image only: what is there and where it is are one.
+        its cells. NaN for a single image, where position and content cannot be told apart.
         """
         used = self.cell_tokens > 0
         places, independent = int(used.sum()), self.in_images
@@ -167,20 +169,23 @@ class Sums:
         return 1 - (1 - explained) * (independent - 1) / (independent - places)
 
     def deviations(self, sample_mean: torch.Tensor) -> list[Deviation]:
-        """How far the tokens of each step are from their mean; `sample_mean` [steps, d_in] is what was subtracted."""
-        found = []
+        """How far the tokens of each step are from their mean. `norm` was measured from `sample_mean` [steps, d_in]:
+
+        sum |x - mean|^2 = sum |x - sample_mean|^2 - n |mean - sample_mean|^2.
+        """
+        deviations = []
         for at, tokens in enumerate(self.tokens.tolist()):
             deviation = Deviation(self.known.d_in)
             off = torch.from_numpy(self.centred[at] / max(tokens, 1))
             deviation.count = tokens
             deviation.mean = sample_mean[at].double() + off
             deviation.squares = torch.tensor(self.norm[at] - tokens * float(off.square().sum())).clamp_min(0)
-            found.append(deviation)
-        return found
+            deviations.append(deviation)
+        return deviations
 
 
 def places_of(positions: NDArray[np.int32], images: Sequence[ImageRow], stream: Stream) -> Places | None:
-    """Where tokens lie; None: on no grid that is known. Text is one row."""
+    """Where tokens lie, text as one row; None if the grid of an image is not known."""
     if stream == "txt":
         longest = max(positions.shape[1], int(positions.max(initial=0)) + 1)
         sizes = np.array([[1, longest]] * len(images))
@@ -229,7 +234,7 @@ def unexplained(
 
 
 def counts_of(sums: Sums, table: FeatureTable) -> dict[str, int]:
-    """How many tokens there were, and features of each density."""
+    """How many tokens were scored, and how many features there are of each density."""
     names = ("dead", "rare", "common", "very common")
     densities = {name.replace(" ", "_"): int((table.density == name).sum()) for name in names}
     return {

@@ -31,15 +31,16 @@ LONGEST = 3
 STRONG_SHARE, LEAST_STRONG, MOST_STRONG = 0.2, 50, 1000
 """A feature's strong images are the strongest fifth of those it fires on; at least 50 if there are, at most 1,000."""
 OCTAVES, BINS_PER_OCTAVE = 16, 16
-"""Below the largest S of a feature: how finely images are ranked."""
+"""The histogram of S that ranks a feature's images: 16 octaves below its largest S, 16 bins each."""
 TOKENS_KEPT = 12
-"""Tokens of the text that are listed of each feature."""
+"""Tokens of the text that words.json lists of each feature, at most."""
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 _ARTICLES = {"a", "an", "the"}
 _SMALL = _ARTICLES | {"and", "as", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "or", "to", "with"}
 _PAIRS_AT_ONCE = 1 << 22
-_MORE_BITS, _FAR = 0.5, 1.5
+_MORE_BITS = 0.5  # of PMI, by which a phrase must exceed its words on the list
+_FAR = 1.5  # standard deviations above the expected count, from which on the exact test is made
 
 
 class Phrases(NamedTuple):
@@ -82,9 +83,9 @@ class Lift(NamedTuple):
 def phrases_of(prompts: Sequence[str], *, min_count: int, most: int, longest: int = LONGEST) -> Phrases:
     """The words and phrases of at most `longest` words that at least `min_count` of the prompts have, but not all.
 
-    A phrase has no article at its ends, no punctuation inside, and more than small words ("of", "on the"). Of phrases
-    that exactly the same prompts have, one stands for all: that of the most other words. The `most` most frequent are
-    kept.
+    A phrase neither begins nor ends with an article, has no punctuation inside, and is not only small words ("on the").
+    Of phrases that are in exactly the same prompts the one with the most other words is kept, and of these the `most`
+    most frequent.
     """
     rows: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -104,19 +105,19 @@ def phrases_of(prompts: Sequence[str], *, min_count: int, most: int, longest: in
 
 
 def _phrases_in(prompt: str, longest: int) -> set[str]:
-    found = set()
+    phrases = set()
     for part in re.split(r"[^\w\s'\u2019-]+", prompt.lower()):
         words = _WORD.findall(part)
         for size in range(1, longest + 1):
             for start in range(len(words) - size + 1):
                 phrase = words[start : start + size]
                 if not _ARTICLES & {phrase[0], phrase[-1]} and not _SMALL.issuperset(phrase):
-                    found.add(" ".join(phrase))
-    return found
+                    phrases.add(" ".join(phrase))
+    return phrases
 
 
 def _readable(phrase: str) -> tuple[int, bool, int, str]:
-    """What makes one phrase stand for others: other words than small ones, at its end too, and few of these."""
+    """Sorts phrases of the same prompts: more words that are not small, one of these at the end, fewer words."""
     words = phrase.split()
     return sum(word not in _SMALL for word in words), words[-1] not in _SMALL, -len(words), phrase
 
@@ -127,7 +128,7 @@ def _readable(phrase: str) -> tuple[int, bool, int, str]:
 def levels_of(folder: FeatureFolder, stream: Stream) -> Levels:
     """The bounds of every feature, to a sixteenth of an octave, from one pass over S."""
     table, n = folder.table(stream), folder.settings.images
-    largest, wanted = np.zeros(len(table.images), np.float64), _strong_counts(table.images)
+    largest, strong_counts = np.zeros(len(table.images), np.float64), _strong_counts(table.images)
     for part in folder.scores(stream):
         np.maximum.at(largest, part.feature, part.max)
     histogram = np.zeros((len(largest), OCTAVES * BINS_PER_OCTAVE), np.int32)
@@ -136,7 +137,7 @@ def levels_of(folder: FeatureFolder, stream: Stream) -> Levels:
         bins = np.minimum(octaves * BINS_PER_OCTAVE, histogram.shape[1] - 1).astype(np.int64)
         np.add.at(histogram, (part.feature, bins), 1)
     at_least = np.cumsum(histogram, axis=1)
-    edge = (at_least < wanted[:, None]).sum(1) + 1
+    edge = (at_least < strong_counts[:, None]).sum(1) + 1
     strong = np.where(table.images > 0, largest * 2.0 ** (-edge / BINS_PER_OCTAVE), np.inf)
     weak = np.maximum(STRONG_SHARE * n - (n - table.images), 0)  # how many of those it fires on count as silent
     edge = (at_least <= (table.images - weak)[:, None]).sum(1)
@@ -150,7 +151,7 @@ def _strong_counts(images: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def strong_prompts(folder: FeatureFolder, stream: Stream, levels: Levels, groups: NDArray[np.int64]) -> csr_array:
-    """[prompts, d_sae]: 1 where the feature is strong on an image of the prompt. `groups` are the images' prompts."""
+    """The prompts with a strong image of each feature, [prompts, d_sae]: 1 or 0. `groups` [images] are the prompts."""
     rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for part in folder.scores(stream):
         entry = np.flatnonzero(part.max >= levels.strong[part.feature])
@@ -169,8 +170,11 @@ def strong_prompts(folder: FeatureFolder, stream: Stream, levels: Levels, groups
 def lift(phrases: Phrases, strong: csr_array, *, min_count: int, fdr: float) -> Lift:
     """The words that lift each feature more than chance, at the rate `fdr` over all features and words.
 
-    `strong` [prompts, d_sae] says which prompts have a strong image. A word counts that at least `min_count` of a
-    feature's strong prompts have.
+    `strong` [prompts, d_sae] says which prompts have a strong image. Words in fewer than `min_count` of a feature's
+    strong prompts are not tested.
+
+    With n prompts, of which w have the word, s are strong and b are both: PMI = log2(b n / (w s)), and p is the upper
+    tail of the hypergeometric distribution of b (Fisher's exact test).
     """
     n, features = strong.shape
     with_word = np.asarray(phrases.has.sum(axis=0)).astype(np.int64)
@@ -186,11 +190,11 @@ def lift(phrases: Phrases, strong: csr_array, *, min_count: int, fdr: float) -> 
         share = with_word[word] * strong_of[feature] / n
         pmi = np.log2(both / share)
         variance = share * (1 - with_word[word] / n) * (n - strong_of[feature]) / max(1, n - 1)
-        # The exact test is slow: pairs are left out that are far from any list.
+        # The exact test is slow, so it is made only for counts well above the expected one: others are never listed.
         kept = (both >= min_count) & (both - share > _FAR * np.sqrt(variance))
         word, feature, both, pmi = word[kept], feature[kept], both[kept], pmi[kept]
         p = hypergeom.sf(both - 1, n, with_word[word], strong_of[feature])
-        kept = p <= fdr  # others cannot be on the list
+        kept = p <= fdr  # q is at least p
         found.append((feature[kept], word[kept], pmi[kept], both[kept], p[kept]))
     feature, word, pmi, both, p = (np.concatenate(column) for column in zip(*found, strict=True))
     q = q_values(p, tests=max(1, int((strong_of > 0).sum()) * len(phrases.texts)))
@@ -201,22 +205,23 @@ def lift(phrases: Phrases, strong: csr_array, *, min_count: int, fdr: float) -> 
 
 
 def shortened(found: Lift, texts: Sequence[str], most: int) -> Lift:
-    """At most so many words of each feature. A phrase is left out where one of its words, before it on the list, lifts
-    as much: within half a bit.
+    """At most `most` words of each feature, without phrases that say no more than a part of them.
+
+    A phrase is left out if its PMI is not half a bit above that of a part of it that is before it on the list.
     """
     kept: list[int] = []
     ends = np.flatnonzero(np.diff(found.feature)) + 1
     for rows in np.split(np.arange(len(found.feature)), ends):
         chosen: list[int] = []
-        for place in rows.tolist():
-            padded = f" {texts[found.word[place]]} "
+        for row in rows.tolist():
+            padded = f" {texts[found.word[row]]} "
             says_more = all(
-                found.pmi[place] > found.pmi[other] + _MORE_BITS
+                found.pmi[row] > found.pmi[other] + _MORE_BITS
                 for other in chosen
                 if f" {texts[found.word[other]]} " in padded
             )
             if says_more and len(chosen) < most:
-                chosen.append(place)
+                chosen.append(row)
         kept += chosen
     return Lift._make(column[kept] for column in found)
 
@@ -225,31 +230,31 @@ def shortened(found: Lift, texts: Sequence[str], most: int) -> Lift:
 
 
 class PromptTokens(NamedTuple):
-    """Every token of every image's text, by number in `strings`."""
+    """The tokens of every image's prompt, as numbers in `strings`."""
 
     strings: list[str]
     ids: NDArray[np.int64]
     """[images, tokens]."""
     end: int
-    """The number of what ends a text."""
+    """The number of the token that ends a text."""
     padding: int
 
 
 class TokenLists(NamedTuple):
-    """What tokens of the text each feature fires on, by how much of its activation they have: the most first."""
+    """The tokens of the text that each feature fires on, by their share of its activation: the largest first."""
 
     token: NDArray[np.int64]
-    """[d_sae, kept]: number of the string; -1: there are no more."""
+    """[d_sae, TOKENS_KEPT]: number of the string; -1 where there are fewer."""
     fired: NDArray[np.int64]
     """How often it fires on this token, over all steps."""
     of: NDArray[np.int64]
-    """How often the token is there."""
+    """How often the token occurs, over all steps."""
     mean: NDArray[np.float64]
     """Mean activation where it fires."""
     on_end: NDArray[np.float64]
     """[d_sae]: share of its activation that lies on ends of texts."""
     on_padding: NDArray[np.float64]
-    """[d_sae]: and on padding (which is scored only where it is not known where prompts end)."""
+    """[d_sae]: share that lies on padding, which is scored only if the ends of prompts are not known."""
 
 
 def find_tokenizer(model: str | None, tokenizer: Path | None) -> PromptTokenizer | None:
@@ -262,7 +267,7 @@ def find_tokenizer(model: str | None, tokenizer: Path | None) -> PromptTokenizer
 
 
 def prompt_tokens(tokenizer: PromptTokenizer, prompts: Sequence[str], length: int) -> PromptTokens:
-    """The texts as the model was told them: cut or padded to `length` tokens, their end marked."""
+    """The prompts as the text encoder got them: cut or padded to `length` tokens, with the token that ends a text."""
     groups = prompt_numbers_of(prompts)
     firsts = np.unique(groups, return_index=True)[1]
     ids = tokenizer.fixed([prompts[first] for first in firsts], length).numpy()
@@ -273,15 +278,15 @@ def prompt_tokens(tokenizer: PromptTokenizer, prompts: Sequence[str], length: in
 
 
 def token_lists(folder: FeatureFolder, tokens: PromptTokens) -> TokenLists:
-    """For each feature of text tokens, the tokens it fires on. Memory: a number for each such pair."""
+    """For each feature of text tokens, the tokens it fires on. Memory: two numbers for each such pair."""
     d_sae, words, steps = folder.settings.d_sae, len(tokens.strings), len(folder.steps)
     count, total = (csr_array((d_sae, words), dtype=np.float64) for _ in range(2))
-    there = np.zeros(words, np.int64)
+    occurrences = np.zeros(words, np.int64)
     for part in folder.scores("txt"):
         images = np.arange(part.images.start, part.images.stop)
-        known = part.positions >= 0
-        at = np.where(known, tokens.ids[images[:, None], np.where(known, part.positions, 0)], -1)
-        there += steps * np.bincount(at[known], minlength=words)
+        is_scored = part.positions >= 0
+        at = np.where(is_scored, tokens.ids[images[:, None], np.where(is_scored, part.positions, 0)], -1)
+        occurrences += steps * np.bincount(at[is_scored], minlength=words)
         image = np.repeat(np.arange(len(images)), np.diff(part.row_ptr[part.image_ptr]))
         feature = np.repeat(part.feature.astype(np.int64), np.diff(part.row_ptr))
         token = at[image, part.place.astype(np.int64) % part.tokens]
@@ -290,17 +295,17 @@ def token_lists(folder: FeatureFolder, tokens: PromptTokens) -> TokenLists:
         total += csr_array((values, (feature, token)), shape=(d_sae, words))
     sums = np.maximum(np.asarray(total.sum(axis=1)), np.finfo(np.float64).tiny)
     shares = [np.asarray(csc_array(total)[:, [token]].sum(axis=1)) / sums for token in (tokens.end, tokens.padding)]
-    found = np.full((d_sae, TOKENS_KEPT), -1, np.int64)
-    counts, means = np.zeros(found.shape, np.int64), np.zeros(found.shape)
+    listed = np.full((d_sae, TOKENS_KEPT), -1, np.int64)
+    counts, means = np.zeros(listed.shape, np.int64), np.zeros(listed.shape)
     count.sort_indices()
     total.sort_indices()
     for number in range(d_sae):
         row = slice(total.indptr[number], total.indptr[number + 1])
         order = np.argsort(-total.data[row], kind="stable")[:TOKENS_KEPT]
-        found[number, : len(order)] = total.indices[row][order]
+        listed[number, : len(order)] = total.indices[row][order]
         counts[number, : len(order)] = count.data[row][order]
         means[number, : len(order)] = total.data[row][order] / count.data[row][order]
-    return TokenLists(found, counts, np.where(found >= 0, there[found], 0), means, *shares)
+    return TokenLists(listed, counts, np.where(listed >= 0, occurrences[listed], 0), means, *shares)
 
 
 def prompt_numbers_of(prompts: Sequence[str]) -> NDArray[np.int64]:
@@ -308,7 +313,7 @@ def prompt_numbers_of(prompts: Sequence[str]) -> NDArray[np.int64]:
     return np.unique(prompt_numbers(prompts), return_inverse=True)[1].astype(np.int64)
 
 
-# ---- What is on the disk
+# ---- The files
 
 
 def read_words(folder: FeatureFolder, stream: Stream = "img") -> list[list[tuple[str, float, int]]] | None:
@@ -316,10 +321,10 @@ def read_words(folder: FeatureFolder, stream: Stream = "img") -> list[list[tuple
 
     None: flux-ir label-features has not been run.
     """
-    found = read_result(folder, WORDS_FILE)
-    if found is None:
+    content = read_result(folder, WORDS_FILE)
+    if content is None:
         return None
-    texts, rows = found["streams"][stream]["words"], found["streams"][stream]["features"]
+    texts, rows = content["streams"][stream]["words"], content["streams"][stream]["features"]
     return [
         [(texts[word], pmi, both) for word, pmi, both, *_ in rows.get(str(feature), [])]
         for feature in range(folder.settings.d_sae)

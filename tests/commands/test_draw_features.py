@@ -1,5 +1,6 @@
 """flux-ir draw-features on a real collection of flux-tiny: sheets, neighbours, what features draw, what is refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_overlays_are_the_pictures_with_the_stored_maps(folder, capsys):
         assert np.array_equal(values, values_of(features, number, image))
         with Image.open(path) as drawn:
             assert np.array_equal(np.asarray(drawn), np.asarray(overlay(picture, values, top)))
+
+
+def test_tokens_without_a_place_in_the_picture_get_one_note_and_no_sheet(folder, capsys):
+    rows = [json.loads(line) | {"grid": None} for line in (folder / "images.jsonl").read_text().splitlines()]
+    (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run(capsys, folder, *WITHOUT_MODEL, "--by", "share", "--top", "2")
+    assert code == 0, err
+    assert err.count("have no place in the pictures") == 1
+    assert "tokens that lie on no known grid" in err
+    assert not (folder / "sheets").exists()
 
 
 @pytest.mark.parametrize("by", ["distinct", "coherent", "share"])

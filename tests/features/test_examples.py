@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import flux_ir
 from flux_ir.errors import FluxIRError
-from flux_ir.features.examples import SKETCH, Best, Found, chance, prompt_numbers, rarity
+from flux_ir.features.examples import SKETCH, Best, ScoreRows, chance, prompt_numbers, rarity
 from flux_ir.features.folder import open_features
 from tests.features.conftest import dense_of
 
@@ -20,7 +20,9 @@ def rows_of(slot, image, value, prompts):
     image = np.array(image, np.int64)
     value = np.array(value, np.float32)
     zeros = np.zeros(len(image))
-    return Found(np.array(slot, np.int64), image, prompts[image], value, zeros.astype(np.int32), zeros.astype(np.int16))
+    return ScoreRows(
+        np.array(slot, np.int64), image, prompts[image], value, zeros.astype(np.int32), zeros.astype(np.int16)
+    )
 
 
 def brute_force(found, most):
@@ -53,14 +55,14 @@ def test_the_best_of_many_pieces_are_those_of_all_rows(data):
     lists = []
     for number in range(4):
         best = Best(SLOTS, most)
-        own = Found(*(column[piece == number] for column in found))
+        own = ScoreRows(*(column[piece == number] for column in found))
         best.add(own.feature, -own.value.astype(np.float64), own)
         lists.append(best)
     merged = Best(SLOTS, most)
     for best in lists[:2]:
         merged.merge(best.columns())
     for number in (2, 3):
-        own = Found(*(column[piece == number] for column in found))
+        own = ScoreRows(*(column[piece == number] for column in found))
         merged.add(own.feature, -own.value.astype(np.float64), own)
     expected = brute_force(found, most)
     assert [[image for image in row if image >= 0] for row in merged.image.tolist()] == expected

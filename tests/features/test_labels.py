@@ -15,16 +15,16 @@ from flux_ir.features.labels import (
     EACH,
     Candidates,
     Description,
-    Sides,
+    FeatureImages,
     _difference_interval,
     clip_candidates,
     describe,
     description_text,
+    feature_images,
     holds,
     judge,
     judged_images,
     read_labels,
-    sides_of,
 )
 from flux_ir.features.words import levels_of, phrases_of, prompt_numbers_of, read_words
 from tests.features.planted import (
@@ -61,7 +61,7 @@ def made_of(scored):
     assert [scored.images[first].prompt for first in firsts] == CAPTIONS
     candidates = Candidates(phrases.texts, ["words"] * len(phrases.texts), phrases.has[groups].tocsr())
     judged = judged_images(scored)
-    return candidates, groups, judged, sides_of(scored, "img", levels_of(scored, "img"), groups, judged, seed=0)
+    return candidates, groups, judged, feature_images(scored, "img", levels_of(scored, "img"), groups, judged, seed=0)
 
 
 def test_sides_share_no_prompt_and_hold_one_image_of_each(scored):
@@ -151,7 +151,7 @@ def test_shares_and_scores_are_those_of_counting():
     has = (draw.random((50, 4)) < 0.4).astype(np.float32)
     candidates = Candidates([f"c{n}" for n in range(4)], ["words"] * 4, csr(has))
     lists = [np.where(np.arange(EACH) < 20, draw.integers(0, 50, (3, EACH)), -1) for _ in range(3)]
-    side = Sides(*lists)
+    side = FeatureImages(*lists)
     found = describe(candidates, side)
     for feature in range(3):
         shares = [has[images[feature, :20]].mean(0) for images in lists]

@@ -8,9 +8,9 @@ from scipy.sparse import csc_array, csr_array
 
 from flux_ir.features import matching
 from flux_ir.features.matching import (
-    Activations,
+    PairedActivations,
     assign,
-    candidates,
+    candidate_pairs,
     compare_with_null,
     correlations,
     cosines,
@@ -33,7 +33,7 @@ def both():
     b[:, 2] = 3 * a[:, 4] + 0.1 * b[:, 2]
     a[:, 0] = 0  # never active
     b[:, 1] = 0.1  # a constant, with its rounding
-    return Activations(csc_array(a), csr_array(b), 2, np.arange(ROWS // 2) // 3)
+    return PairedActivations(csc_array(a), csr_array(b), 2, np.arange(ROWS // 2) // 3)
 
 
 def whole(blocks):
@@ -94,7 +94,7 @@ def test_few_candidates_leave_what_has_none_alone(monkeypatch):
 
 def test_candidates_are_the_best_of_rows_and_of_columns_over_blocks():
     every = np.random.default_rng(5).normal(size=(20, 15)).astype(np.float32)
-    found = candidates(blocks_of(every, 4), 15, 3)
+    found = candidate_pairs(blocks_of(every, 4), 15, 3)
     by_row = {(i, j) for i in range(20) for j in np.argsort(-every[i])[:3]}
     by_column = {(i, j) for j in range(15) for i in np.argsort(-every[:, j])[:3]}
     expected = {(i, j) for i, j in by_row | by_column if every[i, j] > 0}
@@ -120,7 +120,7 @@ def test_permuting_keeps_prompts_together_and_tokens_in_their_place(both):
 
 def test_what_is_the_same_is_beyond_the_null_and_what_is_independent_is_not():
     def matched(a, b):
-        both = Activations(csc_array(a), csr_array(b), 1, np.arange(len(a)))
+        both = PairedActivations(csc_array(a), csr_array(b), 1, np.arange(len(a)))
         counts = (a > 0).sum(0)
         pairs = assign(correlations(both), a.shape[1], b.shape[1], 8)
         nulls = [assign(correlations(images_permuted(both, s)), a.shape[1], b.shape[1], 8) for s in range(20)]
