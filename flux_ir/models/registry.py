@@ -1,6 +1,6 @@
 """Every model this program knows, as data. A new checkpoint is one more `ModelSpec`: nothing else compares names.
 
-Next: `sources`, which finds a spec's files, and `weights`, which loads them.
+Next: `checkpoints.locate`, which finds a spec's files, and `suite`, which loads them.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """A whole model - text encoders, transformer, autoencoder - loaded onto the devices of a `Placement`.
 
 With offload each part is on the GPU only inside the `with` block that needs it. This is the only place that moves
-parts.
+parts. Below it: `checkpoints`, where weights come from; `text`, `flux1` and `autoencoder`, what they become.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ class TextEncoders(NamedTuple):
 class Suite:
     """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, one by one.
 
-    A part that was not located (`sources`) cannot be asked for: ValueError.
+    `dtype` is that of the transformer and the text encoders. A part that `source` does not have cannot be asked for:
+    ValueError.
     """
 
     def __init__(self, spec: ModelSpec, source: ModelSource, placement: Placement, dtype: torch.dtype) -> None:
@@ -63,13 +64,11 @@ class Suite:
 
     @property
     def sites(self) -> list[Site]:
-        """Every site, in depth order: those of the transformer can be changed too, those of the text encoders recorded
-        once per prompt.
-        """
+        """Every site, in depth order. Those of the text encoders are recorded once per prompt and cannot be changed."""
         return self.spec.sites
 
     def load(self) -> Iterator[ModelPart]:
-        """Load every part, yielding its name once it is there. Raises FluxIRError as `weights` and `text` do."""
+        """Load every part, yielding its name once it is there. Raises FluxIRError for weights that cannot be read."""
         for part in self.parts:
             self.load_part(part)
             yield part
@@ -87,7 +86,7 @@ class Suite:
 
     @property
     def flux(self) -> Flux:
-        """The transformer, wherever it is at the moment: to record from, or to change, while it runs."""
+        """The transformer, wherever it is at the moment: what hooks are hung on. To run it, enter `transformer()`."""
         return self._load_transformer()
 
     @contextmanager
@@ -132,6 +131,7 @@ class Suite:
             part.to("cpu")
 
     def _home(self, device: str) -> str:
+        """Where a part is loaded to, and waits until it is needed."""
         return "cpu" if self.placement.offload else device
 
     def _text_source(self) -> TextSource:
@@ -177,7 +177,7 @@ class Suite:
         if self._autoencoder is None:
             if self.source.autoencoder is None:
                 raise ValueError("this model was located without its autoencoder")
-            # float32 whatever the transformer's dtype: its latents are decoded from float32.
+            # Its weights stay float32, whatever `dtype` is: `sampling.generate.decode` lets autocast round them.
             model = load_autoencoder(self.spec, self.source.autoencoder, self._home(self.placement.ae_decoder))
             model.encoder.to(self._home(self.placement.ae_encoder))
             self._autoencoder = model

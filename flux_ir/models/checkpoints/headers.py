@@ -2,7 +2,7 @@
 
 A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and place of every tensor), and the bytes
 of the tensors. A set of shards has an index beside it that says which file holds which tensor. float8 weights may have
-a scale beside them. `read_tensor` reads one tensor. Next: `contents`.
+a scale beside them. `read_tensor` reads one tensor. Next: `inspect`.
 """
 
 import json

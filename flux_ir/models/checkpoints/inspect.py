@@ -1,6 +1,6 @@
 """What a weight file holds, and whether it is what a model needs: all of it from headers, before anything is loaded.
 
-Next: `sources`, which decides which file to look at, and `weights`, which loads what passed here.
+Next: `locate`, which decides which file to look at, and `load`, which loads what passed here.
 """
 
 import math

@@ -94,13 +94,13 @@ class Parts(NamedTuple):
     def fill(self, ours: Tensor, parts: Iterable[Tensor]) -> None:
         """Copies the parts into our tensor, one after the other: it may have another device and dtype than they."""
         target = ours[..., 0, 0] if self.as_linear else ours
-        for place, part in zip(torch.split(target, list(self.rows)) if self.rows else [target], parts, strict=True):
+        for own_rows, part in zip(torch.split(target, list(self.rows)) if self.rows else [target], parts, strict=True):
             if self.swap_halves:
-                first, second = place.chunk(2)
+                first, second = own_rows.chunk(2)
                 first.copy_(part.chunk(2)[1])
                 second.copy_(part.chunk(2)[0])
             else:
-                place.copy_(part)
+                own_rows.copy_(part)
 
 
 def diffusers_parts(names: Iterable[str], params: FluxParams | AutoEncoderParams) -> dict[str, Parts]:

@@ -1,6 +1,7 @@
 """Weights into networks: strictly, tensor by tensor, from memory-mapped files straight to their device and dtype.
 
-`sources` says where the files are and has checked that they fit; loading a network of 24 GB needs no second copy of it.
+`locate` has found the files and `inspect` has checked that they fit; loading a network of 24 GB needs no second copy of
+it.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,7 @@
 
 The order: arguments (`--checkpoint`, `--ae_checkpoint`), environment variables, the package, the hub's cache, the hub.
 What lies in the file or the folder of the transformer that was named comes before the package and the hub. A path that
-is named but missing is an error, never a download. What is found is checked (`contents`) and announced; `weights`
-loads.
+is named but missing is an error, never a download. What is found is checked (`inspect`) and announced; `load` loads it.
 """
 
 from collections.abc import Mapping
@@ -61,11 +60,11 @@ def locate_model(
     downloads, and at the end which file was taken for each part.
     """
     transformer = _transformer_on_disk(spec, checkpoint)
-    draws = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
+    ae = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
     t5, clip = (encoder_on_disk(spec, name, checkpoint, announce) if text else None for name in ("t5", "clip"))
     source = ModelSource(
-        # Small files first: they tell whether the hub gives access at all.
-        autoencoder=(draws or _download(spec, "autoencoder", announce)) if autoencoder else None,
+        # Small files first (arguments are computed in this order): they tell whether the hub gives access at all.
+        autoencoder=(ae or _download(spec, "autoencoder", announce)) if autoencoder else None,
         text=TextSource(
             clip=clip or download_encoder(spec, "clip", announce), t5=t5 or download_encoder(spec, "t5", announce)
         )
@@ -175,7 +174,7 @@ def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
         return candidates[0]
     names = ", ".join(file.name for file in candidates[:3])
     problem = f"{len(candidates)} files that it may be ({names})" if candidates else "no safetensors file"
-    single, diffusers = _places(spec, part)[0], _places(spec, part)[2]
+    single, diffusers = _possible_names(spec, part)[0], _possible_names(spec, part)[2]
     raise FluxIRError(
         f"{named.origin} must lead to the {part} of {spec.name}: the folder {named.path} has {problem}",
         hint=f"name the file itself, or a folder with {single} or {diffusers}",
@@ -184,11 +183,11 @@ def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
 
 def _in_folder(spec: ModelSpec, part: Part, folder: Path) -> Path | None:
     """The weights of one part in a model's folder, in the published or the diffusers layout."""
-    return first_file(folder, _places(spec, part))
+    return first_file(folder, _possible_names(spec, part))
 
 
-def _places(spec: ModelSpec, part: Part) -> tuple[str, ...]:
-    """Where a model's folder or repository may hold the weights of one part: the published single file first."""
+def _possible_names(spec: ModelSpec, part: Part) -> tuple[str, ...]:
+    """The files of a model's folder or repository that may hold the weights of one part: the published one first."""
     name, folder = {
         "transformer": (spec.transformer_file, COMPONENT_FOLDERS[0]),
         "autoencoder": (spec.autoencoder_file, COMPONENT_FOLDERS[1]),
@@ -199,19 +198,19 @@ def _places(spec: ModelSpec, part: Part) -> tuple[str, ...]:
 
 
 def _shipped(spec: ModelSpec, part: Part) -> WeightSource | None:
-    return inspect(spec, part, verified(spec, _places(spec, part)[0]), PACKAGE) if spec.assets else None
+    return inspect(spec, part, verified(spec, _possible_names(spec, part)[0]), PACKAGE) if spec.assets else None
 
 
 def _cached(spec: ModelSpec, part: Part) -> WeightSource | None:
     """What the hub's cache has in full; a set of shards with gaps counts as absent."""
     if spec.repo_id is None:
         return None
-    for place in _places(spec, part):
-        path = hub.cached(spec.repo_id, place)
+    for name in _possible_names(spec, part):
+        path = hub.cached(spec.repo_id, name)
         if path is not None and shards_present(path):
             return inspect(spec, part, path, CACHE)
     return None
 
 
 def _download(spec: ModelSpec, part: Part, announce: Announce | None) -> WeightSource:
-    return inspect(spec, part, hub.download(repository(spec), _places(spec, part)[0], announce), HUB)
+    return inspect(spec, part, hub.download(repository(spec), _possible_names(spec, part)[0], announce), HUB)

@@ -1,7 +1,7 @@
 """Where the text encoders are: folders that transformers reads, or single files of weights as ComfyUI keeps them.
 
-The order of sources is that of `sources`. What a folder is said to hold is checked here, from its configuration; the
-weights are checked when they are read (`pretrained`).
+They are looked for in the order of `locate`; variables name them, and no flag. A folder's configuration is checked
+here, its weights when they are read (`pretrained`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -77,7 +77,7 @@ _PUBLISHED: dict[Encoder, Mapping[str, Any]] = {
         "projection_dim": 768,
         "hidden_act": "quick_gelu",
         "bos_token_id": 0,
-        "eos_token_id": 2,
+        "eos_token_id": 2,  # wrong, and published so: `models.text.clip.ClipText` knows
         "pad_token_id": 1,
     },
 }

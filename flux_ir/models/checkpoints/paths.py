@@ -18,7 +18,6 @@ COMPONENT_FOLDERS = ("transformer", "vae")
 _MODEL_FOLDERS = (*COMPONENT_FOLDERS, "diffusion_models", "unet", "checkpoints", "text_encoders", "clip")
 """Those, and where ComfyUI keeps networks: what belongs to them lies in folders beside."""
 
-
 VARIANTS = ("", ".bf16", ".fp16")
 """What diffusers and transformers put into the names of weights that were saved in another precision."""
 
@@ -82,10 +81,10 @@ def verified(spec: ModelSpec, relative: str) -> Path:
     if not path.is_file():
         raise FluxIRError(f"{spec.name} ships in the package, but {path} is missing", hint="install the package again")
     stat = path.stat()
-    found, wanted = _sha256(path, stat.st_size, stat.st_mtime_ns), spec.sha256.get(relative)
-    if found != wanted:
+    digest, shipped = _sha256(path, stat.st_size, stat.st_mtime_ns), spec.sha256.get(relative)
+    if digest != shipped:
         raise FluxIRError(
-            f"{path} is not the file that was shipped: its sha256 is {found}, the provenance says {wanted}",
+            f"{path} is not the file that was shipped: its sha256 is {digest}, the provenance says {shipped}",
             hint="install the package again",
         )
     return path
