@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         for level, mult in enumerate(params.ch_mult):
             blocks, channels = _residual_blocks(channels, params.ch * mult, params.num_res_blocks, groups)
             last = level == len(params.ch_mult) - 1
-            self.down.append(Level(blocks, down=None if last else channels))
+            self.down.append(Level(blocks, down_channels=None if last else channels))
         self.mid = Middle(channels, groups)
         self.norm_out = group_norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, 2 * params.z_channels, kernel_size=3, padding=1)
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for level, mult in reversed(list(enumerate(params.ch_mult))):
             blocks, channels = _residual_blocks(channels, params.ch * mult, params.num_res_blocks + 1, groups)
-            levels.insert(0, Level(blocks, up=channels if level else None))
+            levels.insert(0, Level(blocks, up_channels=channels if level else None))
         self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, params.out_ch, kernel_size=3, padding=1)
@@ -109,7 +109,7 @@ class AutoEncoder(nn.Module):
         return mean, log_variance
 
     def encode(self, x: Image) -> Latent:
-        """The mean latent, shifted and scaled: the same picture always gives the same latent."""
+        """The mean latent, shifted and scaled: no draw, so the same picture always gives the same latent."""
         mean, _ = self.moments(x)
         return self.params.scale_factor * (mean - self.params.shift_factor)
 

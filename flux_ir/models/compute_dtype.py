@@ -87,7 +87,10 @@ def bfloat16_on(device: str | torch.device) -> Bfloat16:
 
 
 def _bfloat16_on_cpu() -> Bfloat16:
-    """OneDNN has the convolutions and products. It also says yes where AVX512 without bfloat16 stands in for it."""
+    """Whether oneDNN, which computes convolutions and products on a CPU, has bfloat16 instructions to do it with.
+
+    Its own answer is not enough: it says yes as well where it emulates them with AVX512.
+    """
     if platform.machine() not in X86:
         return Bfloat16(real=False, reason=f"bfloat16 on CPUs of the kind {platform.machine()} was never measured")
     instructions = {

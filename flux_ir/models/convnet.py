@@ -78,13 +78,15 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """One resolution of the encoder or decoder: its residual blocks and, where there is one, its resampling layer."""
 
-    def __init__(self, blocks: list[ResnetBlock], *, down: int | None = None, up: int | None = None) -> None:
+    def __init__(
+        self, blocks: list[ResnetBlock], *, down_channels: int | None = None, up_channels: int | None = None
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        if down is not None:
-            self.downsample = Downsample(down)
-        if up is not None:
-            self.upsample = Upsample(up)
+        if down_channels is not None:
+            self.downsample = Downsample(down_channels)
+        if up_channels is not None:
+            self.upsample = Upsample(up_channels)
 
     def forward(self, h: AnyFeatureMap) -> AnyFeatureMap:
         for block in self.block:

@@ -23,7 +23,7 @@ MOST_GPUS = max(SPREAD)  # with more, the rest stay free
 
 @dataclass(frozen=True)
 class Placement:
-    """The device of each part. With `offload` a part is there while it is needed, and on the CPU otherwise."""
+    """The device of each part. With `offload` a part is on its device while it is needed, and on the CPU otherwise."""
 
     t5: str
     clip: str

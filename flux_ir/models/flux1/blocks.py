@@ -19,10 +19,10 @@ TIME_CHANNELS = 256
 
 
 def timestep_embedding(t: PerSample, dim: int = TIME_CHANNELS, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of flow time t in [0, 1]: [batch, dim] in the dtype of `t`, cosines first.
+    """Sinusoidal embedding of flow time t in [0, 1], or of guidance: [batch, dim] in the dtype of `t`, cosines first.
 
     The factor 1000 is applied in the dtype of `t`, so bf16 times are rounded (0.75 -> 752) exactly as the published
-    models saw them in training.
+    models saw them in training. Guidance takes the same factor.
     """
     t = 1000.0 * t
     half = dim // 2

@@ -25,7 +25,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-_WRONG_END = 2
+_WRONG_END = 2  # what `ClipTextParams.eos_token_id` says in old configurations
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,17 @@ class ClipText(nn.Module):
 
 
 class ClipPhrase(ClipText):
-    """The whole text tower: texts in the space that CLIP's pictures and texts share."""
+    """CLIP's text half with its projection: texts as vectors of the space that pictures and texts share.
+
+    transformers calls it CLIPTextModelWithProjection. FLUX.1 does not use it: labels of features do.
+    """
 
     def __init__(self, params: ClipTextParams, projection_dim: int) -> None:
         super().__init__(params)
         self.text_projection = nn.Linear(params.hidden_size, projection_dim, bias=False)
 
     def forward(self, ids: TokenIds) -> Pooled:
-        """One vector per text, of any length: see `flux_ir.models.clip.ClipPicture`."""
+        """One vector per text, not normalised: see `flux_ir.models.clip.ClipPicture`."""
         return self.text_projection(super().forward(ids))
 
 

@@ -19,10 +19,10 @@ from flux_ir.models.checkpoints.pretrained import load_pretrained, read_config, 
 from flux_ir.models.text.clip import ClipPhrase, ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
 from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
-from flux_ir.shapes import Pooled, TokenIds, TxtTokens
+from flux_ir.shapes import Context, Pooled, TokenIds
 
 CLIP_TOKENS = 77
-_WHAT, _WHAT_CLIP = "the text encoder", "the CLIP model"
+_WHAT, _WHAT_CLIP = "the text encoder", "the CLIP model"  # in errors
 
 # T5's embedding may stand under the name that it has inside the encoder, or under both: they are one tensor.
 T5_ALIASES = {"encoder.embed_tokens.": "shared."}
@@ -40,10 +40,10 @@ _WORDS = re.compile(r"\w+|[^\w\s]+")
 class TextEmbedding(NamedTuple):
     """What the transformer is told: a vector per text token from T5 and one pooled vector from CLIP."""
 
-    txt: TxtTokens
-    """[prompts, tokens, d] from T5."""
+    txt: Context
+    """[prompts, tokens, d] from T5, padding included; `Flux.txt_in` brings it to the width of the network."""
     y: Pooled
-    """[prompts, d] from CLIP: `vec` in the reference code."""
+    """[prompts, d] from CLIP. The reference code calls it `vec`; here `vec` is what `Flux.conditioning` makes of it."""
 
     def digest(self) -> str:
         """16 hex digits that stand for the values, whatever their dtype and device."""
@@ -170,7 +170,10 @@ def load_clip(
 
 
 def load_phrase_tower(folder: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    """The text half of a CLIP checkpoint whole, with its projection and tokenizer. Raises FluxIRError likewise."""
+    """CLIP's text half with its projection and tokenizer, from a folder of transformers.
+
+    Raises FluxIRError as `load_t5` does.
+    """
     size = read_config(folder, what=_WHAT_CLIP).get("projection_dim", 512)
     clip = load_pretrained(
         partial(ClipPhrase, projection_dim=size),

@@ -206,7 +206,7 @@ class T5GatedFeedForward(nn.Module):
 def gelu_new(x: Tensor) -> Tensor:
     """GELU by its tanh formula (Hendrycks & Gimpel, 2016), each operation rounded to the dtype of `x`.
 
-    `F.gelu(x, approximate="tanh")` rounds once at the end: other bits, in bfloat16 by far more than T5 was run with.
+    `F.gelu(x, approximate="tanh")` rounds once, at the end: in bfloat16 its bits are not those of transformers.
     """
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 

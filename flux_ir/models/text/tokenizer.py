@@ -1,8 +1,8 @@
 """Prompts as token numbers, by the library `tokenizers`, from the files beside a text encoder.
 
-The files are a `tokenizer.json`, which says everything, or what came before it: `vocab.json` with `merges.txt` of CLIP,
-`spiece.model` of T5 (SentencePiece, Kudo & Richardson, 2018). Of the older ones the numbers are those that transformers
-gives (`tests/models/text/test_tokenizer.py`), whose import takes several times as long as PyTorch's.
+The files are a `tokenizer.json`, which says everything, or the older form: `vocab.json` with `merges.txt` of CLIP,
+`spiece.model` of T5 (SentencePiece, Kudo & Richardson, 2018). Read from the older form, the token numbers are those of
+transformers (`tests/models/text/test_tokenizer.py`), whose import takes several times as long as PyTorch's.
 
 A prompt is cut or padded to a fixed length, as in the reference. Nothing of a tokenizer changes once it is made, so
 any number of threads may use one.
@@ -161,22 +161,22 @@ def _unigrams(folder: Path, roles: dict[str, str]) -> Tokenizer:
 
     model: Any = schema.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString((folder / SENTENCEPIECE).read_bytes())
-    how = model.normalizer_spec
-    if model.trainer_spec.model_type != _UNIGRAM or model.trainer_spec.byte_fallback or not how.add_dummy_prefix:
+    normalizer, trainer = model.normalizer_spec, model.trainer_spec
+    if trainer.model_type != _UNIGRAM or trainer.byte_fallback or not normalizer.add_dummy_prefix:
         raise FluxIRError(f"{SENTENCEPIECE} must be a unigram model without bytes, as that of T5 is")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
-    # T5's marks of gaps stand behind the pieces of the file, the last of them first.
-    gaps = [f"<extra_id_{number}>" for number in range(_said(folder).get("extra_ids", 100))]
+    # T5's sentinels (Raffel et al., 2020, section 3.1.4) stand behind the pieces of the file, the last of them first.
+    sentinels = [f"<extra_id_{number}>" for number in range(_tokenizer_config(folder).get("extra_ids", 100))]
     backend = Tokenizer(
-        models.Unigram([*pieces, *((gap, 0.0) for gap in reversed(gaps))], unk_id=model.trainer_spec.unk_id)
+        models.Unigram([*pieces, *((sentinel, 0.0) for sentinel in reversed(sentinels))], unk_id=trainer.unk_id)
     )
-    if how.precompiled_charsmap:
-        backend.normalizer = normalizers.Precompiled(how.precompiled_charsmap)
+    if normalizer.precompiled_charsmap:
+        backend.normalizer = normalizers.Precompiled(normalizer.precompiled_charsmap)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always")]
     )
     names = _T5_ROLES | roles
-    _add_special(backend, folder, [*names.values(), *gaps])
+    _add_special(backend, folder, [*names.values(), *sentinels])
     end = names["eos_token"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, backend.token_to_id(end))]
@@ -190,7 +190,8 @@ def _add_special(backend: Tokenizer, folder: Path, names: list[str]) -> None:
     Raises FluxIRError for an added token that would get another number than the folder says.
     """
     backend.add_special_tokens(list(dict.fromkeys(names)))
-    added = {int(number): token for number, token in _said(folder).get("added_tokens_decoder", {}).items()}
+    config = _tokenizer_config(folder)
+    added = {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
     for number, token in sorted(added.items()):
         flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
         backend.add_tokens([AddedToken(token["content"], **flags)])
@@ -210,11 +211,11 @@ def _usual_roles(backend: Tokenizer) -> dict[str, str]:
 def _roles(folder: Path) -> dict[str, str]:
     """The special tokens that the folder names, by their roles, as transformers calls these."""
     older = read_json(folder / _SPECIAL_TOKENS) if (folder / _SPECIAL_TOKENS).is_file() else {}
-    said = older | {role: token for role, token in _said(folder).items() if token is not None}
+    said = older | {role: token for role, token in _tokenizer_config(folder).items() if token is not None}
     named = {role: said[role] for role in _ROLES if said.get(role) is not None}
     return {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
 
 
-def _said(folder: Path) -> dict[str, Any]:
-    """What the folder says of its tokenizer."""
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`; empty where there is none."""
     return read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
