@@ -33,14 +33,14 @@ from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import Recorder, TextRecorder, TextSink
 from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.generate import (
-    UNLIKE,
+    OTHER_FAMILY,
     check_size,
     check_steps,
     decode,
     noise_for,
     prepare,
+    round_trip_error,
     sample,
-    unlike_latents,
 )
 from flux_ir.sampling.image import MOST_EXIF_BYTES, jpeg_bytes
 from flux_ir.sampling.latents import image_ids
@@ -380,12 +380,12 @@ def save_picture(
     source = suite.source.autoencoder
     with suite.autoencoder() as autoencoder:
         if source is not None and source.origin not in (PACKAGE, CACHE, HUB):
-            unlike = unlike_latents(autoencoder, latent, job.height, job.width)
-            if unlike > UNLIKE:
+            error = round_trip_error(autoencoder, latent, job.height, job.width)
+            if error > OTHER_FAMILY:
                 progress(
                     Note(
                         f"note: {source.path} may be the autoencoder of another model, such as Stable Diffusion 3: "
-                        f"of the picture it draws it makes latents that are {unlike:.0%} off the sampler's"
+                        f"of the picture it draws it makes latents that are {error:.0%} off the sampler's"
                     )
                 )
         pixels = decode(autoencoder, latent, job.height, job.width, suite.dtype)

@@ -10,7 +10,7 @@ from torch import nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.shapes import PackedLatent, PerSample, Pooled, PositionIds, TxtTokens, Velocity
+from flux_ir.shapes import Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
 
 
 class Step(NamedTuple):
@@ -58,7 +58,7 @@ def denoise(
     model: Flux,
     img: PackedLatent,
     img_ids: PositionIds,
-    txt: TxtTokens,
+    txt: Context,
     txt_ids: PositionIds,
     y: Pooled,
     timesteps: list[float],
@@ -72,21 +72,22 @@ def denoise(
     that may be one step late, so that nothing waits for it; the last step is not yielded before its state is known.
     """
     times = list(pairwise(timesteps))
-    unsure: list[_Check] = []
+    checks: list[_FinitenessCheck] = []  # of states that are not known to be finite yet: two at most
     for number, (t_curr, t_prev) in enumerate(times):
         velocity = model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, per_sample(guidance, img))
         after = euler_step(img, velocity, t_curr, t_prev)
         step = Step(number, t_curr, t_prev, img, velocity, after)
-        unsure.append(_Check(step))
-        while unsure and (len(unsure) > 1 or not unsure[0].is_late or number == len(times) - 1):
-            if not (check := unsure.pop(0)).is_finite():
+        checks.append(_FinitenessCheck(step))
+        # On a GPU the newest check waits for the next turn, but for the last step's: asking now would stall the device.
+        while checks and (len(checks) > 1 or not checks[0].is_late or number == len(times) - 1):
+            if not (check := checks.pop(0)).is_finite():
                 raise _not_finite(model, check.step, img_ids, txt, txt_ids, y, guidance)
         yield step
         img = after
 
 
-class _Check:
-    """Whether the state after a step is finite, on its way from the device."""
+class _FinitenessCheck:
+    """Whether the state after a step is finite: asked at once, answered when the device has come to it."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -111,7 +112,7 @@ class _Check:
         return bool(self._answer)
 
 
-class _Found(Exception):  # noqa: N818 (a signal, not an error)
+class _FirstNotFinite(Exception):  # noqa: N818 (a signal, not an error)
     """Ends the search at the first values that are not finite; its argument says whose they are."""
 
 
@@ -119,7 +120,7 @@ def _not_finite(
     model: Flux,
     step: Step,
     img_ids: PositionIds,
-    txt: TxtTokens,
+    txt: Context,
     txt_ids: PositionIds,
     y: Pooled,
     guidance: float,
@@ -140,10 +141,10 @@ def _not_finite(
     try:
         for name, value in inputs.items():
             if not value.isfinite().all():
-                raise _Found(name)
+                raise _FirstNotFinite(name)
         twin(img, img_ids, txt, txt_ids, per_sample(step.t_curr, img), y, per_sample(guidance, img))
         whose = "nothing of the network by itself: something that changes it while it runs did this"
-    except _Found as found:
+    except _FirstNotFinite as found:
         whose = str(found)
     sound = step.after.flatten(1).isfinite().all(dim=1).tolist()
     return StateNotFiniteError(
@@ -158,6 +159,6 @@ def _watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         pair = output if isinstance(output, tuple) else (output,)
         for stream, value in zip(("img", "txt"), pair, strict=False):
             if not value.isfinite().all():
-                raise _Found(f"{name}.{stream}" if len(pair) > 1 else name)
+                raise _FirstNotFinite(f"{name}.{stream}" if len(pair) > 1 else name)
 
     return look

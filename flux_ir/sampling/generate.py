@@ -1,4 +1,8 @@
-"""Whole prompts: noise and text in, steps out, pixels at the end. The pictures of a batch are independent."""
+"""From noise and text to steps (`denoise`), and from the last step to pixels. Pictures of a batch are independent.
+
+These take networks that are on their devices already; `flux_ir.api.models` has the public calls of the same names,
+which take a loaded model.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,16 +18,16 @@ from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.denoise import Step, denoise
 from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, text_ids, unpack
-from flux_ir.shapes import Latent, PackedLatent, Pixels, Pooled, PositionIds, TxtTokens
+from flux_ir.shapes import Context, Latent, PackedLatent, Pixels, Pooled, PositionIds
 from flux_ir.threads import in_order
 
 
 class Inputs(NamedTuple):
-    """What the transformer is called with at the first step, for a batch of prompts."""
+    """What the transformer is called with at the first step, for a batch of prompts; later steps change `img` alone."""
 
     img: PackedLatent
     img_ids: PositionIds
-    txt: TxtTokens
+    txt: Context
     txt_ids: PositionIds
     y: Pooled
 
@@ -102,17 +106,17 @@ def _decode_together(autoencoder: AutoEncoder, dtype: torch.dtype, latents: Late
 
 
 _MIDDLE = 16  # latent pixels along each side: 128 px
-UNLIKE = 0.5
-"""From so much on, `unlike_latents` speaks of another family's autoencoder: between the two numbers measured there."""
+OTHER_FAMILY = 0.5
+"""A larger `round_trip_error` is that of another family's autoencoder: half-way between the numbers measured there."""
 
 
 @torch.no_grad()
-def unlike_latents(autoencoder: AutoEncoder, packed: PackedLatent, height: int, width: int) -> float:
-    """How far the latents of a finished picture are from those that the autoencoder encodes their picture to.
+def round_trip_error(autoencoder: AutoEncoder, packed: PackedLatent, height: int, width: int) -> float:
+    """||encode(decode(z)) - z|| / ||z|| of the latents z of a finished picture, in float32, for the picture's middle.
 
-    Relative to them, for the middle of the picture, in float32. Small for the autoencoder that the transformer was
-    trained with (0.25 with flux-tiny's, for what is cut at the edges). One of another family with the same tensors
-    gives 1 - r, if its latents are r times as large: 0.76 for Stable Diffusion 3's.
+    Small for the autoencoder that the transformer was trained with (0.25 with flux-tiny's, because the middle is cut
+    out of its surroundings). The autoencoder of another family with the same tensors, whose own latents are r times as
+    large, gives 1 - r: 0.76 for Stable Diffusion 3's.
     """
     latents = unpack(packed.float(), height, width)
     top, left = ((side - min(side, _MIDDLE)) // 2 for side in latents.shape[-2:])

@@ -7,10 +7,10 @@ from PIL import ExifTags, Image
 from flux_ir.shapes import Pixels
 
 JPEG_QUALITY = 95
-MAKER = "Black Forest Labs"
 MOST_EXIF_BYTES = 60_000
 """The longest prompt that is written into a picture: a JPEG's EXIF data ends at 64 kB."""
-SOFTWARE = "AI generated;txt2img;flux"
+# As the published sampler writes them.
+SOFTWARE, MAKER = "AI generated;txt2img;flux", "Black Forest Labs"
 
 
 def jpeg_bytes(pixels: Pixels, index: int = 0, *, model: str | None = None, prompt: str | None = None) -> bytes:

@@ -4,7 +4,6 @@ import math
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
 
 from flux_ir.shapes import Latent, PackedLatent, PositionIds
 
@@ -53,6 +52,6 @@ def image_ids(batch: int, height: int, width: int) -> PositionIds:
     return repeat(ids, "h w axes -> b (h w) axes", b=batch)
 
 
-def text_ids(batch: int, txt_tokens: int) -> Tensor:
-    """Positions of the text tokens, float32 [batch, txt_tokens, 3]: all zero, order is the text encoder's business."""
+def text_ids(batch: int, txt_tokens: int) -> PositionIds:
+    """Positions of the text tokens, float32 [batch, tokens, 3]: all zero, T5 has seen to their order."""
     return torch.zeros(batch, txt_tokens, 3)

@@ -1,4 +1,4 @@
-"""When the sampler looks: the flow times of its steps, from 1 (noise) down to 0 (image)."""
+"""The flow times between which the sampler steps, from 1 (noise) down to 0 (image)."""
 
 import math
 

@@ -14,7 +14,7 @@ from flux_ir.models.checkpoints.locate import locate_autoencoder
 from flux_ir.models.registry import get_spec
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.denoise import clean_estimate, euler_step
-from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample, to_pixels, unlike_latents
+from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, round_trip_error, sample, to_pixels
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import pack
 from flux_ir.sampling.schedule import get_schedule
@@ -145,5 +145,5 @@ def test_an_autoencoder_of_another_family_shows_in_the_latents_it_gives_back() -
         half /= times
     picture = torch.from_numpy(np.array(draw(scene_at(0, 0))))
     latent = pack(own.encode(picture.permute(2, 0, 1)[None].float() / 127.5 - 1))
-    assert unlike_latents(own, latent, 128, 128) < 0.35
-    assert unlike_latents(other, latent, 128, 128) > 0.65
+    assert round_trip_error(own, latent, 128, 128) < 0.35
+    assert round_trip_error(other, latent, 128, 128) > 0.65
