@@ -1,1 +1,1 @@
-"""Sparse autoencoders: six architectures, their data, training, files and measures. Start at `base`."""
+"""Sparse autoencoders: six architectures, their data, training, files and measures. Start at `architectures`."""

@@ -1,1 +1,5 @@
-"""The arithmetic of a sparse autoencoder whose codes have k entries: one reference, a CPU path and a GPU path."""
+"""The arithmetic of sparse autoencoders.
+
+Of those whose codes have k entries a token: `reference`, as the papers write it; `cpu` and `gpu`, the same numbers
+without dense codes; `choose`, which takes one of the three. Where codes are dense: `products`.
+"""

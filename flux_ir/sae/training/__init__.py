@@ -1,1 +1,1 @@
-"""How weights come about. `step` is the whole of it; `optimiser`, `schedules` and `resample` are its parts."""
+"""How weights come about. `step` is one optimiser step, with `optimiser` and `schedules`; `checkpoints` saves it."""
