@@ -29,7 +29,7 @@ from flux_ir.sae.data.filters import SiteKey
 from flux_ir.sae.data.whitening import Whitening
 from flux_ir.sae.evaluation.metrics import evaluate, to_json
 from flux_ir.sae.files.folder import CONFIG_FILE, log_frequency_of, save_sae
-from flux_ir.sae.training.checkpoints import DIVERGED, TrainingCheckpoints
+from flux_ir.sae.training.checkpoints import DIVERGED_HINT, TrainingCheckpoints
 from flux_ir.sae.training.step import FinishedStep, Member, Trainer, TrainSettings, state_of, train
 
 TRAINING = "training.json"
@@ -232,7 +232,7 @@ class TrainingRun:
                 raise FluxIRError(
                     f"the training diverged: the loss of {name} is {numbers['loss']} after {step.optimiser_step} "
                     "optimiser steps; checkpoints from before are kept",
-                    hint=DIVERGED,
+                    hint=DIVERGED_HINT,
                 )
             position = {"step": step.optimiser_step, "tokens": step.tokens}
             rate = {"learning_rate": schedules[name].rate(step.optimiser_step - 1)}

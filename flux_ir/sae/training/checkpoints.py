@@ -1,9 +1,10 @@
 """Checkpoints of a training run: complete or absent, without pickle, and enough to go on bit for bit.
 
-A checkpoint is a folder: `state.json` (counters, settings, data cursor, curves), `shared.safetensors` (what all
-processes have alike: weights, statistics, thresholds, averages, dead counters, the pool's state) and `rank_0000`,
-`rank_0001`... `.safetensors` (the rows of the moments that each process keeps). It is written to a temporary folder
-that is renamed after a barrier. Draws are seeded by the step they happen in, so there is no random state to save.
+A checkpoint is a folder: `state.json` (counters, settings, position in the data, curves), `shared.safetensors` (what
+all processes have alike: weights, statistics, thresholds, averages, dead counters) and `rank_0000`, `rank_0001`...
+`.safetensors` (the rows of the moments that each process keeps). The shuffle buffer is not saved: it is read again. A
+checkpoint is written to a temporary folder that is renamed after a barrier. Draws are seeded by the step they happen
+in, so there is no random state to save.
 """
 
 import json
@@ -25,7 +26,9 @@ from flux_ir.files import complete_file, disk_error, read_json, write_json
 from flux_ir.sae.training.optimiser import RowRange
 
 KEPT = 2  # one more than needed: the newest may be damaged
-DIVERGED = "pass a lower --lr with another --name, and keep --clip at 1: the same command would come to the same end"
+DIVERGED_HINT = (
+    "pass a lower --lr with another --name, and keep --clip at 1: the same command would come to the same end"
+)
 _NAME = re.compile(r"step_(\d{9})")
 _TENSOR = "tensor:"  # begins the text that replaces a tensor in the JSON
 
@@ -96,12 +99,12 @@ class TrainingCheckpoints:
         wrong = not_finite(tensors)
         if not all_sum(torch.tensor([len(wrong)]), self.ranks).item():
             return
-        kept = max(self._complete(), default=None)
+        kept = self.newest()
         before = f"{kept} is from before, and kept" if kept else "nothing was saved before"
         raise FluxIRError(
             f"the training diverged: after {step} optimiser steps {wrong[0] if wrong else 'a moment'} is not finite, "
             f"so no checkpoint was written; {before}",
-            hint=DIVERGED,
+            hint=DIVERGED_HINT,
         )
 
     def _complete(self) -> list[Path]:
@@ -145,14 +148,10 @@ class SavedRun:
             raise FluxIRError(f"{path} is no checkpoint of this program: {error}", hint="delete it") from error
         if wrong := not_finite(self.shared):
             raise FluxIRError(
-                f"{path} cannot be resumed from: {wrong[0]} is not finite", hint=f"delete it, and {DIVERGED}"
+                f"{path} cannot be resumed from: {wrong[0]} is not finite", hint=f"delete it, and {DIVERGED_HINT}"
             )
         self.state: dict[str, Any] = put_tensors(plain, self.shared)
         self._shards = sorted(path.glob("rank_*.safetensors"))
-
-    def below(self, prefix: str) -> dict[str, Tensor]:
-        """The shared tensors whose name starts with the prefix, by the rest of their name."""
-        return {name.removeprefix(prefix): tensor for name, tensor in self.shared.items() if name.startswith(prefix)}
 
     def moment(self, name: str, rows: RowRange) -> Tensor:
         """Rows of a moment, put together from the processes that kept them."""
