@@ -1,7 +1,7 @@
 """The arithmetic of sparse autoencoders, by the path that suits the device and the sizes. Everyone imports from here.
 
-All functions take float32 master weights; `bf16_copy` (kept fresh by `adam_rows_`) is what the large products are made
-with, where it is given. Codes have the form values [n, k], indices [n, k] int64.
+All functions take float32 master weights; `bf16_copy` (kept fresh by `adam_rows_`) is what `cpu` and `gpu`
+make the large products with, where it is given. Codes have the form values [n, k], indices [n, k] int64.
 """
 
 import os
@@ -38,9 +38,9 @@ _FORCED: list[KernelPath] = []
 def path_for(tensor: Tensor) -> KernelPath:
     """The path that works on `tensor`. Each path then chooses between sparse and dense products by the sizes.
 
-    On a GPU that is the reference, unless the environment variable FLUX_IR_TRITON is 1: Triton's kernels never ran on
-    one. They sum in float32, so float64 goes to the reference in any case, and everything where there is no Triton (it
-    comes with PyTorch for Linux).
+    On a GPU that is the reference, which makes its products with the float32 masters whatever `bf16_copy` is, unless
+    the environment variable FLUX_IR_TRITON is 1: Triton's kernels never ran on one. They sum in float32, so float64
+    goes to the reference in any case, and everything where there is no Triton (it comes with PyTorch for Linux).
     """
     if _FORCED:
         return _FORCED[-1]

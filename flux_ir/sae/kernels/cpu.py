@@ -23,7 +23,7 @@ __all__ = ["adam_rows_", "encode_top_k", "sparse_decode", "top_k"]
 DENSE_BELOW = 16
 # Pre-activations in work at a time: a few MB, so that they are chosen from before they leave the cache.
 CHUNK_ENTRIES = 3 << 20
-# Features for which Adam works at a time: weights, gradient and both moments stay in the L2 cache.
+# Entries of a matrix that Adam works on at a time: they, their gradient and both moments stay in the L2 cache.
 ADAM_ENTRIES = 1 << 17
 # Rows of a weight gradient made at a time: a few MB.
 FEATURES_AT_ONCE = 1024

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Columns are folded this many times to find where the largest can be; rows up to LEAF * k wide are searched directly.
+# So many columns make a group, to find where the largest can be; rows up to LEAF * k wide are searched directly.
 FOLD, LEAF = 8, 16
 
 
@@ -15,10 +15,10 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact, by halves: the k largest of a row lie in the k of its column groups whose maxima are largest.
+    """Values and columns, exact: the k largest of a row lie in the k of its column groups whose maxima are largest.
 
-    A group is `groups` apart columns, so that maxima are taken of whole rows at once (vector instructions). Columns
-    left over join the candidates.
+    The FOLD columns of a group are `groups` apart, so that maxima are taken of whole rows at once (vector
+    instructions). Columns left over join the candidates. Both searches, for the groups and within them, recurse.
     """
     n, width = pre.shape
     groups = width // FOLD
