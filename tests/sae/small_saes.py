@@ -17,9 +17,9 @@ def xn_of(n=N, seed=0, dtype=torch.float32):
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def state_of(sae, *, dead=None, l1_scale=1.0, across=None, k=None):
+def state_of(sae, *, dead=None, sparsity_scale=1.0, across=None, k=None):
     across = losses.OneProcess() if across is None else across
-    return TrainingState(0, 0, dead, k or sae.config.k, l1_scale, across)
+    return TrainingState(0, 0, dead, k or sae.config.k, sparsity_scale, across)
 
 
 def made(architecture, **fields):

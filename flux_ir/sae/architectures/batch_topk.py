@@ -18,7 +18,7 @@ from flux_ir.sae.architectures.topk import auxiliary_loss
 from flux_ir.sae.kernels.choose import EncodedTopK, encode_top_k, sparse_decode
 
 _CANDIDATES = 4
-"""How many times k columns are looked at per token. A token that had more of the batch's largest is noticed."""
+"""Columns that are looked at per token at first, in units of k. A token with more of the batch's largest is noticed."""
 
 
 class BatchTopK(SparseAutoencoder):

@@ -33,14 +33,15 @@ class Gated(SparseAutoencoder):
         """||x - x_hat||^2 + lambda sum relu(pi_gate) + ||x - x_hat of relu(pi_gate)||^2, the mean over tokens (eq. 8).
 
         The gate's step has no gradient: the gate learns from the second and the third term alone. In the third the
-        decoder is held, so that it is trained for the features and not for the gates.
+        decoder is held, so that it is trained for the features and not for the gates. The code has ||d_f|| in the
+        second term, as `l1` does: rows of the decoder have length 1.
         """
         gate, z = self._gate_and_features(xn)
         opened = gate.relu()
         error = losses.squared_error(self.reconstruct(z), xn)
         return losses.parts(
             error,
-            self.config.l1_weight * state.l1_scale * losses.l1(opened, self.W_dec),
+            self.config.l1_weight * state.sparsity_scale * losses.l1(opened, self.W_dec),
             losses.squared_error(self._reconstruct_held(opened), xn),
             fired=losses.fired(z),
             l0=losses.mean_active(z),

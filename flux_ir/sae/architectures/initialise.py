@@ -43,9 +43,8 @@ def normalisation_of(x: Float[Tensor, "n d_in"]) -> Normalisation:
 def initialise_(sae: SparseAutoencoder, sample: Float[Tensor, "n d_in"] | None) -> None:
     """Draw the weights in place; `sample` are normalised tokens for b_dec, which is 0 without them.
 
-    Raises FluxIRError for tokens so short or long that the losses would not be what they say.
-
-    The other parameters keep the values their architecture gives them: biases 0, thresholds as `JumpReLU` says.
+    The other parameters keep the values their architecture gives them: biases 0, thresholds as `JumpReLU` says. Raises
+    FluxIRError for tokens so short or long that the losses would not be what they say.
     """
     config = sae.config
     if sample is not None:

@@ -1,7 +1,7 @@
 """JumpReLU (Rajamanoharan et al. 2024b): each feature has a threshold of its own, learnt, below which it is 0.
 
 A threshold moves the loss only by the jumps of activations that cross it. So its gradient is an estimate: the density
-of pre-activations at the threshold, taken with a rectangle of the width `bandwidth` on both sides of it.
+of pre-activations at the threshold, taken with a rectangle `bandwidth` wide that is centred on it.
 """
 
 import math
@@ -49,7 +49,7 @@ class JumpReLU(SparseAutoencoder):
         fvu = losses.squared_error(self.reconstruct(z), xn) / losses.variance(xn, state.across)
         return losses.parts(
             fvu,
-            self.config.l0_weight * state.l1_scale * penalty,
+            self.config.l0_weight * state.sparsity_scale * penalty,
             None,
             fired=losses.fired(z),
             l0=l0,
@@ -111,5 +111,5 @@ class _Step(torch.autograd.Function):
 
 
 def _density(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """The rectangle kernel, 1 / bandwidth within half of it on both sides of the threshold."""
+    """The rectangle kernel, 1 / bandwidth where pre is within bandwidth / 2 of the threshold, else 0."""
     return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth

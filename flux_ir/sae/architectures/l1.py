@@ -17,7 +17,7 @@ class L1(SparseAutoencoder):
         error = losses.squared_error(self.reconstruct(z), xn)
         return losses.parts(
             error,
-            self.config.l1_weight * state.l1_scale * losses.l1(z, self.W_dec),
+            self.config.l1_weight * state.sparsity_scale * losses.l1(z, self.W_dec),
             None,
             fired=losses.fired(z),
             l0=losses.mean_active(z),

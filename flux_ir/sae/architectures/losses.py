@@ -51,8 +51,8 @@ class TrainingState(NamedTuple):
     """The features without an activation above 0 for too many tokens; None: no auxiliary loss in this step."""
     k: int
     """Active features in this step (it may be annealed)."""
-    l1_scale: float = 1.0
-    """0 to 1: what the sparsity penalty is multiplied by while it warms up."""
+    sparsity_scale: float = 1.0
+    """0 to 1: what the penalty of l1, gated and jumprelu is multiplied by while it warms up."""
     across: Across = OneProcess()
 
 
@@ -84,7 +84,9 @@ def variance(x: Rows, across: Across) -> Scalar:
 
 
 def auxk(residual: Rows, reconstruction: Rows, across: Across) -> Scalar:
-    """How badly dead features explain what the living left over: 1 is no better than its mean (Gao et al. 2024, A.2).
+    """AuxK: the share of the residual's variance that dead features leave unexplained (Gao et al. 2024, A.2).
+
+    1 is what the residual's mean alone would leave.
 
     `residual` is a target, so it gets no gradient; `reconstruction` is without b_dec, which the residual is free of.
     """
@@ -93,7 +95,7 @@ def auxk(residual: Rows, reconstruction: Rows, across: Across) -> Scalar:
 
 
 def l1(z: FeatureRows, decoder: Float[Tensor, "d_sae d_in"]) -> Scalar:
-    """Mean over tokens of sum_f |z_f| ||d_f||: the decoder norm enters here and nowhere else in the loss."""
+    """Mean over tokens of sum_f |z_f| ||d_f||: the decoder norm enters no other term of a loss."""
     return (z.abs() * decoder.norm(dim=1)).sum(dim=1).mean()
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.config import HAS_K, SAEConfig
 from flux_ir.sae.architectures.losses import FeatureRows, LossParts, Rows, TrainingState
 from flux_ir.sae.kernels.choose import sparse_decode
 from flux_ir.sae.kernels.products import PreActivations, Reconstruction
@@ -76,7 +76,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What torch shows between the brackets of the class's name."""
         config = self.config
-        return f"d_in={config.d_in}, d_sae={config.d_sae}" + (f", k={config.k}" if config.k is not None else "")
+        return f"d_in={config.d_in}, d_sae={config.d_sae}" + (f", k={config.k}" if config.architecture in HAS_K else "")
 
     # Inside: normalised space
 
@@ -106,10 +106,10 @@ class SparseAutoencoder(nn.Module, ABC):
         return Reconstruction.apply(z, self.W_dec, self.decoder_bf16, dtype) + self.b_dec
 
     def keep_valid(self) -> None:
-        """Put back what a step of the optimiser may have broken, other than the decoder's norm. Nothing, for most."""
+        """Put parameters back that a step of the optimiser moved out of range (thresholds). Most have no such."""
 
     def start_from(self, xn: Rows) -> None:
-        """Set what should start at values of the data, once the weights are drawn. Nothing, for most."""
+        """Set parameters that start at values of the data, once weights are drawn (thresholds). Most have no such."""
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -178,10 +178,10 @@ class SparseAutoencoder(nn.Module, ABC):
     ) -> Activations:
         """Raw activations with `strength` added to the activation of one feature, or of several, on every token.
 
-        That is decode(z + strength e_f) plus the error x - decode(z). The decoder is linear, so the error cancels out
-        of it but for the once it must stay, and z with it: x + strength W_dec[f], exactly. Rows of W_dec have length 1
-        in what is trained here, so `strength` is the length of what is added, in the unit of x; other programs' rows
-        have other lengths. At strength 0 the result is x itself.
+        That is decode(z + strength e_f) plus the error x - decode(z). The decoder is linear, so decode(z) cancels and
+        what remains is x + strength W_dec[f], exactly: x is not encoded. Rows of W_dec have length 1 in what is trained
+        here, so `strength` is the length of what is added, in the unit of x; other programs' rows have other lengths.
+        At strength 0 the result is x itself.
 
         Several features take one strength, or one each. Raises FluxIRError for features there are not, and for `k`,
         which is what another program calls the feature.

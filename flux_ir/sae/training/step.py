@@ -273,7 +273,7 @@ class Member:
             tokens_seen=tokens_seen,
             dead=dead if self.sae.config.aux_features else None,
             k=self.schedule.k_at(step),
-            l1_scale=self.schedule.sparsity_scale(step),
+            sparsity_scale=self.schedule.sparsity_scale(step),
             across=AcrossRanks(self.ranks),
         )
 

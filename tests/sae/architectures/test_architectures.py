@@ -48,12 +48,12 @@ def test_l1_loss_and_gradients_are_the_formula():
     z = plain_pre(sae, xn).relu()
     error = (z @ sae.W_dec + sae.b_dec - xn).square().sum(dim=1).mean()
     total = error + 0.7 * 0.25 * (z * sae.W_dec.norm(dim=1)).sum(dim=1).mean()
-    found = sae.loss(xn, state_of(sae, l1_scale=0.25))
+    found = sae.loss(xn, state_of(sae, sparsity_scale=0.25))
     torch.testing.assert_close(found.total, total)
     torch.testing.assert_close(found.reconstruction, error)
     for name, gradient in grads(sae, total).items():
         torch.testing.assert_close(
-            grads(sae, sae.loss(xn, state_of(sae, l1_scale=0.25)).total)[name], gradient, msg=name
+            grads(sae, sae.loss(xn, state_of(sae, sparsity_scale=0.25)).total)[name], gradient, msg=name
         )
 
 
@@ -61,8 +61,8 @@ def test_l1_loss_and_gradients_are_the_formula():
 def test_the_penalty_warms_up(architecture):
     sae, xn = made(architecture), xn_of()
     whole = sae.loss(xn, state_of(sae)).sparsity
-    assert sae.loss(xn, state_of(sae, l1_scale=0.0)).sparsity == 0
-    torch.testing.assert_close(sae.loss(xn, state_of(sae, l1_scale=0.5)).sparsity, whole / 2)
+    assert sae.loss(xn, state_of(sae, sparsity_scale=0.0)).sparsity == 0
+    torch.testing.assert_close(sae.loss(xn, state_of(sae, sparsity_scale=0.5)).sparsity, whole / 2)
 
 
 @every_architecture
