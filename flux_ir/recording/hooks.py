@@ -60,7 +60,7 @@ class Hooked(ABC):
 
 
 class StepHooks(Hooked):
-    """Hooks on sites of a transformer, step by step: one forward is one step, counted from 0.
+    """Hooks on sites of a transformer, step by step: one forward is one step, counted from 0 when they are hung.
 
     `steps` are those in which the hooks do something (None: all): in these every site must come.
     """
@@ -102,9 +102,7 @@ class StepHooks(Hooked):
 
 
 class Listener:
-    """The hook of one site that only reads. Of a type of its own, so that interventions which come later can stand
-    before it.
-    """
+    """The hook of one site that only reads. Its own type tells it from edits: see `listeners_last`."""
 
     def __init__(self, take: Callable[[Site, tuple[Any, ...], dict[str, Any], Any], None], site: Site) -> None:
         self.take, self.site = take, site
@@ -114,14 +112,14 @@ class Listener:
 
 
 def listeners_last(module: nn.Module) -> None:
-    """Moves what recorders have set behind everything else, in the order torch calls hooks of a module."""
+    """Has a module's listeners called after its edits: a recorder sees what is computed with, whoever came first."""
     hooks = module._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, Listener)]:
         hooks[key] = hooks.pop(key)
 
 
 def named(sites: Iterable[Site]) -> str:
-    """Sites in a message, by depth."""
+    """Names of sites for a message, by depth."""
     return ", ".join(map(str, sorted(sites)))
 
 

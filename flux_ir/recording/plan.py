@@ -48,7 +48,7 @@ class CapturePlan:
     batch: int = 1
     img_positions: Sequence[int] | None = None
     """The image tokens to keep, by their places on the image grid, row by row: of every site, every step, and the
-    sampler's state. None: all. Text tokens are always kept."""
+    sampler's state. None: all. Text tokens are always kept. The file calls them `token_positions`."""
     rounds: bool = False
     """Whether values of any float dtype are taken and rounded to `dtype`; float8 gets a scale per token. If not, only
     values of that dtype are taken, and kept bit for bit."""
@@ -96,7 +96,7 @@ class CapturePlan:
 
     @property
     def of_context(self) -> torch.dtype:
-        """The dtype of the sampler's state and the pooled text."""
+        """The dtype that the sampler's state and the pooled text are stored in."""
         return self.context_dtype or (READ_AS if self.scales else self.dtype)
 
     @property
@@ -115,7 +115,7 @@ class CapturePlan:
         return self.batch, self.flux.vec_in_dim
 
     def shape(self, site: Site) -> Shape:
-        """[batch, tokens, width] of one site at one step, as kept; of a layer of a text encoder."""
+        """[batch, tokens, width] of one site at one step, or of a layer of a text encoder, as kept."""
         return self._shape(site, self.kept_img_tokens)
 
     def full_shape(self, site: Site) -> Shape:
@@ -150,15 +150,16 @@ class ScaleOf(NamedTuple):
         return f"the scales of {self.site}"
 
 
-# What one tensor of the file is of: a site, its scales, a part of the step's context, or the kept places.
-Of = Site | ScaleOf | Literal["img_state", "y", "token_positions"]
+TensorName = Site | ScaleOf | Literal["img_state", "y", "token_positions"]
+"""Which tensor of the file is meant: a site's values, a site's scales, the sampler's state or the pooled text before a
+step, or the kept places on the image grid."""
 
 
 class PlannedTensor(NamedTuple):
     """One tensor of the file, before there is a value."""
 
-    position: int | None
-    """The step's place among the kept ones; None: the tensor has no step."""
+    step_index: int | None
+    """The step's index among the kept ones; None: the tensor has no step."""
     shape: Shape
     dtype: torch.dtype
 
@@ -167,9 +168,9 @@ class PlannedTensor(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-def planned_tensors(plan: CapturePlan) -> dict[tuple[int | None, Of], PlannedTensor]:
-    """Every tensor of the capture, by its step (None: it has none) and what it is of, in the order they come."""
-    tensors: dict[tuple[int | None, Of], PlannedTensor] = {}
+def planned_tensors(plan: CapturePlan) -> dict[tuple[int | None, TensorName], PlannedTensor]:
+    """Every tensor of the capture, by its step (None: it has none) and its name, in the order they are computed."""
+    tensors: dict[tuple[int | None, TensorName], PlannedTensor] = {}
 
     def add_site(step: int | None, index: int | None, site: Site) -> None:
         shape = plan.shape(site)
@@ -194,30 +195,30 @@ def capture_bytes(plan: CapturePlan) -> int:
     return sum(tensor.nbytes for tensor in planned_tensors(plan).values())
 
 
-def tensor_keys(of: Of, index: int | None, pairs: Collection[str]) -> tuple[str | int, ...]:
+def tensor_keys(name: TensorName, step_index: int | None, pairs: Collection[str]) -> tuple[str | int, ...]:
     """Where the file's dictionary holds a tensor: the keys to follow, one inside the other.
 
     A double block kept with both streams (`pairs` names these) stands under `double_blocks` as pairs, a single block
     kept whole under `single_blocks`, as in the original program; every other site, a lone stream too, stands under
     `sites` by its name. Layers of the text encoders have no step: they are one tensor each.
     """
-    match of:
+    match name:
         case "token_positions":
             keys: tuple[str | int | None, ...] = ("token_positions",)
         case "img_state" | "y":
-            keys = ("denoising_context", of, index)
+            keys = ("denoising_context", name, step_index)
         case ScaleOf(site):
-            keys = ("text_scales", str(site)) if site.per_prompt else ("scales", str(site), index)
-        case Site() if of.per_prompt:
-            keys = ("text_sites", str(of))
-        case Site(kind="double", part=None) if _block(of) in pairs:
-            keys = ("double_blocks", _block(of), index, 0 if of.stream == "img" else 1)
+            keys = ("text_scales", str(site)) if site.per_prompt else ("scales", str(site), step_index)
+        case Site() if name.per_prompt:
+            keys = ("text_sites", str(name))
+        case Site(kind="double", part=None) if _block(name) in pairs:
+            keys = ("double_blocks", _block(name), step_index, 0 if name.stream == "img" else 1)
         case Site(kind="single", stream=None, part=None):
-            keys = ("single_blocks", _block(of), index)
+            keys = ("single_blocks", _block(name), step_index)
         case _:
-            keys = ("sites", str(of), index)
+            keys = ("sites", str(name), step_index)
     if None in keys:
-        raise KeyError(f"{of} is kept at every step: say which")
+        raise KeyError(f"{name} is kept at every step: say which")
     return tuple(key for key in keys if key is not None)
 
 
@@ -244,13 +245,13 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
     }
     text, scales = bool(plan.text_sites), plan.scales
     optional = {"text_sites": text, "text_scales": text and scales, "scales": scales}
-    file |= {name: {} for name, there in optional.items() if there}
+    file |= {key: {} for key, there in optional.items() if there}
     pairs = {_block(site) for site in plan.sites if _is_half_of_a_pair(site, plan.sites)}
     planned = planned_tensors(plan)
-    if (positions := planned.pop((None, "token_positions"), None)) is not None:
-        planned[None, "token_positions"] = positions  # the last of the file, though the first to be written
-    for (_, of), tensor in planned.items():
-        _put(file, tensor_keys(of, tensor.position, pairs), make(tensor.shape, tensor.dtype))
+    if (kept := planned.pop((None, "token_positions"), None)) is not None:
+        planned[None, "token_positions"] = kept  # the last of the file, though the first to be written
+    for (_, name), tensor in planned.items():
+        _put(file, tensor_keys(name, tensor.step_index, pairs), make(tensor.shape, tensor.dtype))
     for block in file["double_blocks"].values():
         block[:] = map(tuple, block)
     if not file["sites"]:
@@ -271,10 +272,10 @@ def _put(file: dict[str, Any], keys: Sequence[str | int], value: Any) -> None:
             inside = inside[key]
 
 
-def stored_tensor(file: Mapping[str, Any], of: Of, index: int | None) -> Any:
-    """What a capture's dictionary holds of something at its `index`-th kept step. Raises KeyError for anything else."""
+def stored_tensor(file: Mapping[str, Any], name: TensorName, step_index: int | None) -> Any:
+    """What a capture's dictionary has under this name, at its `step_index`-th kept step. Raises KeyError if nothing."""
     found: Any = file
-    for key in tensor_keys(of, index, file["double_blocks"]):
+    for key in tensor_keys(name, step_index, file["double_blocks"]):
         found = found[key]
     return found
 
@@ -303,9 +304,9 @@ def _number(name: str) -> str:
 
 
 class Piece(NamedTuple):
-    """One tensor, as the file holds it."""
+    """One tensor, as the file holds it: its name, and its values."""
 
-    of: Of
+    of: TensorName
     value: Tensor
 
 
@@ -344,10 +345,10 @@ def pieces_of_site(plan: CapturePlan, step: int | None, site: Site, value: Tenso
     return [Piece(site, values), Piece(ScaleOf(site), scale)]
 
 
-def not_planned(step: int | None, of: Of) -> FluxIRError:
+def not_planned(step: int | None, name: TensorName) -> FluxIRError:
     """What to say of a tensor that has no place in the file, or none left."""
     return FluxIRError(
-        f"{of}{at_step(step)} is not in the plan of this capture, or came twice",
+        f"{name}{at_step(step)} is not in the plan of this capture, or came twice",
         hint="record the sites and the steps of the plan, one forward for each step",
     )
 
@@ -357,12 +358,14 @@ def at_step(step: int | None) -> str:
     return "" if step is None else f" at step {step}"
 
 
-def _check(plan: CapturePlan, step: int | None, of: Of, value: Tensor, shape: Shape, dtype: torch.dtype) -> None:
+def _check(
+    plan: CapturePlan, step: int | None, name: TensorName, value: Tensor, shape: Shape, dtype: torch.dtype
+) -> None:
     fits = value.dtype == dtype or (plan.rounds and value.is_floating_point())
     if tuple(value.shape) != shape or not fits:
         wanted = "floats" if plan.rounds else str(dtype)
         raise FluxIRError(
-            f"{of}{at_step(step)} must be {wanted} {list(shape)}, as planned: got {value.dtype} {list(value.shape)}",
+            f"{name}{at_step(step)} must be {wanted} {list(shape)}, as planned: got {value.dtype} {list(value.shape)}",
             hint="plan the capture with the sizes and the dtype the network runs with",
         )
 

@@ -21,8 +21,11 @@ from flux_ir.shapes import PackedLatent, Pooled, Tokens
 from flux_ir.sites import Site, as_site, nearest_names
 
 
-class CaptureContext(NamedTuple):
-    """What a step began with, and where it went: state before it, pooled text, from and to flow time."""
+class CapturedStep(NamedTuple):
+    """What a step began with, and where it went: state before it, pooled text, from and to flow time.
+
+    More than the `StepContext` that a sink is given: times and guidance come from the capture's plan.
+    """
 
     img: PackedLatent
     y: Pooled
@@ -33,8 +36,9 @@ class CaptureContext(NamedTuple):
 
 
 class StoredSite(NamedTuple):
-    """What of the file holds one site at one step: its values, their scales if they are float8, and which tokens of
-    these: half of them, if the site is half of a single block.
+    """Where the file holds one site at one step: the tensors of its values and, for float8, of their scales.
+
+    `tokens` are the site's among those of the tensors: half of them, if the site is half of a single block.
     """
 
     values: StoredTensor
@@ -106,11 +110,11 @@ class Capture:
 
     def read_stored(self, site: str | Site, step: int | None = None) -> tuple[Tensor, Tensor | None]:
         """The values as the file holds them, mapped from it, and the scales [batch, tokens] of float8 values."""
-        place = self.place_of(as_site(site), step)
-        values = self.archive.tensor(place.values)[:, place.tokens]
-        return values, None if place.scale is None else self.archive.tensor(place.scale)[:, place.tokens]
+        stored = self.stored_site(as_site(site), step)
+        values = self.archive.tensor(stored.values)[:, stored.tokens]
+        return values, None if stored.scale is None else self.archive.tensor(stored.scale)[:, stored.tokens]
 
-    def place_of(self, site: Site, step: int | None) -> StoredSite:
+    def stored_site(self, site: Site, step: int | None) -> StoredSite:
         """Where the file holds one site at one step. Raises FluxIRError for a site or a step that was not captured."""
         check_step(site, step)
         if step is None:
@@ -141,13 +145,13 @@ class Capture:
         txt_tokens = self._context["txt_seq_len"][index]
         return slice(txt_tokens) if site.stream == "txt" else slice(txt_tokens, None)
 
-    def context(self, step: int) -> CaptureContext:
+    def context(self, step: int) -> CapturedStep:
         """What one step began with."""
-        index, of = self._index_of(step), self._context
+        index, stored = self._index_of(step), self._context
         img = self.archive.tensor(stored_tensor(self._contents, "img_state", index))
         y = self.archive.tensor(stored_tensor(self._contents, "y", index))
-        t_curr, t_prev = of["timestep_pairs"][index]
-        return CaptureContext(img, y, t_curr, t_prev, float(of["guidance"]), of["txt_seq_len"][index])
+        t_curr, t_prev = stored["timestep_pairs"][index]
+        return CapturedStep(img, y, t_curr, t_prev, float(stored["guidance"]), stored["txt_seq_len"][index])
 
     def check(self) -> None:
         """Raises FluxIRError unless there are sites, and as many tensors of each as there are steps."""

@@ -118,7 +118,7 @@ class SiteStatistics:
 
 
 def write_statistics(path: Path, statistics: Mapping[str, SiteStatistics]) -> None:
-    """Write `stats.safetensors`: statistics by what they are of, `{site}/step_{s}`, as `{site}/step_{s}/{name}`."""
+    """Write `stats.safetensors`: what stands under `{site}/step_{s}` becomes tensors `{site}/step_{s}/{name}`."""
     tensors: dict[str, Tensor] = {}
     for prefix, sums in sorted(statistics.items()):
         tensors |= sums.to_tensors(prefix)

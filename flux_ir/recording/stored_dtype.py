@@ -1,7 +1,7 @@
 """Keeping activations in fewer bits: plain rounding, and float8 with one scale per token.
 
-float8_e4m3fn reaches 448 and has 3 bits behind the point, so every token is first brought to that range. What is lost
-is a relative rounding of at most 1/16 per value, and what is 2^-18 of the token's largest value or less.
+float8_e4m3fn ends at 448 and has 3 bits of mantissa, so every token is first scaled to that range. Then no value is off
+by more than 1/16 of itself or, where that is more, 2^-18 of the token's largest value.
 """
 
 from typing import NamedTuple
@@ -25,12 +25,11 @@ class Scaled(NamedTuple):
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value in another float dtype. float16 ends at 65504, which outlier dimensions pass: they are held there."""
+    """The value in another float dtype. Outlier dimensions pass 65504, where float16 ends: they are clamped to it."""
     if dtype == torch.float16 and value.dtype != torch.float16:
         largest = torch.finfo(dtype).max
-        exact = (
-            value.float() if value.dtype.itemsize < 4 else value
-        )  # bfloat16 has no 65504, and would hold it at 65536
+        # bfloat16 has no 65504: clamped in it, values would end at 65536, which is infinity in float16.
+        exact = value.float() if value.dtype.itemsize < 4 else value
         return exact.clamp(-largest, largest).to(dtype)
     return value.to(dtype)
 
@@ -47,7 +46,7 @@ def scaled(value: Tensor) -> Scaled:
 
 
 def dequantised(values: Tensor, scale: Tensor | None) -> Tensor:
-    """The values that were stored: the float32 product with the scale, rounded to bfloat16; as they are without one."""
+    """Stored values to compute with: times their scale in float32, rounded to bfloat16; without one as they are."""
     if scale is None:
         return values
     return (values.float() * scale[..., None]).to(READ_AS)

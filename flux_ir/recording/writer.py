@@ -1,5 +1,6 @@
 """The sink that writes the capture file, on a thread of its own, while the network computes the next block.
 
+`CaptureWriter` says what goes where, `RecordFiller` below it is the queue and the thread.
 The file is laid out empty and all of its disk space is taken before the first step; then every tensor goes to its place
 as it comes. So memory holds what waits to be written and never the capture, and a disk that is too small is known
 before anything is computed. `torch.load` gives the dictionary (`plan.contents`); `reader` maps a tensor at a time.
@@ -25,8 +26,8 @@ from flux_ir.files import complete_file, disk_error
 from flux_ir.recording.file_format import Archive, Record, blank_tensors, laid_out_bytes, lay_out
 from flux_ir.recording.plan import (
     CapturePlan,
-    Of,
     Piece,
+    TensorName,
     at_step,
     capture_bytes,
     contents,
@@ -40,7 +41,7 @@ from flux_ir.recording.plan import (
 from flux_ir.recording.recorder import StepContext
 from flux_ir.sites import Site
 
-QUEUE_BYTES = 256 * 2**20
+QUEUE_BYTES = 256 * 2**20  # the most that waits to be written: beyond it the network waits for the disk
 # The thread sleeps until so much waits: waking it for every tensor of a small network would cost more than it writes.
 BATCH_BYTES = 2**20
 
@@ -63,7 +64,7 @@ class CaptureWriter:
     def __init__(self, path: Path, plan: CapturePlan, *, queue_bytes: int = QUEUE_BYTES) -> None:
         self.path, self.plan, self.queue_bytes = path, plan, queue_bytes
         self._open = ExitStack()
-        self._missing: dict[tuple[int | None, Of], Record] = {}
+        self._missing: dict[tuple[int | None, TensorName], Record] = {}
 
     def __enter__(self) -> "CaptureWriter":
         with ExitStack() as opened:  # undone at once if a later part fails
@@ -74,8 +75,8 @@ class CaptureWriter:
             archive = Archive(beside)  # read back as laid out: no order of records is taken for granted
             record_of = archive.records()
             self._missing = {
-                (step, of): record_of[stored_tensor(archive.contents, of, tensor.position).record]
-                for (step, of), tensor in planned_tensors(self.plan).items()
+                (step, name): record_of[stored_tensor(archive.contents, name, tensor.step_index).record]
+                for (step, name), tensor in planned_tensors(self.plan).items()
             }
             filler = RecordFiller(file, self.path, queue_bytes=self.queue_bytes)
             self._filler = opened.enter_context(filler)
@@ -113,10 +114,10 @@ class CaptureWriter:
 
     def _check_complete(self, kind: type[BaseException] | None, *unused: object) -> None:
         if kind is None and self._missing:
-            step, of = next(iter(self._missing))
+            step, name = next(iter(self._missing))
             raise FluxIRError(
                 f"the capture {self.path} is not complete: "
-                f"{len(self._missing)} tensors never came, first {of}{at_step(step)}",
+                f"{len(self._missing)} tensors never came, first {name}{at_step(step)}",
                 hint="run every step of the schedule while the capture is open",
             )
 

@@ -92,7 +92,7 @@ def test_damage_inside_a_compressed_record_is_one_clear_error(tmp_path, plan, ru
     _zipped_again(tmp_path / "c.pt", zipfile.ZIP_DEFLATED)
     capture = load_capture(tmp_path / "c.pt")
     site = capture.sites[0]
-    record = capture.archive.infos[capture.place_of(site, 0).values.record]
+    record = capture.archive.infos[capture.stored_site(site, 0).values.record]
     content = bytearray((tmp_path / "c.pt").read_bytes())
     middle = record.header_offset + record.compress_size // 2
     content[middle : middle + 40] = bytes(40)
@@ -116,7 +116,7 @@ def test_a_record_shorter_than_its_tensor_is_one_clear_error(tmp_path, plan, run
     run(tmp_path / "c.pt", plan())
     capture = load_capture(tmp_path / "c.pt")
     site = capture.sites[0]
-    record = capture.place_of(site, 0).values.record
+    record = capture.stored_site(site, 0).values.record
     with zipfile.ZipFile(tmp_path / "c.pt") as before:
         records = [(info.filename, before.read(info)) for info in before.infolist()]
     with zipfile.ZipFile(tmp_path / "c.pt", "w") as after:
