@@ -1,7 +1,8 @@
 """What training reads, whatever it was stored as: tokens of images at one site and step.
 
-A source gives one image at a time (`TokenBlock`), or a run of images that lie one after the other
-(`TokenRun`), which is how training reads. Next: `source`, which opens one.
+A source gives one image at a time (`TokenBlock`), or a run of images that lie one after the other (`TokenRun`), which
+is how training reads. Neither is a block of the transformer or the run folder of a capture. Next: `source`, which opens
+a source.
 """
 
 from collections.abc import Sequence
@@ -162,7 +163,10 @@ class SampledSource(Protocol):
         """Raises FluxIRError where the files do not say."""
 
     def state(self, generation: int, step: int) -> Tensor | None:
-        """The packed latent that a step began with, [img_tokens, channels]; None where not all of it was kept."""
+        """The packed latent that a step began with, [img_tokens, channels]; None where not all of it was kept.
+
+        To sample again from there it must be whole; `NoisySource.noisy` gives what there is of it.
+        """
 
 
 class Drawn(NamedTuple):
@@ -239,8 +243,8 @@ def leading_txt(site: Site, txt_tokens: int) -> int:
     return 0 if site.stream == "img" else txt_tokens
 
 
-def named(site: SiteName, what: str) -> Site:
-    """The site, given as it is or as text. Raises FluxIRError for none: `what` is stored has sites."""
+def required_site(site: SiteName, what: str) -> Site:
+    """The site, given as `Site` or as text. Raises FluxIRError for None, saying that `what` are read by site."""
     if site is None:
         raise FluxIRError(f"{what} are read by site: got None", hint="name a site such as double.18.img")
     return as_site(site)

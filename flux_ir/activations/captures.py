@@ -18,8 +18,8 @@ from flux_ir.activations.blocks import (
     TokenBlock,
     TokenRun,
     leading_txt,
-    named,
     not_said,
+    required_site,
     run_of,
     token_positions,
 )
@@ -64,9 +64,9 @@ class CaptureSource:
             layout, metadata, content = _layout(capture), capture.metadata, _digest(capture)
             first = first or (file, layout)
             _check_same(*first, file, layout)
-            # a name would not do where nothing else is known: the file may be renamed
-            known = metadata.get("generation_id") or content
-            self._rows.append(_Row(known, metadata.get("prompt") or "", file, metadata.get("used_txt"), content))
+            # Not the file's name where the id is not known: the file may be renamed.
+            generation = metadata.get("generation_id") or content
+            self._rows.append(_Row(generation, metadata.get("prompt") or "", file, metadata.get("used_txt"), content))
         self._open: OrderedDict[int, Capture] = OrderedDict()
         self._lock = Lock()
         self._first = self._capture(0)
@@ -84,15 +84,15 @@ class CaptureSource:
 
     def d(self, site: SiteName) -> int:
         """The width of a site."""
-        return self._first.shape(named(site, "captures"))[2]
+        return self._first.shape(required_site(site, "captures"))[2]
 
     def tokens(self, site: SiteName) -> int:
         """Tokens of a site per generation and step."""
-        return self._first.shape(named(site, "captures"))[1]
+        return self._first.shape(required_site(site, "captures"))[1]
 
     def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One block, mapped from its file."""
-        site, row, capture = named(site, "captures"), self._rows[generation], self._capture(generation)
+        site, row, capture = required_site(site, "captures"), self._rows[generation], self._capture(generation)
         values, scale = capture.read_stored(site, step)
         txt_tokens = capture.context(step).txt_tokens
         return TokenBlock(
@@ -116,20 +116,20 @@ class CaptureSource:
     def sampling(self, generation: int) -> Sampling:
         """How one generation was made, as its file says."""
         capture = self._capture(generation)
-        facts = capture.metadata
-        if "prompt_embeds" in facts:
+        metadata = capture.metadata
+        if "prompt_embeds" in metadata:
             raise FluxIRError(
                 f"{capture.path} was made from embeddings of a prompt, which it does not hold: it cannot be run again",
                 hint="use a capture that was made from its --prompt",
             )
         try:
             return Sampling(
-                facts["prompt"],
-                facts["seed"],
-                facts["width"],
-                facts["height"],
-                tuple(facts["timesteps"]),
-                float(facts["guidance"]),
+                metadata["prompt"],
+                metadata["seed"],
+                metadata["width"],
+                metadata["height"],
+                tuple(metadata["timesteps"]),
+                float(metadata["guidance"]),
                 capture.context(capture.steps[0]).img.dtype,
             )
         except KeyError as error:
@@ -143,8 +143,8 @@ class CaptureSource:
     def drawn(self, generation: int) -> Drawn:
         """The picture beside the capture, in its run's folder, and what the capture says of it."""
         capture = self._capture(generation)
-        facts = capture.metadata
-        return Drawn(facts.get("seed"), facts.get("width"), facts.get("height"), picture_of(capture.path))
+        metadata = capture.metadata
+        return Drawn(metadata.get("seed"), metadata.get("width"), metadata.get("height"), picture_of(capture.path))
 
     def noisy(self, images: range, step: int) -> Tensor:
         """The packed latents before a step, of one generation: [1, tokens, channels]."""

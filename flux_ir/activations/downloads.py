@@ -1,6 +1,6 @@
 """Files of a remote folder on the local disk, fetched when they are asked for, in bounded space.
 
-Training reads a capture from end to end and then not again for an epoch, so what was fetched longest ago goes first.
+Training reads a shard from end to end and then not again for an epoch, so what was fetched longest ago goes first.
 
 fsspec's own caches (`filecache`, `simplecache`, 2026.9) do not serve: they know an age at which a file goes and no size
 that the whole may have, four threads that ask for one file fetch it four times, and a file that arrives short is kept

@@ -22,7 +22,7 @@ from flux_ir.activations.blocks import (
     TokenBlock,
     TokenRun,
     leading_txt,
-    named,
+    required_site,
     run_of,
     token_positions,
 )
@@ -35,7 +35,7 @@ METADATA_KEY = "flux_ir"
 SETTINGS = "export.json"
 """What a folder was exported with."""
 
-_At = tuple[Site, int]
+SiteStep = tuple[Site, int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ExportedGeneration(NamedTuple):
 
     facts: GenerationFacts
     path: Path
-    arrays: Mapping[_At, tuple[Path, str | None]]
+    arrays: Mapping[SiteStep, tuple[Path, str | None]]
 
 
 class ExportedSource:
@@ -104,7 +104,7 @@ class ExportedSource:
 
     def tokens(self, site: SiteName) -> int:
         """Tokens of a site per generation and step."""
-        site = named(site, "exported activations")
+        site = required_site(site, "exported activations")
         stored, facts = self._stored(site), self._exported[0].facts
         tokens = self._shapes[stored, self.steps[0]][0]
         if stored == site:
@@ -113,7 +113,7 @@ class ExportedSource:
 
     def read(self, generation: int, site: SiteName, step: int) -> TokenBlock:
         """One block."""
-        site = named(site, "exported activations")
+        site = required_site(site, "exported activations")
         stored, (facts, path, arrays) = self._stored(site), self._exported[generation]
         if (stored, step) not in arrays:
             raise FluxIRError(f"step {step} was not exported to {path}", hint=f"it holds the steps {self.steps}")
@@ -147,7 +147,7 @@ class ExportedSource:
         return run_of(self.read(images.start, site, step), tokens)
 
     def _stored(self, site: SiteName) -> Site:
-        site = named(site, "exported activations")
+        site = required_site(site, "exported activations")
         for stored in (site, site.whole):
             if stored in self.sites:
                 return stored
@@ -163,14 +163,14 @@ def is_exported(file: Path) -> bool:
         return False
     with open_safetensors(file) as archive:
         names = list(archive.keys())
-    return bool(names) and all(_at(name) for name in names)
+    return bool(names) and all(_site_step(name) for name in names)
 
 
 def safetensors_generation(file: Path) -> ExportedGeneration:
     """A generation exported as safetensors."""
     with open_safetensors(file) as archive:
         names, metadata = list(archive.keys()), archive.metadata() or {}
-    arrays = {at: (file, name) for name in names if (at := _at(name))}
+    arrays = {at: (file, name) for name in names if (at := _site_step(name))}
     if (text := metadata.get(METADATA_KEY)) is not None:
         return ExportedGeneration(_facts(file, text), file, arrays)
     array = ArrayFile.open(*next(iter(arrays.values())))  # the content names it: a file may be renamed
@@ -180,7 +180,7 @@ def safetensors_generation(file: Path) -> ExportedGeneration:
 def npy_generations(folder: Path) -> list[ExportedGeneration]:
     """The generations exported as .npy to this folder: those whose JSON, written last, is there."""
     steps = sorted(folder.glob("*/step_*"))
-    named_steps = {at: step for step in steps if (at := _at(f"{step.parent.name}/{step.name}"))}
+    named_steps = {at: step for step in steps if (at := _site_step(f"{step.parent.name}/{step.name}"))}
     exported = []
     for file in sorted(set(folder.glob("*.json")) - {folder / SETTINGS}) if named_steps else []:
         facts = _facts(file, file.read_text(encoding="utf-8"))
@@ -189,8 +189,8 @@ def npy_generations(folder: Path) -> list[ExportedGeneration]:
     return exported
 
 
-def _at(name: str) -> _At | None:
-    """The site and step an array's name speaks of."""
+def _site_step(name: str) -> SiteStep | None:
+    """The site and step that an array's name says; None: it says none."""
     named = parse_site_key(name)
     try:
         return (Site.parse(named[0]), named[1]) if named else None

@@ -29,13 +29,13 @@ SCRATCH = "partial"
 _SHOWN_WHEN_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"}
 _URL = re.compile(r"([a-z][a-z0-9+]+):/+")  # two letters at least: one is a drive
 _PIECE_BYTES = 2**22
-_DOWNLOADED_BYTES = 8 * 10**9  # files that are looked at again when a collection is gone on with
+_DOWNLOADED_BYTES = 8 * 10**9  # of files that are looked at again when a collection is resumed
 # The extra of this package that brings a filesystem, where there is one.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 class RemoteStorage:
-    """A folder of a filesystem that fsspec knows; see `storage.Storage`.
+    """A folder of a filesystem that fsspec knows, to read and write: a `Storage` as `collecting.storage` has it.
 
     `rank` keeps what different processes are writing apart. Raises FluxIRError where the filesystem's package is
     missing, and where nothing can be written.

@@ -1,8 +1,8 @@
-"""Collections as training data, here or at a URL: the shards that are there, finished or not.
+"""Collections as training data, on this machine or at a URL.
 
-A shard is complete or absent, so an unfinished collection is read as far as it is. Of one at a URL
-the headers are fetched at once and a whole shard when it is first read; it stays on the local disk,
-in bounded space, for the next epoch and the next run.
+A shard is complete or absent, so an unfinished collection is read as far as it is. From a URL, all headers are fetched
+when the collection is opened, and a whole shard when it is first read; it stays on the local disk, in bounded space,
+for the next epoch and the next run.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ class ShardSource:
         self.runs: Sequence[range] = [range(*ends) for ends in zip(self._starts, self._starts[1:], strict=False)]
         self.generations: Sequence[Generation] = _Generations(self._shards, self._starts)
         self._reader = SpanReader()
-        # asked for every block of every site
+        # Remembered, because these are asked for at every read.
         self._img_positions = lru_cache(_POSITIONS)(self._read_img_positions)
         self._plain_positions = lru_cache(_POSITIONS)(self._make_plain_positions)
         self._stored_as = lru_cache(None)(self._find)
@@ -143,7 +143,7 @@ class ShardSource:
         number = bisect_right(self._starts, images.start) - 1
         shard, start = self._shards[number], self._starts[number]
         first, last = images.start - start, images.stop - start
-        path = shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
+        path = self._local_path(shard)
         leading = min(max(text - tokens.start, 0), len(tokens))
         within = range(stored.start + tokens.start, stored.start + tokens.stop)
         scale = None
@@ -160,8 +160,7 @@ class ShardSource:
 
     def sampling(self, generation: int) -> Sampling:
         """How one generation was made: by its row, and by the settings of the collection."""
-        number = bisect_right(self._starts, generation) - 1
-        shard, row = self._shards[number], generation - self._starts[number]
+        shard, row = self._shard_and_row(generation)
         try:
             made: dict[str, Any] = json.loads(self._settings)["settings"]
             width, height = shard.metadata["width"], shard.metadata["height"]
@@ -181,18 +180,16 @@ class ShardSource:
 
     def state(self, generation: int, step: int) -> Tensor | None:
         """The packed latent that a step began with; None where only some tokens were kept."""
-        number = bisect_right(self._starts, generation) - 1
-        shard, row = self._shards[number], generation - self._starts[number]
+        shard, row = self._shard_and_row(generation)
         tensor = shard.tensors.get(state_key(step))
         if tensor is None or POSITIONS_KEY in shard.tensors:
             return None
-        path = shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
+        path = self._local_path(shard)
         return self._read(path, shard, state_key(step), range(row, row + 1), range(tensor.shape[1]), None)[0]
 
     def drawn(self, generation: int) -> Drawn:
         """Its picture, as `flux-ir collect --save_images` keeps it beside the shards."""
-        number = bisect_right(self._starts, generation) - 1
-        shard, row = self._shards[number], generation - self._starts[number]
+        shard, row = self._shard_and_row(generation)
         facts, picture = shard.metadata, None
         if self._fetch is None:
             folder = shard.path.parents[1] / "pictures" / shard.path.stem
@@ -204,15 +201,23 @@ class ShardSource:
 
     def noisy(self, images: range, step: int) -> Tensor:
         """The packed latents before a step, of images of one shard: [images, tokens, channels]."""
-        number = bisect_right(self._starts, images.start) - 1
-        shard, start, key = self._shards[number], self._starts[number], state_key(step)
+        (shard, row), key = self._shard_and_row(images.start), state_key(step)
         if key not in shard.tensors:
             raise FluxIRError(
                 f"{shard.path} holds no noisy latents of step {step}", hint="collect them: flux-ir collect keeps them"
             )
-        path = shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
-        rows = range(images.start - start, images.stop - start)
+        path = self._local_path(shard)
+        rows = range(row, row + len(images))
         return self._read(path, shard, key, rows, range(shard.tensors[key].shape[1]), None)
+
+    def _shard_and_row(self, generation: int) -> tuple[ShardFile, int]:
+        """The shard that holds a generation, and its row there."""
+        number = bisect_right(self._starts, generation) - 1
+        return self._shards[number], generation - self._starts[number]
+
+    def _local_path(self, shard: ShardFile) -> Path:
+        """The file of a shard on this machine, fetched unless it is here."""
+        return shard.path if self._fetch is None else self._fetch(shard.path.as_posix())
 
     def _read(
         self, path: Path, shard: ShardFile, key: str, images: range, tokens: range, memory: Memory | None

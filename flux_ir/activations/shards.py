@@ -38,6 +38,10 @@ SHARD_BYTES = 256 * 10**6
 """Most bytes of a shard, unless one generation has more."""
 FORMAT, VERSION = "flux_ir shard", "1"
 
+POSITIONS_KEY = "img_positions"
+"""The name of the kept places on the image grid."""
+
+_STATE = "state"
 _ALIGNMENT = 64  # bytes: of the first tensor, so that values can be mapped
 _DTYPES = {
     torch.bfloat16: "BF16",
@@ -75,10 +79,6 @@ def scale_key(key: str) -> str:
 def state_key(step: int) -> str:
     """The name of the packed latents a step began with."""
     return f"{_STATE}/step_{step}"
-
-
-_STATE = "state"
-POSITIONS_KEY = "img_positions"
 
 
 class ShardTensor(NamedTuple):
@@ -176,7 +176,7 @@ def parse_shard(path: Path, head: bytes, size: int) -> ShardFile:
         length = int.from_bytes(head[:8], "little")
         entries = json.loads(head[8 : 8 + length])
         metadata = entries.pop("__metadata__")
-        if metadata["format"] != "flux_ir shard":
+        if metadata["format"] != FORMAT:
             raise KeyError("format")
         dtypes = {word: dtype for dtype, word in _DTYPES.items()}
         tensors = {name: ShardTensor(dtypes[e["dtype"]], tuple(e["shape"])) for name, e in entries.items()}

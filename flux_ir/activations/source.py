@@ -40,7 +40,7 @@ def open_source(path: Path | str) -> TokenSource:
     Raises FluxIRError for a path that holds none of these or two kinds of them, a broken file, and files that do not
     belong together.
     """
-    path, key = _without_key(path)
+    path, key = _split_key(path)
     if (url := as_url(path)) is not None:
         return open_remote_collection(url, key=key)
     where = Path(path)
@@ -60,8 +60,8 @@ def open_source(path: Path | str) -> TokenSource:
     raise FluxIRError(f"{where} is no file of activations that is known by its name", hint=f"name {_KINDS}")
 
 
-def _without_key(path: Path | str) -> tuple[Path | str, str | None]:
-    """A path, and which activations without a step its last part names."""
+def _split_key(path: Path | str) -> tuple[Path | str, str | None]:
+    """`NAME/t5.12` as the collection NAME and the key `t5.12` of activations without a step; other paths, and None."""
     where, _, last = str(path).rpartition("/")
     if where and (last in (CLIP_IMAGE, CLIP_TEXT) or is_layer(last)) and not Path(path).exists():
         return where, last

@@ -117,7 +117,7 @@ class SpanReader:
             count = os.preadv(file.descriptor, [into.data], span.offset - before)
         except OSError:  # not every file system can; who reads through the cache finds what else is wrong
             return None
-        # a read past the cache that ends in the middle is left to the other way
+        # After a short read the whole span is read again, through the page cache.
         return into[before : before + span.nbytes] if count >= before + span.nbytes else None
 
     def _opened(self, path: str, *, direct: bool) -> "_OpenFile":
