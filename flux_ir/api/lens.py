@@ -1,4 +1,7 @@
-"""From a finished capture to pictures, numbers and a contact sheet: all of `read_lens`, the end of `capture`."""
+"""From a finished capture to pictures, numbers and a contact sheet: all of `read_lens`, the end of `capture`.
+
+What `capture` returns stands here too, because `read_capture` and `read_lens` take it as the name of a run.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
 from flux_ir.layout import Lens, RunFolder, find_run, is_run_name, newest_capture, run_of
-from flux_ir.lens.decode import ROUNDING, LensDecoder, lens_report, read_picture
+from flux_ir.lens.decode import ROUNDING_DRIFT, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
@@ -94,14 +97,14 @@ def read_lens(
     file = capture_file(generation_id, Path(output_dir))
     folder = run_of(file)
     capture = load_capture(file)
-    readable_sites(capture)
+    readable_sites(capture)  # raises where nothing can be read, before a weight is looked for
     earlier = earlier_report(folder)
     made_with = read_json(folder.find_metadata()).get("files", {})
     spec = get_spec(capture.metadata["model"])
-    transformer = locate_transformer(
+    transformer_source = locate_transformer(
         spec, checkpoint, recorded=recorded_path(made_with, "transformer"), announce=announce
     )
-    autoencoder = locate_autoencoder(
+    autoencoder_source = locate_autoencoder(
         spec,
         ae_checkpoint,
         checkpoint=checkpoint,
@@ -117,14 +120,14 @@ def read_lens(
         recorded = str(capture.dtype).removeprefix("torch.")
         announce(f"note: the capture is {recorded}: its last block gives the sampler's next state but for rounding")
     with phase(progress, "load"):
-        model = load_flux(spec, transformer, placement.transformer, compute.dtype)
-        decoder = load_autoencoder(spec, autoencoder, placement.ae_decoder)
+        model = load_flux(spec, transformer_source, placement.transformer, compute.dtype)
+        autoencoder = load_autoencoder(spec, autoencoder_source, placement.ae_decoder)
     return decode_run(
         progress,
         folder,
         capture,
         model,
-        decoder,
+        autoencoder,
         LENSES[lens],
         earlier=earlier,
         batch=decode_batch,
@@ -177,7 +180,7 @@ def decode_run(
         other_weights=other_weights,
     )
     pictures = list(follow(progress, "decode", decoder.pictures(), total=len(decoder)))
-    if decoder.drift > ROUNDING:
+    if decoder.drift > ROUNDING_DRIFT:
         progress(
             Note(
                 "note: these are not the weights the capture was made with: read at the last block, the next state is "
@@ -220,7 +223,7 @@ def recorded_path(files: dict[str, Any], part: str) -> Path | None:
 
 def draw_contact_sheet(folder: RunFolder, capture: Capture, lens: Lens) -> None:
     """Steps across, blocks down, titled with what was drawn by what."""
-    facts, every = capture.metadata, math.ceil(len(capture.steps) / MOST_COLUMNS)
+    metadata, every = capture.metadata, math.ceil(len(capture.steps) / MOST_COLUMNS)
     steps = capture.steps[::every]
     columns = [SheetColumn(f"step {step}, t {capture.context(step).t_curr:.2f}", str(step)) for step in steps]
     rows = [
@@ -230,7 +233,7 @@ def draw_contact_sheet(folder: RunFolder, capture: Capture, lens: Lens) -> None:
         for site in readable_sites(capture)
     ]
     reading = "the state each block would go to" if lens == "euler" else "the image each block believes in"
-    subtitle = f"{facts['model']}, seed {facts['seed']}: {reading} ({lens})"
+    subtitle = f"{metadata['model']}, seed {metadata['seed']}: {reading} ({lens})"
     if every > 1:
         subtitle += f", one step in {every}"
-    draw_sheet(facts["prompt"], subtitle, columns, rows, folder.sheet(lens))
+    draw_sheet(metadata["prompt"], subtitle, columns, rows, folder.sheet(lens))

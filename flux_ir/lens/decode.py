@@ -29,16 +29,18 @@ from flux_ir.shapes import PackedLatent, Pixels
 from flux_ir.sites import Site
 from flux_ir.threads import in_order
 
-# Drift beyond these is no rounding (of a bf16 state on another device, with much to spare), and no likeness either.
-ROUNDING, NOT_THE_SAME = 0.01, 0.25
+ROUNDING_DRIFT = 0.01
+"""The most that rounding alone makes of `LensDecoder.drift` (bf16 on another device, with much to spare)."""
+OTHER_WEIGHTS_DRIFT = 0.25
+"""Beyond it the capture is damaged, or was made with other weights: nothing is decoded unless that is asked for."""
 WRITER_THREADS = 2  # JPEG encoding of one batch keeps pace with decoding the next
 WAITING_PICTURES = 64  # no more than this many pictures wait to be written
 # Handed to the decoder at once, where no batch size is asked for: per thread on a CPU, in all on a GPU.
 BATCH_PIXELS = {"cpu": 8 * 128 * 128, "cuda": 8 * 1024 * 1024}
 
 
-class Place(NamedTuple):
-    """Where one picture belongs."""
+class PictureKey(NamedTuple):
+    """Which picture is meant: what one block would have drawn at one step, through one lens."""
 
     lens: Lens
     step: int
@@ -48,7 +50,7 @@ class Place(NamedTuple):
 class Decoded(NamedTuple):
     """One picture on disk, and its likeness to the final one [dB], both as saved (None: equal, or no final picture)."""
 
-    place: Place
+    key: PictureKey
     path: Path
     psnr_db: float | None
 
@@ -133,50 +135,50 @@ class LensDecoder:
 
         Raises FluxIRError, before anything is written, for a capture that these weights cannot have made.
         """
-        if self.drift > NOT_THE_SAME and not self.other_weights:
+        if self.drift > OTHER_WEIGHTS_DRIFT and not self.other_weights:
             raise FluxIRError(
                 f"{self.capture.path} is damaged, or was made with other weights: read at the last block, the next "
                 f"state is {self.drift:.1%} off the sampler's",
                 hint="capture again; with --checkpoint it is read by the weights you name, whatever they give",
             )
-        jobs = ((place, pixels, row) for places, pixels in self._batches() for row, place in enumerate(places))
+        jobs = ((key, pixels, row) for keys, pixels in self._batches() for row, key in enumerate(keys))
         written = in_order(
             lambda job: self._write(*job), jobs, WRITER_THREADS, most=WAITING_PICTURES, eager=True, torch_threads=None
         )
         with closing(written):
             yield from written
 
-    def _batches(self) -> Iterator[tuple[list[Place], Pixels]]:
-        places: list[Place] = []
+    def _batches(self) -> Iterator[tuple[list[PictureKey], Pixels]]:
+        keys: list[PictureKey] = []
         latents: list[PackedLatent] = []
-        for place, latent in self._latents():
-            places.append(place)
+        for key, latent in self._latents():
+            keys.append(key)
             latents.append(latent)
-            if len(places) == self.batch:
-                yield places, self._decode(torch.cat(latents))
-                places, latents = [], []
-        if places:
-            yield places, self._decode(torch.cat(latents))
+            if len(keys) == self.batch:
+                yield keys, self._decode(torch.cat(latents))
+                keys, latents = [], []
+        if keys:
+            yield keys, self._decode(torch.cat(latents))
 
-    def _latents(self) -> Iterator[tuple[Place, PackedLatent]]:
+    def _latents(self) -> Iterator[tuple[PictureKey, PackedLatent]]:
         for step in self.capture.steps:
             readings = list(read_step(self.model, self.capture, step))
             self.numbers += compare_step(readings, self.last_site)
             for reading in readings:
                 for lens in self.lenses:
-                    yield Place(lens, step, reading.site), reading.latent(lens)
+                    yield PictureKey(lens, step, reading.site), reading.latent(lens)
 
     def _decode(self, latents: PackedLatent) -> Pixels:
         return decode(self.autoencoder, latents, self.height, self.width, self.model.dtype)
 
-    def _write(self, place: Place, pixels: Pixels, index: int) -> Decoded:
-        path = self.folder.decoded_image(place.lens, place.step, place.site.kind, place.site.block)
+    def _write(self, key: PictureKey, pixels: Pixels, index: int) -> Decoded:
+        path = self.folder.decoded_image(key.lens, key.step, key.site.kind, key.site.block)
         encoded = jpeg_bytes(pixels, index)
         with complete_file(path) as beside:
             beside.write_bytes(encoded)
-        # Both as saved, so that the last block of the last step, which is the final picture, is found equal to it.
+        # Both as JPEG: the last block of the last step is the final picture, and must come out equal to it.
         likeness = None if self.final_picture is None else psnr_db(read_picture(BytesIO(encoded)), self.final_picture)
-        return Decoded(place, path, likeness)
+        return Decoded(key, path, likeness)
 
 
 def lens_report(
@@ -193,8 +195,8 @@ def lens_report(
         row = sites.setdefault(str(number.site), {}).setdefault(number.step, {"step": number.step})
         row |= {"cosine": json_number(number.cosine), "relative_distance": json_number(number.relative_distance)}
     for picture in pictures:
-        row = sites[str(picture.place.site)][picture.place.step]
-        row[f"psnr_{picture.place.lens}_db"] = json_number(picture.psnr_db)
+        row = sites[str(picture.key.site)][picture.key.step]
+        row[f"psnr_{picture.key.lens}_db"] = json_number(picture.psnr_db)
     return {
         "generation_id": decoder.folder.generation_id,
         "reference": {

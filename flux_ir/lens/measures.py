@@ -1,4 +1,7 @@
-"""Numbers beside the pictures: how far each block's answer is from the final one. float32 or better throughout."""
+"""Numbers beside the pictures: how far each block's answer is from the final one. Computed in float64.
+
+`LinearCKA` compares whole sites; `features.compare` uses it.
+"""
 
 import math
 
@@ -12,22 +15,22 @@ from flux_ir.shapes import Pixels
 EPSILON = 1e-12
 
 
-def cosine(of: Tensor, to: Tensor) -> float:
+def cosine(value: Tensor, reference: Tensor) -> float:
     """Cosine of the angle between two tensors, taken as one long vector each."""
-    a, b = of.double().flatten(), to.double().flatten()
+    a, b = value.double().flatten(), reference.double().flatten()
     return (a @ b / (a.norm() * b.norm()).clamp_min(EPSILON)).item()
 
 
-def relative_distance(of: Tensor, to: Tensor) -> float:
-    """||of - to|| / ||to||: 0 where they are equal, 1 where `of` is as far off as zero would be."""
-    a, b = of.double().flatten(), to.double().flatten()
+def relative_distance(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference||: 0 where they are equal, 1 where `value` is as far off as zero would be."""
+    a, b = value.double().flatten(), reference.double().flatten()
     return ((a - b).norm() / b.norm().clamp_min(EPSILON)).item()
 
 
-def psnr_db(of: Pixels, to: Pixels) -> float | None:
+def psnr_db(pixels: Pixels, reference: Pixels) -> float | None:
     """Peak signal-to-noise ratio [dB] between pictures of bytes; None for equal ones, whose ratio is infinite."""
     # In numpy, which keeps to one core: the others are decoding meanwhile.
-    mean_squared_error = float(np.square(np.subtract(of.numpy(), to.numpy(), dtype=np.float64)).mean())
+    mean_squared_error = float(np.square(np.subtract(pixels.numpy(), reference.numpy(), dtype=np.float64)).mean())
     return None if mean_squared_error == 0 else 10 * math.log10(255**2 / mean_squared_error)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import RunFolder
-from flux_ir.lens.decode import NOT_THE_SAME, LensDecoder, batch_size, lens_report, read_picture
+from flux_ir.lens.decode import OTHER_WEIGHTS_DRIFT, LensDecoder, batch_size, lens_report, read_picture
 from flux_ir.lens.measures import cosine, psnr_db, relative_distance
 from flux_ir.lens.readout import read_step
 from flux_ir.models.text import TextEmbedding
@@ -81,14 +81,14 @@ def test_every_block_and_step_becomes_the_jpeg_of_its_own_latent(captured, decod
     capture = captured()
     reader = decoder(capture, batch=1)
     written = list(reader.pictures())
-    places = [(decoded.place.step, str(decoded.place.site)) for decoded in written]
+    keys = [(decoded.key.step, str(decoded.key.site)) for decoded in written]
     sites = ["double.0.img", "double.1.img", "single.0", "single.1", "single.2"]
-    assert places == [(step, site) for step in range(3) for site in sites]
+    assert keys == [(step, site) for step in range(3) for site in sites]
     assert len(written) == len(reader) == 15
-    by_place = {(decoded.place.step, decoded.place.site): decoded for decoded in written}
+    by_key = {(decoded.key.step, decoded.key.site): decoded for decoded in written}
     for step in range(3):
         for reading in read_step(flux, capture, step):
-            decoded = by_place[step, reading.site]
+            decoded = by_key[step, reading.site]
             kind, block = reading.site.kind, reading.site.block
             assert decoded.path == folder.path / f"intermediates/decoded/step_{step}/{kind}_block_{block}.jpg"
             pixels = decode(reader.autoencoder, reading.euler, HEIGHT, WIDTH, flux.dtype)
@@ -111,7 +111,7 @@ def test_both_lenses_go_to_their_own_folders(captured, decoder, folder):
     written = list(decoder(capture, ["euler", "x0"]).pictures())
     assert len(written) == len({decoded.path for decoded in written}) == 12
     for decoded in written:
-        inside = folder.decoded(decoded.place.lens)
+        inside = folder.decoded(decoded.key.lens)
         assert inside in decoded.path.parents
     for block in ("double_block_0", "single_block_2"):
         first, last = (
@@ -212,7 +212,7 @@ def test_what_these_weights_cannot_have_made_is_refused_before_anything_is_writt
     capture = captured()
     other = tiny_flux(dtype=torch.bfloat16, seed=1)
     stranger = LensDecoder(capture, other, decoder(capture).autoencoder, folder, ["euler"])
-    stranger.drift = NOT_THE_SAME + 0.01
+    stranger.drift = OTHER_WEIGHTS_DRIFT + 0.01
     with pytest.raises(FluxIRError, match=r"is damaged, or was made with other weights: .* 26\.0% off the sampler's"):
         list(stranger.pictures())
     assert not folder.decoded("euler").exists()
