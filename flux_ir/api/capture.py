@@ -48,7 +48,7 @@ from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_among
 
-SEEDS = 2**31
+SEEDS = 2**31  # a seed that is drawn is below this; one that is asked for may be larger
 DEFAULT_PROMPT = "a beautiful landscape"
 
 
@@ -89,7 +89,7 @@ class CaptureSettings:
 
 
 class Job(NamedTuple):
-    """A capture with every open question answered."""
+    """A capture with every open question of its `CaptureSettings` answered, and nothing done yet."""
 
     spec: ModelSpec
     prompt: str
@@ -140,10 +140,12 @@ def capture(
     The prompt is a text, or the file of its embeddings that `encode_prompt` has saved (`prompt_embeds`): then no text
     encoder is needed. Sizes are in px and multiples of 16; None for a size, `num_steps` or `guidance` is the model's
     own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step; layers of the
-    text encoders (`t5.*`) are recorded once, and read without a step. `lens` says
-    what is decoded (`should_decode_intermediates` False: nothing). `model` is the name of one: `device`, `multi_gpu`,
-    `offload` and `dtype` say where and in which precision, `checkpoint` and `ae_checkpoint` where the weights are. Or
-    it is a loaded `Suite`, which has settled all of these; it is not loaded again and stays as it is.
+    text encoders (`t5.*`) are recorded once, and read without a step. `lens` says what is decoded
+    (`should_decode_intermediates` False: nothing).
+
+    `model` is the name of one: `device`, `multi_gpu`, `offload` and `dtype` say where and in which precision,
+    `checkpoint` and `ae_checkpoint` where the weights are. Or it is a loaded `Suite`, which has settled all of these;
+    it is not loaded again and stays as it is.
 
     Everything goes into a new folder below `output_dir`. Raises FluxIRError for what a user can mend, as early as
     it is known.
@@ -174,10 +176,14 @@ def capture(
 
 
 def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> CaptureResult:
-    """The same, with its settings in one object."""
+    """One capture, as `capture` describes it, with its settings in one object.
+
+    The weights are loaded and the network runs inside the `with` of the capture file; the picture and the lens follow
+    when that is complete.
+    """
     job = settle(settings)
     folder, timestamp = RunFolder(Path(settings.output_dir), new_generation_id()), time.strftime("%Y%m%d_%H%M%S")
-    done = CaptureResult(
+    result = CaptureResult(
         generation_id=folder.generation_id,
         folder=folder.path,
         picture=folder.image(),
@@ -187,21 +193,21 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
     )
     metadata = describe(job, folder, timestamp)
     with folder.made():
-        suite = settings.model if isinstance(settings.model, Suite) else located(settings, job, progress)
+        suite = settings.model if isinstance(settings.model, Suite) else unloaded_suite(settings, job, progress)
         announce(job, folder, progress)
         # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
-        with CaptureWriter(done.capture, planned_file(job, metadata)) as sink:
+        with CaptureWriter(result.capture, planned_file(job, metadata)) as sink:
             load(suite, job, progress)
             text = job.text or embed(suite, job.prompt, progress, sites=job.text_sites, sink=sink)
-            latent = paint(suite, job, text, sink, progress)
-        write_json(done.metadata, metadata | {"options": settings.to_json(), **surroundings(job, suite)})
+            latent = sample_recorded(suite, job, text, sink, progress)
+        write_json(result.metadata, metadata | {"options": settings.to_json(), **provenance(job, suite)})
         with phase(progress, "picture"):
-            save_picture(job, suite, latent, done.picture, progress, keep_prompt=settings.add_sampling_metadata)
+            save_picture(job, suite, latent, result.picture, progress, keep_prompt=settings.add_sampling_metadata)
         if not settings.should_decode_intermediates:
-            return done
+            return result
         with suite.transformer() as model, suite.autoencoder() as autoencoder:
-            recorded, lenses = load_capture(done.capture), LENSES[settings.lens]
-            return done._replace(lens=decode_run(progress, folder, recorded, model, autoencoder, lenses))
+            recorded, lenses = load_capture(result.capture), LENSES[settings.lens]
+            return result._replace(lens=decode_run(progress, folder, recorded, model, autoencoder, lenses))
 
 
 def settle(settings: CaptureSettings) -> Job:
@@ -300,8 +306,8 @@ def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
     return sites
 
 
-def located(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
-    """The model by its name: its files are found, none of its parts is loaded."""
+def unloaded_suite(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
+    """The model by its name: its files are found (or fetched) and checked, and none of its parts is loaded."""
     source = locate_model(
         job.spec,
         settings.checkpoint,
@@ -351,14 +357,14 @@ def embed(
 
     Their layers at `sites` go to `sink`.
     """
-    with phase(progress, "text"), suite.text_encoders() as text:
-        for note in dict.fromkeys(text.t5.notes(prompt) + text.clip.notes(prompt)):
+    with phase(progress, "text"), suite.text_encoders() as encoders:
+        for note in dict.fromkeys(encoders.t5.notes(prompt) + encoders.clip.notes(prompt)):
             progress(Note(f"note: {suite.spec.name}: {note}"))
-        with TextRecorder(text, sites, sink):
-            return encode(text.t5, text.clip, [prompt])
+        with TextRecorder(encoders, sites, sink):
+            return encode(encoders.t5, encoders.clip, [prompt])
 
 
-def paint(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWriter, progress: Watch) -> PackedLatent:
+def sample_recorded(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWriter, progress: Watch) -> PackedLatent:
     """Walk from noise to the finished latent, with every step that is kept recorded into `sink`."""
     noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)
@@ -394,7 +400,7 @@ def save_picture(
 
 
 def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
-    """The metadata that stands in the capture file and in the JSON beside it."""
+    """What is known before the first step: it stands in the capture file, and in the JSON beside it."""
     return {
         "generation_id": folder.generation_id,
         "model": job.spec.name,
@@ -409,8 +415,8 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
     } | ({} if job.text is None else {"prompt_embeds": job.text.digest()})
 
 
-def surroundings(job: Job, suite: Suite) -> dict[str, Any]:
-    """What else the numbers depend on: versions, devices, precision, files."""
+def provenance(job: Job, suite: Suite) -> dict[str, Any]:
+    """What else the numbers depend on, for the JSON alone: versions, devices, precision, files."""
     source = suite.source
     text = {} if source.text is None else source.text._asdict()
     weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}

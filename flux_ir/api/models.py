@@ -84,8 +84,8 @@ def encode_prompt(model: Suite, prompt: str | Sequence[str], *, save_to: str | P
     """
     check_loaded(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    with model.text_encoders() as text:
-        embedding = encode(text.t5, text.clip, prompts)
+    with model.text_encoders() as encoders:
+        embedding = encode(encoders.t5, encoders.clip, prompts)
     if save_to is not None:
         save_prompt_embeds(embedding, save_to, prompt=prompts[0] if len(prompts) == 1 else None)
     return embedding
@@ -124,6 +124,7 @@ def sample(
 
 
 def _steps(model: Suite, inputs: Inputs, timesteps: list[float], guidance: float) -> Iterator[Step]:
+    # A generator of its own, so that `sample` raises when it is called and not when its first step is asked for.
     with model.transformer() as flux:
         yield from generate.sample(flux, inputs, timesteps, guidance)
 

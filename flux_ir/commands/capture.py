@@ -76,6 +76,7 @@ def run(options: CaptureOptions) -> None:
     from flux_ir.api.capture import CaptureSettings, run_capture
     from flux_ir.commands.report import Report, peak_memory
 
+    # A setting has the name of its flag; `plan` is a flag alone.
     settings = CaptureSettings(**{field.name: getattr(options, field.name) for field in fields(CaptureSettings)})
     if options.plan:
         from flux_ir.commands.planning import plan_capture

@@ -89,7 +89,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
 def parse(options_type: type[AnyOptions], words: Sequence[str], *, prog: str) -> AnyOptions:
     """The options these words describe. Raises FluxIRError at the first word that is wrong."""
     known = flags(options_type)
-    command = check_words(words, known, prog=prog)
+    command = checked_words(words, known, prog=prog)
 
     import fire  # 60 ms: only once the words are in order
     from fire.decorators import SetParseFns
@@ -101,7 +101,7 @@ def parse(options_type: type[AnyOptions], words: Sequence[str], *, prog: str) ->
     )
 
 
-def check_words(words: Sequence[str], known: Sequence[Flag], *, prog: str) -> list[str]:
+def checked_words(words: Sequence[str], known: Sequence[Flag], *, prog: str) -> list[str]:
     """The words, once every flag among them is known, given once and has its value; fire then splits them.
 
     They stay as typed but for two spellings that fire would misread: a hyphen behind `--no`, and a text that starts
@@ -181,6 +181,7 @@ def _looks_like_flag(word: str) -> bool:
 
 
 def _run(run: Callable[[AnyOptions], int | None], options: AnyOptions) -> int | None:
+    """Runs the command; an error of a full disk that names no file is given the folder that was written to."""
     try:
         return run(options)
     except OSError as error:
@@ -190,9 +191,8 @@ def _run(run: Callable[[AnyOptions], int | None], options: AnyOptions) -> int | 
 
 
 def _complain(message: str, hint: str | None) -> int:
-    rank = os.environ.get(
-        "RANK", "0"
-    )  # torchrun ends the others as soon as one has failed: any may be all that is seen
+    # torchrun ends all processes as soon as one has failed: this line may be the only one that is seen.
+    rank = os.environ.get("RANK", "0")
     whose = "" if rank == "0" else f"rank {rank}: "
     print(f"{whose}error: {' '.join(message.splitlines())}", file=sys.stderr)
     if hint:

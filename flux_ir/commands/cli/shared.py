@@ -158,7 +158,7 @@ class RunsOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(RunsOptions):
-    """One of them."""
+    """One run folder."""
 
     generation_id: str = option(
         REQUIRED, help="the run: the name of its folder below --output_dir, or latest", group=READ
