@@ -11,6 +11,7 @@ from typing import Any
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, read_json
 from flux_ir.models.checkpoints.hub import Announce, download_repository, upload_folder
+from flux_ir.sae.architectures.config import HAS_K
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.folder import ACTIVATIONS_FILE, CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_sae
 from flux_ir.sae.files.formats import load_any
@@ -54,7 +55,7 @@ def write_card(folder: Path, repo_id: str) -> Path:
 
 
 # ---- The model card
-_TOLD = {
+_MEASURES = {
     "fvu": "fraction of variance unexplained",
     "l0": "features active per token",
     "dead_share": "share of features that never fire",
@@ -89,10 +90,11 @@ def _header(architecture: str) -> str:
 def _facts(sae: SparseAutoencoder) -> dict[str, Any]:
     config = sae.config
     facts: dict[str, Any] = {"model": config.model, "site": config.site, "width of the activations": config.d_in}
-    facts |= {"features": config.d_sae, "k": config.k if "topk" in config.architecture else None}
+    facts |= {"features": config.d_sae, "k": config.k if config.architecture in HAS_K else None}
     facts |= {"denoising steps": None if config.steps is None else ", ".join(map(str, config.steps))}
     known = {**sae.metadata, **_data(sae.metadata)}
-    facts |= {name.replace("_", " "): value for name, value in known.items() if _is_plain(value) and name not in _TOLD}
+    others = {name: value for name, value in known.items() if _is_plain(value) and name not in _MEASURES}
+    facts |= {name.replace("_", " "): value for name, value in others.items()}
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -114,15 +116,16 @@ def _quality(folder: Path) -> str:
         return "Not measured."
     metrics = read_json(folder / METRICS_FILE, required=("overall",))
     numbers, outliers = metrics["overall"], metrics.get("outliers") or {"tokens": 0}
-    rows = {text: numbers[name] for name, text in _TOLD.items() if name in numbers}
+    rows = {text: numbers[name] for name, text in _MEASURES.items() if name in numbers}
     if outliers["tokens"]:
         longer = f"tokens more than {outliers['longer_than_medians']:g} times as long as the median"
-        rows |= {longer: outliers["tokens"], f"{_TOLD['fvu']} without them": outliers["without"]["overall"]["fvu"]}
+        rows |= {longer: outliers["tokens"], f"{_MEASURES['fvu']} without them": outliers["without"]["overall"]["fvu"]}
     return _table("measure", "value", rows)
 
 
 def _loading(repo_id: str) -> str:
-    ours = f'from flux_ir.sae.files.hub import from_pretrained\n\nsae = from_pretrained("{repo_id}")'
+    # The public name: cards outlive the places of modules.
+    ours = f'from flux_ir import load_sae\n\nsae = load_sae("{repo_id}")'
     return f"```python\n{ours}\nfeatures = sae.encode(activations)\n```\n\nsae-lens reads the same files as they stand."
 
 

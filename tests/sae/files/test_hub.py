@@ -160,6 +160,14 @@ def test_the_card_tells_of_outliers(sae, tmp_path):
     assert "| fraction of variance unexplained without them | 1.875 |" in card
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_the_card_tells_k_and_the_public_name_that_loads(architecture, tmp_path):
+    sae = make_sae(SAEConfig(architecture=architecture, d_in=6, d_sae=18, k=3))
+    card = write_card(save_sae(sae, tmp_path / "sae"), REPO).read_text()
+    assert "| k | 3 |" in card
+    assert "from flux_ir import load_sae" in card
+
+
 def test_the_card_tells_site_steps_data_and_numbers(sae, tmp_path):
     folder = save_sae(sae, tmp_path / "sae")
     assert "Not measured." in write_card(folder, REPO).read_text()
