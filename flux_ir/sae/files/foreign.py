@@ -76,9 +76,9 @@ def whole_number(config: Mapping[str, Any], name: str, path: Path) -> int:
 
 
 def agreed_k(path: Path, said: Mapping[str, Any]) -> int:
-    """The k of a folder, by where it is written (`said`); None where it is not.
+    """The k of a folder. `said` has what each place that may hold it says, None where it says nothing.
 
-    Raises FluxIRError if two differ, or if there is none: every guess would give other features.
+    Raises FluxIRError if two differ, or if none says it: every guess would give other features.
     """
     given = {where: value for where, value in said.items() if value is not None}
     if not given:

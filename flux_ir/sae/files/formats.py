@@ -72,7 +72,7 @@ def weights_file(folder: Path | str) -> Path:
 
 
 def load_any(folder: Path | str) -> SparseAutoencoder:
-    """The autoencoder of a folder, whichever program saved it: ours or sae-lens, sparsify, dictionary_learning, hub.
+    """The autoencoder of a folder, whichever program saved it: ours, sae-lens, sparsify and others.
 
     Raises FluxIRError for folders that are incomplete, broken, or of an unknown architecture.
     """
