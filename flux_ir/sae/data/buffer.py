@@ -81,7 +81,7 @@ class Buffer:
         return len(self._slots)
 
     def put(self, first: int, rows: BlockRows, kept: NDArray[np.int64]) -> None:
-        """Write these rows of a block, as those that were read at number `first` and after it."""
+        """Write the `kept` rows of a block: `first` is how many rows of the buffer were read before them."""
         slots, whole = self._slots[first : first + len(kept)], len(kept) == len(rows.is_text)
         facts = np.empty(len(kept), _ROW_FACTS)
         facts["step"] = rows.step

@@ -1,6 +1,7 @@
 """What must be known of the data before training: mean and length for the normalisation, and a sample of tokens.
 
-Everything is measured on the training side of the split, over blocks in an order that the seed sets, in float64.
+Everything is measured on the training side of the split, over blocks in an order that the seed sets; mean and length
+in float64.
 """
 
 import math
@@ -96,7 +97,7 @@ def norm_limits(
 
 
 def _median_lengths(feed: Feed, steps: set[int], tokens_each: int) -> dict[tuple[SiteKey, int], float]:
-    """The median length of the tokens of each site and step, from about so many; no steps: it reads to the end."""
+    """The median length of the tokens of each site and step, of about `tokens_each`; no `steps`: of all of the feed."""
     norms: dict[tuple[SiteKey, int], list[Tensor]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
     for rows in read_blocks(feed):

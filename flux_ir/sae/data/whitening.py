@@ -155,18 +155,18 @@ class _CovarianceSums:
     def positions(self) -> Tensor:
         """The covariance of the means of steps and positions.
 
-        Means over so few prompts differ by chance as well: what is expected of that, within * means / prompts, is taken
-        off the covariance between them.
+        A cell is a step and position; each prompt gives a cell one mean. Means of cells over so few prompts differ by
+        chance as well: what is expected of that, within * cells / prompt_means, is taken off the covariance between.
         """
         seen = self.counts > 0
         sums, counts = self.means[seen], self.counts[seen][:, None]
-        means, prompts = sums / counts, counts.sum()
-        centre = sums.sum(dim=0) / prompts
-        between = ((means - centre) * counts).T @ (means - centre) / prompts
-        if prompts == len(counts):  # one prompt: what it decides and what its positions do are the same
+        means, cells, prompt_means = sums / counts, len(counts), counts.sum()
+        centre = sums.sum(dim=0) / prompt_means
+        between = ((means - centre) * counts).T @ (means - centre) / prompt_means
+        if prompt_means == cells:  # one prompt: what it decides and what its positions do are the same
             return torch.zeros_like(between)
-        within = (self.prompt_squares - sums.T @ means) / (prompts - len(counts))
-        variances, axes = torch.linalg.eigh(between - within * len(counts) / prompts)
+        within = (self.prompt_squares - sums.T @ means) / (prompt_means - cells)
+        variances, axes = torch.linalg.eigh(between - within * cells / prompt_means)
         return (axes * variances.clamp_min(0)) @ axes.T  # below 0 by chance, it would take noise away
 
 

@@ -38,7 +38,9 @@ class TrainSettings:
     learning_rate: float | None = None
     """At its peak; None: 2e-4 / sqrt(F / 2^14) of each autoencoder."""
     k_start: int | None = None
+    """Active features per token at the start, from which k comes down; None: k throughout."""
     warmup_steps: int | None = None
+    """Steps over which the learning rate rises; None: 1,000, at most a tenth of the run."""
     clip: float | None = 1.0
     """The largest norm of all gradients of an autoencoder; None: any."""
     ema_decay: float | None = None
@@ -46,7 +48,9 @@ class TrainSettings:
     resample_steps: int | None = None
     """Steps from one resampling of dead features to the next, in the first half of the run; None: never."""
     compute_dtype: torch.dtype = torch.float32
+    """What the large products are rounded to; weights, gradients and moments are float32 in any case."""
     shard_optimiser: bool = False
+    """Whether each process keeps the moments of its share of rows alone."""
 
     def schedule(self, sae: SparseAutoencoder) -> Schedule:
         """The curves of one autoencoder."""
@@ -419,8 +423,9 @@ def resample_dead_(
     """Give dead features new weights in place, and return which features these are, ascending.
 
     Each gets a token of `xn` (normalised; many more than there are dead features), drawn with a probability that grows
-    as the square of its loss, none twice. W_dec takes its direction from b_dec, of length 1; the encoder the same at a
-    fifth of the mean length of living rows; biases become 0 and other per-feature values the mean of the living ones.
+    as the square of its loss, none twice. Its row of W_dec becomes the direction from b_dec to that token, with length
+    1; its encoder row the same with a fifth of the mean length of living rows; biases become 0 and other per-feature
+    values the mean of the living ones.
     Where fewer tokens have an error than features are dead, only so many are resampled.
 
     `generator` is on the CPU. The optimiser's moments and bf16 copies of the weights are the caller's to reset.
