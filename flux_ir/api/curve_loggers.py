@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from flux_ir.errors import FluxIRError
 
 CurveRow = Mapping[str, Any]
+"""The numbers of one autoencoder at one step: a line of curves.jsonl."""
 NOT_CURVES = ("step", "tokens")
 
 

@@ -2,7 +2,8 @@
 
 Sites that have the same tokens (all image sites, say) are one run: their autoencoders train side by side on one batch.
 To follow a training from here to a weight: `run_training`, then `TrainingRun.work` (`training_run`), `Member.step`
-(`sae.training.step`, which asks an architecture for its loss) and `RowAdam.step` (`sae.training.optimiser`).
+(`sae.training.step`, which asks an architecture for its loss) and `RowAdam.step` (`sae.training.optimiser`). On the way
+`settings` are what the caller gave (`TrainSAESettings`), and `training` what follows for the steps (`TrainSettings`).
 """
 
 import hashlib
@@ -19,20 +20,20 @@ from flux_ir.api.curve_loggers import check_logger
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.api.training_data import TrainingData, open_data
 from flux_ir.api.training_run import Planned, Trained, TrainingRow, TrainingRun
-from flux_ir.api.training_settings import SPARSE, TrainSAESettings
+from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.models.compute_dtype import bfloat16_on
 from flux_ir.models.placement import plan
-from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.config import HAS_K, SAEConfig
 from flux_ir.sae.data.filters import SiteKey, sites_in_lockstep
 from flux_ir.sae.training.step import TrainSettings
 from flux_ir.sites import SiteNames
 
 __all__ = ["Trained", "TrainingRow", "run_training", "train_sae"]
 
-MOST_DEAD_AFTER = 10_000_000
-DEAD_SHARE = 20  # a feature is dead after at most this part of the run
+# A feature is dead after so many tokens without firing, at most: 10 million, and a twentieth of the run.
+MOST_DEAD_AFTER, DEAD_AFTER_PART = 10_000_000, 20
 
 
 def train_sae(
@@ -116,7 +117,7 @@ def run_training(
         # Everything that can be wrong with any run is found before the first begins.
         planned = [plan_run(settings, data, sites, device, ranks) for sites in groups]
         runs = [TrainingRun(one, settings, data, ranks, watch, stop) for one in planned]
-        products = _products(device, planned[0].settings.compute_dtype)
+        products = _products(device, planned[0].training.compute_dtype)
         watch(Note(f"{data.note()}; on {device} ({why}), {products}"))
         for run in runs:
             for row in run.work():
@@ -126,52 +127,53 @@ def run_training(
 
 
 def plan_run(
-    options: TrainSAESettings, data: TrainingData, sites: list[SiteKey], device: torch.device, ranks: Ranks
+    settings: TrainSAESettings, data: TrainingData, sites: list[SiteKey], device: torch.device, ranks: Ranks
 ) -> Planned:
     """What one run trains, and how. Raises FluxIRError for sizes that do not fit."""
-    members = {name: config for site in sites for name, config in configs(options, data, site).items()}
-    total_tokens = options.max_tokens or (options.epochs or 1) * data.epoch_tokens(sites[0])
-    total_steps = total_tokens // options.batch_tokens
-    if total_steps < 1 or data.epoch_tokens(sites[0]) < options.batch_tokens:
+    members = {name: config for site in sites for name, config in configs(settings, data, site).items()}
+    total_tokens = settings.max_tokens or (settings.epochs or 1) * data.epoch_tokens(sites[0])
+    total_steps = total_tokens // settings.batch_tokens
+    if total_steps < 1 or data.epoch_tokens(sites[0]) < settings.batch_tokens:
         raise FluxIRError(
-            f"there must be a batch of {options.batch_tokens} tokens in the data: "
+            f"there must be a batch of {settings.batch_tokens} tokens in the data: "
             f"an epoch has {data.epoch_tokens(sites[0])}, the run {total_tokens}",
             hint="pass a smaller --batch_tokens, or more data",
         )
-    if options.batch_tokens % ranks.world_size:
+    if settings.batch_tokens % ranks.world_size:
         raise FluxIRError(
-            f"a batch is cut into equal shares: got {options.batch_tokens} tokens, {ranks.world_size} processes",
+            f"a batch is cut into equal shares: got {settings.batch_tokens} tokens, {ranks.world_size} processes",
             hint=f"make --batch_tokens a multiple of {ranks.world_size}",
         )
-    tokens = total_steps * options.batch_tokens
+    tokens = total_steps * settings.batch_tokens
     # On a CPU only if asked for: it rounds the sums of bf16 products too, and so each process its share of a gradient.
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
-    settings = TrainSettings(
+    dtype = settings.dtype or ("bfloat16" if device.type == "cuda" and bfloat16_on(device).real else "float32")
+    training = TrainSettings(
         total_steps=total_steps,
-        batch_tokens=options.batch_tokens,
-        dead_after_tokens=options.dead_after or max(1, min(MOST_DEAD_AFTER, tokens // DEAD_SHARE)),
-        learning_rate=options.lr,
-        k_start=options.k_start,
-        clip=options.clip,
-        ema_decay=options.ema,
-        resample_steps=options.resample,
+        batch_tokens=settings.batch_tokens,
+        dead_after_tokens=settings.dead_after or max(1, min(MOST_DEAD_AFTER, tokens // DEAD_AFTER_PART)),
+        learning_rate=settings.lr,
+        k_start=settings.k_start,
+        clip=settings.clip,
+        ema_decay=settings.ema,
+        resample_steps=settings.resample,
         compute_dtype=getattr(torch, dtype),
-        shard_optimiser=options.shard_optimiser,
+        shard_optimiser=settings.shard_optimiser,
     )
-    _check_memory(members, settings, device, ranks)
-    return Planned(folder_of(options, data), members, sites, settings, device, run_id(members))
+    _check_memory(members, training, device, ranks)
+    return Planned(folder_of(settings, data), members, sites, training, device, run_id(members))
 
 
 def _check_memory(
-    members: Mapping[str, SAEConfig], settings: TrainSettings, device: torch.device, ranks: Ranks
+    members: Mapping[str, SAEConfig], training: TrainSettings, device: torch.device, ranks: Ranks
 ) -> None:
     """Raises FluxIRError if weights, gradients and moments alone are more than there is, before any of it is made."""
     elements = {
         name: (1 if config.tied else 2) * config.d_in * config.d_sae + config.d_in + config.d_sae
         for name, config in members.items()
     }
-    moments = 2 / (ranks.world_size if settings.shard_optimiser else 1)
-    each = 4 * (2 + moments + (settings.ema_decay is not None)) + (settings.compute_dtype != torch.float32) * 2
+    moments = 2 / (ranks.world_size if training.shard_optimiser else 1)
+    # Bytes of an element: float32 weight, gradient, moments and, with EMA, average; its bf16 copy.
+    each = 4 * (2 + moments + (training.ema_decay is not None)) + (training.compute_dtype != torch.float32) * 2
     # Weights are drawn on the CPU, from random numbers that are as large.
     needed = {"cpu": 8 * max(elements.values())} | {str(device): int(each * sum(elements.values()))}
     for memory, size in needed.items():
@@ -193,34 +195,34 @@ def _products(device: torch.device, dtype: torch.dtype) -> str:
     return f"products in {str(dtype).removeprefix('torch.')}{advice}"
 
 
-def configs(options: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[str, SAEConfig]:
+def configs(settings: TrainSAESettings, data: TrainingData, site: SiteKey) -> dict[str, SAEConfig]:
     """The autoencoders of a site, by the name of their folder: every combination of the lists."""
-    sparsities: Sequence[float | None] = options.k or (32,)
-    if options.arch not in SPARSE:
-        sparsities = (options.target_l0 if options.arch == "jumprelu" else options.l1_coefficient) or (None,)
-    made = {}
-    for sparsity, expansion, seed in product(dict.fromkeys(sparsities), options.expansion, options.seed):
+    sparsities: Sequence[float | None] = settings.k or (32,)
+    if settings.arch not in HAS_K:
+        sparsities = (settings.target_l0 if settings.arch == "jumprelu" else settings.l1_coefficient) or (None,)
+    by_name = {}
+    for sparsity, expansion, seed in product(dict.fromkeys(sparsities), settings.expansion, settings.seed):
         config = SAEConfig(
-            architecture=options.arch,
+            architecture=settings.arch,
             d_in=data.widths[site],
             d_sae=expansion * data.widths[site],
-            k=int(sparsity or 1) if options.arch in SPARSE else 1,
-            k_aux=options.k_aux,
-            prefixes=() if options.prefixes is None else (*options.prefixes, expansion * data.widths[site]),
-            l1_coefficient=sparsity if options.arch in ("l1", "gated") else None,
-            target_l0=sparsity if options.arch == "jumprelu" else None,
-            tied=options.tied,
-            decoder_init=options.decoder_init,
-            encoder_init=options.encoder_init,
-            bias_init=options.bias_init,
-            whitened=options.whiten is not None,
+            k=int(sparsity or 1) if settings.arch in HAS_K else 1,
+            k_aux=settings.k_aux,
+            prefixes=() if settings.prefixes is None else (*settings.prefixes, expansion * data.widths[site]),
+            l1_coefficient=sparsity if settings.arch in ("l1", "gated") else None,
+            target_l0=sparsity if settings.arch == "jumprelu" else None,
+            tied=settings.tied,
+            decoder_init=settings.decoder_init,
+            encoder_init=settings.encoder_init,
+            bias_init=settings.bias_init,
+            whitened=settings.whiten is not None,
             seed=seed,
             site=None if site is None else str(site),
             model=data.model,
             steps=None if site is None else tuple(data.steps),
         )
-        made[member_name(config, expansion, sparsity)] = config
-    return made
+        by_name[member_name(config, expansion, sparsity)] = config
+    return by_name
 
 
 def member_name(config: SAEConfig, expansion: int, sparsity: float | None) -> str:
@@ -230,12 +232,12 @@ def member_name(config: SAEConfig, expansion: int, sparsity: float | None) -> st
     return "_".join([config.site or "array", config.architecture, *given, f"x{expansion}", f"s{config.seed}"])
 
 
-def folder_of(options: TrainSAESettings, data: TrainingData) -> Path:
+def folder_of(settings: TrainSAESettings, data: TrainingData) -> Path:
     """The folder that the folders of all autoencoders lie in. Raises FluxIRError for a name that leads elsewhere."""
-    name = options.name or data.name
+    name = settings.name or data.name
     if name in (".", "..") or Path(name).name != name:
         raise FluxIRError(f"--name is the name of one folder: got {name!r}", hint="put the rest into --output_dir")
-    return options.output_dir / name
+    return settings.output_dir / name
 
 
 def run_id(members: dict[str, SAEConfig]) -> str:
@@ -245,12 +247,12 @@ def run_id(members: dict[str, SAEConfig]) -> str:
     return f"{first}-{digest}" if len(members) == 1 else f"{first}+{len(members) - 1}-{digest}"
 
 
-def _device(options: TrainSAESettings, ranks: Ranks) -> tuple[torch.device, str]:
+def _device(settings: TrainSAESettings, ranks: Ranks) -> tuple[torch.device, str]:
     """The device of this process, and why: of several processes, each takes the GPU of its number."""
     if ranks.world_size == 1:
-        placement = plan(torch.cuda.device_count(), device=options.device)
+        placement = plan(torch.cuda.device_count(), device=settings.device)
         return torch.device(placement.transformer), placement.reason
-    device = ranks.device(options.device)
+    device = ranks.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device, f"one of {ranks.world_size} processes"

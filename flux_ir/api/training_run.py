@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.api.curve_loggers import Logger, open_logger
+from flux_ir.api.curve_loggers import CurveRow, Logger, open_logger
 from flux_ir.api.progress import Note, Watch, phase
 from flux_ir.api.training_data import TrainingData
 from flux_ir.api.training_settings import TrainSAESettings
@@ -36,15 +36,14 @@ TRAINING = "training.json"
 CURVES = "curves.jsonl"
 CHECKPOINTS = ".training"
 MOST_HELD_OUT = 1_000_000  # tokens an autoencoder is measured on at the end; `evaluate-sae` takes all
-LEAST_ROWS, MOST_STEPS = 200, 100  # a row of the curves at least so often
+# A row of the curves every 100 steps, in short runs more often: as often as makes 200 rows.
+LEAST_ROWS, MOST_STEPS = 200, 100
 AGREE_STEPS = 10  # steps from one all-reduce of what processes want to the next: each makes the host wait
 SHORT_BATCHES = 3  # in a row that are not full: the data have no full one
 
 # A resumed run may have other values of these: some are compared by their content, the others change no weight.
 BY_CONTENT = ("captures", "whiten", "prompts", "site", "steps", "max_tokens", "epochs", "dtype")
 NO_WEIGHT = ("name", "output_dir", "device", "log", "checkpoint_minutes", "checkpoint_tokens", "shard_optimiser")
-CurveRow = dict[str, Any]
-"""The numbers of one autoencoder at one step: a line of curves.jsonl."""
 
 
 class Planned(NamedTuple):
@@ -53,7 +52,7 @@ class Planned(NamedTuple):
     folder: Path
     members: dict[str, SAEConfig]
     sites: list[SiteKey]
-    settings: TrainSettings
+    training: TrainSettings
     device: torch.device
     id: str
 
@@ -94,13 +93,13 @@ class TrainingRun:
     def __init__(
         self,
         planned: Planned,
-        options: TrainSAESettings,
+        settings: TrainSAESettings,
         data: TrainingData,
         ranks: Ranks,
         progress: Watch,
         stop: Callable[[], bool],
     ) -> None:
-        self.planned, self.options, self.data, self.ranks = planned, options, data, ranks
+        self.planned, self.settings, self.data, self.ranks = planned, settings, data, ranks
         self.progress, self.stop = progress, stop
         self.checkpoints = TrainingCheckpoints(planned.folder / CHECKPOINTS / planned.id, ranks)
         self.described = self._describe()
@@ -148,7 +147,7 @@ class TrainingRun:
     @property
     def total_tokens(self) -> int:
         """Tokens that the run trains on."""
-        return self.planned.settings.total_steps * self.planned.settings.batch_tokens
+        return self.planned.training.total_steps * self.planned.training.batch_tokens
 
     def _row(
         self,
@@ -170,33 +169,33 @@ class TrainingRun:
 
     def _batches(self) -> TokenBatches:
         return self.data.batches(
-            self.planned.sites, self.options, self.ranks, self.planned.device, tokens=self.total_tokens
+            self.planned.sites, self.settings, self.ranks, self.planned.device, tokens=self.total_tokens
         )
 
     def _trainer(self) -> Trainer:
-        """The autoencoders at their start. Where they will be loaded, nothing is measured."""
+        """The autoencoders at their start. Where a checkpoint will be loaded nothing is measured: it holds what was."""
         members = []
         for site in self.planned.sites:
             measured = None
             if self.saved is None:
                 with phase(self.progress, "measure the data"):
-                    measured = self.data.measure(site, normalise=self.options.normalise)
-            whitening = None if self.options.whiten is None else Whitening.empty(self.data.widths[site])
-            if measured is not None:
-                whitening = measured.whitening
+                    measured = self.data.measure(site, normalise=self.settings.normalise)
+            mean, scale, sample = (None,) * 3 if measured is None else measured[:3]
+            whitening = None if measured is None else measured.whitening
+            if measured is None and self.settings.whiten is not None:
+                whitening = Whitening.empty(self.data.widths[site])
             for name, config in self.planned.members.items():
                 if config.site == (None if site is None else str(site)):
-                    mean, scale, sample = (None,) * 3 if measured is None else measured[:3]
                     sae = make_sae(config, sample=sample, mean=mean, scale=scale, device=self.planned.device)
-                    members.append(Member(name, site, sae, self.planned.settings, self.ranks, whitening=whitening))
-        return Trainer(members, self.planned.settings, self.ranks)
+                    members.append(Member(name, site, sae, self.planned.training, self.ranks, whitening=whitening))
+        return Trainer(members, self.planned.training, self.ranks)
 
     def _train(self, trainer: Trainer, batches: TokenBatches) -> Iterator[TrainingRow]:
         """Step to the end, or to where somebody asks to stop, with curves and checkpoints."""
-        settings, logger = self.planned.settings, self._logger(trainer.steps_done)
-        every = max(1, min(MOST_STEPS, settings.total_steps // LEAST_ROWS))
-        timer = CheckpointTimer(self.options, trainer.tokens_seen)
-        for step in train(trainer, full_batches(batches, settings.batch_tokens)):
+        training, logger = self.planned.training, self._logger(trainer.steps_done)
+        every = max(1, min(MOST_STEPS, training.total_steps // LEAST_ROWS))
+        timer = CheckpointTimer(self.settings, trainer.tokens_seen)
+        for step in train(trainer, full_batches(batches, training.batch_tokens)):
             row_due = step.optimiser_step % every == 0 or trainer.finished
             rows = self._record(trainer, step, logger) if row_due else None
             checkpoint_due, stopping = self._agree(timer.due(step.tokens), self.stop(), step.optimiser_step)
@@ -215,7 +214,7 @@ class TrainingRun:
         logger.close()
 
     def _agree(self, due: bool, stopping: bool, step: int) -> tuple[bool, bool]:  # noqa: FBT001
-        """Whether all processes save, and whether they stop: if any wants to. Many are asked every few steps."""
+        """Whether all processes save, if the first is `due`, and stop, if any is `stopping`; asked every AGREE_STEPS"""
         if self.ranks.world_size == 1:
             return due, stopping
         if step % AGREE_STEPS:
@@ -255,15 +254,17 @@ class TrainingRun:
         evaluation = evaluate(sae, tokens, d_sae=sae.config.d_sae, device=self.planned.device, limits=limits)
         sae.log_frequency = log_frequency_of(evaluation.frequency)
         sae.mean_active, sae.max_active = evaluation.mean_active, evaluation.max_active
-        seen = self.planned.settings.total_steps * self.planned.settings.batch_tokens
-        sae.metadata = self.data.metadata() | {"tokens_seen": seen, "fvu": to_json(evaluation)["overall"]["fvu"]}
+        sae.metadata = self.data.metadata() | {
+            "tokens_seen": self.total_tokens,
+            "fvu": to_json(evaluation)["overall"]["fvu"],
+        }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         with complete_file(folder / CURVES) as beside:
             beside.write_text("".join(f"{json.dumps(row)}\n" for row in self.curves[member.name]))
         about = {
             "described": self.described,
-            "options": self.options.to_json(),
+            "options": self.settings.to_json(),
             "config": sae.config.to_dict(),
             "measured_on": self._measured_on,
             "result": to_json(evaluation),
@@ -314,20 +315,19 @@ class TrainingRun:
 
     def _describe(self) -> dict[str, Any]:
         """Everything the weights depend on, as JSON says it."""
-        settings = self.planned.settings
-        options = {
-            name: value for name, value in self.options.to_json().items() if name not in (*BY_CONTENT, *NO_WEIGHT)
+        given = {
+            name: value for name, value in self.settings.to_json().items() if name not in (*BY_CONTENT, *NO_WEIGHT)
         }
-        return options | {
+        return given | {
             "tokens": self.total_tokens,
-            "dtype": str(settings.compute_dtype).removeprefix("torch."),
+            "dtype": str(self.planned.training.compute_dtype).removeprefix("torch."),
             "sites": [str(site) for site in self.planned.sites],
             "steps": self.data.steps,
             "data": self.data.described,
         }
 
     def _logger(self, first_step: int) -> Logger:
-        kind = self.options.log if self.ranks.is_first else "none"
+        kind = self.settings.log if self.ranks.is_first else "none"
         return open_logger(
             kind, self.planned.folder, run_id=self.log_id, first_step=first_step, settings=self.described
         )
@@ -340,8 +340,8 @@ class TrainingRun:
 class CheckpointTimer:
     """When the next checkpoint is due: by time, and by tokens if asked."""
 
-    def __init__(self, options: TrainSAESettings, tokens: int) -> None:
-        self.seconds, self.every_tokens = options.checkpoint_minutes * 60, options.checkpoint_tokens
+    def __init__(self, settings: TrainSAESettings, tokens: int) -> None:
+        self.seconds, self.every_tokens = settings.checkpoint_minutes * 60, settings.checkpoint_tokens
         self.saved(tokens)
 
     def due(self, tokens: int) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.architectures.config import HAS_K
 from flux_ir.sites import site_names
 
-SPARSE = ("topk", "batch_topk", "matryoshka")  # the architectures that are given k
 # These may be given as one element.
 LISTS = ("k", "prefixes", "expansion", "seed", "l1_coefficient", "target_l0", "steps")
 PATHS = ("captures", "whiten", "output_dir")
@@ -115,10 +115,10 @@ class TrainSAESettings:
 
     def _check_architecture(self) -> None:
         """No option that the architecture has no use for: a sweep over it would train the same thing again."""
-        if self.k is not None and self.arch not in SPARSE:
+        if self.k is not None and self.arch not in HAS_K:
             hint = "pass --target_l0 instead" if self.arch == "jumprelu" else "pass --l1_coefficient instead"
             raise FluxIRError(f"{self.arch} is not given its k: got --k", hint=hint)
-        if self.k_start is not None and self.arch not in SPARSE:
+        if self.k_start is not None and self.arch not in HAS_K:
             raise FluxIRError(f"{self.arch} is not given its k: got --k_start", hint="leave it out")
         if self.k_start is not None and self.k is not None and self.k_start < max(self.k):
             raise FluxIRError(
