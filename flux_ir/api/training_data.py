@@ -29,7 +29,7 @@ from flux_ir.sae.data.batches import TokenBatches
 from flux_ir.sae.data.buffer import slot_bytes
 from flux_ir.sae.data.feed import Blocks, TokenFormat
 from flux_ir.sae.data.filters import Filters, SiteKey, choose_sites
-from flux_ir.sae.data.held_out import EvaluationData
+from flux_ir.sae.data.held_out import EvaluationData, EvaluationTokens
 from flux_ir.sae.data.measure import measure_normalisation, norm_limits, sample_tokens
 from flux_ir.sae.data.splits import Side, Split, split_prompts, split_source
 from flux_ir.sae.data.whitening import Whitening, repeated, undecided_covariance, whitening_of
@@ -38,14 +38,14 @@ from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import all_sites, match_sites
 from flux_ir.threads import ahead
 
-SAMPLE_TOKENS = 8_192  # that b_dec starts from
-MEASURED_TOKENS = 100_000  # that the normalisation is measured on
-MEASURED_BYTES = 2**29  # of a live stream: what of it is held in memory meanwhile
-AHEAD_BYTES = 2**28  # of a live stream: what is prefetched
+SAMPLE_TOKENS = 8_192  # b_dec starts from their mean or median
+MEASURED_TOKENS = 100_000  # the normalisation is measured on them
+MEASURED_BYTES = 2**29  # of a live stream's first blocks, held in memory while they are measured
+AHEAD_BYTES = 2**28  # of a live stream, prefetched
 EVALUATION_TOKENS = 4_096  # encoded at once
-COUNTED_GENERATIONS = 64  # whose tokens are counted, to know about how many an epoch has
-LIVE_POOL_SHARE, LIVE_POOL_BATCHES = 8, 8  # of the tokens of a live run the pool holds a part, or a few batches
-WITHOUT_END = 2**62  # tokens; how long a run is, its steps say
+COUNTED_GENERATIONS = 64  # their tokens are counted to estimate an epoch
+LIVE_POOL_PART, LIVE_POOL_BATCHES = 8, 8  # a live run's pool: an eighth of its tokens, and at least so many batches
+WITHOUT_END = 2**62  # tokens: the number of steps ends a run, not the data
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainingData:
     steps: list[int]
     source: TokenSource | Blocks
     """Stored activations, or what begins a live stream."""
-    beginning: Callable[[], TokenSource | Blocks]
+    to_measure: Callable[[], TokenSource | Blocks]
     """Enough of it to measure: all that is stored, or the first blocks of the stream, held in memory."""
     held_out: Blocks | None
     """A live stream of the held-out prompts; None: they are in the source."""
@@ -69,16 +69,16 @@ class TrainingData:
     widths: dict[SiteKey, int]
     described: dict[str, Any]
     """What the weights depend on, for comparisons."""
-    noise: TokenSource | None = None
-    """Generations of the same prompts, by whose differences tokens are whitened; None: they are not."""
+    whitening_source: TokenSource | None = None
+    """Several generations of each prompt, by whose differences tokens are whitened; None: they are not."""
 
     def batches(
         self, sites: list[SiteKey], settings: TrainSAESettings, ranks: Ranks, device: torch.device, *, tokens: int
     ) -> TokenBatches:
         """Training batches for a run of so many tokens: without end, or until a live stream ends."""
         pool_bytes = int(settings.pool_gb * 1e9)
-        if callable(self.source):  # which would have to fill the pool before the first batch
-            few = max(tokens // LIVE_POOL_SHARE, LIVE_POOL_BATCHES * settings.batch_tokens)
+        if callable(self.source):  # the first batch waits until a model has filled the pool: a smaller one will do
+            few = max(tokens // LIVE_POOL_PART, LIVE_POOL_BATCHES * settings.batch_tokens)
             pool_bytes = min(
                 pool_bytes, few * slot_bytes({s: TokenFormat(self.widths[s], torch.bfloat16) for s in sites})
             )
@@ -97,30 +97,31 @@ class TrainingData:
 
     def measure(self, site: SiteKey, *, normalise: bool) -> "Measured":
         """What autoencoders of a site start from."""
-        source = self.beginning()
+        source = self.to_measure()
         sample = sample_tokens(source, [site], SAMPLE_TOKENS, filters=self.filters, split=self.split)[site].float()
         if not normalise:
             return Measured(torch.zeros(sample.shape[1]), 1.0, sample, None)
         normalisation = measure_normalisation(
             source, [site], filters=self.filters, split=self.split, least_tokens=MEASURED_TOKENS
         )[site]
-        if self.noise is None:
+        if self.whitening_source is None:
             return Measured(normalisation.mean.float(), normalisation.scale, sample, None)
         filters = replace(self.filters, steps=self.steps)
-        undecided = undecided_covariance(self.noise, site, filters=filters, split=self.split)
+        undecided = undecided_covariance(self.whitening_source, site, filters=filters, split=self.split)
         whitening = whitening_of(normalisation.mean, undecided)
-        return Measured(*normalisation_of(whitening(sample)), whitening(sample), whitening)
+        whitened = whitening(sample)
+        return Measured(*normalisation_of(whitened), whitened, whitening)
 
     def epoch_tokens(self, site: SiteKey) -> int:
-        """Tokens of a site that one pass over the training side gives; where text is padded, about."""
-        half, source = self.filters.half(site), self.beginning()
+        """Tokens of a site that one pass over the training side gives; where padding is left out, an estimate."""
+        half, source = self.filters.half(site), self.to_measure()
         if half is not None and half.stream == "img" and self.split.by != "tokens" and not callable(source):
-            return source.tokens(half) * self.generations * len(self.steps)  # none is left out
-        counts = [self._kept(block) for block in self._first_blocks(site)]
+            return source.tokens(half) * self.generations * len(self.steps)  # image tokens: none is padding
+        counts = [self._count_kept(block) for block in self._first_blocks(site)]
         return int(sum(counts) / max(1, len(counts)) * self.generations * len(self.steps))
 
     def _first_blocks(self, site: SiteKey) -> Iterator[TokenBlock]:
-        source = self.beginning()
+        source = self.to_measure()
         if callable(source):
             yield from (block for block in source() if block.site == site)
             return
@@ -128,7 +129,7 @@ class TrainingData:
         for index in islice(training, COUNTED_GENERATIONS):
             yield source.read(index, site, self.steps[0])
 
-    def _kept(self, block: TokenBlock) -> int:
+    def _count_kept(self, block: TokenBlock) -> int:
         """How many tokens of a block are trained on."""
         run = run_of(block, self.filters.rows(block))
         kept, used = torch.ones(run.positions.shape[1], dtype=torch.bool), self.filters.used(run)
@@ -148,11 +149,14 @@ class TrainingData:
         yield from self._live_tokens(self.held_out or self.source, site, self._side, most_tokens)
 
     def outlier_limits(self, site: SiteKey, most_tokens: int) -> dict[Group, float]:
-        """How long an outlier is, of each step and stream: of the tokens that are measured on; live, of the first."""
-        beginning = self.beginning()
+        """The length above which a token is an outlier, by step and stream.
+
+        From the tokens that autoencoders are measured on; of a live stream, from its first blocks.
+        """
+        first = self.to_measure()
         batches = self.evaluation_batches(site, most_tokens)
-        if callable(beginning):
-            batches = self._live_tokens(beginning, site, "training", most_tokens)
+        if callable(first):
+            batches = self._live_tokens(first, site, "training", most_tokens)
         return outlier_limits(batches, self.steps)
 
     @property
@@ -171,7 +175,7 @@ class TrainingData:
             max_tokens=most_tokens,
         ) as batches:
             for batch in batches:
-                yield _OneSite(batch.values[site], batch.steps, batch.is_text)
+                yield EvaluationTokens(batch.values[site], batch.steps, batch.is_text)
 
     def note(self) -> str:
         """The data in one line for a note."""
@@ -207,13 +211,6 @@ class Measured(NamedTuple):
     whitening: Whitening | None
 
 
-@dataclass(frozen=True)
-class _OneSite:
-    values: Tensor
-    steps: Tensor
-    is_text: Tensor
-
-
 def open_data(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     """The data the settings name. Raises FluxIRError for all that can be wrong with them, before they are read."""
     data = _stored(settings, settings.captures) if settings.captures is not None else _live(settings, ranks)
@@ -222,35 +219,37 @@ def open_data(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
 
 def _whitened(data: TrainingData, path: Path) -> TrainingData:
     """The data, whitened by the captures at this path. Raises FluxIRError for other sites, steps or models."""
-    noise = open_source(path)
-    if None not in (noise.model, data.model) and noise.model != data.model:
+    source = open_source(path)
+    if None not in (source.model, data.model) and source.model != data.model:
         raise FluxIRError(
-            f"tokens are whitened by captures of the same model: {path} is of {noise.model}, and this of {data.model}",
+            f"tokens are whitened by captures of the same model: {path} is of {source.model}, and this of {data.model}",
             hint="collect some prompts of this model with --repeats 4",
         )
-    repeated(noise, data.split)
-    replace(data.filters, steps=data.steps).steps_of(noise.steps)
+    repeated(source, data.split)
+    replace(data.filters, steps=data.steps).steps_of(source.steps)
     for site in data.sites:
         half = data.filters.half(site)
-        if half is not None and half not in choose_sites(noise, [str(half)]):
+        if half is not None and half not in choose_sites(source, [str(half)]):
             raise FluxIRError(f"{path} does not hold {half}, which shall be whitened", hint="collect it there too")
-        if noise.d(half) != data.widths[site]:
+        if source.d(half) != data.widths[site]:
             raise FluxIRError(
                 f"tokens are whitened by others of their width, {data.widths[site]}: "
-                f"{half or 'the array'} is {noise.d(half)} wide in {path}",
+                f"{half or 'the array'} is {source.d(half)} wide in {path}",
                 hint="name captures of the same model and site",
             )
-    return replace(data, noise=noise, described=data.described | {"whitened_by": noise.identity})
+    return replace(data, whitening_source=source, described=data.described | {"whitened_by": source.identity})
 
 
 def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:
+    """Activations that are on the disk."""
     source = open_source(path)
     filters = _filters(settings)
     steps = filters.steps_of(source.steps)
     sites = _of_stream(choose_sites(source, _patterns(settings, source)), settings)
     split = split_source(source, settings.held_out)
     filters = norm_limits(source, sites, filters, split=split)
-    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else path.name  # NAME/t5.12
+    # The last: NAME/t5.12, a layer of the text encoders in a collection, is no path on the disk.
+    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else path.name
     described = {
         "content": source.identity,
         "generations": len(source.generations),
@@ -262,7 +261,7 @@ def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:
         sites=sites,
         steps=steps,
         source=source,
-        beginning=lambda: source,
+        to_measure=lambda: source,
         held_out=None,
         split=split,
         filters=filters,
@@ -308,6 +307,7 @@ def _filters(settings: TrainSAESettings) -> Filters:
 
 
 def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
+    """Activations that a model makes from prompts while an autoencoder trains on them."""
     assert settings.model is not None
     assert settings.prompts is not None
     assert settings.site is not None
@@ -335,14 +335,14 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     if not training:
         raise FluxIRError(f"all {len(prompts)} prompts are held out", hint="give more prompts, or --held_out 0")
     shape = recipe.plan()
-    # Activations are made as they are read, so with --max_tokens there may be far too many repeats.
+    # With --max_tokens far more repeats than needed, one token each: activations are made only as they are read.
     repeats = settings.repeats or -(-(settings.max_tokens or 1) // len(training))
     model_files = locate_model(spec, None, None, autoencoder=False)
     suite = Suite(spec, model_files, placement, compute.dtype)
     filters = _filters(settings)
     most_tokens = min(MEASURED_TOKENS, settings.max_tokens or MEASURED_TOKENS) * len(sites)
     job = CollectSettings(recipe=recipe, prompts=training, repeats=repeats)
-    first = _Beginning(_stream(job, suite), most_tokens=most_tokens)
+    first = _FirstGenerations(_stream(job, suite), most_tokens=most_tokens)
     if filters.outlier_factor is not None:
         filters = norm_limits(first(), list(sites), filters, split=split)
     return TrainingData(
@@ -351,7 +351,7 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
         sites=list(sites),
         steps=list(recipe.steps),
         source=first.followed_by_the_rest,
-        beginning=first,
+        to_measure=first,
         held_out=partial(_stream(replace(job, prompts=held_out, repeats=1), suite), 0) if held_out else None,
         split=split,
         filters=filters,
@@ -380,7 +380,7 @@ def _stream(settings: CollectSettings, suite: Suite) -> Callable[[int], Iterator
     return blocks
 
 
-class _Beginning:
+class _FirstGenerations:
     """The first generations of a stream, made once and then held: everything is measured on them."""
 
     def __init__(self, stream: Callable[[int], Iterator[TokenBlock]], *, most_tokens: int) -> None:
