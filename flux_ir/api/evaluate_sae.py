@@ -50,7 +50,7 @@ PANELS = (
     CurvePanel("auxiliary", "auxiliary loss"),
     CurvePanel("learning_rate", "learning rate"),
 )
-NAMES = {"pca": "PCA", "random": "random directions", "itda": "data points (ITDA)", "neurons": "neurons"}
+BASELINE_NAMES = {"pca": "PCA", "random": "random directions", "itda": "data points (ITDA)", "neurons": "neurons"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class Judge:
         return judged._replace(splice=splicer.measure(judged.data, replacements, self.settings.prompts))
 
     def _check(self, folder: Path, sae: SparseAutoencoder, data: EvaluationData) -> None:
-        """Raise what can be known before anything is computed; say what the numbers will not show."""
+        """Raises FluxIRError for what is known before anything is computed; notes what the numbers do not show."""
         if self.settings.splice:
             self._splicer_for(data).check(data)
         if "neurons" in (self.settings.baselines or ()):
@@ -359,7 +359,7 @@ def write_results(judged: EvaluatedSAE, settings: EvaluateSAESettings) -> None:
         "What is left unexplained",
         subtitle=what,
         anchors={
-            NAMES[name]: {step: numbers.fvu for step, numbers in measured.per_step.items()}
+            BASELINE_NAMES[name]: {step: numbers.fvu for step, numbers in measured.per_step.items()}
             for name, (_, measured) in judged.baselines.items()
             if name != "neurons"  # they reconstruct the feed-forward branch, which is something else
         },
@@ -405,16 +405,16 @@ def draw_fronts(judged: Sequence[EvaluatedSAE]) -> dict[str, Path]:
     written = {}
     for site in sites:
         members = [one for one in judged if origin_of(one) == site]
-        name = "pareto.png" if len(sites) == 1 else f"pareto_{site.split()[0]}.png"
+        file = "pareto.png" if len(sites) == 1 else f"pareto_{site.split()[0]}.png"
         points = [ParetoPoint(family_of(one.config), *_l0_fvu(one.evaluation.overall)) for one in members]
         anchors = [
-            ParetoPoint(NAMES[name], *_l0_fvu(measured.overall))
+            ParetoPoint(BASELINE_NAMES[name], *_l0_fvu(measured.overall))
             for one in members
             for name, (_, measured) in one.baselines.items()
             if name != "neurons"
         ]
-        pareto(common / name, points, "Sparsity against what is left unexplained", subtitle=site, anchors=anchors)
-        written[f"front, {site}"] = common / name
+        pareto(common / file, points, "Sparsity against what is left unexplained", subtitle=site, anchors=anchors)
+        written[f"front, {site}"] = common / file
     return written
 
 

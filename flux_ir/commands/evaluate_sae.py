@@ -99,7 +99,7 @@ def titles(judged: "Sequence[EvaluatedSAE]") -> list[str]:
 
 def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
     """One line per autoencoder and per baseline, and one per splice, under headings."""
-    from flux_ir.api.evaluate_sae import NAMES, origin_of
+    from flux_ir.api.evaluate_sae import BASELINE_NAMES, origin_of
     from flux_ir.commands.report import aligned
     from flux_ir.sae.architectures.config import HAS_K
 
@@ -111,9 +111,10 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
         k = str(config.k) if config.architecture in HAS_K else ""
         rows.append((title, origin_of(one), str(config.d_sae), k, *_numbers(one.evaluation.overall)))
         rows += _without_outliers(one.evaluation)
-        for name, (rank, found) in one.baselines.items():
-            rows.append((f"  {NAMES[name]}", "", str(len(found.frequency)), str(rank), *_numbers(found.overall)))
-            rows += _without_outliers(found)
+        for name, (baseline_k, measured) in one.baselines.items():
+            features = str(len(measured.frequency))
+            rows.append((f"  {BASELINE_NAMES[name]}", "", features, str(baseline_k), *_numbers(measured.overall)))
+            rows += _without_outliers(measured)
     lines = aligned(rows)
     for title, one in zip(names, judged, strict=True):
         lines += outlier_notes(title, one.evaluation)
@@ -126,21 +127,22 @@ def result_table(judged: "Sequence[EvaluatedSAE]") -> list[str]:
     return lines + (["", *aligned(spliced)] if len(spliced) > 1 else [])
 
 
-def _without_outliers(found: "Evaluation") -> list[tuple[str, ...]]:
-    """A row with the numbers of the ordinary tokens alone, if there are others."""
-    if found.outliers is None or not found.outliers.tokens:
+def _without_outliers(evaluation: "Evaluation") -> list[tuple[str, ...]]:
+    """A row with the numbers of the ordinary tokens alone, if there are outliers."""
+    outliers = evaluation.outliers
+    if outliers is None or not outliers.tokens:
         return []
-    return [(f"  without {counted(found.outliers.tokens, 'outlier')}", "", "", "", *_numbers(found.outliers.overall))]
+    return [(f"  without {counted(outliers.tokens, 'outlier')}", "", "", "", *_numbers(outliers.overall))]
 
 
-def outlier_notes(name: str, found: "Evaluation") -> list[str]:
+def outlier_notes(name: str, evaluation: "Evaluation") -> list[str]:
     """A line that says so, if a few tokens decide what the FVU is."""
-    outliers = found.outliers
-    if outliers is None or not found.decided_by_outliers:
+    outliers = evaluation.outliers
+    if outliers is None or not evaluation.decided_by_outliers:
         return []
     return [
-        f"note: {name}: {outliers.tokens} of {found.overall.tokens} tokens are more than {outliers.factor:g} times as "
-        f"long as the median and decide the FVU: it is {_share(found.overall.fvu)} with them and "
+        f"note: {name}: {outliers.tokens} of {evaluation.overall.tokens} tokens are more than {outliers.factor:g} "
+        f"times as long as the median and decide the FVU: it is {_share(evaluation.overall.fvu)} with them and "
         f"{_share(outliers.overall.fvu)} without"
     ]
 

@@ -39,7 +39,7 @@ def run(options: ExportSAEOptions) -> None:
     from flux_ir.commands.report import Report, bytes_at
 
     with Report() as report:
-        done = export_sae(
+        exported = export_sae(
             options.sae,
             output_dir=options.output_dir,
             format=options.format,
@@ -47,11 +47,11 @@ def run(options: ExportSAEOptions) -> None:
             private=options.private,
             progress=report.watch,
         )
-    config = done.config
-    told = f"{config.architecture}, {config.d_in} wide, {config.d_sae} features: {done.where}"
+    config = exported.config
+    line = f"{config.architecture}, {config.d_in} wide, {config.d_sae} features: {exported.where}"
     if options.output_dir is not None:
-        told += f" ({in_units(bytes_at(options.output_dir))}, as {options.format} reads it)"
-    report.results.print(told, markup=False)
+        line += f" ({in_units(bytes_at(options.output_dir))}, as {options.format} reads it)"
+    report.results.print(line, markup=False)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -183,41 +183,38 @@ def run(options: TrainSAEOptions) -> int:
     from flux_ir.commands.report import Report
     from flux_ir.commands.training_table import TrainingTable
 
-    speaks = os.environ.get("RANK", "0") == "0"  # for all processes of the job
+    is_first = os.environ.get("RANK", "0") == "0"  # which alone writes to the terminal, for all processes of the job
     results: list[Trained] = []
-    with Report() as report, stop_requests() as stop, TrainingTable(report, quiet=not speaks) as table:
+    with Report() as report, stop_requests() as stop, TrainingTable(report, quiet=not is_first) as table:
         for row in run_training(settings, stop=lambda: stop.made, progress=report.watch):
             table.update(row)
-            stop.waits = row.tokens < row.total_tokens and not row.finished
+            stop.can_wait = row.tokens < row.total_tokens and not row.finished
             results += row.finished
             if row.stopped:
                 return INTERRUPTED
-    if speaks:
+    if is_first:
         conclude(report, results)
     return 0
 
 
 def conclude(report: "Report", results: "list[Trained]") -> None:
     """One line per autoencoder, then times, memory and folders."""
-    from flux_ir.commands.report import peak_memory
+    from flux_ir.commands.report import aligned, peak_memory
 
     head = ("autoencoder", "features", "FVU", "L0", "dead")
     rows: list[tuple[str, ...]] = [head]
     for result in results:
-        rows.append((result.folder.name, str(result.d_sae), *_told(result.overall)))
+        rows.append((result.folder.name, str(result.d_sae), *_number_cells(result.overall)))
         if outliers := result.outliers["tokens"]:
-            rows.append(
-                (f"  without {counted(outliers, 'outlier')}", "", *_told(result.outliers["without"]["overall"]))
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+            without = result.outliers["without"]["overall"]
+            rows.append((f"  without {counted(outliers, 'outlier')}", "", *_number_cells(without)))
     report.results.print(f"measured on {results[0].measured_on}", style="bold", markup=False)
-    for name, *cells in rows:
-        told = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        report.results.print(f"{name:<{widths[0]}}  {told}", markup=False)
+    for line in aligned(rows):
+        report.results.print(line, markup=False)
     report.table("training", {result.folder.name: result.folder for result in results}, peak_memory())
 
 
-def _told(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+def _number_cells(numbers: Mapping[str, Any]) -> tuple[str, ...]:
     fvu, l0, dead = (numbers[key] for key in ("fvu", "l0", "dead_share"))
     return ("-" if fvu is None else f"{fvu:.4f}", f"{l0:.1f}", f"{dead:.1%}")
 
@@ -232,17 +229,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
-        self.waits = False
-        """Whether a good moment will come: as long as it will not, Ctrl-C stops at once."""
+        self.can_wait = False
+        """Whether training steps are under way, of which each end is a good moment; otherwise Ctrl-C stops at once."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """As long as the `with` lasts, the first Ctrl-C while `waits` only sets the flag; any other stops at once."""
+    """As long as the `with` lasts, the first Ctrl-C while `can_wait` only sets `made`; any other stops at once."""
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.made or not request.waits:
+        if request.made or not request.can_wait:
             raise KeyboardInterrupt
         request.made = True
 

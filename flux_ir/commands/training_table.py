@@ -21,11 +21,11 @@ class TrainingTable:
     """Draws the latest numbers of every autoencoder. Only what was read anyway: it never waits for the device."""
 
     def __init__(self, report: Report, *, quiet: bool) -> None:
-        """`quiet` is for processes that do not speak."""
+        """`quiet`: nothing is drawn or written, as on all processes but the first."""
         self.report, self.quiet = report, quiet
         self.run, self.total_tokens, self.tokens, self.first_tokens = "", 0, 0, 0
         self.rows: Mapping[str, Mapping[str, Any]] = {}
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self.is_live = report.notes.is_terminal and not quiet
         self.live: Live | None = None
 
@@ -43,7 +43,7 @@ class TrainingTable:
         if row.run != self.run:
             self._stop()
             self.run, self.total_tokens, self.first_tokens = row.run, row.total_tokens, row.tokens
-            self.rows, self.began, self.said = {}, now, now
+            self.rows, self.began, self.last_line = {}, now, now
             if self.is_live and not row.finished:
                 self.live = Live(console=self.report.notes, refresh_per_second=2, get_renderable=self.render)
                 self.live.start()
@@ -51,8 +51,8 @@ class TrainingTable:
         self.rows = row.numbers or self.rows
         if row.finished or row.stopped:
             self._stop()
-        elif self.live is None and not self.quiet and self.rows and now - self.said >= LINE_SECONDS:
-            self.said = now
+        elif self.live is None and not self.quiet and self.rows and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
             self.report.note(f"{self.progress()}; {self.numbers()}")
 
     def _stop(self) -> None:
@@ -75,8 +75,7 @@ class TrainingTable:
 
     def numbers(self) -> str:
         """The latest numbers in a line."""
-        told = (f"{name} {cells}" for name, cells in self._cells().items())
-        return "; ".join(told)
+        return "; ".join(f"{name} {cells}" for name, cells in self._cells().items())
 
     def render(self) -> Group:
         """What is drawn in a terminal."""

@@ -1,7 +1,7 @@
 """Figures of a training run and of an evaluation, as PNG files: the same numbers always give the same bytes.
 
-One look for all: numbers named where they stand instead of in a legend, colours that stay apart for every kind of
-colour vision (Okabe & Ito, 2008), no frame, no more ink than the data need. The only place that imports matplotlib.
+One look for all: lines named at their ends, or in a legend where lines cross; colours that stay apart for every kind
+of colour vision (Okabe & Ito, 2008), no frame, no more ink than the data need. The only place that imports matplotlib.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,9 +225,6 @@ def scatter(
         axes.legend(loc="best", frameon=False, fontsize=8, labelcolor="linecolor")
 
 
-# ---- How they are drawn
-
-
 def number_grid(
     path: Path,
     rows: Sequence[str],
@@ -255,6 +252,9 @@ def number_grid(
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+
+
+# ---- How they are drawn
 
 
 class _End(NamedTuple):
