@@ -47,8 +47,10 @@ def check_disk(needed_bytes: int, disk: DiskSpace, *, flags: str) -> None:
 
 
 def weights_bytes(suite: Suite) -> dict[str, int]:
-    """Bytes of memory that the parts of a model take, by their names in `Placement` (both halves of the autoencoder
-    as its decoder); text encoders of an older format than safetensors count as nothing.
+    """Bytes of memory that the weights of a model take, by the names of the parts in `Placement`.
+
+    The whole autoencoder is counted under ae_decoder. Text encoders in a format older than safetensors count as
+    nothing, since their sizes stand in no header.
     """
     parts = {"transformer": _elements(suite, "transformer") * suite.dtype.itemsize}
     if suite.source.text is not None:

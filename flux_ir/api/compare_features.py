@@ -88,8 +88,8 @@ def compare_features(
     decoder: cosine of the directions, of one width. Auto: activations, if both folders have generations of one prompt,
     seed and size. The assignment has the largest sum of likenesses; above 4,096 features, among the `candidates` most
     alike of each. A pair is matched if it is at least `min_likeness` alike, and more so than pairs of the null (images
-    permuted; random directions) at the rate `fdr`: over many images the least likeness is beyond chance. Features
-    active on fewer than `min_images` images are left out.
+    permuted; random directions) at the rate `fdr`: both are asked, since over many images even a small likeness is
+    beyond chance. Features active on fewer than `min_images` images are left out.
 
     Where the generations are the same, pairs are also tested for a change of frequency and of mean activation, by
     `permutations`, and CKA of the activations themselves is measured on about `cka_tokens` tokens (0: not at all).

@@ -124,7 +124,8 @@ def draw_features(
     model, or `model`, is run: draws/ gets for each feature what its direction reads out as, and beside it its icon, the
     empty prompt with `strength` x k x the mean activation x the direction in place of what the block adds.
 
-    A picture that exists for the same settings is not drawn again. Raises FluxIRError for what a user can mend.
+    The model does not draw a picture in draws/ again that is there for the same settings; sheets and overlays are drawn
+    each time, since they need no model. Raises FluxIRError for what a user can mend.
     """
     check_words(draw_features, {"dtype": dtype})
     settings = DrawSettings(

@@ -32,7 +32,7 @@ ExampleKind = Literal["top", "quantile", "random", "silent"]
 
 
 class Stage(NamedTuple):
-    """A stage after scoring. It does nothing where its result for the same settings is there."""
+    """A stage after scoring. What it has computed before for the same settings it does not compute again."""
 
     name: str
     run: Callable[[FeatureFolder, Watch], object]
@@ -70,7 +70,7 @@ def analyse_features(
     device: str | None = None,
     progress: Watch = unwatched,
 ) -> FeatureFolder:
-    """Score the features of an autoencoder and find out what they mean: every stage that has not been run yet.
+    """Score the features of an autoencoder and find out what they mean: every stage, as far as its results are missing.
 
     The arguments are those of `score_features`. Every other stage is a function too, with settings of its own; here
     they have their defaults. The result is one folder, which `read_features` and `flux-ir explore-features` show. Under
@@ -112,7 +112,7 @@ class ExampleImage(NamedTuple):
     image: int
     """Its number in the source."""
     value: float
-    """The largest activation on it; of a silent look-alike, its likeness (a cosine)."""
+    """The largest activation on it; on a silent look-alike, its likeness to the strongest images: a cosine."""
     token: int | None
     """The position of that activation in its stream."""
     step: int | None
@@ -156,7 +156,11 @@ class Features:
         return pandas.DataFrame(flat_columns(self.folder, self.table))
 
     def examples(self, feature: int, kind: ExampleKind = "top") -> list[ExampleImage]:
-        """The images of one kind: the strongest, of each share from strong to weak, at random, or silent ones."""
+        """The images of one kind.
+
+        They are its strongest ones, or some of each equal share from strong to weak, or some of all it fires on, or
+        look-alikes on which it is silent.
+        """
         self._check(feature)
         table = self.folder.examples(self.stream)
         images, values = getattr(table, kind)[feature].ravel(), getattr(table, f"{kind}_value")[feature].ravel()

@@ -90,10 +90,11 @@ def columns_text(columns: Sequence[ListColumn]) -> str:
 
 
 def first_pictures(folder: FeatureFolder, stream: Stream, image: Ints, token: NDArray[Any]) -> dict[str, str]:
-    """Pictures of the first of each feature's largest examples [d_sae, n], and where in them the value is.
+    """The first eight of each feature's strongest images, and where in their pictures the largest value is.
 
-    `top` are their numbers, int32, -1 for none; `peaks` are across and down on the square in the middle of the picture,
-    a byte each, 255 being the whole; what lies beyond is on its edge.
+    `image` and `token` are [d_sae, n], the strongest first. In the result `top` are the images' numbers, int32, -1 for
+    none. `peaks` are the largest value's distances from the left and the top edge of the square in the middle of the
+    picture, a byte each: 255 is the whole side, and what lies outside the square is moved to its edge.
     """
     top = np.full((len(image), TOP_THUMBNAILS), -1, "<i4")
     peaks = np.full((*top.shape, 2), 127, np.uint8)

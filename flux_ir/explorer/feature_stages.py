@@ -1,4 +1,4 @@
-"""What the stages of a folder of features have found, read for the pages; None where a stage has not been run."""
+"""What the stages of a folder of features have found, read for the pages. A stage not run yet has no entry here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -18,7 +18,7 @@ from flux_ir.sites import Stream
 
 NUMBERS = ("selection.safetensors", "decoder.safetensors")
 DRAWS, STEERING = "draws", "steering"
-"""Folders of pictures of features, {feature}.png."""
+"""Folders of pictures of features, {feature}.png. `draw_features` makes the first; no stage makes the second yet."""
 
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:

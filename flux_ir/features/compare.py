@@ -114,7 +114,7 @@ def image_scores(folder: FeatureFolder, stream: Stream, images: NDArray[np.int64
 
 
 def token_values(folder: FeatureFolder, stream: Stream, images: NDArray[np.int64], steps: Sequence[int]) -> csr_array:
-    """PairedActivations of every token of these generations at these steps [n * steps * tokens, d_sae], sparse.
+    """The activations on every token of these generations at these steps [n * steps * tokens, d_sae], sparse.
 
     Padding and tokens that were not kept are rows of zeros.
     """

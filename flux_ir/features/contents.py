@@ -175,9 +175,9 @@ class FeatureTable:
     edges: NDArray[np.float64]
     """[65]: four to an octave, the same for all features."""
     centre_x: NDArray[np.float64]
-    """Where its activation lies on average, from 0, left, to 1; of text from its beginning to its end."""
+    """Where its activation lies on average, from 0, at the left, to 1; of text from its beginning to its end."""
     centre_y: NDArray[np.float64]
-    """From 0, above, to 1; NaN for text."""
+    """From 0, at the top, to 1; NaN for text."""
     spread: NDArray[np.float64]
     """Root mean square distance of a map's activation from the map's own centre, in units of its longer side."""
     entropy: NDArray[np.float64]

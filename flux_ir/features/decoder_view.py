@@ -91,8 +91,8 @@ def active_together(
     """The features with the largest Jaccard index: images (or tokens) on which both are active, as a share of those on
     which at least one of the two is. Features that never meet are no neighbours.
 
-    `read` is called once for each block of d_sae / (block_values / d_sae) features: once for up to 11,000 features.
-    Counts are sums in float32, exact up to 2^24 items.
+    `read` is called once for the counts, and once more for each block of block_values / d_sae features: up to 11,000
+    features are one block. Counts are sums in float32, exact up to 2^24 items.
     """
     count = torch.zeros(d_sae, dtype=torch.int64)
     items = 0

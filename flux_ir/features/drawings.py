@@ -1,8 +1,8 @@
 """What a feature draws by itself: two pictures of each.
 
-*Read out*: every token is the mean token plus the feature's direction, scaled to the root mean square distance of
-tokens from their mean. The model's last layer turns these tokens into a velocity, and -v is decoded: v = noise -
-picture, and there is no noise here. That is the lens, which says least at early sites.
+*Read out*: every token is b_dec, which stands for the mean token, plus the feature's direction, scaled to the root mean
+square distance of tokens from their mean. The model's last layer turns these tokens into a velocity, and -v is decoded:
+v = noise - picture, and there is no noise here. That is the lens, which says least at early sites.
 
 *Icon*: an empty prompt is sampled with the site's update replaced, on every token at every step, by k x the feature's
 mean activation x its direction (the feature icon of Surkov et al., 2025). The rest of the network is as it was.
@@ -119,7 +119,9 @@ class Studio(NamedTuple):
     amounts: Float[Tensor, "d_sae"]
     """The length of each feature's vector in its icon."""
     mean: Float[Tensor, "d"]
+    """b_dec: what the autoencoder gives for a token without features."""
     length: float
+    """`token_length`."""
     canvas: Canvas
     empty: TextEmbedding
 

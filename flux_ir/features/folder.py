@@ -5,11 +5,14 @@
     scores/{img|txt}/00000.safetensors     S and the token maps of a run of generations; complete or absent
     scores/sample.safetensors              the mean of each step and stream, and the edges of the histograms
     table.safetensors                      a column per number, an entry per feature, under "{stream}/"
-    examples.safetensors, selection.safetensors, decoder.safetensors, words.json, labels.json      later stages
-    thumbnails/, sheets/, draws/, pages/   pictures of them
+    examples.safetensors, selection.safetensors, selection.json, decoder.safetensors, words.json, labels.json
+                                           what later stages found
+    embeddings/                            of the images, by which `select_features` compares them
+    sheets/, draws/, overlays/             pictures of features; pages/ and thumbnails/ are the pages
+    compare/, exports/                     other folders beside this one; the table for other programs
 
 Within a part, entries are sorted by image, feature, step and token, so S is one row per run of equal (image, feature),
-and the maps of a feature on an image are one slice. Next: `scores`, which writes all of this.
+and the maps of a feature on an image are one slice. Next: `scoring`, which begins such a folder.
 """
 
 import json

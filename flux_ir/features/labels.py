@@ -38,7 +38,7 @@ GAIN = 0.05
 SKETCH = 256
 _SHORTER = 1e-4  # the price of a word: of descriptions with one score the shortest is picked
 _ENTRIES_AT_ONCE = 1 << 23  # numbers of a dense block: 64 MB
-_NEVER = 2.0  # below every cosine
+_NOT_SILENT = -2.0  # in place of a likeness: below every cosine
 
 Ints = NDArray[np.int64]
 
@@ -193,10 +193,10 @@ def _silent_ones(
         own = values[run, :, None] * directions[run, None]
         mean = (_unit(sketches[strong[run]] - own) * (strong[run] >= 0)[..., None]).sum(1)
         is_silent = scores[:, run].toarray() <= levels.silent[run]
-        likeness = np.where(is_silent, units @ _unit(mean).T, -_NEVER)
+        likeness = np.where(is_silent, units @ _unit(mean).T, _NOT_SILENT)
         most = min(EACH, len(pool))
         order = np.argsort(-likeness, axis=0, kind="stable")[:most]
-        found = np.take_along_axis(likeness, order, 0) > -_NEVER
+        found = np.take_along_axis(likeness, order, 0) > _NOT_SILENT
         alike[run, :most] = np.where(found, pool[order], -1).T
         first = np.argsort(~is_silent, axis=0, kind="stable")[:most]  # the pool's own order is random
         found = np.take_along_axis(is_silent, first, 0)

@@ -33,9 +33,7 @@ Blocks = Iterable[tuple[int, NDArray[np.float32]]]
 
 
 class PairedActivations(NamedTuple):
-    """PairedActivations of the same images, or of their tokens, on both sides: sparse float64, a row each, a column per
-    feature.
-    """
+    """What the features of both sides do on the same images, or tokens: sparse float64, [rows, features] each."""
 
     a: csc_array
     b: csr_array

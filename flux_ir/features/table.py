@@ -209,7 +209,7 @@ def unexplained(
 ) -> dict[str, Any]:
     """FVU of the whole autoencoder: over everything, per step, per stream and per pair of them, each with its own mean.
 
-    The definition is that of `sae.metrics`; None where it is not defined.
+    The definition is that of `sae.evaluation.metrics`; None where the variance is 0.
     """
     groups = {
         (step, stream): (float(sums[stream].error[at]), deviation)
