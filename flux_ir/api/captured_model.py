@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flux_ir.api.progress import Note, Watch
-from flux_ir.api.score_features import prepare
+from flux_ir.api.score_features import open_scoring
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.scoring import Scoring
@@ -30,8 +30,11 @@ class ModelChoice:
 
 
 def scoring_of(folder: FeatureFolder, device: torch.device, progress: Watch) -> Scoring:
-    """The autoencoder and the activations that a folder was scored with, as they are on the disk now."""
-    return prepare(
+    """The autoencoder and the activations that a folder was scored with, opened again.
+
+    Raises FluxIRError where one of the two is no longer what was scored: later numbers would be of other features.
+    """
+    scoring = open_scoring(
         folder.sae,
         folder.captures,
         site=folder.settings.site,
@@ -39,6 +42,12 @@ def scoring_of(folder: FeatureFolder, device: torch.device, progress: Watch) -> 
         device=device,
         progress=progress,
     )
+    if scoring.settings.digest != folder.settings.digest:
+        raise FluxIRError(
+            f"{folder.captures} or {folder.sae} has changed since {folder.path} was scored",
+            hint="score again into another folder: flux-ir score-features --name",
+        )
+    return scoring
 
 
 def captured_model(

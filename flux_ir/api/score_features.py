@@ -54,7 +54,7 @@ def score_features(
     with joined() as ranks:
         watch = progress if ranks.is_first else unwatched
         path = folder_path(Path(sae), name, output_dir)
-        scoring = prepare(Path(sae), captures, site=site, steps=steps, device=ranks.device(device), progress=watch)
+        scoring = open_scoring(Path(sae), captures, site=site, steps=steps, device=ranks.device(device), progress=watch)
         if ranks.is_first:
             with phase(watch, "begin"):
                 begun = begin_folder(
@@ -94,7 +94,7 @@ def score(scoring: Scoring, folder: FeatureFolder, ranks: Ranks, progress: Watch
     return open_features(folder.path)
 
 
-def prepare(
+def open_scoring(
     sae: Path,
     captures: str | Path,
     *,
@@ -103,7 +103,10 @@ def prepare(
     device: torch.device,
     progress: Watch,
 ) -> Scoring:
-    """The autoencoder and its activations, checked against each other; steps that the captures lack are noted."""
+    """The autoencoder and its activations, checked against each other; steps that the captures lack are noted.
+
+    `steps` None are those the autoencoder was trained on, as far as the captures have them.
+    """
     source = open_source(captures)
     loaded = load_for(sae, source, None if site is None else str(site), progress)
     if steps is not None:
@@ -124,9 +127,9 @@ def prepare(
         progress(Note(f"note: the captures lack the steps {', '.join(map(str, absent))} that {sae} was trained on"))
     with weights_file(sae).open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    read = subject.filters.half(subject.site)
-    settings = settings_of(loaded, weights, source, read, steps)
-    return Scoring(loaded.folded().requires_grad_(False).to(device), source, read, settings)
+    stream_site = subject.filters.half(subject.site)
+    settings = settings_of(loaded, weights, source, stream_site, steps)
+    return Scoring(loaded.folded().requires_grad_(False).to(device), source, stream_site, settings)
 
 
 def folder_path(sae: Path, name: str | None, output_dir: str | Path) -> Path:

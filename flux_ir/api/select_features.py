@@ -41,7 +41,6 @@ from flux_ir.features.embeddings import (
     read_embeddings,
 )
 from flux_ir.features.folder import FeatureFolder, open_features
-from flux_ir.features.scoring import Scoring
 from flux_ir.features.selection import Ranked, Selection, make_lists, write_lists
 from flux_ir.features.significance import q_values
 from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
@@ -147,7 +146,7 @@ class Selecting:
         self.selection = Selection(folder)
         self.placement = plan(torch.cuda.device_count(), device=settings.model.device)
         self.device = torch.device(self.placement.transformer)
-        self.scoring = self._scoring()
+        self.scoring = scoring_of(folder, self.device, progress)
         self.sides = None if settings.contrast is None else sides_of(folder.images, settings.contrast)
         if settings.region is not None:
             self._check_region(settings.region)
@@ -189,17 +188,6 @@ class Selecting:
         return torch.Generator().manual_seed(self.settings.seed)
 
     # Checked before anything is computed
-
-    def _scoring(self) -> Scoring:
-        """The autoencoder and the activations as they were scored."""
-        folder = self.folder
-        scoring = scoring_of(folder, self.device, self.progress)
-        if scoring.settings.digest != folder.settings.digest:
-            raise FluxIRError(
-                f"{folder.captures} or {folder.sae} has changed since {folder.path} was scored",
-                hint="score again into another folder: flux-ir score-features --name",
-            )
-        return scoring
 
     def _check_region(self, region: Sequence[float]) -> None:
         grids = {row.grid for row in self.folder.images} - {None}

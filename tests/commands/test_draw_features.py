@@ -205,3 +205,12 @@ def test_numbers_are_kept_as_they_are_typed(folder):
     assert drawn.features == [5, 3]
     assert drawn.draws == []
     assert read_tensors(folder / "decoder.safetensors")[1]["scores"] == open_features(folder).settings.digest
+
+
+def test_a_collection_that_has_grown_since_is_one_line_and_nothing_is_drawn(folder, capsys):
+    path = folder.parents[1] / "captures" / "collection.json"
+    path.write_text(path.read_text() + " ")
+    code, _, err = run(capsys, folder)
+    assert code == 2
+    assert "has changed since" in err
+    assert not (folder / "decoder.safetensors").exists()
