@@ -30,17 +30,17 @@ def explore_features(
     Raises FluxIRError for a folder without examples, and for captures without pictures unless `pictures` is False.
     """
     settings = PagesSettings(pictures=pictures, patch_features=patch_features, thumbnail_px=thumbnail_px)
-    folder = open_features(features.path if isinstance(features, FeatureFolder) else features)
+    folder = open_features(features)
     for stage in AFTER:
         folder.check_done(stage)
-    known = {**asdict(settings), "page": page_digest(), "made_of": stages_digest(folder)}
+    depends_on = {**asdict(settings), "page": page_digest(), "made_of": stages_digest(folder)}
     page = folder.path / "pages" / "index.html"
-    if folder.is_done("pages", known, after=AFTER):
+    if folder.is_done("pages", depends_on, after=AFTER):
         progress(Note(f"the pages in {page.parent} are complete"))
         return page
     for stage, done, total in write_pages(folder, settings):
         if done == 1:
             progress(Progress(stage, 0, total))
         progress(Progress(stage, done, total))
-    folder.mark_done("pages", known, after=AFTER)
+    folder.mark_done("pages", depends_on, after=AFTER)
     return page

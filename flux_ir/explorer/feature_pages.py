@@ -147,19 +147,19 @@ def _images_of(groups: Sequence[Group]) -> NDArray[np.int64]:
 
 def _pictured(folder: FeatureFolder, images: NDArray[np.int64]) -> list[int]:
     """Those of the images that have a picture. Raises FluxIRError if none has."""
-    known = folder.images
-    found = [int(image) for image in images if known[image].picture is not None]
+    rows = folder.images
+    pictured = [int(image) for image in images if rows[image].picture is not None]
     if "://" in folder.captures:
         raise FluxIRError(
             f"pictures are read from a folder: these captures are at {folder.captures}",
             hint="download the collection, or write pages of maps and prompts alone: --pictures False",
         )
-    if len(images) and not found:
+    if len(images) and not pictured:
         raise FluxIRError(
             f"the captures at {folder.captures} were collected without pictures",
             hint="collect them with --save_images, or write pages of maps and prompts alone: --pictures False",
         )
-    return found
+    return pictured
 
 
 # Writing
@@ -244,15 +244,15 @@ def _data(
     folder: FeatureFolder, pages: Path, streams: Mapping[Stream, Shown], settings: PagesSettings
 ) -> dict[str, Any]:
     """The JSON in the page itself: what holds for all features."""
-    known = folder.settings
+    scored = folder.settings
     return {
         "schema": SCHEMA,
         "flux_ir": versions()["flux_ir"],
         "name": folder.path.name,
-        "site": known.site,
+        "site": scored.site,
         "facts": _facts(folder),
-        "d_sae": known.d_sae,
-        "steps": list(known.steps),
+        "d_sae": scored.d_sae,
+        "steps": list(scored.steps),
         "streams": list(streams),
         "of": {stream: _stream_data(folder, stream, shown) for stream, shown in streams.items()},
         "pictures": settings.pictures,
@@ -286,13 +286,13 @@ def _stream_data(folder: FeatureFolder, stream: Stream, shown: Shown) -> dict[st
 
 
 def _facts(folder: FeatureFolder) -> list[str]:
-    known = folder.settings
-    kind = known.architecture if known.k is None else f"{known.architecture}, k {known.k}"
-    steps = f"steps {', '.join(map(str, known.steps))}" if len(known.steps) > 1 else f"step {known.steps[0]}"
+    scored = folder.settings
+    kind = scored.architecture if scored.k is None else f"{scored.architecture}, k {scored.k}"
+    steps = f"steps {', '.join(map(str, scored.steps))}" if len(scored.steps) > 1 else f"step {scored.steps[0]}"
     overall = folder.fvu["overall"]
     unexplained = None if overall is None else f"{100 * overall:.1f} % unexplained (FVU)"
-    generations = f"{known.images:,} generations".replace(",", "\u202f")
-    return [fact for fact in (known.model, kind, steps, unexplained, generations) if fact is not None]
+    generations = f"{scored.images:,} generations".replace(",", "\u202f")
+    return [fact for fact in (scored.model, kind, steps, unexplained, generations) if fact is not None]
 
 
 def _missing(streams: Mapping[Stream, Shown]) -> list[str]:

@@ -23,28 +23,28 @@ DRAWS, STEERING = "draws", "steering"
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
     """The examples of every feature, a group per kind, and of quantiles one for each."""
-    known = folder.examples(stream)
-    nowhere = np.zeros_like(known.silent)
-    edges = known.quantile_edges.astype(np.float64)  # the largest first
+    examples = folder.examples(stream)
+    nowhere = np.zeros_like(examples.silent)
+    edges = examples.quantile_edges.astype(np.float64)  # the largest first
     unbounded = np.full((len(edges), 1), np.nan)
     bounds = np.concatenate([unbounded, edges, unbounded], axis=1)
     shares = [
         Group(
             "quantile",
-            known.quantile[:, share],
-            known.quantile_value[:, share],
-            known.quantile_token[:, share],
-            known.quantile_step[:, share],
+            examples.quantile[:, share],
+            examples.quantile_value[:, share],
+            examples.quantile_token[:, share],
+            examples.quantile_step[:, share],
             low=bounds[:, share + 1],
             high=bounds[:, share],
         )
-        for share in range(known.quantile.shape[1])
+        for share in range(examples.quantile.shape[1])
     ]
     return [
-        Group("top", known.top, known.top_value, known.top_token, known.top_step),
+        Group("top", examples.top, examples.top_value, examples.top_token, examples.top_step),
         *shares,
-        Group("random", known.random, known.random_value, known.random_token, known.random_step),
-        Group("silent", known.silent, known.silent_value, nowhere, nowhere),
+        Group("random", examples.random, examples.random_value, examples.random_token, examples.random_step),
+        Group("silent", examples.silent, examples.silent_value, nowhere, nowhere),
     ]
 
 
@@ -80,9 +80,9 @@ def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
                 for feature, some in tokens["features"].items()
             }
     if (folder.path / "decoder.safetensors").is_file():
-        known = folder.columns("decoder.safetensors", stream)
+        columns = folder.columns("decoder.safetensors", stream)
         for name, value in (("nearest", "nearest_cosine"), ("together", "together_jaccard")):
-            rows[name] = _Neighbours(known[name], known[value])
+            rows[name] = _Neighbours(columns[name], columns[value])
     if stream == folder.streams[0]:
         rows |= {name: _pictures(folder.path / name) for name in (DRAWS, STEERING) if (folder.path / name).is_dir()}
     labels = {int(row["feature"]): row for row in _read(folder, LABELS_FILE, stream) or []}
@@ -94,10 +94,10 @@ def token_strings(folder: FeatureFolder) -> list[list[str]]:
     if "txt" not in folder.streams:
         return []
     asked = folder.stages.get(STAGE, {"settings": {}})["settings"].get("tokenizer")
-    known = find_tokenizer(folder.settings.model, None if asked is None else Path(asked))
-    if known is None:
+    tokenizer = find_tokenizer(folder.settings.model, None if asked is None else Path(asked))
+    if tokenizer is None:
         return []
-    tokens = prompt_tokens(known, [row.prompt for row in folder.images], folder.settings.tokens["txt"])
+    tokens = prompt_tokens(tokenizer, [row.prompt for row in folder.images], folder.settings.tokens["txt"])
     return [[tokens.strings[number] for number in row if number != tokens.padding] for row in tokens.ids.tolist()]
 
 

@@ -260,14 +260,14 @@ def _part_file(folder: Path, stream: Stream, number: int) -> Path:
     return folder / "scores" / stream / f"{number:05d}.safetensors"
 
 
-def _open_part(folder: Path, known: FeatureSettings, stream: Stream, number: int) -> ScorePart:
+def _open_part(folder: Path, settings: FeatureSettings, stream: Stream, number: int) -> ScorePart:
     path = _part_file(folder, stream, number)
     tensors, metadata = read_tensors(path)
-    if metadata.get("settings") != known.digest:
+    if metadata.get("settings") != settings.digest:
         raise FluxIRError(f"{path} was made with other settings", hint="run flux-ir score-features again")
-    first = number * part_images(known)
+    first = number * part_images(settings)
     images = range(first, first + len(tensors["positions"]))
-    return ScorePart(images=images, steps=known.steps, **tensors)
+    return ScorePart(images=images, steps=settings.steps, **tensors)
 
 
 def open_features(features: str | Path | FeatureFolder) -> FeatureFolder:

@@ -94,11 +94,11 @@ def feature_numbers(
     numbers = [("on", images, f"% of images, {100 * float(table.frequency[feature]):.2g}% of tokens")]
     numbers += [("mean when active", float(table.mean_active[feature]), "")]
     if selection is not None:
-        known: Mapping[str, Any] = {
+        selected: Mapping[str, Any] = {
             name: float(selection.column(stream, name)[feature])
             for name in ("coherence", "coherence_q", "stability", "effect")
         }
-        tested = f" (q {known['coherence_q']:.2g})" if known["coherence_q"] == known["coherence_q"] else ""
-        numbers += [("coherence", known["coherence"], tested)]
-        numbers += [("stability", known["stability"], ""), ("effect", known["effect"], "")]
+        tested = f" (q {selected['coherence_q']:.2g})" if selected["coherence_q"] == selected["coherence_q"] else ""
+        numbers += [("coherence", selected["coherence"], tested)]
+        numbers += [("stability", selected["stability"], ""), ("effect", selected["effect"], "")]
     return number_lines(numbers)

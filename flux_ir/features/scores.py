@@ -86,19 +86,19 @@ def _encode(
     scoring: Scoring, folder: FeatureFolder, sample: Sample, stream: Stream, numbers: Sequence[int]
 ) -> Iterator[_Encoded]:
     """The images of these parts, a few at a time, through the autoencoder."""
-    known, tokens = scoring.settings, scoring.settings.tokens[stream]
+    settings, tokens = scoring.settings, scoring.settings.tokens[stream]
     means = sample.mean[stream].to(scoring.device)
-    most = max(1, CHUNK_TOKENS // (len(known.steps) * tokens))
-    at_once = max(1, min(CHUNK_TOKENS, DENSE_ENTRIES // known.d_sae))
+    most = max(1, CHUNK_TOKENS // (len(settings.steps) * tokens))
+    at_once = max(1, min(CHUNK_TOKENS, DENSE_ENTRIES // settings.d_sae))
     if scoring.device.type == "cpu":
         at_once = min(at_once, CACHED_TOKENS)
-        if known.architecture != "topk":
-            at_once = max(1, min(at_once, CACHED_ENTRIES // known.d_sae))
+        if settings.architecture != "topk":
+            at_once = max(1, min(at_once, CACHED_ENTRIES // settings.d_sae))
     for number in numbers:
         first = number * folder.part_images
-        for images in scoring.runs(range(first, min(first + folder.part_images, known.images)), most):
-            entries = _Entries(len(images), len(known.steps), tokens, known.d_in)
-            for at, step in enumerate(known.steps):
+        for images in scoring.runs(range(first, min(first + folder.part_images, settings.images)), most):
+            entries = _Entries(len(images), len(settings.steps), tokens, settings.d_in)
+            for at, step in enumerate(settings.steps):
                 read = scoring.read(images, step, stream)
                 entries.begin(at, read)
                 rows = read.rows(scoring.device)
@@ -165,23 +165,23 @@ class _Rows(NamedTuple):
     tensors: Mapping[str, NDArray[Any]]
 
 
-def _sorted(known: FeatureSettings, made: _Encoded) -> _Rows:
+def _sorted(settings: FeatureSettings, made: _Encoded) -> _Rows:
     """Entries sorted by image and feature, and S of each row. Within a row they keep their order: by step, then token.
 
     The key packs image and feature into the high bits of an integer and the entry's own index into the low ones: a
     plain sort of these is several times as fast as an argsort.
     """
-    entries, places = len(made.value), len(known.steps) * made.positions.shape[1]
+    entries, places = len(made.value), len(settings.steps) * made.positions.shape[1]
     bits = max(entries, 1).bit_length()
-    order = np.sort(((made.at // places * known.d_sae + made.feature) << bits) | np.arange(entries))
+    order = np.sort(((made.at // places * settings.d_sae + made.feature) << bits) | np.arange(entries))
     key, order = order >> bits, order & ((1 << bits) - 1)
     value, place = made.value[order], made.at[order] % places
     starts = _starts(key)
     lengths = np.diff(starts, append=entries)
-    image, feature = np.divmod(key[starts], known.d_sae)
-    tensors = _row_scores(known, made, value, place, starts, lengths, image)
+    image, feature = np.divmod(key[starts], settings.d_sae)
+    tensors = _row_scores(settings, made, value, place, starts, lengths, image)
     tensors |= {
-        "feature": feature.astype(np.uint16 if known.d_sae <= 1 << 16 else np.int32),
+        "feature": feature.astype(np.uint16 if settings.d_sae <= 1 << 16 else np.int32),
         "place": place.astype(np.uint16 if places <= 1 << 16 else np.int32),
         "value": value,
         "error": made.error,
@@ -193,7 +193,7 @@ def _sorted(known: FeatureSettings, made: _Encoded) -> _Rows:
 
 
 def _row_scores(
-    known: FeatureSettings,
+    settings: FeatureSettings,
     made: _Encoded,
     value: NDArray[np.float32],
     place: NDArray[np.int64],
@@ -210,12 +210,12 @@ def _row_scores(
     largest_at = np.flatnonzero(value == largest[row])
     first = largest_at[_starts(row[largest_at])]
     step, token = np.divmod(place[first], made.positions.shape[1])
-    counted = (made.positions >= 0).sum(1) * len(known.steps)
+    counted = (made.positions >= 0).sum(1) * len(settings.steps)
     return {
         "max": largest,
         "mean": (np.add.reduceat(value.astype(np.float64), starts) / counted[image]).astype(np.float32),
         "at_token": made.positions[image, token],
-        "at_step": np.array(known.steps, np.int16)[step],
+        "at_step": np.array(settings.steps, np.int16)[step],
     }
 
 

@@ -1,7 +1,7 @@
 """The numbers of each feature, and of the whole autoencoder, as sums over the parts of the scores in their order.
 
 Sums are float64 and per feature, and entries are added one after the other as they lie in the parts. So the table is a
-function of the parts alone, however often and in how many processes they were made.
+function of the parts alone, however often and in how many processes they were made. Next: `examples`.
 """
 
 import math
@@ -39,9 +39,9 @@ class Places(NamedTuple):
 class Sums:
     """The sums over all parts of one stream."""
 
-    def __init__(self, known: FeatureSettings, stream: Stream, edges: Floats) -> None:
-        self.known, self.stream, self.edges = known, stream, edges
-        features, steps = known.d_sae, len(known.steps)
+    def __init__(self, settings: FeatureSettings, stream: Stream, edges: Floats) -> None:
+        self.settings, self.stream, self.edges = settings, stream, edges
+        features, steps = settings.d_sae, len(settings.steps)
         self.images = np.zeros(features, np.int64)
         self.largest = np.zeros(features, np.float32)
         self.count = np.zeros(features * steps, np.int64)
@@ -49,16 +49,17 @@ class Sums:
         self.squares = np.zeros(features)
         self.histogram = np.zeros(features * HISTOGRAM_BINS, np.int64)
         self.centre = np.zeros((2, features))
-        self.spread, self.entropy, self.entropic = np.zeros(features), np.zeros(features), np.zeros(features)
-        self.on_grid = np.zeros(features)
+        self.spread, self.entropy = np.zeros(features), np.zeros(features)
+        self.mass_with_entropy, self.mass_with_place = np.zeros(features), np.zeros(features)
+        """The activation on maps that have an entropy (two tokens or more), and on tokens whose place is known."""
         self.cells = CELLS**2
         self.in_cell = np.zeros(features * self.cells)
         self.cell_tokens = np.zeros(self.cells, np.int64)
-        self.in_images = 0
+        self.image_cells = 0
         """Pairs of an image and a cell that it has tokens in."""
         self.tokens = np.zeros(steps, np.int64)
         self.error, self.norm = np.zeros(steps), np.zeros(steps)
-        self.centred = np.zeros((steps, known.d_in))
+        self.centred = np.zeros((steps, settings.d_in))
 
     def add(self, part: ScorePart, images: Sequence[ImageRow]) -> None:
         """Add the next part; `images` are its rows of images.jsonl."""
@@ -74,7 +75,7 @@ class Sums:
         if places is not None:
             np.add.at(self.cell_tokens, places.cell[counted], 1)
             image_of = np.broadcast_to(np.arange(len(images))[:, None], counted.shape)
-            self.in_images += len(np.unique(image_of[counted] * self.cells + places.cell[counted]))
+            self.image_cells += len(np.unique(image_of[counted] * self.cells + places.cell[counted]))
         image = np.repeat(np.arange(len(images)), np.diff(part.image_ptr))
         for rows in _pieces(part.row_ptr):
             self._add_entries(part, rows, feature[rows], image[rows], places, counted.sum(1))
@@ -88,7 +89,7 @@ class Sums:
         places: Places | None,
         counted: NDArray[np.int64],
     ) -> None:
-        steps = len(self.known.steps)
+        steps = len(self.settings.steps)
         lengths = np.diff(part.row_ptr[rows.start : rows.stop + 1])
         entries = slice(int(part.row_ptr[rows.start]), int(part.row_ptr[rows.stop]))
         value = part.value[entries].astype(np.float64)
@@ -103,36 +104,36 @@ class Sums:
         # A map is what a feature does on an image at a step: entries that lie one after the other.
         key = row * steps + step
         starts = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
-        of_map = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(key)))
-        mass = np.bincount(of_map, value)  # three times as fast as reduceat where maps are small
-        of, on = feature[starts], image[starts]
-        np.add.at(self.total, of * steps + step[starts], mass)
-        several = counted[on] > 1
+        map_of = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(key)))
+        mass = np.bincount(map_of, value)  # three times as fast as reduceat where maps are small
+        map_feature, map_image = feature[starts], image[starts]
+        np.add.at(self.total, map_feature * steps + step[starts], mass)
         # The entropy of a map p = value / mass, times mass: mass ln(mass) - sum value ln(value).
-        surprise = mass * np.log(mass) - np.bincount(of_map, value * octaves) * math.log(2)
-        most = np.log(np.maximum(counted[on], 2))
-        np.add.at(self.entropy, of[several], (surprise.clip(0) / most)[several])
-        np.add.at(self.entropic, of[several], mass[several])
+        entropy = mass * np.log(mass) - np.bincount(map_of, value * octaves) * math.log(2)
+        largest = np.log(np.maximum(counted[map_image], 2))  # the entropy of a map that is equal on all tokens
+        several = counted[map_image] > 1
+        np.add.at(self.entropy, map_feature[several], (entropy.clip(0) / largest)[several])
+        np.add.at(self.mass_with_entropy, map_feature[several], mass[several])
         if places is not None:
             at = image * part.tokens + token
             x, y = places.x.ravel()[at], places.y.ravel()[at]
-            moved = [np.bincount(of_map, value * axis) for axis in (x, y)]
+            moment = [np.bincount(map_of, value * axis) for axis in (x, y)]
             # Squared distances from the map's own centre, weighted: sum v r^2 - |sum v r|^2 / sum v.
-            within = np.bincount(of_map, value * (x * x + y * y)) - (moved[0] ** 2 + moved[1] ** 2) / mass
+            within = np.bincount(map_of, value * (x * x + y * y)) - (moment[0] ** 2 + moment[1] ** 2) / mass
             for axis in (0, 1):
-                np.add.at(self.centre[axis], of, moved[axis] / places.sides[on, axis])
-            np.add.at(self.spread, of, within.clip(0))
-            np.add.at(self.on_grid, of, mass)
+                np.add.at(self.centre[axis], map_feature, moment[axis] / places.sides[map_image, axis])
+            np.add.at(self.spread, map_feature, within.clip(0))
+            np.add.at(self.mass_with_place, map_feature, mass)
             np.add.at(self.in_cell, feature * self.cells + places.cell.ravel()[at], value)
 
     def table(self, decoder_norms: Floats) -> FeatureTable:
         """The numbers of each feature; `decoder_norms` [d_sae] are the lengths of the rows of W_dec."""
-        features, steps = self.known.d_sae, len(self.known.steps)
+        features, steps = self.settings.d_sae, len(self.settings.steps)
         count, total = self.count.reshape(features, steps), self.total.reshape(features, steps)
         tokens, fired, mass = int(self.tokens.sum()), count.sum(1), total.sum(1)
         energy = self.squares * decoder_norms**2
         with np.errstate(invalid="ignore", divide="ignore"):  # dead features, and text or arrays without places
-            centre = self.centre / self.on_grid
+            centre = self.centre / self.mass_with_place
             return FeatureTable(
                 count=fired,
                 frequency=fired / max(tokens, 1),
@@ -146,27 +147,29 @@ class Sums:
                 edges=self.edges,
                 centre_x=centre[0],
                 centre_y=centre[1] if self.stream == "img" else np.full(features, np.nan),
-                spread=np.sqrt(self.spread / self.on_grid),
-                entropy=self.entropy / self.entropic,
+                spread=np.sqrt(self.spread / self.mass_with_place),
+                entropy=self.entropy / self.mass_with_entropy,
                 position_r2=self._position_r2(mass, tokens),
             )
 
     def _position_r2(self, mass: Floats, tokens: int) -> Floats:
-        """R squared of a feature by cell, adjusted for the number of cells as in a regression: of noise 0 on average.
+        """The R squared of a feature by the cell a token lies in, adjusted so that it is 0 on average for noise:
 
-        The steps of an image are not independent, nor are neighbours within a cell, so an image counts once in each of
-        its cells. NaN for a single image, where position and content cannot be told apart.
+            1 - (1 - R^2) (n - 1) / (n - cells),    R^2 = var over tokens of a cell's mean / var over tokens.
+
+        The steps of an image are not independent, nor are neighbours within a cell, so n counts an image once in
+        each of its cells. NaN for a single image, where position and content cannot be told apart.
         """
         used = self.cell_tokens > 0
-        places, independent = int(used.sum()), self.in_images
-        if places < 2 or independent <= places:
-            return np.full(self.known.d_sae, np.nan)
-        on_step = self.cell_tokens[used] * len(self.known.steps)
-        mean = self.in_cell.reshape(-1, self.cells)[:, used] / on_step
+        cells, n = int(used.sum()), self.image_cells
+        if cells < 2 or n <= cells:
+            return np.full(self.settings.d_sae, np.nan)
+        tokens_in = self.cell_tokens[used] * len(self.settings.steps)
+        mean = self.in_cell.reshape(-1, self.cells)[:, used] / tokens_in
         overall = mass / tokens
-        between = (np.square(mean - overall[:, None]) * (on_step / on_step.sum())).sum(1)
+        between = (np.square(mean - overall[:, None]) * (tokens_in / tokens_in.sum())).sum(1)
         explained = between / (self.squares / tokens - overall**2)
-        return 1 - (1 - explained) * (independent - 1) / (independent - places)
+        return 1 - (1 - explained) * (n - 1) / (n - cells)
 
     def deviations(self, sample_mean: torch.Tensor) -> list[Deviation]:
         """How far the tokens of each step are from their mean. `norm` was measured from `sample_mean` [steps, d_in]:
@@ -175,7 +178,7 @@ class Sums:
         """
         deviations = []
         for at, tokens in enumerate(self.tokens.tolist()):
-            deviation = Deviation(self.known.d_in)
+            deviation = Deviation(self.settings.d_in)
             off = torch.from_numpy(self.centred[at] / max(tokens, 1))
             deviation.count = tokens
             deviation.mean = sample_mean[at].double() + off
@@ -218,7 +221,7 @@ def unexplained(
     }
 
     def fvu(chosen: Sequence[tuple[int, Stream]]) -> float | int | None:
-        merged, error = Deviation(next(iter(sums.values())).known.d_in), 0.0
+        merged, error = Deviation(next(iter(sums.values())).settings.d_in), 0.0
         for group in chosen:
             error += groups[group][0]
             merged.merge(groups[group][1])
