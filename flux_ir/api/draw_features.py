@@ -20,7 +20,6 @@ from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.features.contents import ScorePart, digest_of
-from flux_ir.features.contrast import image_of_rows
 from flux_ir.features.decoder_view import Active, active_together, encoder_decoder_cosine, nearest_by_cosine
 from flux_ir.features.drawings import UNTOUCHED, Canvas, Studio, draw_missing, is_drawn, token_length
 from flux_ir.features.effect import why_not_run
@@ -394,7 +393,7 @@ def choose(folder: FeatureFolder, stream: Stream, settings: DrawSettings) -> Ran
 
 
 def _active(part: ScorePart) -> Active:
-    images, features = (torch.from_numpy(numbers.astype(np.int64)) for numbers in (image_of_rows(part), part.feature))
+    images, features = (torch.from_numpy(numbers.astype(np.int64)) for numbers in (part.image_of_rows(), part.feature))
     return Active(len(part.images), images, features)
 
 

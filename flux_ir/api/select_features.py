@@ -18,9 +18,8 @@ from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.coherence import coherence
-from flux_ir.features.contents import digest_of
+from flux_ir.features.contents import Parts, digest_of
 from flux_ir.features.contrast import (
-    Parts,
     Sides,
     contrast_prompts,
     contrast_region,

@@ -21,8 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.features.contents import ScorePart
-from flux_ir.features.contrast import Parts, image_of_rows
+from flux_ir.features.contents import Parts, ScorePart
 
 MEMORY_BYTES = 2**29
 """Memory for the sums S of permutations that are drawn together; one at least, [d_sae, d_embedding], is held anyway."""
@@ -139,7 +138,7 @@ def _scaled(part: ScorePart, scale: _Scale, d_sae: int, device: torch.device | s
     """Min-max scaled activations of the images of a part: dense, since products with dense parts are the faster ones
     from about one active feature in a hundred on, and a part is small.
     """
-    features, images = (torch.from_numpy(numbers.astype("i8")) for numbers in (part.feature, image_of_rows(part)))
+    features, images = (torch.from_numpy(numbers.astype("i8")) for numbers in (part.feature, part.image_of_rows()))
     features, images = features.to(device), images.to(device)
     low, high = scale.smallest[features], scale.largest[features]
     # 0 / 0, so NaN, for a feature that has one value on all images.

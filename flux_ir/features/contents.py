@@ -5,7 +5,7 @@ Next: `folder`, which reads all of it.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -118,6 +118,14 @@ class ScorePart:
         """Tokens of an image at one step: as many entries each, used or not."""
         return self.positions.shape[1]
 
+    def image_of_rows(self) -> NDArray[np.int64]:
+        """[rows]: the image of each row, counted from the part's first."""
+        return np.repeat(np.arange(len(self.images)), np.diff(self.image_ptr))
+
+    def row_of_entries(self) -> NDArray[np.int64]:
+        """[entries]: the row of each entry."""
+        return np.repeat(np.arange(len(self.feature)), np.diff(self.row_ptr))
+
     def rows(self, image: int) -> slice:
         """The rows of an image, by its number in the source."""
         at = image - self.images.start
@@ -149,6 +157,10 @@ class ScorePart:
         order = np.lexsort((feature, -value, token))
         ptr = np.searchsorted(token[order], np.arange(tokens + 1)).astype(np.int64)
         return TokenFeatures(ptr, feature[order], value[order])
+
+
+Parts = Callable[[], Iterable[ScorePart]]
+"""Reads the parts of a folder from the first to the last, as often as it is called."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ All three read what was scored, part by part, and give one number per feature; n
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.features.contents import ImageRow, ScorePart
-
-Parts = Callable[[], Iterable[ScorePart]]
-"""Reads the parts of a folder from the first to the last, as often as it is called."""
+from flux_ir.features.contents import ImageRow, Parts, ScorePart
 
 MOST_DELTAS = 4096
 """Most pairs of prompts times seeds: each is a column of float64 with a number for every feature."""
@@ -187,18 +184,8 @@ def _exchanged(
 def _dense(part: ScorePart, d_sae: int) -> NDArray[np.float64]:
     """S of a part, [d_sae, images]."""
     scores = np.zeros((d_sae, len(part.images)))
-    scores[part.feature.astype(np.int64), image_of_rows(part)] = part.max
+    scores[part.feature.astype(np.int64), part.image_of_rows()] = part.max
     return scores
-
-
-def image_of_rows(part: ScorePart) -> NDArray[np.int64]:
-    """The image of every row of a part, counted from its first."""
-    return np.repeat(np.arange(len(part.images)), np.diff(part.image_ptr))
-
-
-def row_of_entries(part: ScorePart) -> NDArray[np.int64]:
-    """The row of every entry of a part."""
-    return np.repeat(np.arange(len(part.feature)), np.diff(part.row_ptr))
 
 
 # A region of the picture
@@ -244,8 +231,8 @@ def contrast_region(
             if inside.any() and not inside.all():
                 weights[number, there] = np.where(inside, 1 / inside.sum(), -1 / (~inside).sum())
                 images += 1
-        row = row_of_entries(part)
-        values = part.value * weights[image_of_rows(part)[row], part.place.astype(np.int64) % part.tokens]
+        row = part.row_of_entries()
+        values = part.value * weights[part.image_of_rows()[row], part.place.astype(np.int64) % part.tokens]
         sums += np.bincount(part.feature[row].astype(np.int64), values, minlength=d_sae) / len(part.steps)
     return sums / images if images else np.full(d_sae, np.nan)
 
@@ -261,7 +248,7 @@ def step_variance(parts: Parts, d_sae: int) -> NDArray[np.float64]:
         if not len(part.value):
             continue
         steps = len(part.steps)
-        row = row_of_entries(part)
+        row = part.row_of_entries()
         run = row * steps + part.place.astype(np.int64) // part.tokens  # ascending, as entries are
         first = np.flatnonzero(np.diff(run, prepend=-1))
         largest = np.maximum.reduceat(np.asarray(part.value, np.float64), first)

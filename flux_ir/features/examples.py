@@ -238,7 +238,7 @@ class Search:
         return arrays
 
     def _rows(self, part: ScorePart) -> ScoreRows:
-        image = part.images.start + np.repeat(np.arange(len(part.images)), np.diff(part.image_ptr))
+        image = part.images.start + part.image_of_rows()
         feature = part.feature.astype(np.int64)
         value, token, step = np.asarray(part.max), np.asarray(part.at_token), np.asarray(part.at_step)
         return ScoreRows(feature, image, self.prompts[image], value, token, step)

@@ -136,7 +136,7 @@ def feature_images(
     directions = signs * rarity(table, folder.settings.images)[:, None]
     strong, sketches = Best(2 * d_sae, EACH), np.zeros((len(groups), SKETCH), np.float32)
     for part in folder.scores(stream):
-        image = part.images.start + np.repeat(np.arange(len(part.images)), np.diff(part.image_ptr))
+        image = part.images.start + part.image_of_rows()
         feature = part.feature.astype(np.int64)
         for start, stop in zip(part.image_ptr[:-1], part.image_ptr[1:], strict=True):
             rows = slice(int(start), int(stop))

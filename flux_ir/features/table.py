@@ -76,7 +76,7 @@ class Sums:
             np.add.at(self.cell_tokens, places.cell[counted], 1)
             image_of = np.broadcast_to(np.arange(len(images))[:, None], counted.shape)
             self.image_cells += len(np.unique(image_of[counted] * self.cells + places.cell[counted]))
-        image = np.repeat(np.arange(len(images)), np.diff(part.image_ptr))
+        image = part.image_of_rows()
         for rows in _pieces(part.row_ptr):
             self._add_entries(part, rows, feature[rows], image[rows], places, counted.sum(1))
 
