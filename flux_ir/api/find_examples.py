@@ -1,7 +1,6 @@
 """Pictures that show what each feature responds to: the strongest, weaker ones, random ones, and silent look-alikes."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.distributed import Ranks, joined, wait_for_all
-from flux_ir.features.examples import FILE, FIRST, SECOND, ExampleSettings, Search
+from flux_ir.features.examples import FILE, FIRST_PASS, SECOND_PASS, ExampleSettings, Pass, Search
 from flux_ir.features.folder import FeatureFolder, open_features, read_tensors, write_tensors
 from flux_ir.sites import Stream
 
@@ -64,22 +63,22 @@ def _search(folder: FeatureFolder, stream: Stream, settings: ExampleSettings, ra
     search, own = Search(folder, stream, settings), range(ranks.rank, folder.parts, ranks.world_size)
     for number in follow(progress, f"examples {stream}, 1 of 2", own, total=len(own)):
         search.first(folder.part(stream, number))
-    _exchange(search, f"{stream}-first", FIRST, ranks)
-    search.turn()
+    _exchange(search, f"{stream}-first", FIRST_PASS, ranks)
+    search.between_passes()
     for number in follow(progress, f"examples {stream}, 2 of 2", own, total=len(own)):
         search.second(folder.part(stream, number))
-    _exchange(search, f"{stream}-second", SECOND, ranks)
+    _exchange(search, f"{stream}-second", SECOND_PASS, ranks)
     return search
 
 
-def _exchange(search: Search, name: str, what: tuple[Sequence[str], Sequence[str]], ranks: Ranks) -> None:
+def _exchange(search: Search, name: str, after: Pass, ranks: Ranks) -> None:
     """An all-reduce through files: afterwards each process has what all of them found."""
     if ranks.world_size == 1:
         return
     folder = search.folder.path / PARTIAL
-    write_tensors(folder / f"{name}-{ranks.rank}.safetensors", search.state(*what))
+    write_tensors(folder / f"{name}-{ranks.rank}.safetensors", search.state(after))
     wait_for_all(ranks)
     for rank in range(ranks.world_size):
         if rank != ranks.rank:
-            search.merge(read_tensors(folder / f"{name}-{rank}.safetensors")[0], *what)
+            search.merge(read_tensors(folder / f"{name}-{rank}.safetensors")[0], after)
     wait_for_all(ranks)

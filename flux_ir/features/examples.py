@@ -68,9 +68,17 @@ class ScoreRows(NamedTuple):
     step: NDArray[np.int16]
 
 
-FIRST = (("top", "random"), ("histogram", "sketches"))
-SECOND = (("quantile", "silent"), ("in_quantile",))
-"""The lists and the sums that each pass fills."""
+class Pass(NamedTuple):
+    """What a pass over S fills: attributes of `Search`."""
+
+    lists: Sequence[str]
+    """Each a `Best`."""
+    sums: Sequence[str]
+    """Arrays that are 0 where a process has read nothing."""
+
+
+FIRST_PASS = Pass(lists=("top", "random"), sums=("histogram", "sketches"))
+SECOND_PASS = Pass(lists=("quantile", "silent"), sums=("in_quantile",))
 
 
 class Best:
@@ -133,9 +141,10 @@ def _first_of_each(slot: Ints, prompt: Ints, priority: Floats, image: Ints) -> I
 
 
 class Search:
-    """The search for the examples of one stream, over some of its parts: `first` over each, then `second` over each.
+    """The search for the examples of one stream, over some of its parts.
 
-    Between the two, what several processes found is put together with `merge`.
+    `first` reads each part, `between_passes` makes what the second pass needs of it, and `second` reads each part
+    again. After each pass, what several processes found is put together with `merge`.
     """
 
     def __init__(self, folder: FeatureFolder, stream: Stream, settings: ExampleSettings) -> None:
@@ -164,8 +173,8 @@ class Search:
         sums = F.embedding_bag(features, self.directions, ends, mode="sum", per_sample_weights=weights)
         self.sketches[part.images.start : part.images.stop] = sums.numpy()
 
-    def turn(self) -> None:
-        """Between the passes: the edges of the shares, and for each feature the direction that look-alikes have.
+    def between_passes(self) -> None:
+        """The edges of the shares, and for each feature the direction that the sketches of its look-alikes have.
 
         That is the mean of its strongest images' sketches, each without what the feature itself adds to it.
         """
@@ -208,18 +217,18 @@ class Search:
             )
             self.silent.add(feature, -value.astype(np.float64), rows)
 
-    def state(self, lists: Sequence[str], sums: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """What this process has found, as arrays for the others to `merge`."""
+    def state(self, after: Pass) -> dict[str, NDArray[Any]]:
+        """What this process has found in a pass, as arrays for the others to `merge`."""
         arrays = {
-            f"{name}/{column}": array for name in lists for column, array in getattr(self, name).columns().items()
+            f"{name}/{column}": array for name in after.lists for column, array in getattr(self, name).columns().items()
         }
-        return arrays | {name: getattr(self, name) for name in sums}
+        return arrays | {name: getattr(self, name) for name in after.sums}
 
-    def merge(self, state: Mapping[str, NDArray[Any]], lists: Sequence[str], sums: Sequence[str]) -> None:
-        """Add what another process has found in other parts."""
-        for name in lists:
+    def merge(self, state: Mapping[str, NDArray[Any]], after: Pass) -> None:
+        """Add what another process has found in a pass over other parts."""
+        for name in after.lists:
             getattr(self, name).merge({column: state[f"{name}/{column}"] for column in Best.COLUMNS})
-        for name in sums:
+        for name in after.sums:
             setattr(self, name, getattr(self, name) + state[name])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
