@@ -50,7 +50,7 @@ from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.formats import load_any, weights_file
 from flux_ir.sites import Stream
 
-LONG = 1e14
+MANY_OPERATIONS = 1e14
 """Operations in float64 from which on a note warns: half an hour and more of a CPU."""
 
 Columns = dict[Stream, dict[str, NDArray[Any]]]
@@ -251,7 +251,7 @@ class Selecting:
         scored, settings = self.folder.settings, self.settings
         width = scored.d_in if isinstance(embedder, SiteEmbedder) else 512
         operations = 2.0 * scored.images * self.d_sae * width * settings.permutations * len(self.folder.streams)
-        if self.device.type == "cpu" and operations > LONG:
+        if self.device.type == "cpu" and operations > MANY_OPERATIONS:
             self.progress(
                 Note(
                     f"note: {settings.permutations} permutations of {scored.images} images take {operations:.1g} "

@@ -27,13 +27,13 @@ from flux_ir.sae.data.splits import Split
 from flux_ir.sites import Stream
 
 LABELS_FILE = "labels.json"
-EACH = 100
+MOST_IMAGES = 100
 """Images of each kind (strong, look-alike, other silent ones) for the describer and for the judge, at most."""
-LEAST = 10
+LEAST_IMAGES = 10
 """With fewer strong or silent images, for the describer or the judge, there is no label."""
-POOL = 4000
+POOL_IMAGES = 4000
 """Images, of different prompts, among which silent ones are searched: so many for each of the two."""
-GAIN = 0.05
+LEAST_GAIN = 0.05
 """A second term is joined if it raises the describer's score by at least this."""
 SKETCH = 256
 _SHORTER = 1e-4  # the price of a word: of descriptions with one score the shortest is picked
@@ -54,7 +54,7 @@ class Candidates(NamedTuple):
 
 
 class FeatureImages(NamedTuple):
-    """Images of each feature for the describer, or for the judge, [d_sae, EACH] each; -1 where there are fewer."""
+    """Images of each feature for the describer, or the judge: [d_sae, MOST_IMAGES] each, -1 where there are fewer."""
 
     strong: Ints
     alike: Ints
@@ -134,7 +134,7 @@ def feature_images(
     draw = np.random.default_rng(seed)
     signs = draw.integers(0, 2, (d_sae, SKETCH), np.int8).astype(np.float32) * 2 - 1
     directions = signs * rarity(table, folder.settings.images)[:, None]
-    strong, sketches = Best(2 * d_sae, EACH), np.zeros((len(groups), SKETCH), np.float32)
+    strong, sketches = Best(2 * d_sae, MOST_IMAGES), np.zeros((len(groups), SKETCH), np.float32)
     for part in folder.scores(stream):
         image = part.images.start + part.image_of_rows()
         feature = part.feature.astype(np.int64)
@@ -164,9 +164,9 @@ def feature_images(
 
 
 def _pool(groups: Ints, images: Ints, seed: int) -> Ints:
-    """At most `POOL` of these images, of different prompts, in random order."""
+    """At most `POOL_IMAGES` of these images, of different prompts, in random order."""
     firsts = images[np.unique(groups[images], return_index=True)[1]]
-    return np.random.default_rng(seed).permutation(firsts)[:POOL]
+    return np.random.default_rng(seed).permutation(firsts)[:POOL_IMAGES]
 
 
 def _silent_ones(
@@ -181,12 +181,12 @@ def _silent_ones(
 ) -> tuple[Ints, Ints]:
     """For each feature, images of the pool on which it is silent: those most like its strong ones, and any."""
     d_sae = len(strong)
-    alike, silent = (np.full((d_sae, EACH), -1, np.int64) for _ in range(2))
+    alike, silent = (np.full((d_sae, MOST_IMAGES), -1, np.int64) for _ in range(2))
     if not len(pool):
         return alike, silent
     scores = csc_array(image_scores(folder, stream, pool))
     units = _unit(sketches[pool])
-    step = max(1, _ENTRIES_AT_ONCE // max(len(pool), EACH * SKETCH))
+    step = max(1, _ENTRIES_AT_ONCE // max(len(pool), MOST_IMAGES * SKETCH))
     for start in range(0, d_sae, step):
         run = slice(start, start + step)
         # A look-alike is like the strong images' sketches without what the feature itself adds to them.
@@ -194,7 +194,7 @@ def _silent_ones(
         mean = (_unit(sketches[strong[run]] - own) * (strong[run] >= 0)[..., None]).sum(1)
         is_silent = scores[:, run].toarray() <= levels.silent[run]
         likeness = np.where(is_silent, units @ _unit(mean).T, _NOT_SILENT)
-        most = min(EACH, len(pool))
+        most = min(MOST_IMAGES, len(pool))
         order = np.argsort(-likeness, axis=0, kind="stable")[:most]
         found = np.take_along_axis(likeness, order, 0) > _NOT_SILENT
         alike[run, :most] = np.where(found, pool[order], -1).T
@@ -223,7 +223,7 @@ def describe(candidates: Candidates, side: FeatureImages) -> Description:
     both, score = np.zeros(d_sae, np.bool_), np.full(d_sae, np.nan)
     if not most:
         return Description(first, second, both, score)
-    enough = np.flatnonzero(np.min([(images >= 0).sum(1) for images in side], axis=0) >= LEAST)
+    enough = np.flatnonzero(np.min([(images >= 0).sum(1) for images in side], axis=0) >= LEAST_IMAGES)
     price = _SHORTER * np.array([len(text.split()) for text in candidates.texts])
     step = max(1, _ENTRIES_AT_ONCE // most)
     for start in range(0, len(enough), step):
@@ -246,7 +246,7 @@ def describe(candidates: Candidates, side: FeatureImages) -> Description:
             gain = _balanced(added) - price
             other = gain.argmax(1)
             value = gain[rows, other] + price[other]
-            better = value >= np.where(second[run] >= 0, score[run], score[run] + GAIN)
+            better = value >= np.where(second[run] >= 0, score[run], score[run] + LEAST_GAIN)
             second[run[better]], both[run[better]], score[run[better]] = other[better], is_and, value[better]
     return Description(first, second, both, score)
 
@@ -265,7 +265,7 @@ def _balanced(shares: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 def holds(candidates: Candidates, described: Description, features: Ints, images: Ints) -> NDArray[np.bool_]:
-    """[features, EACH]: whether each one's description holds on its images; False where there is none."""
+    """[features, MOST_IMAGES]: whether each one's description holds on its images; False where there is none."""
     has, most = candidates.has, candidates.has.shape[1]
     keys = np.sort(np.repeat(np.arange(has.shape[0]), np.diff(has.indptr)) * most + has.indices)
 
@@ -308,7 +308,7 @@ def judge(candidates: Candidates, described: Description, side: FeatureImages) -
         total = (images >= 0).sum(1).astype(np.int64)
         counts.append((held, total))
     strong, alike, silent = counts
-    enough = (described.first >= 0) & (np.min([total for _, total in counts], axis=0) >= LEAST)
+    enough = (described.first >= 0) & (np.min([total for _, total in counts], axis=0) >= LEAST_IMAGES)
     low, high = _difference_interval(*strong, *alike)
     score, score_silent = (0.5 + (_share(*strong) - _share(*others)) / 2 for others in (alike, silent))
     # Fisher's exact test: how likely as many strong images are, given how many of all images it holds on.

@@ -18,7 +18,16 @@ from PIL import Image
 from flux_ir.activations.blocks import DrawnSource, TokenSource
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.studies.judged import PATCH_PX
-from flux_ir.studies.labels import IN_ALL, INTERIOR, LEAST, MOST, POSITIVE, Labels, Question, make_bits
+from flux_ir.studies.labels import (
+    CLEAR_BELOW,
+    COVERED_ABOVE,
+    IN_ALL,
+    INSIDE_ABOVE,
+    POSITIVE,
+    Labels,
+    Question,
+    make_bits,
+)
 from flux_ir.tables import TABLES, TableRow, read_rows
 
 _YES_NO = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
@@ -271,13 +280,13 @@ def _of_cover(
     of the others of its kind.
     """
     others = rivals.max(1) if rivals.shape[1] else np.zeros_like(mine)
-    clear = every.max(1) < LEAST
-    inside, elsewhere = mine > INTERIOR, (mine < LEAST) & (every.max(1) > INTERIOR)
+    clear = every.max(1) < CLEAR_BELOW
+    inside, elsewhere = mine > INSIDE_ABOVE, (mine < CLEAR_BELOW) & (every.max(1) > INSIDE_ABOVE)
     yield (
         Question(kind, concept, "interior"),
-        make_bits(inside, inside | elsewhere | clear, inside | ((mine < LEAST) & (others > INTERIOR))),
+        make_bits(inside, inside | elsewhere | clear, inside | ((mine < CLEAR_BELOW) & (others > INSIDE_ABOVE))),
     )
-    most, least = mine > MOST, mine < LEAST
-    yield Question(kind, concept, "any"), make_bits(most, most | least, most | (least & (others > MOST)))
+    most, least = mine > COVERED_ABOVE, mine < CLEAR_BELOW
+    yield Question(kind, concept, "any"), make_bits(most, most | least, most | (least & (others > COVERED_ABOVE)))
     has, lacks = np.any(most, axis=1), np.all(least, axis=1)
     yield Question(kind, concept, "image"), make_bits(has, has | lacks, np.zeros_like(has))

@@ -28,9 +28,9 @@ POSITIVE, IN_ALL, IN_HARD = 1, 2, 4
 """The bits of a label: positive; counts if the negatives are all others; counts if they are the hard ones."""
 _BIT: dict[Negatives, int] = {"all": IN_ALL, "hard": IN_HARD}
 
-INTERIOR, MOST, LEAST = 0.9, 0.5, 0.05
-"""Shares of a patch above which it lies inside one object, above which it is mostly covered, and below which it is
-not covered."""
+INSIDE_ABOVE, COVERED_ABOVE, CLEAR_BELOW = 0.9, 0.5, 0.05
+"""Shares of a patch: covered by one object above the first it lies inside it, above the second it counts as covered,
+and below the third as clear."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     "colour": COLOURS,
@@ -209,8 +209,8 @@ class _Table:
 
     def patches(self, level: Level) -> Iterator[tuple[Question, np.ndarray]]:
         """The questions about patches at one level."""
-        clear = self.covered < LEAST
-        inside = (self.cover > INTERIOR).any(1)
+        clear = self.covered < CLEAR_BELOW
+        inside = (self.cover > INSIDE_ABOVE).any(1)
         for kind in _OF_PATCHES:
             usable = self.judged.agrees[kind][:, None]
             of_ground = kind == "background"
@@ -221,8 +221,8 @@ class _Table:
                     all_there, rivals = inside | clear, clear if of_ground else inside
                     positive = clear & (share > 0) if of_ground else self._inside(value, kind)
                 else:
-                    positive, negative = share > MOST, share < LEAST
-                    surface = 1 - self.covered > MOST if of_ground else (self.cover > MOST).any(1)
+                    positive, negative = share > COVERED_ABOVE, share < CLEAR_BELOW
+                    surface = 1 - self.covered > COVERED_ABOVE if of_ground else (self.cover > COVERED_ABOVE).any(1)
                     all_there, rivals = positive | negative, positive | (negative & surface)
                 yield Question(kind, concept, level), make_bits(positive, all_there & usable, rivals & usable)
 
@@ -266,7 +266,7 @@ class _Table:
 
     def _inside(self, value: int, kind: str) -> np.ndarray:
         """The patches that lie inside one object that has the concept."""
-        return ((self.cover > INTERIOR) & (self.object[kind] == value)[:, :, None]).any(1)
+        return ((self.cover > INSIDE_ABOVE) & (self.object[kind] == value)[:, :, None]).any(1)
 
 
 def make_bits(positive: np.ndarray, in_all: np.ndarray, in_hard: np.ndarray) -> np.ndarray:

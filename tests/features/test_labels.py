@@ -12,7 +12,7 @@ from flux_ir.commands.main import main
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import open_features
 from flux_ir.features.labels import (
-    EACH,
+    MOST_IMAGES,
     Candidates,
     Description,
     FeatureImages,
@@ -74,7 +74,7 @@ def test_sides_share_no_prompt_and_hold_one_image_of_each(scored):
             for feature, row in enumerate(images):
                 kept = row[row >= 0]
                 assert (judged[kept] == bool(side)).all()
-                assert len({*groups[kept]}) == len(kept) <= EACH
+                assert len({*groups[kept]}) == len(kept) <= MOST_IMAGES
                 values = scored_values(scored, feature)[kept]
                 assert (values > 0).all() if name == "strong" else feature == ALWAYS or (values == 0).all()
         assert red[of.strong[RED][of.strong[RED] >= 0]].all()
@@ -116,7 +116,7 @@ def test_planted_features_get_their_labels_and_chance_gets_none(folder, capsys):
     assert labels[RED]["score"] == 1.0 == labels[RED]["high"]
     assert 0.9 < labels[RED]["low"] < 1
     assert labels[RED]["strong"][0] == labels[RED]["strong"][1] > 25
-    assert labels[RED]["alike"] == [0, EACH]
+    assert labels[RED]["alike"] == [0, MOST_IMAGES]
     words = read_words(open_features(folder.path))
     assert words[RED][0][0] == "red"
     assert words[RED][0][1] == pytest.approx(2, abs=0.01)  # a quarter of the prompts
@@ -150,7 +150,7 @@ def test_shares_and_scores_are_those_of_counting():
     draw = np.random.default_rng(0)
     has = (draw.random((50, 4)) < 0.4).astype(np.float32)
     candidates = Candidates([f"c{n}" for n in range(4)], ["words"] * 4, csr(has))
-    lists = [np.where(np.arange(EACH) < 20, draw.integers(0, 50, (3, EACH)), -1) for _ in range(3)]
+    lists = [np.where(np.arange(MOST_IMAGES) < 20, draw.integers(0, 50, (3, MOST_IMAGES)), -1) for _ in range(3)]
     side = FeatureImages(*lists)
     found = describe(candidates, side)
     for feature in range(3):
