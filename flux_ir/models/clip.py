@@ -170,7 +170,7 @@ def locate_clip(clip: str, *, announce: Announce | None = None) -> Path:
 
 def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipVision:
     """The picture half of the checkpoint, ready to run. Raises FluxIRError for one that is broken or lacks weights."""
-    params = read_params(ClipVisionParams, folder, what=WHAT, half="vision_config")
+    params = read_params(ClipVisionParams, folder, what=WHAT, section="vision_config")
     last = (f"encoder.layers.{params.num_hidden_layers - 1}.", "post_layernorm.")  # `ClipVision` stops before it
     other = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
     aliases = {"vision_model.": ""}
@@ -181,7 +181,7 @@ def load_vision(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
 
 def load_picture_tower(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipPicture:
     """The picture half whole, with its projection, ready to run. Raises FluxIRError likewise."""
-    params = read_params(ClipVisionParams, folder, what=WHAT, half="vision_config")
+    params = read_params(ClipVisionParams, folder, what=WHAT, section="vision_config")
     size = read_config(folder, what=WHAT).get("projection_dim", 512)
     other = ("text_model.", "text_projection.", "logit_scale")
     kind, aliases = partial(ClipPicture, projection_dim=size), {"vision_model.": ""}

@@ -103,7 +103,7 @@ def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSourc
     found = _layout_and_prefix(part, stored)
     if found is None:
         raise _wrong_part(spec, part, path, origin, stored)
-    _check_company(spec, part, path, origin, stored)
+    _check_other_transformer(spec, part, path, origin, stored)
     layout, prefix = found
     own = {
         name.removeprefix(prefix): entry
@@ -125,11 +125,11 @@ def holds(part: Part, path: Path) -> bool:
     return _layout_and_prefix(part, read_entries(path)) is not None
 
 
-def _check_company(spec: ModelSpec, part: Part, path: Path, origin: str, names: Iterable[str]) -> None:
+def _check_other_transformer(spec: ModelSpec, part: Part, path: Path, origin: str, names: Iterable[str]) -> None:
     """Raises FluxIRError for a file with another model's transformer, whichever part was asked for.
 
-    The autoencoder of Stable Diffusion 3 has the names and shapes of FLUX's and other factors: only its company, or a
-    config.json, tells it.
+    The autoencoder of Stable Diffusion 3 has the names and shapes of FLUX's and other factors: only the transformer in
+    the same file, or a config.json, tells them apart.
     """
     if other := _other_transformer(names):
         raise FluxIRError(
@@ -163,17 +163,17 @@ class _Family(NamedTuple):
     hidden_size: int
 
 
-def _family(source: WeightSource) -> _Family:
+def _family_in_file(source: WeightSource) -> _Family:
     shape = source.entries[_MARKS["transformer", source.layout]].shape
     return _Family(_GUIDANCE_MARKS[source.layout] in source.entries, shape[-1], shape[0])
 
 
-def _family_of(spec: ModelSpec) -> _Family:
+def _family_of_spec(spec: ModelSpec) -> _Family:
     return _Family(spec.flux.guidance_embed, spec.flux.in_channels, spec.flux.hidden_size)
 
 
 def _check_family(spec: ModelSpec, source: WeightSource) -> None:
-    found, wanted = _family(source), _family_of(spec)
+    found, wanted = _family_in_file(source), _family_of_spec(spec)
     if found == wanted:
         return
     if found.hidden_size != wanted.hidden_size:
@@ -185,7 +185,7 @@ def _check_family(spec: ModelSpec, source: WeightSource) -> None:
         reason = "it has guidance_in, as only the guidance-distilled dev family has"
     else:
         reason = "it lacks guidance_in, which the guidance-distilled dev family has"
-    alike = [other.name for other in MODELS.values() if _family_of(other) == found]
+    alike = [other.name for other in MODELS.values() if _family_of_spec(other) == found]
     looks_like = f"; it looks like {' or '.join(alike)}" if alike else ""
     raise FluxIRError(
         f"{_named(source.path, source.origin)} is not {spec.name}: {reason}{looks_like}",

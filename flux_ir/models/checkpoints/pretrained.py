@@ -64,26 +64,26 @@ def load_pretrained(
 
 
 def read_params(
-    kind: type[Params], path: Path, *, what: str, config: Mapping[str, Any] | None = None, half: str = ""
+    kind: type[Params], path: Path, *, what: str, config: Mapping[str, Any] | None = None, section: str = ""
 ) -> Params:
     """The shape of a network, from the configuration beside its weights or, for a file without one, from `config`.
 
     `kind` is a dataclass with the configuration's names, and the model types that it is the shape of in `MODEL_TYPES`.
-    `half`: the part of the configuration that is meant, where it has parts. Raises FluxIRError for another type of
-    model, and for a value that `kind` does not take.
+    `section`: the key of the configuration under which the network's own stands, as in CLIP's, which has two. Raises
+    FluxIRError for another type of model, and for a value that `kind` does not take.
     """
     if config is None:
         config = read_config(_weights(path, what).parent, what=what)
-    own = config.get(half, config)
-    known: Any = kind
-    said = {field.name: own[field.name] for field in fields(known) if own.get(field.name) is not None}
-    if (named := own.get("model_type")) not in (None, *known.MODEL_TYPES):
-        problem = f"model_type must be {' or '.join(known.MODEL_TYPES)}: got {named!r}"
+    own = config.get(section, config)
+    shape: Any = kind  # a dataclass, which its type variable does not say
+    values = {field.name: own[field.name] for field in fields(shape) if own.get(field.name) is not None}
+    if (model_type := own.get("model_type")) not in (None, *shape.MODEL_TYPES):
+        problem = f"model_type must be {' or '.join(shape.MODEL_TYPES)}: got {model_type!r}"
         raise unreadable(path, f"{CONFIG_FILE}: {problem}", what=what)
     try:
-        for field in fields(known):
-            _check_type(field, said.get(field.name, field.default))
-        return kind(**said)
+        for field in fields(shape):
+            _check_type(field, values.get(field.name, field.default))
+        return kind(**values)
     except FluxIRError as error:
         raise unreadable(path, f"{CONFIG_FILE}: {error.message}", what=what) from error
 

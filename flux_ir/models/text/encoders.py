@@ -156,7 +156,7 @@ def load_clip(
     """The CLIP text encoder, from what `load_t5` takes. Raises FluxIRError as it does."""
     clip = load_pretrained(
         ClipText,
-        read_params(ClipTextParams, model, what=_WHAT, config=config, half="text_config"),
+        read_params(ClipTextParams, model, what=_WHAT, config=config, section="text_config"),
         model,
         device,
         dtype,
@@ -177,7 +177,7 @@ def load_phrase_tower(folder: Path, device: torch.device | str, dtype: torch.dty
     size = read_config(folder, what=_WHAT_CLIP).get("projection_dim", 512)
     clip = load_pretrained(
         partial(ClipPhrase, projection_dim=size),
-        read_params(ClipTextParams, folder, what=_WHAT_CLIP, half="text_config"),
+        read_params(ClipTextParams, folder, what=_WHAT_CLIP, section="text_config"),
         folder,
         device,
         dtype,
