@@ -350,9 +350,7 @@ def load(suite: Suite, job: Job, progress: Watch) -> None:
         suite.load_part(part)
 
 
-def embed(
-    suite: Suite, prompt: str, progress: Watch, *, sites: Sequence[Site] = (), sink: TextSink | None = None
-) -> TextEmbedding:
+def embed(suite: Suite, prompt: str, progress: Watch, *, sites: Sequence[Site], sink: TextSink) -> TextEmbedding:
     """The prompt's embedding; what the encoders cannot make sense of is said in a note.
 
     Their layers at `sites` go to `sink`.
@@ -401,7 +399,7 @@ def save_picture(
 
 def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
     """What is known before the first step: it stands in the capture file, and in the JSON beside it."""
-    return {
+    metadata = {
         "generation_id": folder.generation_id,
         "model": job.spec.name,
         "prompt": job.prompt,
@@ -412,7 +410,11 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
         "seed": job.seed,
         "guidance": job.guidance,
         "timestamp": timestamp,
-    } | ({} if job.text is None else {"prompt_embeds": job.text.digest()})
+    }
+    if job.text is not None:
+        # A digest: the embedding itself is not kept, and a reader must know that the prompt does not lead to it again.
+        metadata["prompt_embeds"] = job.text.digest()
+    return metadata
 
 
 def provenance(job: Job, suite: Suite) -> dict[str, Any]:

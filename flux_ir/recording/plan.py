@@ -27,6 +27,9 @@ Shape = tuple[int, ...]
 class CapturePlan:
     """Everything known of a capture before the first step. Sites and steps are sorted, and repeated ones dropped.
 
+    A capture keeps every token, in the dtype it was computed in; some image tokens (`img_positions`) and other dtypes
+    (`rounds`) are chosen by collections, whose shards hold the same pieces.
+
     Raises FluxIRError for sites the model does not have and steps the schedule does not have.
     """
 

@@ -62,6 +62,7 @@ class Capture:
         self.text_sites: list[Site] = sorted(map(Site.parse, self._contents.get("text_sites", {})))
         """The layers of the text encoders that are stored: they are read without a step."""
         count = len(self._context["timestep_pairs"])
+        # The original program keeps every step, and its files do not say which.
         self.steps: list[int] = list(self.metadata.get("captured_steps", range(count)))
         self._index = {step: index for index, step in enumerate(self.steps)}
         self._known = frozenset(self.sites)
