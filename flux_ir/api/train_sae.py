@@ -25,8 +25,9 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.models.compute_dtype import bfloat16_on
 from flux_ir.models.placement import plan
-from flux_ir.sae.architectures.config import HAS_K, SAEConfig
+from flux_ir.sae.architectures.config import HAS_K, Architecture, SAEConfig
 from flux_ir.sae.data.filters import SiteKey, sites_in_lockstep
+from flux_ir.sae.kernels.choose import path_for
 from flux_ir.sae.training.step import TrainSettings
 from flux_ir.sites import SiteNames
 
@@ -117,7 +118,7 @@ def run_training(
         # Everything that can be wrong with any run is found before the first begins.
         planned = [plan_run(settings, data, sites, device, ranks) for sites in groups]
         runs = [TrainingRun(one, settings, data, ranks, watch, stop) for one in planned]
-        products = _products(device, planned[0].training.compute_dtype)
+        products = _products(device, settings.arch, planned[0].training.compute_dtype)
         watch(Note(f"{data.note()}; on {device} ({why}), {products}"))
         for run in runs:
             for row in run.work():
@@ -188,8 +189,11 @@ def _check_memory(
             )
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> str:
+def _products(device: torch.device, architecture: Architecture, dtype: torch.dtype) -> str:
     """The precision of the products, and a hint where a lower one would be faster."""
+    on_reference = architecture in HAS_K and path_for(torch.empty(0, device=device)) == "reference"
+    if on_reference and dtype != torch.float32:
+        return f"products in float32: without FLUX_IR_TRITON=1 those of {architecture} are never rounded on a GPU"
     bfloat16_is_faster = dtype == torch.float32 and device.type == "cpu" and bfloat16_on(device).real
     advice = " (this CPU trains several times as fast with --dtype bfloat16)" if bfloat16_is_faster else ""
     return f"products in {str(dtype).removeprefix('torch.')}{advice}"

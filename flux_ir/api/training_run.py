@@ -214,7 +214,7 @@ class TrainingRun:
         logger.close()
 
     def _agree(self, due: bool, stopping: bool, step: int) -> tuple[bool, bool]:  # noqa: FBT001
-        """Whether all processes save, if the first is `due`, and stop, if any is `stopping`; asked every AGREE_STEPS"""
+        """Whether all processes save, if the first is `due`, and stop, if any is `stopping`; asked each AGREE_STEPS."""
         if self.ranks.world_size == 1:
             return due, stopping
         if step % AGREE_STEPS:

@@ -3,7 +3,9 @@
 import pytest
 
 import flux_ir
+from flux_ir.api.progress import Note
 from flux_ir.errors import FluxIRError
+from flux_ir.sae.kernels.choose import using
 
 SMALL = {"expansion": 4, "k": 4, "batch_tokens": 64, "device": "cpu"}
 
@@ -54,6 +56,18 @@ def test_it_stops_between_two_steps_when_asked(array, tmp_path):
 def test_contradictions_are_told_at_once_not_at_the_first_row(arguments, says):
     with pytest.raises(FluxIRError, match=says):
         flux_ir.train_sae(**arguments)
+
+
+@pytest.mark.parametrize(("path", "says"), [("cpu", "products in bfloat16"), ("reference", "products in float32: ")])
+def test_the_precision_that_is_told_is_that_of_the_kernels(path, says, array, tmp_path):
+    told = []
+    with using(path):
+        rows = flux_ir.train_sae(
+            array, **SMALL, dtype="bfloat16", max_tokens=640, output_dir=tmp_path, progress=told.append
+        )
+        next(rows)
+        rows.close()
+    assert any(says in event.text for event in told if isinstance(event, Note))
 
 
 def test_nested_dictionaries_are_those_asked_for_and_the_whole_one(array, tmp_path):
