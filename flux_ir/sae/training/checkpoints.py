@@ -30,7 +30,6 @@ DIVERGED_HINT = (
     "pass a lower --lr with another --name, and keep --clip at 1: the same command would come to the same end"
 )
 _NAME = re.compile(r"step_(\d{9})")
-_TENSOR = "tensor:"  # begins the text that replaces a tensor in the JSON
 
 
 class MomentShard(NamedTuple):
@@ -66,7 +65,7 @@ class TrainingCheckpoints:
         return None, []
 
     def save(self, step: int, state: Mapping[str, Any], shared: Mapping[str, Tensor], shard: MomentShard) -> Path:
-        """Write the checkpoint of a step, which may hold tensors anywhere in `state`; all but the last two are deleted.
+        """Write the checkpoint of a step: `state` as JSON, `shared` and `shard` as tensors. Keeps the last two.
 
         Of `state` and `shared`, those of the first process are written. An empty shard is not.
 
@@ -77,9 +76,8 @@ class TrainingCheckpoints:
         self._check_finite(step, {**shared, **shard.tensors})
         with self._temporary_folder(final) as partial:
             if self.ranks.is_first:
-                plain, tensors = take_tensors(state)
-                _save(partial / "shared.safetensors", {**shared, **tensors})
-                write_json(partial / "state.json", plain)
+                _save(partial / "shared.safetensors", shared)
+                write_json(partial / "state.json", state)
             if shard.tensors:
                 rows = {name: list(bounds) for name, bounds in shard.rows.items()}
                 _save(partial / f"rank_{self.ranks.rank:04d}.safetensors", shard.tensors, {"rows": json.dumps(rows)})
@@ -141,7 +139,9 @@ class SavedRun:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        plain = read_json(path / "state.json", hint="it is no checkpoint of this program: delete the folder")
+        self.state: dict[str, Any] = read_json(
+            path / "state.json", hint="it is no checkpoint of this program: delete the folder"
+        )
         try:
             self.shared = load_file(path / "shared.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
@@ -150,7 +150,6 @@ class SavedRun:
             raise FluxIRError(
                 f"{path} cannot be resumed from: {wrong[0]} is not finite", hint=f"delete it, and {DIVERGED_HINT}"
             )
-        self.state: dict[str, Any] = put_tensors(plain, self.shared)
         self._shards = sorted(path.glob("rank_*.safetensors"))
 
     def moment(self, name: str, rows: RowRange) -> Tensor:
@@ -175,29 +174,6 @@ class SavedRun:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those that hold NaN or infinity."""
     return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-
-
-def take_tensors(value: Any, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """A nest of dictionaries and lists with its tensors taken out: a name of each stands in its place."""
-    if isinstance(value, Tensor):
-        return _TENSOR + path, {path: value}
-    if isinstance(value, Mapping):
-        parts = {key: take_tensors(part, f"{path}/{key}") for key, part in value.items()}
-        taken = {name: tensor for _, tensors in parts.values() for name, tensor in tensors.items()}
-        return {key: plain for key, (plain, _) in parts.items()}, taken
-    if isinstance(value, list | tuple):
-        keyed, taken = take_tensors(dict(enumerate(value)), path)
-        return list(keyed.values()), taken
-    return value, {}
-
-
-def put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nest that `take_tensors` took apart; tuples have become lists."""
-    if isinstance(value, str) and value.startswith(_TENSOR):
-        return tensors[value.removeprefix(_TENSOR)]
-    if isinstance(value, dict):
-        return {key: put_tensors(part, tensors) for key, part in value.items()}
-    return [put_tensors(part, tensors) for part in value] if isinstance(value, list) else value
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
