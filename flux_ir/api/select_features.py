@@ -223,10 +223,10 @@ class Selecting:
         depends_on = {**embedder.described(), "permutations": settings.permutations, "seed": settings.seed}
         if self.selection.has("coherence", depends_on):
             return
-        self._note_work(embedder)
         for _ in follow(self.progress, "embed", make_embeddings(self.folder, embedder), total=self.folder.parts):
             pass
         rows = read_embeddings(self.folder, embedder)
+        self._note_work(rows.shape[1])
 
         def compute(stream: Stream) -> dict[str, NDArray[Any]]:
             result = coherence(
@@ -246,10 +246,9 @@ class Selecting:
 
         self._put("coherence", depends_on, compute)
 
-    def _note_work(self, embedder: Embedder) -> None:
-        """Say so where permutations will take long: they are most of the work."""
+    def _note_work(self, width: int) -> None:
+        """Say so where permutations over embeddings of this width will take long: they are most of the work."""
         scored, settings = self.folder.settings, self.settings
-        width = scored.d_in if isinstance(embedder, SiteEmbedder) else 512
         operations = 2.0 * scored.images * self.d_sae * width * settings.permutations * len(self.folder.streams)
         if self.device.type == "cpu" and operations > MANY_OPERATIONS:
             self.progress(
