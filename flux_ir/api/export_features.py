@@ -61,6 +61,9 @@ def export_features(
     return written
 
 
+# Each writer is made before anything is written, so that a package that is missing is told at once.
+
+
 def _csv_writer() -> Callable[[Path, Mapping[str, NDArray[Any]]], None]:
     def write(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
         """NaN is an empty cell, as spreadsheets and pandas read it."""

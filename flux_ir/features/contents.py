@@ -101,7 +101,10 @@ class ScorePart:
     row_ptr: NDArray[np.int64]
     """[rows + 1]: the entries of each row."""
     place: NDArray[Any]
-    """[entries]: index of the step times `tokens`, plus index of the token; ascending within a row."""
+    """[entries]: index of the step times `tokens`, plus index of the token; ascending within a row.
+
+    Everywhere else a place is one in the picture: `positions` leads from the token to it.
+    """
     value: NDArray[np.float32]
     """[entries], above 0."""
     error: NDArray[np.float32]

@@ -51,14 +51,15 @@ def gradients(
     """
     added: list[Tensor] = []
 
-    def watch(value: Tokens, step: int) -> Tokens:
+    def add_zeros(value: Tokens, step: int) -> Tokens:
+        """The value itself, and a leaf beside it that the gradient can be taken by."""
         added.append(torch.zeros_like(value, requires_grad=True))
         return value + added[0]
 
     # out = in + update, so the gradients by both are equal; an update is read as out - in, which has no gradient here.
     site_with_gradient = replace(site, part=None) if site.part == "update" else site
     img = inputs.img
-    with torch.enable_grad(), Intervention(model, {site_with_gradient: watch}):
+    with torch.enable_grad(), Intervention(model, {site_with_gradient: add_zeros}):
         velocity = model(
             img,
             inputs.img_ids,
@@ -159,6 +160,7 @@ def add_generation(
             part = folder.part_of(image, stream)
             positions = part.positions[image - part.images.start]
             there, active = positions >= 0, part.token_features(image, step)
+            # A gradient is given a row for each token that was scored: what was active on a token is on this row.
             token = (np.cumsum(there) - 1)[np.repeat(np.arange(part.tokens), np.diff(active.ptr))]
             rows = torch.from_numpy(positions[there].astype(np.int64)).to(device)
             of_stream = half_of(site, stream)

@@ -282,11 +282,10 @@ def _of_cover(
     others = rivals.max(1) if rivals.shape[1] else np.zeros_like(mine)
     clear = every.max(1) < CLEAR_BELOW
     inside, elsewhere = mine > INSIDE_ABOVE, (mine < CLEAR_BELOW) & (every.max(1) > INSIDE_ABOVE)
-    yield (
-        Question(kind, concept, "interior"),
-        make_bits(inside, inside | elsewhere | clear, inside | ((mine < CLEAR_BELOW) & (others > INSIDE_ABOVE))),
-    )
-    most, least = mine > COVERED_ABOVE, mine < CLEAR_BELOW
-    yield Question(kind, concept, "any"), make_bits(most, most | least, most | (least & (others > COVERED_ABOVE)))
-    has, lacks = np.any(most, axis=1), np.all(least, axis=1)
+    in_rival = (mine < CLEAR_BELOW) & (others > INSIDE_ABOVE)
+    yield Question(kind, concept, "interior"), make_bits(inside, inside | elsewhere | clear, inside | in_rival)
+    covered, free = mine > COVERED_ABOVE, mine < CLEAR_BELOW
+    rivals_there = free & (others > COVERED_ABOVE)
+    yield Question(kind, concept, "any"), make_bits(covered, covered | free, covered | rivals_there)
+    has, lacks = np.any(covered, axis=1), np.all(free, axis=1)
     yield Question(kind, concept, "image"), make_bits(has, has | lacks, np.zeros_like(has))
