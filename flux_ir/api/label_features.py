@@ -35,16 +35,16 @@ from flux_ir.features.labels import (
 from flux_ir.features.words import (
     STAGE,
     WORDS_FILE,
-    Levels,
     Phrases,
     PromptTokens,
+    StrengthBounds,
     find_tokenizer,
-    levels_of,
     lift,
     phrases_of,
     prompt_numbers_of,
     prompt_tokens,
     shortened,
+    strength_bounds,
     strong_prompts,
     token_lists,
 )
@@ -113,32 +113,32 @@ def label_features(
         fdr=fdr,
         min_score=min_score,
         seed=seed,
-        concepts=None if concepts is None else _content(Path(concepts)),
+        concepts=None if concepts is None else _content_digest(Path(concepts)),
         clip=None if clip_folder is None else clip_digest(clip_folder),
-        vocabulary=None if vocabulary is None else _content(Path(vocabulary)),
+        vocabulary=None if vocabulary is None else _content_digest(Path(vocabulary)),
         tokenizer=None if tokenizer is None else str(tokenizer),
     )
     if folder.is_done(STAGE, asdict(settings), after=["score"]):
         progress(Note(f"the words and labels in {folder.path} are complete"))
         return folder
-    groups, phrases = _read_prompts(folder, min_count, progress)
-    sources = [_of_prompts(phrases, groups)]
+    prompt_numbers, phrases = _read_prompts(folder, min_count, progress)
+    sources = [_prompt_candidates(phrases, prompt_numbers)]
     if concepts is not None:
         sources.append(read_concepts(Path(concepts), folder))
     if clip_folder is not None:
         texts = [*_lines(vocabulary), *phrases.texts[:CLIP_PHRASES]]
-        sources.append(_seen_by_clip(folder, clip_folder, list(dict.fromkeys(texts)), device, progress))
+        sources.append(_clip_candidates(folder, clip_folder, list(dict.fromkeys(texts)), device, progress))
     candidates = together(sources)
     words: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     for stream in folder.streams:
         with phase(progress, f"words {stream}"):
-            levels = levels_of(folder, stream)
-            words[stream] = _lifting_words(folder, stream, levels, groups, phrases, settings)
+            bounds = strength_bounds(folder, stream)
+            words[stream] = _lifting_words(folder, stream, bounds, prompt_numbers, phrases, settings)
             if stream == "txt":
                 words[stream]["tokens"] = _fired_tokens(folder, Path(tokenizer) if tokenizer else None, progress)
         with phase(progress, f"labels {stream}"):
-            labels[stream] = _labels(folder, stream, levels, groups, candidates, settings)
+            labels[stream] = _labels(folder, stream, bounds, prompt_numbers, candidates, settings)
         if not any(row["text"] for row in labels[stream]):
             progress(
                 Note(f"note: no description of a feature of {stream} tokens was better than chance on other images")
@@ -166,17 +166,17 @@ def _check_arguments(
 def _read_prompts(folder: FeatureFolder, min_count: int, progress: Watch) -> tuple[NDArray[np.int64], Phrases]:
     """The number of each image's prompt, [images], and the phrases of the prompts, a row for each number."""
     prompts = [row.prompt for row in folder.images]
-    groups = prompt_numbers_of(prompts)
-    different = [prompts[first] for first in np.unique(groups, return_index=True)[1]]
+    prompt_numbers = prompt_numbers_of(prompts)
+    different = [prompts[first] for first in np.unique(prompt_numbers, return_index=True)[1]]
     phrases = phrases_of(different, min_count=min_count, most=MOST_PHRASES)
     if not phrases.texts:
         progress(Note(f"note: no word is in {min_count} prompts and not in all, so prompts say nothing of features"))
-    return groups, phrases
+    return prompt_numbers, phrases
 
 
-def _of_prompts(phrases: Phrases, groups: NDArray[np.int64]) -> Candidates:
+def _prompt_candidates(phrases: Phrases, prompt_numbers: NDArray[np.int64]) -> Candidates:
     """The phrases as descriptions of images: one holds on the images whose prompt has it."""
-    return Candidates(phrases.texts, ["words"] * len(phrases.texts), csr_array(phrases.has[groups]))
+    return Candidates(phrases.texts, ["words"] * len(phrases.texts), csr_array(phrases.has[prompt_numbers]))
 
 
 def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
@@ -203,7 +203,7 @@ def read_concepts(path: Path, folder: FeatureFolder) -> Candidates:
     return Candidates(list(concepts), ["concepts"] * len(concepts), has)
 
 
-def _seen_by_clip(
+def _clip_candidates(
     folder: FeatureFolder, clip: Path, texts: list[str], device: str | None, progress: Watch
 ) -> Candidates:
     """What CLIP sees in the pictures. Their embeddings are kept in the folder, where `select_features` finds them."""
@@ -235,25 +235,25 @@ def _lines(vocabulary: str | Path | None) -> list[str]:
 def _lifting_words(
     folder: FeatureFolder,
     stream: Stream,
-    levels: Levels,
-    groups: NDArray[np.int64],
+    bounds: StrengthBounds,
+    prompt_numbers: NDArray[np.int64],
     phrases: Phrases,
     settings: LabelSettings,
 ) -> dict[str, Any]:
     """What words.json holds of a stream: the words that lift each feature."""
-    strong = strong_prompts(folder, stream, levels, groups)
+    strong = strong_prompts(folder, stream, bounds, prompt_numbers)
     lifted = lift(phrases, strong, min_count=settings.min_count, fdr=settings.fdr)
     kept = shortened(lifted, phrases.texts, WORDS_KEPT)
     features: dict[str, list[list[float]]] = {}
     for feature, word, pmi, both, q in zip(kept.feature, kept.word, kept.pmi, kept.both, kept.q, strict=True):
-        row = [int(word), _digits(float(pmi)), int(both), _digits(float(q))]
+        row = [int(word), _rounded(float(pmi)), int(both), _rounded(float(q))]
         features.setdefault(str(int(feature)), []).append(row)
     return {
         "prompts": strong.shape[0],
         "words": phrases.texts,
         "with_word": np.asarray(phrases.has.sum(axis=0)).astype(int).tolist(),
         "strong": np.asarray(strong.sum(axis=0)).astype(int).tolist(),
-        "threshold": [None if math.isinf(value) else _digits(float(value)) for value in levels.strong],
+        "threshold": [None if math.isinf(value) else _rounded(float(value)) for value in bounds.strong],
         "columns": ["word", "pmi", "both", "q"],
         "features": features,
     }
@@ -272,7 +272,12 @@ def _fired_tokens(folder: FeatureFolder, tokenizer: Path | None, progress: Watch
     features = {}
     for feature, row in enumerate(lists.token):
         kept = [
-            [int(token), int(lists.fired[feature, at]), int(lists.of[feature, at]), _digits(lists.mean[feature, at])]
+            [
+                int(token),
+                int(lists.fired[feature, at]),
+                int(lists.of[feature, at]),
+                _rounded(lists.mean[feature, at]),
+            ]
             for at, token in enumerate(row)
             if token >= 0
         ]
@@ -283,8 +288,8 @@ def _fired_tokens(folder: FeatureFolder, tokenizer: Path | None, progress: Watch
         "end": tokens.end,
         "padding": tokens.padding,
         "columns": ["token", "fired", "of", "mean"],
-        "on_end": [_digits(float(share)) for share in lists.on_end],
-        "on_padding": [_digits(float(share)) for share in lists.on_padding],
+        "on_end": [_rounded(float(share)) for share in lists.on_end],
+        "on_padding": [_rounded(float(share)) for share in lists.on_padding],
         "features": features,
     }
 
@@ -304,13 +309,13 @@ def _check_used(folder: FeatureFolder, tokens: PromptTokens) -> None:
 def _labels(
     folder: FeatureFolder,
     stream: Stream,
-    levels: Levels,
-    groups: NDArray[np.int64],
+    bounds: StrengthBounds,
+    prompt_numbers: NDArray[np.int64],
     candidates: Candidates,
     settings: LabelSettings,
 ) -> list[dict[str, Any]]:
     """What labels.json holds of a stream: a row for every feature that could be described and judged."""
-    own, others = feature_images(folder, stream, levels, groups, judged_images(folder), seed=settings.seed)
+    own, others = feature_images(folder, stream, bounds, prompt_numbers, judged_images(folder), seed=settings.seed)
     described = describe(candidates, own)
     return list(_rows(candidates, described, judge(candidates, described, others), settings))
 
@@ -330,26 +335,26 @@ def _rows(
             "text": text if is_label else None,
             "candidate": text,
             "source": sources_of(candidates, described, feature),
-            "score": _digits(verdict.score[feature]),
-            "low": _digits(verdict.low[feature]),
-            "high": _digits(verdict.high[feature]),
-            "q": _digits(verdict.q[feature]),
-            "score_silent": _digits(verdict.score_silent[feature]),
-            "score_described": _digits(described.score[feature]),
+            "score": _rounded(verdict.score[feature]),
+            "low": _rounded(verdict.low[feature]),
+            "high": _rounded(verdict.high[feature]),
+            "q": _rounded(verdict.q[feature]),
+            "score_silent": _rounded(verdict.score_silent[feature]),
+            "score_described": _rounded(described.score[feature]),
             "strong": [int(column[feature]) for column in verdict.strong],
             "alike": [int(column[feature]) for column in verdict.alike],
             "silent": [int(column[feature]) for column in verdict.silent],
         }
 
 
-def _content(path: Path) -> str:
+def _content_digest(path: Path) -> str:
     try:
         return digest_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FluxIRError(f"{path} cannot be read: {error}", hint="name a text file that exists") from error
 
 
-def _digits(value: float | np.floating[Any]) -> float:
+def _rounded(value: float | np.floating[Any]) -> float:
     return float(f"{value:.4g}")
 
 

@@ -22,7 +22,7 @@ from flux_ir.features.compare import image_scores
 from flux_ir.features.examples import Best, ScoreRows, chance, rarity
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.significance import q_values
-from flux_ir.features.words import Levels, read_result
+from flux_ir.features.words import StrengthBounds, read_result
 from flux_ir.sae.data.splits import Split
 from flux_ir.sites import Stream
 
@@ -127,7 +127,7 @@ def judged_images(folder: FeatureFolder) -> NDArray[np.bool_]:
 
 
 def feature_images(
-    folder: FeatureFolder, stream: Stream, levels: Levels, groups: Ints, judged: NDArray[np.bool_], *, seed: int
+    folder: FeatureFolder, stream: Stream, bounds: StrengthBounds, groups: Ints, judged: NDArray[np.bool_], *, seed: int
 ) -> tuple[FeatureImages, FeatureImages]:
     """The describer's images of each feature, and the judge's."""
     d_sae, table = folder.settings.d_sae, folder.table(stream)
@@ -142,7 +142,7 @@ def feature_images(
             rows = slice(int(start), int(stop))
             if stop > start:
                 sketches[image[rows.start]] = part.max[rows] @ directions[feature[rows]]
-        entry = np.flatnonzero(part.max >= levels.strong[feature])
+        entry = np.flatnonzero(part.max >= bounds.strong[feature])
         slot = 2 * feature[entry] + judged[image[entry]]
         nowhere = np.full(len(entry), -1)
         found = ScoreRows(
@@ -158,7 +158,7 @@ def feature_images(
     for side in (0, 1):
         numbers, values = strong.image[side::2], strong.value[side::2]
         pool = _pool(groups, np.flatnonzero(judged == bool(side)), seed)
-        alike, silent = _silent_ones(folder, stream, levels, numbers, values, pool, sketches, directions)
+        alike, silent = _silent_ones(folder, stream, bounds, numbers, values, pool, sketches, directions)
         sides.append(FeatureImages(numbers, alike, silent))
     return sides[0], sides[1]
 
@@ -172,7 +172,7 @@ def _pool(groups: Ints, images: Ints, seed: int) -> Ints:
 def _silent_ones(
     folder: FeatureFolder,
     stream: Stream,
-    levels: Levels,
+    bounds: StrengthBounds,
     strong: Ints,
     values: NDArray[np.float32],
     pool: Ints,
@@ -192,7 +192,7 @@ def _silent_ones(
         # A look-alike is like the strong images' sketches without what the feature itself adds to them.
         own = values[run, :, None] * directions[run, None]
         mean = (_unit(sketches[strong[run]] - own) * (strong[run] >= 0)[..., None]).sum(1)
-        is_silent = scores[:, run].toarray() <= levels.silent[run]
+        is_silent = scores[:, run].toarray() <= bounds.silent[run]
         likeness = np.where(is_silent, units @ _unit(mean).T, _NOT_SILENT)
         most = min(MOST_IMAGES, len(pool))
         order = np.argsort(-likeness, axis=0, kind="stable")[:most]

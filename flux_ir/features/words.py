@@ -51,13 +51,14 @@ class Phrases(NamedTuple):
     """[prompts, phrases]: 1 where the prompt has the phrase."""
 
 
-class Levels(NamedTuple):
+class StrengthBounds(NamedTuple):
     """What counts as a strong image of a feature, and what as a silent one: two bounds of S, [d_sae] each."""
 
     strong: NDArray[np.float64]
     """S of a strong image is at least this; infinity for a feature that never fires."""
     silent: NDArray[np.float64]
-    """S of a silent image is at most this: 0, or the weakest fifth, if the feature fires on more than four fifths."""
+    """S of a silent image is at most this: 0, or so much that a fifth of all images count as silent, if the feature is
+    without activation on fewer than a fifth."""
 
 
 class Lift(NamedTuple):
@@ -125,8 +126,8 @@ def _readable(phrase: str) -> tuple[int, bool, int, str]:
 # ---- Which images count
 
 
-def levels_of(folder: FeatureFolder, stream: Stream) -> Levels:
-    """The bounds of every feature, to a sixteenth of an octave, from one pass over S."""
+def strength_bounds(folder: FeatureFolder, stream: Stream) -> StrengthBounds:
+    """The bounds of every feature, to a sixteenth of an octave: S is read for its largest, then for a histogram."""
     table, n = folder.table(stream), folder.settings.images
     largest, strong_counts = np.zeros(len(table.images), np.float64), _strong_counts(table.images)
     for part in folder.scores(stream):
@@ -137,12 +138,12 @@ def levels_of(folder: FeatureFolder, stream: Stream) -> Levels:
         bins = np.minimum(octaves * BINS_PER_OCTAVE, histogram.shape[1] - 1).astype(np.int64)
         np.add.at(histogram, (part.feature, bins), 1)
     at_least = np.cumsum(histogram, axis=1)
-    edge = (at_least < strong_counts[:, None]).sum(1) + 1
+    edge = (at_least < strong_counts[:, None]).sum(1) + 1  # the lower edge of the bin that completes the count
     strong = np.where(table.images > 0, largest * 2.0 ** (-edge / BINS_PER_OCTAVE), np.inf)
-    weak = np.maximum(STRONG_SHARE * n - (n - table.images), 0)  # how many of those it fires on count as silent
+    weak = np.maximum(STRONG_SHARE * n - (n - table.images), 0)  # images it fires on that count as silent too
     edge = (at_least <= (table.images - weak)[:, None]).sum(1)
     silent = np.where(weak > 0, largest * 2.0 ** (-edge / BINS_PER_OCTAVE), 0)
-    return Levels(strong, np.minimum(silent, np.nextafter(strong, 0)))
+    return StrengthBounds(strong, np.minimum(silent, np.nextafter(strong, 0)))
 
 
 def _strong_counts(images: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -150,11 +151,13 @@ def _strong_counts(images: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.minimum(np.clip(share, LEAST_STRONG, MOST_STRONG), images)
 
 
-def strong_prompts(folder: FeatureFolder, stream: Stream, levels: Levels, groups: NDArray[np.int64]) -> csr_array:
+def strong_prompts(
+    folder: FeatureFolder, stream: Stream, bounds: StrengthBounds, groups: NDArray[np.int64]
+) -> csr_array:
     """The prompts with a strong image of each feature, [prompts, d_sae]: 1 or 0. `groups` [images] are the prompts."""
     rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for part in folder.scores(stream):
-        entry = np.flatnonzero(part.max >= levels.strong[part.feature])
+        entry = np.flatnonzero(part.max >= bounds.strong[part.feature])
         image = part.images.start + np.searchsorted(part.image_ptr, entry, side="right") - 1
         rows.append(groups[image])
         columns.append(part.feature[entry].astype(np.int64))

@@ -26,7 +26,7 @@ from flux_ir.features.labels import (
     judged_images,
     read_labels,
 )
-from flux_ir.features.words import levels_of, phrases_of, prompt_numbers_of, read_words
+from flux_ir.features.words import phrases_of, prompt_numbers_of, read_words, strength_bounds
 from tests.features.planted import (
     ALWAYS,
     CAPTIONS,
@@ -61,7 +61,12 @@ def made_of(scored):
     assert [scored.images[first].prompt for first in firsts] == CAPTIONS
     candidates = Candidates(phrases.texts, ["words"] * len(phrases.texts), phrases.has[groups].tocsr())
     judged = judged_images(scored)
-    return candidates, groups, judged, feature_images(scored, "img", levels_of(scored, "img"), groups, judged, seed=0)
+    return (
+        candidates,
+        groups,
+        judged,
+        feature_images(scored, "img", strength_bounds(scored, "img"), groups, judged, seed=0),
+    )
 
 
 def test_sides_share_no_prompt_and_hold_one_image_of_each(scored):

@@ -13,12 +13,12 @@ from flux_ir.features.words import (
     Phrases,
     PromptTokens,
     find_tokenizer,
-    levels_of,
     lift,
     phrases_of,
     prompt_numbers_of,
     prompt_tokens,
     shortened,
+    strength_bounds,
     strong_prompts,
     token_lists,
 )
@@ -73,13 +73,13 @@ def test_frequent_words_come_first_and_those_of_all_or_few_prompts_are_left_out(
 
 def test_levels_are_the_strongest_fifth_or_fifty_and_what_is_silent(planted):
     folder, n = planted, len(CAPTIONS) * 2
-    levels = levels_of(folder, "img")
+    bounds = strength_bounds(folder, "img")
     scores = np.zeros((n, 16))
     for image in range(n):
         part = folder.part_of(image)
         rows = part.rows(image)
         scores[image, part.feature[rows]] = part.max[rows]
-    strong, active = (scores >= levels.strong).sum(0), (scores > 0).sum(0)
+    strong, active = (scores >= bounds.strong).sum(0), (scores > 0).sum(0)
     for feature in range(16):
         wanted = min(max(np.ceil(0.2 * active[feature]), LEAST_STRONG), active[feature])
         assert strong[feature] >= wanted
@@ -89,17 +89,17 @@ def test_levels_are_the_strongest_fifth_or_fifty_and_what_is_silent(planted):
             <= (scores[:, feature] >= 2**-0.125 * np.sort(scores[:, feature])[-max(1, int(wanted))]).sum()
         )
     assert strong[RARE] == active[RARE] == 4
-    assert np.isinf(levels.strong[DEAD])
-    assert levels.silent[RED] == 0
-    weak = (scores[:, ALWAYS] <= levels.silent[ALWAYS]).sum()
+    assert np.isinf(bounds.strong[DEAD])
+    assert bounds.silent[RED] == 0
+    weak = (scores[:, ALWAYS] <= bounds.silent[ALWAYS]).sum()
     assert 0.12 * n < weak < 0.28 * n  # it fires everywhere: the weakest fifth
-    assert (levels.silent < levels.strong).all()
+    assert (bounds.silent < bounds.strong).all()
 
 
 def test_strong_prompts_are_those_with_a_strong_image(planted):
     groups = prompt_numbers_of([row.prompt for row in planted.images])
     assert len(set(groups)) == len(CAPTIONS)
-    strong = strong_prompts(planted, "img", levels_of(planted, "img"), groups).toarray()
+    strong = strong_prompts(planted, "img", strength_bounds(planted, "img"), groups).toarray()
     assert strong.shape == (len(CAPTIONS), 16)
     assert set(np.unique(strong)) == {0, 1}
     assert strong[:, RARE].sum() == 4
@@ -139,7 +139,7 @@ def test_lift_is_fishers_test_over_all_pairs():
 def test_chance_alone_lifts_nothing(planted):
     groups = prompt_numbers_of([row.prompt for row in planted.images])
     phrases = phrases_of(CAPTIONS, min_count=5, most=1000)
-    strong = strong_prompts(planted, "img", levels_of(planted, "img"), groups)
+    strong = strong_prompts(planted, "img", strength_bounds(planted, "img"), groups)
     found = lift(phrases, strong, min_count=5, fdr=0.05)
     names = {feature: [phrases.texts[w] for w in found.word[found.feature == feature]] for feature in range(16)}
     assert names[RED][0] == "red"
