@@ -119,8 +119,9 @@ def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report, options: 
     needed = sizes.shards + sizes.notes + embedded + latents - there
     check_disk(needed, disk, flags="--sites, --steps, --tokens_per_image or --store_dtype")
     _check_weights(suite, report, encoders_go_first=True)
+    few = min(PACE_PROMPTS, len(settings.prompts))
     small = command_line(
-        options, plan=False, max_prompts=PACE_PROMPTS, repeats=1, output_dir=f"{job.output_dir.rstrip('/')}_pace"
+        options, plan=False, max_prompts=few, repeats=1, output_dir=f"{job.output_dir.rstrip('/')}_pace"
     )
     processes = f" and by the {ranks.world_size} processes" if ranks.world_size > 1 else ""
     unknown = {
