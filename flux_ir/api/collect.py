@@ -45,7 +45,7 @@ class Collected(NamedTuple):
     made: int
     """How many of them were made now, by all processes."""
     tokens: int
-    """That are kept, over all sites and steps."""
+    """Tokens that are kept, over all sites and steps."""
     bytes: int
     """What shards, pictures and latents take: without the index, the statistics and the embedded prompts."""
 
@@ -80,7 +80,7 @@ class CollectArguments:
 
 
 class CollectionJob(NamedTuple):
-    """What is to be collected, with which model, and where."""
+    """What is to be collected, with which model, and where: what `collect` was asked, with nothing left open."""
 
     settings: CollectSettings
     suite: Suite
@@ -155,7 +155,7 @@ def collect(
 
 
 def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> Collected:
-    """The same, with its arguments in one object."""
+    """`collect`, with its arguments in one object."""
     with joined() as ranks:
         job = settle_collection(arguments, ranks, progress)
         watch = progress if ranks.is_first else unwatched
@@ -165,37 +165,37 @@ def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> 
         storage = open_storage(job.output_dir, rank=ranks.rank)
         with one_job_at(storage, ranks):
             collector = Collector(job.settings, job.suite, storage, ranks)
-            made = _work(collector, watch)
+            made = _collect(collector, watch)
         return _collected(collector.collection, made)
 
 
-def _work(job: Collector, watch: Watch) -> int:
+def _collect(collector: Collector, watch: Watch) -> int:
     """Verify, encode, load, record, merge; returns how many generations all ranks made. Stages count those of all."""
-    ranks = job.ranks
-    shards = job.collection.shards if job.was_begun else 0
-    _together(watch, "verify", job.verify(), ranks, total=shards)
+    ranks = collector.ranks
+    shards = collector.collection.shards if collector.was_begun else 0
+    _follow_all_ranks(watch, "verify", collector.verify(), ranks, total=shards)
     if ranks.is_first:
-        _note_on_prompts(job, watch)
-    to_encode, missing = all_sum(torch.tensor([job.prompts_to_encode, job.missing]), ranks).tolist()
-    _together(watch, "text", job.encode(), ranks, total=to_encode)
-    if missing:
+        _note_on_prompts(collector, watch)
+    to_encode, missing = all_sum(torch.tensor([collector.prompts_to_encode, collector.missing]), ranks).tolist()
+    _follow_all_ranks(watch, "text", collector.encode(), ranks, total=to_encode)
+    if missing:  # on any rank: `load` may have to agree on a batch size, so every rank calls it
         # A stage of its own: reading 24 GB of weights would drown the tokens/s of a small run.
         with phase(watch, "load"):
-            job.load()
-    _together(watch, "collect", job.record(), ranks, total=missing)
-    merged = job.merge()
-    for _ in follow(watch, "merge", merged, job.collection.shards) if ranks.is_first else merged:
+            collector.load()
+    _follow_all_ranks(watch, "collect", collector.record(), ranks, total=missing)
+    merged = collector.merge()
+    for _ in follow(watch, "merge", merged, collector.collection.shards) if ranks.is_first else merged:
         pass
     return int(missing)
 
 
-# ---- What is asked, settled
+# ---- The settings, from the arguments and the model's defaults
 
 
 def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = unwatched) -> CollectionJob:
-    """Answers every question that is left open, the cheapest first, and locates the model; loads and writes nothing.
+    """Checks the arguments, the cheapest first, fills in the model's defaults, and locates the model.
 
-    Raises FluxIRError for what a user can mend.
+    Loads and writes nothing. Raises FluxIRError for what a user can mend.
     """
     check_words(CollectArguments, vars(asked))
     check_least(vars(asked))
@@ -260,7 +260,7 @@ def _settle_machine(asked: CollectArguments, ranks: Ranks) -> tuple[Placement, C
 def _check_tokens(recipe: Recipe) -> None:
     if recipe.tokens_per_image is not None and not 1 <= recipe.tokens_per_image <= recipe.img_tokens:
         raise FluxIRError(
-            f"--tokens_per_image must be at most the {recipe.img_tokens} image tokens of a picture of "
+            f"--tokens_per_image must be from 1 to the {recipe.img_tokens} image tokens of a picture of "
             f"{recipe.width} x {recipe.height} px: got {recipe.tokens_per_image}",
             hint="leave it out to keep all of them",
         )
@@ -285,7 +285,7 @@ def _locate(
     ranks: Ranks,
     progress: Watch,
 ) -> Suite:
-    """The model by its name: its files are found, none of its parts is loaded."""
+    """The model by its name: its files are located, none of its parts is loaded."""
 
     def announce(text: str) -> None:
         progress(Note(text))
@@ -300,10 +300,11 @@ def _locate(
     return Suite(spec, source, placement, compute.dtype)
 
 
-# ---- What is told
+# ---- Progress and notes
 
 
 def _opening(job: CollectionJob, ranks: Ranks) -> str:
+    """The first note: which model, where, in which dtype, and how much there is to do."""
     recipe, placement = job.settings.recipe, job.suite.placement
     where = f"{', '.join(placement.devices)} ({placement.reason})"
     if ranks.world_size > 1:
@@ -314,18 +315,18 @@ def _opening(job: CollectionJob, ranks: Ranks) -> str:
     return f"{recipe.spec.name} on {where}, {job.compute}: {work}"
 
 
-def _together(watch: Watch, stage: str, own: Iterable[object], ranks: Ranks, *, total: int) -> None:
-    """Does this rank's part and waits for the others'. Rank 0 tells how far all of them are."""
-    everyones = _everyones(stage, own, ranks)
-    for _ in follow(watch, stage, everyones, total) if ranks.is_first and total else everyones:
+def _follow_all_ranks(watch: Watch, stage: str, own: Iterable[object], ranks: Ranks, *, total: int) -> None:
+    """Does this rank's part of a stage (`own`) and waits for the others. Rank 0 tells how far all of them are."""
+    done = _done_by_all_ranks(stage, own, ranks)
+    for _ in follow(watch, stage, done, total) if ranks.is_first and total else done:
         pass
 
 
-def _everyones(stage: str, own: Iterable[object], ranks: Ranks) -> Iterator[None]:
-    """Yields once for each thing that any rank has done since the last look."""
+def _done_by_all_ranks(stage: str, own: Iterable[object], ranks: Ranks) -> Iterator[None]:
+    """Does this rank's part, then waits; yields once for each thing that any rank has done."""
     seen = 0
     for _ in own:
-        done = ranks.count(stage) or seen + 1
+        done = ranks.count(stage) or seen + 1  # one process alone shares no counter: `count` is 0
         yield from repeat(None, done - seen)
         seen = done
     for _ in arrivals(f"{stage} is done", ranks):
@@ -334,16 +335,16 @@ def _everyones(stage: str, own: Iterable[object], ranks: Ranks) -> Iterator[None
         seen = done
 
 
-def _note_on_prompts(job: Collector, watch: Watch) -> None:
-    """Says if the encoders cannot make sense of some of the prompts that are new: of the first ones, to be quick."""
-    looked_at = job.new_prompts(NOTED_PROMPTS)
+def _note_on_prompts(collector: Collector, watch: Watch) -> None:
+    """Says if the encoders cannot make sense of some new prompts: of the first `NOTED_PROMPTS` alone, to be quick."""
+    looked_at = collector.new_prompts(NOTED_PROMPTS)
     if not looked_at:
         return
-    with job.suite.text_encoders() as text:
+    with collector.suite.text_encoders() as text:
         notes = {prompt: [*text.t5.notes(prompt), *text.clip.notes(prompt)] for prompt in looked_at}
     if noted := [prompt for prompt in looked_at if notes[prompt]]:
-        of = f"{len(noted)} of the first {len(looked_at)} new prompts"
-        watch(Note(f"note: {job.recipe.spec.name}: {of}, such as {noted[0][:60]!r}: {notes[noted[0]][0]}"))
+        share = f"{len(noted)} of the first {len(looked_at)} new prompts"
+        watch(Note(f"note: {collector.recipe.spec.name}: {share}, such as {noted[0][:60]!r}: {notes[noted[0]][0]}"))
 
 
 def _collected(collection: Collection, made: int) -> Collected:
@@ -357,5 +358,5 @@ def _collected(collection: Collection, made: int) -> Collected:
 
 def tokens_per_generation(recipe: Recipe) -> int:
     """Tokens that are kept of one generation, over all sites and steps."""
-    shape = recipe.plan()
-    return sum(shape.shape(site)[1] for _, site in recipe.places)
+    plan = recipe.plan()
+    return sum(plan.shape(site)[1] for _, site in recipe.steps_and_sites)

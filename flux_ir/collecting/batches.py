@@ -1,4 +1,4 @@
-"""A batch of generations: how many go together, on whose network, and what they put out, brought to the CPU.
+"""A batch of generations: what is recorded of it, how large it is, and a network for each thread that computes one.
 
 Next: `collector`, which keeps what is recorded; `live`, which hands it on.
 """
@@ -33,7 +33,7 @@ MOST_BYTES = 2**30
 """The size of the recordings that a batch may hold in memory until they are written."""
 
 
-# ---- What a batch puts out
+# ---- What is recorded of a batch
 
 
 class RecordedGeneration(NamedTuple):
@@ -45,11 +45,11 @@ class RecordedGeneration(NamedTuple):
     """[1, tokens, d] per step and site, as the network made them; layers of text encoders have the step None."""
     contexts: Mapping[int, StepContext]
     latent: PackedLatent | None
-    """The finished picture's; None where the steps did not run to the end."""
+    """The latent of the finished picture; None where the steps did not run to the end."""
 
 
 class RecordedBatch(NamedTuple):
-    """What a batch of generations put out, on the CPU: the first axis of every tensor counts the items."""
+    """What was recorded of a batch, on the CPU: the first axis of every tensor counts the items."""
 
     items: Sequence[WorkItem]
     used_txt: Sequence[int]
@@ -58,7 +58,7 @@ class RecordedBatch(NamedTuple):
     latent: PackedLatent | None
 
     def generations(self) -> list[RecordedGeneration]:
-        """One by one: views, not copies."""
+        """The same, one generation after the other: views, not copies."""
         return [self._generation(number) for number in range(len(self.items))]
 
     def _generation(self, i: int) -> RecordedGeneration:
@@ -109,7 +109,8 @@ def check_finite(recipe: Recipe, recorded: RecordedBatch) -> None:
         tensors[f"at step {step}, the state before it"] = recorded.contexts[step].img
         tensors |= {f"at step {step}, {site}": recorded.values[step, site] for site in recipe.sites}
     for name, value in tensors.items():
-        # The sum is finite where all values are, but for sums beyond float32: only then is each looked at.
+        # A finite sum has only finite terms, and is one pass over memory. Finite terms may overflow in it: then each is
+        # looked at.
         if isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all()):
             continue
         item = next(item for item, own in zip(recorded.items, value, strict=True) if not own.isfinite().all())
@@ -128,7 +129,7 @@ def _to_host(value: Tensor) -> Tensor:
     return pinned.copy_(value, non_blocking=True)
 
 
-# ---- How many go together
+# ---- How many generations go through the network together
 
 
 def batches_of(items: Sequence[WorkItem], batch_size: int) -> list[Sequence[WorkItem]]:
@@ -143,12 +144,12 @@ def batches_of(items: Sequence[WorkItem], batch_size: int) -> list[Sequence[Work
 
 def cpu_batch(recipe: Recipe) -> int:
     """The batch size on a CPU."""
-    return min(CPU_BATCH, _held(recipe))
+    return min(CPU_BATCH, _most_in_memory(recipe))
 
 
 def gpu_batch(model: Flux, recipe: Recipe) -> int:
     """The largest power of two that fits on the model's GPU, found by trying."""
-    return largest_that_fits(lambda batch: _try(model, recipe, batch), _held(recipe))
+    return largest_that_fits(lambda batch: _try(model, recipe, batch), _most_in_memory(recipe))
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
@@ -165,11 +166,13 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
     return 1
 
 
-def _held(recipe: Recipe) -> int:
+def _most_in_memory(recipe: Recipe) -> int:
+    """The generations whose recordings are `MOST_BYTES` or less; at least one."""
     return max(1, MOST_BYTES // recorded_bytes(recipe))
 
 
 def _try(model: Flux, recipe: Recipe, batch: int) -> None:
+    """Records a batch of this size from texts of zeros, and keeps nothing."""
     flux = recipe.spec.flux
     txt, y = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim), torch.zeros(1, flux.vec_in_dim)
     layers = {site: torch.zeros(1, *recipe.spec.text_shape(site)) for site in recipe.text_sites}
@@ -181,9 +184,9 @@ def _try(model: Flux, recipe: Recipe, batch: int) -> None:
 
 
 def replicas(network: Flux, count: int) -> "SimpleQueue[Flux]":
-    """The network once per thread: all share its weights, and each has modules of its own to listen at.
+    """The network once per thread: all share its weights, and each has modules of its own to hook.
 
-    Hooks hang on modules: two threads that record at one module would hear each other's batches.
+    Hooks belong to modules: two threads that record at one module would record each other's batches.
     """
     networks: SimpleQueue[Flux] = SimpleQueue()
     networks.put(network)

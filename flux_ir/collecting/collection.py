@@ -4,7 +4,7 @@
     index.jsonl                     a row per generation; where it is, the collection is complete
     stats.safetensors, .sha256      statistics of every site and step, over all generations
     shards/000012.safetensors       a fixed run of generations, complete or absent: see `activations.shards`
-    stats/000012.safetensors        beside each shard its checksum, statistics, and what else its rows need
+    stats/000012.safetensors        the notes of each shard: checksum, statistics, and what the index needs besides
     pictures/000012/{id}.jpg        the pictures of a shard's generations, where they are kept
     latents/000012/{id}.safetensors their finished latents, likewise
     text/ab/{sha256}.safetensors    embedded prompts
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """What is to be collected."""
+    """What is to be collected: of which prompts, how often, and what is kept besides the shards."""
 
     recipe: Recipe
     prompts: Sequence[str]
@@ -86,7 +86,7 @@ class CollectSettings:
         return images_per_shard(self.recipe.generation_bytes)
 
     def described(self, *, device: str, weights: str) -> dict[str, Any]:
-        """Everything that the bits of the files depend on, as JSON says it: by the names of the flags.
+        """The settings as `collection.json` keeps them: all that the bits of the files depend on, by names of flags.
 
         `device` is its kind; `weights` stands for the content of the model's files.
         """
@@ -169,7 +169,7 @@ class Collection:
         return self.storage.exists(shard.name)
 
     def reopen(self) -> None:
-        """Something is missing after all."""
+        """Removes the index, which says that the collection is complete: something of it has to be made again."""
         self.storage.remove(INDEX)
 
     def publish(self, shard: ShardWork, path: Path, notes: ShardNotes) -> None:
@@ -247,7 +247,7 @@ def read_index(storage: Storage) -> Iterator[Row]:
             yield json.loads(line)
 
 
-# ---- What a collection says of itself
+# ---- collection.json: with which settings it was collected
 
 
 def stored_description(storage: Storage) -> dict[str, Any] | None:
@@ -276,17 +276,17 @@ def stored_description(storage: Storage) -> dict[str, Any] | None:
     return described
 
 
-def check_same(storage: Storage, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises FluxIRError that shows every difference, if a folder was collected with other settings.
+def check_same(storage: Storage, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises FluxIRError that shows every difference, if the folder was collected with other settings than these.
 
     A batch size of None agrees with any.
     """
     before = stored["settings"]
-    keys = [key for key in {**before, **wanted} if key != "batch_size" or wanted.get("batch_size") is not None]
+    keys = [key for key in {**before, **settings} if key != "batch_size" or settings.get("batch_size") is not None]
     differences = [
-        f"{key} {_told(key, before.get(key))} there, {_told(key, wanted.get(key))} now"
+        f"{key} {_in_words(key, before.get(key))} there, {_in_words(key, settings.get(key))} now"
         for key in keys
-        if before.get(key) != wanted.get(key)
+        if before.get(key) != settings.get(key)
     ]
     if differences:
         raise FluxIRError(
@@ -295,7 +295,7 @@ def check_same(storage: Storage, stored: dict[str, Any], wanted: dict[str, Any])
         )
 
 
-def _told(key: str, value: Any) -> str:
+def _in_words(key: str, value: Any) -> str:
     if key == "prompts" and isinstance(value, dict):
         return f"{value.get('count')} (sha256 {str(value.get('sha256'))[:8]})"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -339,7 +339,7 @@ def weights_digest(source: ModelSource, *, autoencoder: bool) -> str:
 
 
 def versions_of(device: torch.device) -> dict[str, str]:
-    """What else may decide about the last bit: programs and, for a GPU, its name."""
+    """The versions of the programs that compute and, for a GPU, its name: they may decide about the last bit too."""
     return versions("torch", "tokenizers") | (
         {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     )

@@ -81,7 +81,7 @@ from flux_ir.threads import in_order
 
 GPU_WRITERS = 4
 """Threads that write what one GPU records: rounding, checksums and statistics of a batch take longer than its copy."""
-MOST_EXIF_BYTES = 60_000  # the data ends at 64 kB
+MOST_EXIF_BYTES = 60_000  # of a prompt: a JPEG's EXIF data hold 64 kB in all
 
 
 class Collector:
@@ -94,30 +94,34 @@ class Collector:
         self.settings, self.suite, self.storage, self.ranks = settings, suite, storage, ranks
         self.recipe = settings.recipe
         self.device = torch.device(suite.placement.transformer)
-        self.two_stages = self.device.type != "cpu"
-        self.workers = GPU_WRITERS if self.two_stages else torch.get_num_threads()
+        self.on_gpu = self.device.type != "cpu"
+        self.workers = GPU_WRITERS if self.on_gpu else torch.get_num_threads()
         weights = weights_digest(suite.source, autoencoder=settings.save_images)
-        self._described = settings.described(device=self.device.type, weights=weights)
+        self._settings_as_kept = settings.described(device=self.device.type, weights=weights)
         stored = first_rank_value(stored_description(storage) if ranks.is_first else None, ranks)
         if stored is not None:
-            check_same(storage, stored, self._described)
-            self._described = stored["settings"]
-        self.was_begun = self._is_described = stored is not None
+            check_same(storage, stored, self._settings_as_kept)
+            self._settings_as_kept = stored["settings"]
+        self.was_begun = self._description_is_there = stored is not None
         storage.clear_scratch(everyones=False)
         on_cpu = cpu_batch(self.recipe) if self.device.type == "cpu" else None
-        self._begin(self._described["batch_size"] or on_cpu)
+        self._begin(self._settings_as_kept["batch_size"] or on_cpu)
         self._open: list[int] = []
         self._to_encode: dict[str, None] = {}
         self.missing = 0
         """Generations of this rank that have to be made. Known after `verify`."""
 
     def _begin(self, batch_size: int | None) -> None:
-        """Fix the batch size (None: not known yet, and until then nothing is there) and say what is collected."""
+        """Fix the batch size, and say in the folder what is collected.
+
+        None: it is found by `load`, before the first batch. Until then no collection.json is written, and the batches
+        of `collection` are not those that will be computed.
+        """
         self.collection = Collection(self.storage, self.settings, batch_size=batch_size or self.settings.shard_images)
-        self._described["batch_size"] = batch_size
-        if batch_size is not None and not self._is_described and self.ranks.is_first:
-            publish_description(self.storage, self.settings, self._described, versions=versions_of(self.device))
-        self._is_described = batch_size is not None
+        self._settings_as_kept["batch_size"] = batch_size
+        if batch_size is not None and not self._description_is_there and self.ranks.is_first:
+            publish_description(self.storage, self.settings, self._settings_as_kept, versions=versions_of(self.device))
+        self._description_is_there = batch_size is not None
 
     @property
     def shards(self) -> range:
@@ -138,6 +142,7 @@ class Collector:
                 self._open.append(shard.number)
                 self.missing += len(shard.items)
             prompts = list(dict.fromkeys(item.prompt for item in shard.items))
+            # An intact shard needs no embeddings any more: they may be gone (they take much space), but not broken.
             needed = set() if intact else set(prompts)
             needs = partial(needs_encoding, self.storage, needed=needed, checksums=checksums)
             for prompt, to_encode in zip(prompts, in_order(needs, prompts, workers, torch_threads=1), strict=True):
@@ -156,7 +161,7 @@ class Collector:
         return len(self._to_encode)
 
     def new_prompts(self, most: int) -> list[str]:
-        """The first of those."""
+        """The first ones that `encode` is going to encode, at most so many."""
         return list(islice(self._to_encode, most))
 
     def encode(self) -> Iterator[str]:
@@ -174,15 +179,12 @@ class Collector:
             self.suite.load_part("transformer")
             if self.settings.save_images:
                 self.suite.load_part("autoencoder")
-        if not self._is_described:
+        if not self._description_is_there:
             # Rank 0 tries for all, whatever its share is: batches, and so bits, must not depend on the rank.
             tried = None
             if self.ranks.is_first:
-                with self._networks() as (
-                    model,
-                    _,
-                ):  # with the autoencoder in its place: both are there while recording
-                    tried = gpu_batch(model, self.recipe)
+                with self._networks() as networks:  # with the autoencoder: both are on the GPU while recording
+                    tried = gpu_batch(networks[0], self.recipe)
             self._begin(first_rank_value(tried, self.ranks))
 
     def record(self) -> Iterator[WorkItem]:
@@ -191,13 +193,13 @@ class Collector:
         The last of a shard is yielded when the shard is there. Raises FluxIRError for values that are not finite: they
         are never kept.
         """
-        self.load()
+        self.load()  # what `load` has loaded already costs nothing
         if not self._open:
             return
         shards = map(self.collection.shard, self._open)
         with self._networks() as networks, closing(self._written(*networks, shards)) as batches:
             for written in batches:
-                written.shard.count(written)
+                written.shard.note(written)
                 if written.is_last:
                     written.shard.finish()
                 yield from written.items
@@ -207,18 +209,18 @@ class Collector:
         """The transformer, and the autoencoder where pictures are kept, on their devices."""
         with ExitStack() as loaded:
             model = loaded.enter_context(self.suite.transformer())
-            draws = self.settings.save_images and self.missing
-            yield model, loaded.enter_context(self.suite.autoencoder()) if draws else None
+            decodes = self.settings.save_images and self.missing
+            yield model, loaded.enter_context(self.suite.autoencoder()) if decodes else None
 
     def _written(
         self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[ShardWork]
     ) -> "Generator[WrittenBatch, None, None]":
         """Every batch of these shards, in order, once it is in its shard's scratch file."""
-        networks = replicas(model, 1 if self.two_stages else self.workers)
+        networks = replicas(model, 1 if self.on_gpu else self.workers)
         sample = partial(self._sample, networks, autoencoder)
         with ExitStack() as stack:
             batches = self._batches(shards, stack.enter_context(open_shards()))
-            if self.two_stages:
+            if self.on_gpu:
                 # One thread keeps the GPU busy with the next batch while others write the last ones. It does not wait
                 # where a shard ends: batches of the next one follow at once.
                 sampled = stack.enter_context(closing(in_order(sample, batches, 1, torch_threads=1)))
@@ -229,9 +231,11 @@ class Collector:
                 yield from in_order(lambda batch: self._write(sample(batch)), batches, self.workers, torch_threads=1)
 
     def _batches(self, shards: Iterable[ShardWork], opened: "list[OpenShard]") -> "Iterator[_ShardBatch]":
-        """The batches to record, and in the list the shards that they are written to."""
+        """The batches to record. Puts the shards that they are written to into `opened`, whose owner drops them if the
+        work is cut short; several are open at once, because writing lags behind sampling.
+        """
         for shard in shards:
-            opened[:] = [each for each in opened if not each.is_finished]
+            opened[:] = [each for each in opened if not each.is_finished]  # the notes of finished ones are let go
             opened.append(OpenShard(self.collection, shard, partial(self._used_txt, shard)))
             first = 0
             for items in shard.batches:
@@ -258,7 +262,7 @@ class Collector:
         return embedded
 
     def _used_txt(self, shard: ShardWork) -> list[int]:
-        """How many text tokens of every generation are its prompt's."""
+        """For each generation of the shard, how many of its text tokens are the prompt's and not padding."""
         used: dict[str, int] = {}
         for prompt in dict.fromkeys(item.prompt for item in shard.items):
             tokens = read_used_txt(self.storage, prompt)
@@ -268,8 +272,9 @@ class Collector:
         return [used[item.prompt] for item in shard.items]
 
     def _write(self, sampled: "_Sampled") -> "WrittenBatch":
-        """Rounds what was recorded into the shard's scratch file, and sums its statistics. Pictures and latents are
-        published at once: they lie there before the shard does.
+        """Rounds what was recorded into the shard's scratch file, and sums its statistics.
+
+        Pictures and latents are published at once: they lie there before the shard does.
         """
         batch, recorded = sampled.batch, sampled.recorded
         check_finite(self.recipe, recorded)
@@ -279,15 +284,15 @@ class Collector:
             batch.shard.write(batch.first_row + number, _kept_tensors(self.recipe, generation), statistics)
             for extra in extras:
                 content = self._extra_content(extra, generation, sampled.pixels, number)
-                self.storage.publish(content, batch.shard.shard.extra_name(extra, generation.item))
+                self.storage.publish(content, batch.shard.work.extra_name(extra, generation.item))
                 extras[extra].append(facts_of(content))
         return WrittenBatch(batch.shard, batch.items, extras, statistics, batch.is_last)
 
     def _extra_content(self, extra: str, generation: RecordedGeneration, pixels: Pixels | None, number: int) -> bytes:
         if extra == "image":
             assert pixels is not None
-            prompt = generation.item.prompt  # the index has it, where a JPEG's EXIF data have no room
-            short = prompt if len(prompt.encode()) <= MOST_EXIF_BYTES else None
+            prompt = generation.item.prompt
+            short = prompt if len(prompt.encode()) <= MOST_EXIF_BYTES else None  # the index has those that are longer
             return jpeg_bytes(pixels, number, model=self.recipe.spec.name, prompt=short)
         assert generation.latent is not None
         return latent_content(self.recipe, generation.latent)
@@ -304,7 +309,7 @@ class Collector:
 
 
 class _ShardBatch(NamedTuple):
-    """A batch to be made."""
+    """A batch to be sampled and written, and where it belongs in its shard."""
 
     shard: "OpenShard"
     first_row: int
@@ -334,14 +339,15 @@ class WrittenBatch(NamedTuple):
 class OpenShard:
     """A shard that is being written into a scratch file. Several threads may write different generations.
 
-    `used_txt` is asked when the file is laid out: how many text tokens of every generation are its prompt's.
+    `work` says which generations belong into it. `used_txt` is called when the file is laid out: it gives, for each of
+    them, how many text tokens are the prompt's.
     """
 
-    def __init__(self, collection: Collection, shard: ShardWork, used_txt: Callable[[], list[int]]) -> None:
-        self.collection, self.shard = collection, shard
+    def __init__(self, collection: Collection, work: ShardWork, used_txt: Callable[[], list[int]]) -> None:
+        self.collection, self.work = collection, work
         self.storage, self.recipe = collection.storage, collection.settings.recipe
         self.is_finished = False
-        self._ask_used_txt = used_txt
+        self._find_used_txt = used_txt
         self._used_txt: list[int] = []
         self._extras: dict[str, list[FileFacts]] = {extra: [] for extra in collection.settings.extras}
         self._statistics: Statistics = {}
@@ -356,28 +362,28 @@ class OpenShard:
                 writer.write(key, row, tensor)
             except OSError as error:
                 raise disk_error(writer.path, error) from error
-        for step, site in self.recipe.places:
+        for step, site in self.recipe.steps_and_sites:
             key = site_key(site, step)
             sums = statistics.setdefault(key, SiteStatistics(tensors[key].shape[-1]))
             sums.add(tensors[key], tensors.get(scale_key(key)))
 
     def _opened(self) -> ShardWriter:
-        """The file, laid out by the first who needs it."""
+        """The file, laid out by the first thread that writes."""
         # The header stands first in the file and is known before any tensor, for prompts are encoded before. So batches
         # go to their places as they come, from any thread, and memory stays flat: 912 MB after 10 prompts, 923 MB after
         # 200 (flux-tiny).
         with self._lock:
             if self._writer is None:
-                self._used_txt = self._ask_used_txt()
+                self._used_txt = self._find_used_txt()
                 path = self.storage.scratch(".safetensors")
                 try:
-                    self._writer = ShardWriter(path, self.shard.layout(self.recipe, self._used_txt))
+                    self._writer = ShardWriter(path, self.work.layout(self.recipe, self._used_txt))
                 except OSError as error:
                     raise disk_error(path, error) from error
             return self._writer
 
-    def count(self, batch: WrittenBatch) -> None:
-        """Notes a batch that is written: the first batch first."""
+    def note(self, batch: WrittenBatch) -> None:
+        """Notes a batch that is written. Called in the order of the batches, on which the statistics' bits depend."""
         merge_statistics(self._statistics, batch.statistics)
         for extra, facts in batch.extras.items():
             self._extras[extra] += facts
@@ -387,11 +393,11 @@ class OpenShard:
         writer = self._opened()
         writer.close()
         notes = ShardNotes(facts_of_path(writer.path), self._used_txt, self._extras, self._statistics)
-        self.collection.publish(self.shard, writer.path, notes)
+        self.collection.publish(self.work, writer.path, notes)
         self.is_finished = True
 
     def drop(self) -> None:
-        """Lets go of a file that is not whole."""
+        """Deletes the scratch file, unless the shard is published."""
         if not self.is_finished and self._writer is not None:
             self._writer.close()
             self._writer.path.unlink(missing_ok=True)
@@ -409,19 +415,18 @@ def open_shards() -> Iterator[list[OpenShard]]:
 
 
 def _kept_tensors(recipe: Recipe, generation: RecordedGeneration) -> dict[str, Tensor]:
-    """What is kept of one generation: values at the kept places, as they are rounded, by their keys in a shard."""
+    """What is kept of one generation, as it is rounded and with the tokens that are kept, by its keys in a shard."""
     plan = recipe.plan(generation.item)
     tensors: dict[str, Tensor] = {}
     if (kept := positions(plan)) is not None:
         tensors[POSITIONS_KEY] = kept[None]
     for step, context in generation.contexts.items():
         tensors[state_key(step)] = pieces_of_context(plan, step, context)[0].value
-    for (at, site), value in generation.values.items():
-        made = pieces_of_site(plan, at, site, value)
-        pieces = {piece.of: piece.value for piece in made}
-        tensors[site_key(site, at)] = pieces[site]
+    for (site_step, site), value in generation.values.items():  # a layer of a text encoder has no step: None
+        pieces = {piece.of: piece.value for piece in pieces_of_site(plan, site_step, site, value)}
+        tensors[site_key(site, site_step)] = pieces[site]
         if (scale := pieces.get(ScaleOf(site))) is not None:
-            tensors[scale_key(site_key(site, at))] = scale
+            tensors[scale_key(site_key(site, site_step))] = scale
     return tensors
 
 

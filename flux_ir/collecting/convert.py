@@ -63,17 +63,17 @@ class Conversion:
             raise _changed(old)
         self.settings = _settings_of(told, prompts)
         self.collection = Collection(new, self.settings, batch_size=told["batch_size"])
-        self._described = self.settings.described(device=told["device"], weights=told["weights"])
+        self._settings_as_kept = self.settings.described(device=told["device"], weights=told["weights"])
         self._versions = described["versions"]
 
     def run(self) -> Iterator[int]:
-        """Converts; yields how many generations are done after each shard, those found done too."""
+        """Converts, shard after shard; yields how many generations the new collection has by then."""
         with one_job_at(self.new, Ranks()):
             stored = stored_description(self.new)
             if stored is not None:
-                check_same(self.new, stored, self._described)
+                check_same(self.new, stored, self._settings_as_kept)
             else:
-                publish_description(self.new, self.settings, self._described, versions=self._versions)
+                publish_description(self.new, self.settings, self._settings_as_kept, versions=self._versions)
             self.new.clear_scratch(everyones=True)
             for name in self.old.list("text"):
                 if self.new.size(name) != self.old.size(name):
@@ -99,24 +99,24 @@ class Conversion:
             spans = [range(end - len(batch), end) for end, batch in zip(ends, shard.batches, strict=True)]
             convert = partial(self._convert_batch, opened[0], rows)
             for written in in_order(convert, spans, torch.get_num_threads(), torch_threads=1):
-                opened[0].count(written)
+                opened[0].note(written)
             opened[0].finish()
 
     def _convert_batch(self, shard: OpenShard, rows: list[Row], span: range) -> WrittenBatch:
         statistics: Statistics = {}
         extras: dict[str, list[FileFacts]] = {extra: [] for extra in self.settings.extras}
         for number in span:
-            row, item = rows[number], shard.shard.items[number]
+            row, item = rows[number], shard.work.items[number]
             shard.write(number, _tensors(self._checked(row), self.settings.recipe), statistics)
             for extra in extras:
                 content = self.old.read(self._checked(row[extra])["path"])
-                self.new.publish(content, shard.shard.extra_name(extra, item))
+                self.new.publish(content, shard.work.extra_name(extra, item))
                 extras[extra].append(FileFacts(row[extra]["bytes"], row[extra]["sha256"]))
-        items: list[WorkItem] = [shard.shard.items[number] for number in span]
+        items: list[WorkItem] = [shard.work.items[number] for number in span]
         return WrittenBatch(shard, items, extras, statistics, is_last=span.stop == len(rows))
 
     def _checked(self, file: Row) -> Row:
-        """A row of a file that is as it was written, with where it lies. Raises FluxIRError for another."""
+        """The row of a file of the old collection, with its local path. Raises FluxIRError for a broken file."""
         try:
             intact = self.old.sha256(file["path"]) == file["sha256"]
         except FileNotFoundError:
@@ -130,7 +130,7 @@ class Conversion:
 
 
 def _tensors(row: Row, recipe: Recipe) -> dict[str, Tensor]:
-    """What a capture file holds, by its keys in a shard."""
+    """What the capture file of one generation holds, by its keys in a shard."""
     capture = load_capture(row["local"])
     tensors: dict[str, Tensor] = {}
     if (kept := capture.img_positions) is not None:

@@ -30,7 +30,7 @@ CHUNK = 32
 
 
 class EmbeddedPrompt(NamedTuple):
-    """One prompt as the transformer is told it: [1, txt_tokens, d] of T5, [1, pooled] of CLIP."""
+    """One prompt as the transformer takes it: [1, txt_tokens, d] of T5, [1, pooled] of CLIP."""
 
     text: TextEmbedding
     used_txt: int
@@ -65,7 +65,7 @@ def encode_prompts(
 
 
 def embed_prompts(encoders: TextEncoders, prompts: Sequence[str]) -> list[EmbeddedPrompt]:
-    """Prompts embedded in this call: the same bits as those that are kept."""
+    """Embeds prompts without a storage: the same bits as those that `encode_prompts` keeps."""
     return [embedded for chunk in _embedded(encoders, prompts, lambda _, embedded: embedded) for embedded in chunk]
 
 
@@ -74,9 +74,9 @@ def read_embedding(storage: Storage, prompt: str) -> EmbeddedPrompt | None:
     try:
         tensors = safetensors.torch.load(storage.read(embedding_name(prompt)))
         parts = [tensors.pop(name) for name in ("txt", "y", "used_txt")]
-        said = tensors.pop("sha256")
+        digest = tensors.pop("sha256")
         layers = {site: tensors[str(site)] for site in sorted(map(Site.parse, tensors))}
-        intact = torch.equal(said, _digest(*parts, *layers.values()))
+        intact = torch.equal(digest, _digest(*parts, *layers.values()))
     except (FileNotFoundError, KeyError, safetensors.SafetensorError):
         return None
     txt, y, used_txt = parts
@@ -101,8 +101,8 @@ def embedding_content(embedded: EmbeddedPrompt) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-class _LayersOfThread(local):
-    """What this thread's prompts put out at every layer: threads share the networks, and so their hooks."""
+class _LayerOutputs(local):
+    """The outputs of this thread's prompts at every layer: threads share the networks, and so their hooks."""
 
     def __init__(self) -> None:
         self.layers: dict[Site, Tensor] = {}
@@ -117,25 +117,28 @@ def _embedded(
     then: Callable[[Sequence[str], list[EmbeddedPrompt]], Made],
     sites: Sequence[Site] = (),
 ) -> Iterator[Made]:
-    """Embeds all prompts; what `then` makes of every chunk of them, in order."""
+    """Embeds all prompts, a chunk at a time; yields what `then(prompts of the chunk, their embeddings)` returns.
+
+    In order; on a CPU a chunk is one prompt, and `then` runs in the thread that embedded it.
+    """
     if not prompts:
         return
-    heard = _LayersOfThread()
-    with TextRecorder(encoders, sites, heard):
+    outputs = _LayerOutputs()
+    with TextRecorder(encoders, sites, outputs):
         if _device(encoders).type != "cpu":
             for start in range(0, len(prompts), CHUNK):
                 chunk = prompts[start : start + CHUNK]
-                yield then(chunk, _embed_chunk(encoders, chunk, heard, fill_to=CHUNK))
+                yield then(chunk, _embed_chunk(encoders, chunk, outputs, fill_to=CHUNK))
             return
 
         def embed(prompt: str) -> Made:
-            return then([prompt], _embed_chunk(encoders, [prompt], heard))
+            return then([prompt], _embed_chunk(encoders, [prompt], outputs))
 
         yield from in_order(embed, prompts, torch.get_num_threads(), torch_threads=1)
 
 
 def _embed_chunk(
-    encoders: TextEncoders, prompts: Sequence[str], heard: _LayersOfThread, *, fill_to: int = 1
+    encoders: TextEncoders, prompts: Sequence[str], outputs: _LayerOutputs, *, fill_to: int = 1
 ) -> list[EmbeddedPrompt]:
     filled = [*prompts, *[""] * (fill_to - len(prompts))]
     txt, y = (part.cpu() for part in encode(encoders.t5, encoders.clip, filled))
@@ -143,7 +146,7 @@ def _embed_chunk(
         EmbeddedPrompt(
             TextEmbedding(txt[i : i + 1].clone(), y[i : i + 1].clone()),
             used_tokens(encoders, prompt),
-            {site: layer[i : i + 1].clone() for site, layer in heard.layers.items()},
+            {site: layer[i : i + 1].clone() for site, layer in outputs.layers.items()},
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -161,7 +164,7 @@ def _keep(storage: Storage, prompts: Sequence[str], embedded: Sequence[EmbeddedP
 
 
 def _digest(*tensors: Tensor) -> Tensor:
-    """A checksum that lies beside the tensors, so that a broken file is known for one."""
+    """A checksum that lies beside the tensors: by it a broken file is recognised."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -41,16 +41,18 @@ def live_blocks(
     """Every block of every generation, in the order of the work: of a generation step after step, sites by depth.
 
     The bits are those of the files that `collector` writes with these settings, dtype and token positions
-    included. Pictures are never decoded. `start` is the number of the first generation to yield, of all ranks; shards
-    are dealt to `ranks` as they are when collecting. Many `repeats` make a stream as long as training may ever need.
+    included. Pictures are never decoded, and layers of text encoders are not recorded. `start` is the number of the
+    first generation to yield, counted over all ranks; shards are dealt to `ranks` as they are when collecting. Many
+    `repeats` make a stream as long as training may ever need.
 
     A shard's prompts are encoded when it is its turn, so both text encoders stay loaded. Raises FluxIRError for values
     that are not finite.
     """
-    recipe, of = settings.recipe, ranks or Ranks()
+    recipe, ranks = settings.recipe, ranks or Ranks()
     work = WorkList(settings.prompts, repeats=settings.repeats, seed=settings.seed)
     images = settings.shard_images
-    shards = (shard for shard in range(start // images, -(-len(work) // images)) if shard % of.world_size == of.rank)
+    every = range(start // images, -(-len(work) // images))
+    shards = (shard for shard in every if shard % ranks.world_size == ranks.rank)
     with suite.transformer() as model:
         on_cpu = model.img_in.weight.device.type == "cpu"
         workers = torch.get_num_threads() if on_cpu else 1
@@ -64,7 +66,7 @@ def live_blocks(
 
 
 def blocks_of(recipe: Recipe, generation: RecordedGeneration) -> Iterator[TokenBlock]:
-    """What a shard holds of this generation, as blocks."""
+    """What a shard holds of this generation at the sites of the transformer, as blocks."""
     plan = recipe.plan(generation.item)
     kept = positions(plan)
     for step in plan.kept_steps:
@@ -85,7 +87,7 @@ def blocks_of(recipe: Recipe, generation: RecordedGeneration) -> Iterator[TokenB
 
 
 class _Batch(NamedTuple):
-    """Generations to be recorded together; the first `skipped` are not yielded, and there for the sake of the bits."""
+    """Generations to be recorded together. The first `skipped` are not yielded: a smaller batch may give other bits."""
 
     skipped: int
     items: list[WorkItem]
@@ -95,24 +97,24 @@ class _Batch(NamedTuple):
 def _batches(
     suite: Suite, work: WorkList, shards: Iterator[int], images: int, size: int, start: int
 ) -> Iterator[_Batch]:
-    """The same slices of the same shards as a collection's."""
+    """The batches of a collection with these settings, but for those that end before the generation `start`."""
     for shard in shards:
-        later = []
+        to_record = []
         begin = shard * images
         for batch in batches_of(work.items(begin, begin + images), size):
             if begin + len(batch) > start:
-                later.append((max(0, start - begin), list(batch)))
+                to_record.append((max(0, start - begin), list(batch)))
             begin += len(batch)
-        embedded = _embedded(suite, [item.prompt for _, batch in later for item in batch])
-        for skipped, batch in later:
+        embedded = _embedded(suite, [item.prompt for _, batch in to_record for item in batch])
+        for skipped, batch in to_record:
             yield _Batch(skipped, batch, [embedded[item.prompt] for item in batch])
 
 
 def _embedded(suite: Suite, prompts: list[str]) -> dict[str, EmbeddedPrompt]:
     """Every prompt's embedding, each computed once."""
-    each = list(dict.fromkeys(prompts))
+    different = list(dict.fromkeys(prompts))
     with suite.text_encoders() as encoders:
-        return dict(zip(each, embed_prompts(encoders, each), strict=True))
+        return dict(zip(different, embed_prompts(encoders, different), strict=True))
 
 
 def _record(networks: "SimpleQueue[Flux]", recipe: Recipe, batch: _Batch) -> tuple[int, RecordedBatch]:

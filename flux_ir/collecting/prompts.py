@@ -54,7 +54,7 @@ class WorkList:
         return len(self.prompts) * self.repeats
 
     def items(self, start: int, stop: int) -> list[WorkItem]:
-        """The generations from number `start` up to `stop`, or up to the last."""
+        """The generations from number `start` up to `stop` (exclusive), or up to the last."""
         return [self._item(number) for number in range(start, min(stop, len(self)))]
 
     def _item(self, number: int) -> WorkItem:

@@ -36,8 +36,8 @@ class Recipe:
     text_sites: tuple[Site, ...] = ()
     """Layers of the text encoders: recorded when a prompt is encoded, and kept with every generation of it."""
     to_the_end: bool = False
-    """Whether all steps run, for the sake of the picture. If not, the forward of the last recorded step ends behind its
-    deepest site."""
+    """Whether all steps run, because the picture or its latent is kept. If not, the forward of the last recorded step
+    ends behind its deepest site."""
 
     def __post_init__(self) -> None:
         # frozen, so not by plain assignment; sorted, so that a setting has one spelling
@@ -56,7 +56,7 @@ class Recipe:
         return get_schedule(self.num_steps, self.img_tokens, shift=self.spec.shifts_schedule)
 
     def plan(self, item: WorkItem | None = None) -> CapturePlan:
-        """What is kept of one generation, and in which shapes; without an item, of one of the same shapes."""
+        """What is kept of one generation, and in which shapes. None: of any, where only the shapes are asked for."""
         return CapturePlan(
             flux=self.spec.flux,
             sites=self.sites,
@@ -74,7 +74,7 @@ class Recipe:
         )
 
     @property
-    def places(self) -> list[tuple[int | None, Site]]:
+    def steps_and_sites(self) -> list[tuple[int | None, Site]]:
         """Everything that is kept of a generation: layers of text encoders, which have no step, then step by step."""
         return [(None, site) for site in self.text_sites] + [(step, site) for step in self.steps for site in self.sites]
 
@@ -86,10 +86,10 @@ class Recipe:
         return torch.randperm(self.img_tokens, generator=generator)[: self.tokens_per_image].sort().values.tolist()
 
     def tensors(self, images: int) -> dict[str, ShardTensor]:
-        """The tensors of a shard of so many generations, those of larger elements first: every one begins aligned."""
+        """The tensors of a shard of so many generations. Larger elements come first: so each tensor begins aligned."""
         plan = self.plan()
         tensors: dict[str, ShardTensor] = {}
-        for step, site in self.places:
+        for step, site in self.steps_and_sites:
             _, tokens, d = plan.shape(site)
             tensors[site_key(site, step)] = ShardTensor(plan.dtype, (images, tokens, d))
             if plan.scales:

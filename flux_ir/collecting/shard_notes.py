@@ -1,7 +1,8 @@
-"""What stands beside a shard: its checksum, its statistics, and what the index says of its generations besides.
+"""The notes of a shard: its checksum, its statistics, and what the index says of its generations besides.
 
-One safetensors file with the sums of every site and step, the facts as JSON in its header, and a checksum of both, so
-that a broken file is known for one. It is small, it is written before the shard, and only resuming and merging read it.
+They are a small file in `stats/`, of the shard's name: the sums of every site and step as tensors, the facts as JSON in
+the header, and a checksum of both, by which a broken file is recognised. It is written before the shard, and only
+resuming and merging read it.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from flux_ir.recording.statistics import SiteStatistics
 Statistics = dict[str, SiteStatistics]
 """By the keys of what they are of in a shard: `{site}/step_{s}`, or `clip.image`."""
 
-_ENDS = 2**20  # bytes
+_END_BYTES = 2**20
 
 
 class FileFacts(NamedTuple):
@@ -32,9 +33,10 @@ class FileFacts(NamedTuple):
 
 
 class ShardNotes(NamedTuple):
-    """What stands beside a shard."""
+    """What is noted of a shard."""
 
     file: FileFacts
+    """Those of the shard itself."""
     used_txt: list[int]
     extras: dict[str, list[FileFacts]]
     """The files of every generation, by the kind of file."""
@@ -42,12 +44,12 @@ class ShardNotes(NamedTuple):
 
 
 def facts_of(content: bytes) -> FileFacts:
-    """Those of a file with this content."""
+    """The facts of a file with this content."""
     return FileFacts(len(content), hashlib.sha256(content).hexdigest())
 
 
 def facts_of_path(path: Path) -> FileFacts:
-    """Those of a local file."""
+    """The facts of a local file."""
     with path.open("rb") as file:
         return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -75,9 +77,9 @@ def files_digest(files: Iterable[Path]) -> str:
 def _ends(file: Path) -> tuple[int, str]:
     size = file.stat().st_size
     with file.open("rb") as opened:
-        digest = hashlib.sha256(opened.read(_ENDS))
-        opened.seek(max(0, size - _ENDS))
-        digest.update(opened.read(_ENDS))
+        digest = hashlib.sha256(opened.read(_END_BYTES))
+        opened.seek(max(0, size - _END_BYTES))
+        digest.update(opened.read(_END_BYTES))
     return size, digest.hexdigest()
 
 
@@ -93,12 +95,12 @@ def shard_name(number: int) -> str:
 
 
 def notes_name(number: int) -> str:
-    """The name of the file beside a shard."""
+    """The name of a shard's notes in its collection."""
     return f"stats/{number:06d}.safetensors"
 
 
 def notes_content(notes: ShardNotes) -> bytes:
-    """The file: a function of the notes alone."""
+    """The file of a shard's notes: its bytes are a function of them alone."""
     facts = json.dumps({"file": notes.file, "used_txt": notes.used_txt, "extras": notes.extras})
     tensors: dict[str, Tensor] = {}
     for key, sums in notes.statistics.items():
@@ -108,7 +110,7 @@ def notes_content(notes: ShardNotes) -> bytes:
 
 
 def read_notes(storage: Storage, number: int) -> ShardNotes | None:
-    """What stands beside a shard; None where there is nothing, or it is broken."""
+    """The notes of a shard; None where there are none, or their file is broken."""
     try:
         content = storage.read(notes_name(number))
         tensors = safetensors.torch.load(content)
@@ -119,11 +121,11 @@ def read_notes(storage: Storage, number: int) -> ShardNotes | None:
         return None
     if not intact:
         return None
-    told = json.loads(facts)
+    noted = json.loads(facts)
     prefixes = sorted({name.rpartition("/")[0] for name in tensors})
     statistics = {prefix: SiteStatistics.from_tensors(tensors, prefix) for prefix in prefixes}
-    extras = {extra: [FileFacts(*file) for file in files] for extra, files in told["extras"].items()}
-    return ShardNotes(FileFacts(*told["file"]), told["used_txt"], extras, statistics)
+    extras = {extra: [FileFacts(*file) for file in files] for extra, files in noted["extras"].items()}
+    return ShardNotes(FileFacts(*noted["file"]), noted["used_txt"], extras, statistics)
 
 
 def _digest(facts: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Where a collection's files go: the one seam between what is computed and the place that keeps it.
 
 A file comes under its name whole or not at all. `LocalStorage` is a folder; every name is relative to it, with
-forward slashes. Next: `collection`, which says what the names are.
+forward slashes. `activations.remote` has the storage of a URL. Next: `collection`, which says what the names are.
 """
 
 import errno

@@ -105,23 +105,24 @@ def run(options: CollectOptions) -> int:
 
         plan_collection(arguments, options)
         return 0
-    speaks = os.environ.get("RANK", "0") == "0"  # for all processes of the job
+    # The first process of a job speaks for all. Torchrun's variable tells it, also when Ctrl-C has ended the job.
+    is_first_rank = os.environ.get("RANK", "0") == "0"
     report = Report()
     try:
         with report:
             done = run_collection(arguments, report.watch)
     except KeyboardInterrupt:
-        if speaks:
+        if is_first_rank:
             where = options.output_dir
             report.note(f"stopped: what is finished is kept in {where}; the same command goes on from there")
         return INTERRUPTED
-    if speaks:
+    if is_first_rank:
         conclude(done, options, report)
     return 0
 
 
 def conclude(done: "Collected", options: CollectOptions, report: "Report") -> None:
-    """Say that the collection is complete, and print what it holds and what it took."""
+    """Print that the collection is complete, what it holds, and what collecting it took."""
     from flux_ir.commands.report import peak_memory
     from flux_ir.errors import in_units
 

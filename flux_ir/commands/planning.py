@@ -55,7 +55,8 @@ def plan_capture(settings: CaptureSettings, options: Options) -> None:
     """
     report = Report()
     job = settle(settings)
-    metadata = describe(job, RunFolder(Path(settings.output_dir), "0" * 8), "00000000_000000")  # as long as any
+    # The id and the time of a run are as long as these, and so is what the file says of them.
+    metadata = describe(job, RunFolder(Path(settings.output_dir), "0" * 8), "00000000_000000")
     planned = planned_file(job, metadata)
     total, steps = file_bytes(planned), len(job.timesteps) - 1
     _title(
@@ -99,7 +100,8 @@ def plan_collection(arguments: CollectArguments, options: Options) -> None:
 def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report, options: Options) -> None:
     settings, suite = job.settings, job.suite
     recipe = settings.recipe
-    collection = Collection(LocalStorage(Path()), settings, batch_size=1)  # nothing is written or read there
+    # Nothing is read or written in its storage, and no size depends on the batches.
+    collection = Collection(LocalStorage(Path()), settings, batch_size=1)
     work = collection.work
     sizes, embedded = shard_sizes(collection, text_counter(suite)), embeddings_bytes(recipe, work)
     latents = latents_bytes(recipe, work) if settings.save_latents else 0
@@ -177,7 +179,7 @@ class SiteSize(NamedTuple):
 
 
 class ShardSizes(NamedTuple):
-    """Bytes of a collection's shards, exactly, and of what stands beside them (pictures left out)."""
+    """Bytes of a collection's shards, exactly, and about those of their notes (where no pictures are kept)."""
 
     shards: int
     notes: int
@@ -199,14 +201,14 @@ def shard_sizes(collection: Collection, used_txt: Callable[[str], int]) -> Shard
     """Bytes of all shards; `used_txt` counts the text tokens of a prompt, which stand in a shard's header."""
     recipe = collection.settings.recipe
     plan = recipe.plan()
-    empty = {site_key(site, step): SiteStatistics(plan.shape(site)[-1]) for step, site in recipe.places}
+    empty = {site_key(site, step): SiteStatistics(plan.shape(site)[-1]) for step, site in recipe.steps_and_sites}
     statistics = len(notes_content(ShardNotes(FileFacts(0, ""), [], {}, empty)))
     shards = notes = 0
     for number in range(collection.shards):
         shard = collection.shard(number)
         used = [used_txt(item.prompt) for item in shard.items]
         shards += shard.layout(recipe, used).nbytes
-        notes += statistics + len(str(used)) + 64
+        notes += statistics + len(str(used)) + 64  # the checksum of the shard, 64 hex digits
     return ShardSizes(shards, notes)
 
 

@@ -140,7 +140,7 @@ def test_threads_change_no_byte(plain, suite, tmp_path, threads):
 
 def test_a_gpu_records_while_threads_write_and_that_changes_no_byte(suite, plain, tmp_path):
     job = Collector(settings_of(), suite, LocalStorage(tmp_path), Ranks())
-    job.two_stages, job.workers = True, GPU_WRITERS  # as for a GPU, on the CPU with its single thread
+    job.on_gpu, job.workers = True, GPU_WRITERS  # as for a GPU, on the CPU with its single thread
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

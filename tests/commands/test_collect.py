@@ -155,7 +155,7 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(words, plain, tm
             "steps to keep must be among the schedule's 3, counted from 0: got [3]",
             "more --num_steps",
         ),
-        (("--tokens_per_image", "13"), "--tokens_per_image must be at most the 12 image tokens", "leave it out"),
+        (("--tokens_per_image", "13"), "--tokens_per_image must be from 1 to the 12 image tokens", "leave it out"),
         (("--tokens_per_image", "0"), "--tokens_per_image must be at least 1: got 0", ""),
         (("--model", "flux-tinny"), "--model must be one of", "did you mean flux-tiny?"),
         (("--width", "60"), "--width must be a multiple of 16: got 60", "use 48 or 64"),
