@@ -25,7 +25,7 @@ class CollectedImages(NamedTuple):
     earlier: int
     """How many of them earlier calls had made."""
     cut_captions: int
-    """Captions of those made now that are longer than CLIP reads."""
+    """How many captions, of pictures made now, were longer than CLIP reads and were cut."""
 
 
 def collect_clip(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flux_ir.activations.shard_source import CLIP_IMAGE, CLIP_TEXT
 from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter, read_shard
 from flux_ir.collecting.collection import (
     COLLECTION,
@@ -48,16 +49,16 @@ from flux_ir.models.text import TextEncoder
 from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.threads import in_order
 
-IMAGE_KEY, TEXT_KEY = "clip.image", "clip.text"
-SHARD_BYTES = 64 * 10**6  # a shard is in memory while it is filled
-SHARD_IMAGES = 4096
-"""Most pictures of a shard: what an interruption costs. A class token is small, so they are more than FLUX's."""
+MOST_SHARD_BYTES = 64 * 10**6
+"""Fewer than of FLUX's shards: these are in memory while they are filled."""
+MOST_SHARD_IMAGES = 4096
+"""More than of FLUX's shards, for a class token is small. This is the most work that an interruption costs."""
 OLD_SETTINGS = "clip.json"
 READERS = 4  # threads that decode pictures while the network computes
 
 
 class Networks(NamedTuple):
-    """What computes: the picture half and its pixels, and the text half where there are captions."""
+    """CLIP: the picture half and how pixels are prepared for it, and the text half where there are captions."""
 
     vision: ClipVision
     preprocessing: Preprocessing
@@ -79,10 +80,10 @@ class ClipSettings:
     clip: str
     """The checkpoint, as the user named it."""
     weights: str
-    """What stands for the content of its files."""
+    """A digest of its files."""
     tokens: TokenChoice
     dtype: torch.dtype
-    """That the network computes in."""
+    """The dtype that the network computes in."""
     store_dtype: torch.dtype
     batch_size: int
 
@@ -93,11 +94,11 @@ class ClipCollection:
     def __init__(self, storage: Storage, settings: ClipSettings, source: ImageSource, networks: Networks) -> None:
         self.storage, self.settings, self.source, self.networks = storage, settings, source, networks
         vision = networks.vision
-        self._shapes = {IMAGE_KEY: (tokens_of(vision.params, settings.tokens), vision.params.hidden_size)}
+        self._shapes = {CLIP_IMAGE: (tokens_of(vision.params, settings.tokens), vision.params.hidden_size)}
         if networks.text is not None:
-            self._shapes[TEXT_KEY] = (1, networks.text.d)
+            self._shapes[CLIP_TEXT] = (1, networks.text.d)
         size = sum(tokens * d for tokens, d in self._shapes.values()) * settings.store_dtype.itemsize
-        self.shard_images = max(1, min(SHARD_IMAGES, SHARD_BYTES // size))
+        self.shard_images = max(1, min(MOST_SHARD_IMAGES, MOST_SHARD_BYTES // size))
 
     @property
     def shards(self) -> int:
@@ -109,7 +110,7 @@ class ClipCollection:
         return range(shard * self.shard_images, min((shard + 1) * self.shard_images, len(self.source)))
 
     def described(self) -> dict[str, Any]:
-        """Everything that the bits depend on, as JSON says it."""
+        """The settings as `collection.json` keeps them: everything that the bits of the files depend on."""
         settings = self.settings
         return {
             "clip": settings.clip,
@@ -177,7 +178,10 @@ class ClipCollection:
         return notes is not None and file_is_intact(self.storage, shard_name(number), notes.file, checksums=True)
 
     def _make(self, number: int, members: Sequence[int], pictures: Iterator[Picture]) -> Iterator[tuple[int, int]]:
-        """Computes and publishes a shard; yields, batch by batch, how many pictures it had and captions were cut."""
+        """Computes and publishes a shard; yields, batch by batch, how many pictures it had and captions were cut.
+
+        Of the last batch when the shard is there, so that what is reported as done is never lost.
+        """
         arrays = {
             key: torch.empty(len(members), tokens, d, dtype=self.settings.store_dtype)
             for key, (tokens, d) in self._shapes.items()
@@ -206,11 +210,11 @@ class ClipCollection:
         """Computes one batch into its rows. Returns how many captions were cut."""
         networks, settings = self.networks, self.settings
         values = choose_tokens(networks.vision(pixels), settings.tokens)
-        arrays[IMAGE_KEY][rows] = values.to("cpu", settings.store_dtype)
+        arrays[CLIP_IMAGE][rows] = values.to("cpu", settings.store_dtype)
         if networks.text is None:
             return 0
         captions = [picture.caption or "" for picture in batch]
-        arrays[TEXT_KEY][rows] = networks.text(captions)[:, None].to("cpu", settings.store_dtype)
+        arrays[CLIP_TEXT][rows] = networks.text(captions)[:, None].to("cpu", settings.store_dtype)
         return sum(len(ids) > networks.text.max_tokens for ids in networks.text.tokenizer.numbers(captions))
 
     def _publish(

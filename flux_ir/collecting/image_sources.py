@@ -1,7 +1,8 @@
-"""Pictures of others, with their captions: a folder of files, or shards of (image, caption) as parquet or webdataset.
+"""The user's pictures, with their captions: a folder of files, or shards of (image, caption), parquet or webdataset.
 
 Nothing is read into memory as a whole: a folder is a list of names, and shards are streamed by the library `datasets`.
-Every picture has a number, so that reading may begin at any of them. What is wrong is named by its file and its key.
+Every picture has a number, so that reading may begin at any of them. Errors name the file and the key of what is wrong.
+These shards are the source's; what is made of them is kept in shards of a collection (`clip_images`).
 """
 
 import hashlib
@@ -51,7 +52,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def described(self) -> dict[str, Any]:
-        """What stands for the content of all of it, as JSON values."""
+        """What stands for the content of all pictures and captions in `collection.json`."""
 
     def pictures(self, start: int) -> Iterator[Picture]:
         """The pictures from number `start` on. Raises FluxIRError for one that has no content or no caption."""
@@ -175,9 +176,8 @@ class ShardedImages:
             start = max(0, start - count)
 
     def _pictures_of(self, file: Path, start: int, count: int) -> Iterator[Picture]:
-        wanted = [self.image, *([self.caption] if self.caption else [])]
         stream = _stream(file)
-        for column in wanted:
+        for column in [self.image, *([self.caption] if self.caption else [])]:  # those of the first shard, here too
             _column(file, _columns(stream), (column,))
         number = start
         for row in _readable(file, stream.skip(start)):
@@ -198,7 +198,7 @@ class ShardedImages:
 
 
 def _columns(stream: Any) -> list[str]:
-    """The names of a shard's columns, and of what is in its column json, with a point between."""
+    """The names of a shard's columns, and of the keys in its column json, as `json.KEY`."""
     inner = stream.features.get("json")
     below = [f"json.{key}" for key in inner] if isinstance(inner, dict) else []
     return [*stream.features, *below]
@@ -233,7 +233,7 @@ def _stream(file: Path) -> Any:
 
 
 def _readable(file: Path, rows: Any) -> Iterator[dict[str, Any]]:
-    """The rows, with what goes wrong while they are read said in one line."""
+    """The rows. What goes wrong while they are read is raised as a FluxIRError that names the file."""
     try:
         yield from rows
     except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
@@ -241,7 +241,7 @@ def _readable(file: Path, rows: Any) -> Iterator[dict[str, Any]]:
 
 
 def _count(file: Path) -> int:
-    """How many examples a shard has, by its own directory."""
+    """How many examples a shard has, without reading them: by parquet's footer, or the names in a tar."""
     try:
         if file.suffix.lower() == ".parquet":
             from pyarrow import parquet
@@ -255,6 +255,7 @@ def _count(file: Path) -> int:
 
 
 def _column(file: Path, columns: Sequence[str], known: Sequence[str]) -> str:
+    """The first of the known names that a shard has as a column. Raises FluxIRError for a shard that has none."""
     for name in known:
         if name in columns:
             return name

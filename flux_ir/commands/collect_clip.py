@@ -10,7 +10,7 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import MACHINE, ComputeOptions
 from flux_ir.errors import FluxIRError
 
-WHAT = "what is collected"
+COLLECTED = "what is collected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +26,31 @@ class CollectClipOptions(ComputeOptions):
         REQUIRED,
         help="a folder of pictures, with everything below it; or of shards of (image, caption) as CC3M has them, "
         ".parquet or webdataset's .tar (or one such file), which are streamed",
-        group=WHAT,
+        group=COLLECTED,
     )
     clip: str = option(
         "openai/clip-vit-large-patch14",
         help="a folder as transformers saves it, or a repository of the hub",
-        group=WHAT,
+        group=COLLECTED,
     )
     tokens: Literal["cls", "patches", "all"] = option(
-        "cls", help="which tokens of a picture: its class token, its patches, or both", group=WHAT
+        "cls", help="which tokens of a picture: its class token, its patches, or both", group=COLLECTED
     )
     captions: Path | None = option(
         None,
         help="captions of a folder of pictures: a .jsonl or .csv with image and caption, a .txt of lines, or a folder "
         "with cat.txt for cat.jpg (shards have their own)",
-        group=WHAT,
+        group=COLLECTED,
         default_text="none",
     )
     store_dtype: Literal["bfloat16", "float16", "float32"] = option(
-        "bfloat16", help="precision of what is kept", group=WHAT
+        "bfloat16", help="precision of what is kept", group=COLLECTED
     )
     batch_size: int = option(32, help="pictures computed at once", group=MACHINE)
     output_dir: str = option("captures/clip", help="the collection's folder or URL", group=MACHINE)
 
     def __post_init__(self) -> None:
-        if self.dtype in ("float16",):  # what --dtype meant once
+        if self.dtype in ("float16",):  # what --dtype meant once; in a tuple, for mypy thinks that it is never equal
             raise FluxIRError(
                 "--dtype is what the network computes in, auto, bfloat16 or float32: got 'float16'",
                 hint="what is kept is said by --store_dtype float16",

@@ -60,7 +60,7 @@ def pictures(tmp_path):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Shards of four pictures: two batches of two."""
-    monkeypatch.setattr(clip_images, "SHARD_IMAGES", 4)
+    monkeypatch.setattr(clip_images, "MOST_SHARD_IMAGES", 4)
 
 
 @pytest.fixture
@@ -196,9 +196,9 @@ def test_a_folder_without_pictures_is_an_error(tmp_path):
 
 def test_shards_are_bounded_in_pictures_and_in_bytes(make, monkeypatch):
     assert [len(make().images_of(shard)) for shard in range(2)] == [4, 3]
-    monkeypatch.setattr(clip_images, "SHARD_BYTES", 2 * 5 * D * 4)
+    monkeypatch.setattr(clip_images, "MOST_SHARD_BYTES", 2 * 5 * D * 4)
     assert make().shard_images == 2
-    monkeypatch.setattr(clip_images, "SHARD_BYTES", 1)
+    monkeypatch.setattr(clip_images, "MOST_SHARD_BYTES", 1)
     assert make().shard_images == 1
 
 
