@@ -21,7 +21,7 @@ from flux_ir.errors import FluxIRError
 
 T = TypeVar("T")
 
-# Ranks wait for each other only at the beginning and at the end of a job, and may be hours apart there.
+# How long a rank waits in a collective. Training ranks keep step; where features are scored they may be hours apart.
 PATIENCE = timedelta(days=7)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -64,7 +64,7 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
     def count(self, name: str, more: int = 1) -> int:
-        """Adds to a counter that all ranks share, without waiting for any; returns what it stands at (0: no ranks)."""
+        """Adds to a counter that all ranks share, without waiting for any; returns its value (one process alone: 0)."""
         return 0 if self.store is None else self.store.add(name, more)
 
 

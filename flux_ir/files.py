@@ -1,7 +1,7 @@
 """How files come to be, written beside their final name and then renamed; and how JSON is written and read.
 
 So a file that exists is complete: an exception deletes what was begun, and a killed process leaves it under a name that
-nothing reads (`*.partial`). This holds for processes that die, not for power cuts: nothing is forced to the platter.
+nothing reads (`*.partial`). This holds for processes that die, not for power cuts: there is no fsync.
 """
 
 import errno
@@ -23,9 +23,9 @@ _AGAIN = "it is damaged, or something else: delete it, and make or download it a
 
 
 def read_json(path: Path, *, required: tuple[str, ...] = (), hint: str = _AGAIN) -> dict[str, Any]:
-    """The JSON object in a file. Raises FluxIRError, with `hint`, for one that is missing, no JSON or no object.
+    """The JSON object in a file.
 
-    So it does for an object that lacks one of the `required` keys.
+    Raises FluxIRError, with `hint`, for a file that is missing, is no JSON or no object, or lacks a `required` key.
     """
     try:
         value = json.loads(path.read_bytes())  # bytes: a UTF-8 file with a byte order mark is read, too
@@ -67,8 +67,8 @@ def complete_file(path: Path) -> Iterator[Path]:
         beside.replace(path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        said = isinstance(error, FluxIRError)  # by whoever knows how much is needed
-        if not said and (full := _full_disk_behind(error)) is not None:
+        reported = isinstance(error, FluxIRError)  # by whoever knows how much is needed
+        if not reported and (full := _full_disk_behind(error)) is not None:
             raise disk_error(path, full) from error
         raise
 
@@ -84,13 +84,16 @@ def disk_error(path: Path, error: OSError, *, needed_bytes: int | None = None) -
 
 
 def _full_disk_behind(error: BaseException | None) -> OSError | None:
-    """The full disk that made a write fail, if one did: safetensors says it in words, torch on top of what it was."""
+    """The full disk that made a write fail, if one did.
+
+    safetensors writes the number into the text of an error of its own; torch raises one while it handles the OSError.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
             return error
-        said = re.search(r"\(os error (\d+)\)", str(error))
-        if said and int(said[1]) in _DISK_IS_FULL:
-            return OSError(int(said[1]), os.strerror(int(said[1])))
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number and int(number[1]) in _DISK_IS_FULL:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
         error = error.__cause__ or error.__context__
     return None
 

@@ -47,7 +47,7 @@ def is_generation_id(text: str) -> bool:
 
 
 class DecodedImage(NamedTuple):
-    """A picture of a lens that is there: of which step and block it is, by its name."""
+    """A decoded picture that exists, and the step and the block that its name says."""
 
     step: int
     kind: Kind
@@ -139,7 +139,7 @@ class RunFolder:
         return newest_capture(self.path)
 
     def find_metadata(self) -> Path:
-        """The newest metadata of this run, likewise."""
+        """The newest metadata of this run. Raises FluxIRError if there is no such run, or none in it."""
         self._check_exists()
         return _newest(self.intermediates, _METADATA)
 

@@ -1,8 +1,10 @@
 """Array shapes by name, for signatures. Checked while pytest runs (see `tests/conftest.py`) and never otherwise.
 
 Axis names: `batch` pictures, `tokens` positions of one stream or of text and image together, `img` and `txt` positions
-of one stream, `d` the width of the network, `h w` pixels, `lh lw` latent pixels, `c` latent channels. A name stands for
-one number within one call; names that begin with `_` stand for any.
+of one stream, `d` the width of the network, `packed` the values of 2 x 2 latent pixels, `context` the width of T5's
+output, `pooled` that of CLIP's, `axes` the numbers of a position id, `h w` pixels, `lh lw` latent pixels, `c` latent
+channels, `fh fw` pixels of a feature map. A name stands for one number within one call; names that begin with `_` stand
+for any.
 """
 
 from jaxtyping import Complex64, Float, Int64, UInt8

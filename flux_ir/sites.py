@@ -1,10 +1,8 @@
 """Places in the networks whose output can be recorded, by name: one grammar for flags, file keys and plots.
 
 `double.18.img` is the image output of double block 18, `single.9` text and image behind single block 9, `single.9.img`
-its image half; a last word names a part of the block (`double.18.img.mlp`). `recording.recorder` listens there.
-
-`t5.12` and `clip.7` are the outputs of layers of the text encoders. Those run once for a prompt: their sites have no
-step. `recording.recorder` listens there.
+its image half; a last word names a part of the block (`double.18.img.mlp`). `t5.12` and `clip.7` are the outputs of
+layers of the text encoders. Those run once for a prompt: their sites have no step. `recording.recorder` records both.
 """
 
 import difflib
@@ -56,7 +54,8 @@ class Site:
     stream: Stream | None = None
     """None: text and image together, which only single blocks have; or there is one stream, as in text encoders."""
     part: Part | None = None
-    """None: the block's output. attn, mlp, out: before the gate; neurons: after the activation; update: out - in."""
+    """None: the block's output. attn, mlp, out: before the gate; neurons: after the activation; update: the block's
+    output minus its input."""
 
     def __post_init__(self) -> None:
         if self.block < 0 or self.stream not in _STREAMS[self.kind] or self.part not in _PARTS[self.kind]:

@@ -18,7 +18,7 @@ class TableRow(NamedTuple):
     """A row of a table. Of a .csv, a missing cell is None, and surplus ones stand under the key None."""
 
     line: int
-    """Where it ends, counted from 1."""
+    """The number of the line that it ends on, counted from 1: a quoted cell of a .csv may hold line ends."""
     cells: dict[Any, Any]
 
 

@@ -45,9 +45,9 @@ def check_words(declared: type | Callable[..., Any], arguments: Mapping[str, Any
 
 
 def check_least(arguments: Mapping[str, Any], **other: float) -> None:
-    """Raises FluxIRError for a number, or one of several, below what `LEAST` says of it, or `other`, which goes before.
+    """Raises FluxIRError for a number, or one of several, below what `LEAST` says of it; `other` comes before `LEAST`.
 
-    None is no number, and no more are paths and texts, which other pieces of work have under some of these names.
+    What is no number is passed over: some of these names are those of paths or texts in other functions (`prompts`).
     """
     for name, bound in {**LEAST, **other}.items():
         value = arguments.get(name)

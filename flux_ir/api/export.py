@@ -136,7 +136,7 @@ def write_generation(folder: Path, file_format: str, source: TokenSource, blocks
     """Write one generation, complete or not at all."""
     facts = facts_of(source, blocks)
     if file_format == "safetensors":
-        # Copied: two halves of one block lie in one piece of memory, which the format does not allow.
+        # Copied: two halves of one block share memory, which safetensors refuses to save.
         tensors = {name_of(block): block.floats().clone(memory_format=torch.contiguous_format) for block in blocks}
         write(folder / f"{facts.id}.safetensors", save(tensors, {METADATA_KEY: facts.to_json()}))
         return
@@ -148,15 +148,15 @@ def write_generation(folder: Path, file_format: str, source: TokenSource, blocks
 def facts_of(source: TokenSource, blocks: Sequence[TokenBlock]) -> GenerationFacts:
     """What stands beside the numbers of one generation."""
     first = blocks[0]
-    places = next((block.positions[block.txt_tokens :] for block in blocks if _has_image_tokens(block)), None)
-    every = places is None or torch.equal(places, torch.arange(len(places), dtype=places.dtype))
+    img = next((block.positions[block.txt_tokens :] for block in blocks if _has_image_tokens(block)), None)
+    all_kept = img is None or torch.equal(img, torch.arange(len(img), dtype=img.dtype))
     return GenerationFacts(
         id=first.generation,
         prompt=first.prompt,
         model=source.model,
         txt_tokens=max(block.txt_tokens for block in blocks),
         used_txt=first.used_txt,
-        img_positions=None if places is None or every else places.tolist(),
+        img_positions=None if img is None or all_kept else img.tolist(),
     )
 
 
