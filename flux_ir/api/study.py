@@ -106,7 +106,7 @@ class _StudyRun:
         self.file, self.folder, self.progress = file, folder, progress
         self.keys: dict[str, str] = {}
         self.folders: dict[str, tuple[Path, ...]] = {}
-        """The folders of the stages so far; "pick" and "report" are the captures for known answers."""
+        """Where the results of the stages so far are, by stage."""
 
     def stage(self, stage: str) -> StageResult:
         """Run a stage, or find that its result is there."""
@@ -133,7 +133,10 @@ class _StudyRun:
         return finished is not None
 
     def _record(self, stage: str) -> Path:
-        """The file that says a stage is done, named by the stage's key, which is set here."""
+        """The file that says a stage is done, named by the stage's key, which is set here.
+
+        The key has those of the stages it builds on, so stages are asked for in their order.
+        """
         content = {
             "settings": self.file.stages[stage],
             "prompts": self.file.prompts if stage in ("collect", "concepts") else None,
@@ -167,12 +170,12 @@ Work = Callable[[_StudyRun, dict[str, Any]], dict[str, tuple[Path, ...]]]
 
 def _collect(run: _StudyRun, settings: dict[str, Any]) -> dict[str, tuple[Path, ...]]:
     folder = run.folder_of("collect", "captures")
-    _capture(run, "train", folder, settings)
+    _collect_prompts(run, "train", folder, settings)
     return {"collect": (folder,)}
 
 
-def _capture(run: _StudyRun, use: str, folder: Path, settings: dict[str, Any]) -> None:
-    """A collection of the prompts for this use."""
+def _collect_prompts(run: _StudyRun, use: str, folder: Path, settings: dict[str, Any]) -> None:
+    """Collect activations of the prompts for this use: "train", "pick" or "report"."""
     others = {name: value for name, value in settings.items() if name != "sites"}
     STAGES["collect"].load()(run.file.prompts[use], settings["sites"], folder, **others, progress=run.progress)
 
@@ -212,7 +215,7 @@ def _concepts(run: _StudyRun, settings: dict[str, Any]) -> dict[str, tuple[Path,
     captures = {}
     for use in (PICK, REPORT):
         captures[use] = run.folder / f"captures-{use}-{_digest([collecting, run.file.prompts[use]])}"
-        _capture(run, use, captures[use], collecting)
+        _collect_prompts(run, use, captures[use], collecting)
     asked = {name: value for name, value in settings.items() if name != "repeats"}
     score = STAGES["concepts"].load()
     results = [

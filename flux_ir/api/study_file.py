@@ -39,6 +39,7 @@ class StageSpec(NamedTuple):
         return getattr(import_module(self.module), self.function)
 
 
+# Pictures are kept although they cost the rest of the steps: examples of features are shown on them.
 STAGES = {
     "collect": StageSpec(
         "flux_ir.api.collect", "collect", ("prompts", "output_dir"), study_defaults={"save_images": True}
