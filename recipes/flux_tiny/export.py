@@ -52,7 +52,7 @@ def save_bf16(model: nn.Module, path: Path) -> None:
 
 def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     """A folder that transformers reads too: configuration, bf16 weights, tokenizer."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a model that is trained again takes the place of the one that is there
     save_bf16(encoder.model, folder / "model.safetensors")
     kind = {"model_type": "t5" if isinstance(encoder.model, T5Encoder) else "clip_text_model", "dtype": "bfloat16"}
     tokenizer = encoder.tokenizer
