@@ -30,7 +30,7 @@ AE_PARAMS = AutoEncoderParams(
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How the autoencoder is trained. Tried on two cores: 39 dB after 2,500 steps."""
+    """How the autoencoder is trained. The shipped one reached 36 dB in 1,800 steps; 2,500 gave 39 dB on two cores."""
 
     steps: int = 1_800
     batch: int = 32
