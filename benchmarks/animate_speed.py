@@ -3,8 +3,9 @@
     uv run python benchmarks/animate_speed.py [--side_px 1024] [--frames 100] [--repeats 3]
 
 Both sides read the same decoded pictures and draw the same captions, in the same run and by turns; each measurement is
-a process of its own, so that its peak memory is its own. ffmpeg's memory is counted in. At the end, films of one, two
-and four times the length show whether memory grows with it.
+a process of its own, so that its peak memory is its own. ffmpeg's memory is counted in: where the writer takes more
+than ffmpeg does, too high, for the system counts a program it starts as no smaller than the one that started it. At the
+end, films of one, two and four times the length show whether memory grows with it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from flux_ir.commands.report import peak_host_bytes
 from flux_ir.visualize.animate import write_gif, write_mp4
 from flux_ir.visualize.film import Film
 from flux_ir.visualize.frames import Cell, Frame
@@ -42,6 +44,9 @@ def main() -> None:
         way, suffix, folder, frames = options.measure
         print(json.dumps(measure(way, suffix, Path(folder), int(frames))))
         return
+    from measure import machine  # loads torch, which would count among what is measured
+
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         make_pictures(Path(folder), options.side_px, options.frames)
         compare(Path(folder), options.frames, options.repeats)
@@ -87,8 +92,8 @@ def measure(way: str, suffix: str, folder: Path, count: int) -> dict[str, float]
     start = time.perf_counter()
     write(Film(frames, PictureReader(skip_broken=False), font_size=24), target)
     seconds = time.perf_counter() - start
-    ours, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"seconds": seconds, "peak_bytes": 1024 * (ours + children), "file_bytes": target.stat().st_size}
+    peak = (peak_host_bytes() or 0) + 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"seconds": seconds, "peak_bytes": peak, "file_bytes": target.stat().st_size}
 
 
 def write_ours(film: Film, target: Path) -> None:

@@ -22,7 +22,6 @@ SECONDS_RATIO = {"tiny": Target("most", 1.15), "wide": Target("most", 1.10)}
 MEMORY_RATIO = Target("most", 1.1)
 FEW_STEPS, MANY_STEPS = 4, 50
 WAYS = {"captured": "captured", "hooked": "hooks and lists"}
-STATUS = Path("/proc/self/status")
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
         return
     known = settings()
     names = ["tiny", "wide", *(["full"] if options.full else [])]
-    # Weighed first: a process keeps the peak of the one it was forked from.
+    # Weighed first, while this process is small: without /proc a child may report the peak of its parent.
     memory = [row for name in names for way in WAYS for row in memory_rows(name, way, known[name], options)]
     seconds = [seconds_row(name, known[name], options) for name in names]
     about = machine(options.device)
@@ -123,16 +122,7 @@ def peak_bytes(setting: Setting, steps: int, way: str, device: str, folder: Path
         sampling, path = Sampling(setting, device, steps), Path(temporary) / "capture.pt"
         sampling.hooked(path) if way == "hooked" else sampling.captured(path)
     on_gpu = torch.device(device).type == "cuda"
-    return [peak_resident_bytes(), *([torch.cuda.max_memory_allocated(device)] if on_gpu else [])]
-
-
-def peak_resident_bytes() -> int:
-    """Of this program alone: on Linux, `getrusage` would answer no less than what the parent had at the fork."""
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_host_bytes() or 0
+    return [peak_host_bytes() or 0, *([torch.cuda.max_memory_allocated(device)] if on_gpu else [])]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
         print(peak_host_bytes())
         return
     about = machine(options.device)
-    # Weighed first: a process keeps the peak of the one it was forked from.
+    # Weighed first, while this process is small: without /proc a child may report the peak of its parent.
     memory = memory_row(options)
     columns = ["way", "seconds", "tokens/s", "ratio", "target", "bytes on disk", "bytes per token"]
     print_report(f"Collect: {SITE} at steps 0 and 2, {options.prompts} prompts", columns, speed_rows(options), about)
@@ -98,7 +98,7 @@ def recipe() -> Recipe:
 
 
 def collected(folder: Path, texts: list[str], device: str) -> None:
-    """Everything of one collection, the loading of the model too."""
+    """Everything of one collection, the loading of the model too: `record` loads it."""
     settings = CollectSettings(recipe(), texts)
     job = Collector(settings, new_suite(device, autoencoder=False), LocalStorage(folder), Ranks())
     for part in (job.verify, job.encode, job.record, job.merge):
@@ -163,8 +163,10 @@ def weigh(count: int, options: argparse.Namespace) -> int:
 
 
 def process_rows(options: argparse.Namespace) -> list[list[str]]:
-    """The whole command, as torchrun starts it; its own figure leaves out the start of the programs and loading."""
+    """The whole command, as torchrun starts it, once each; its own figure leaves out starting and loading."""
     ways = [(1, 1), (1, 2), (2, 1)]
+    if options.device != "cpu":
+        ways = [way for way in ways if way[0] <= torch.cuda.device_count()]  # a process has a GPU of its own
     with tempfile.TemporaryDirectory(dir=options.dir) as root:
         (Path(root) / "prompts.txt").write_text("\n".join(prompts(options.shared)))
         speeds = {way: tokens_per_second(Path(root), *way, options.device) for way in ways}

@@ -1,4 +1,7 @@
-"""What stopping early saves: seconds per step of a whole forward, and of one that ends at a site near its beginning."""
+"""What stopping early saves: seconds per step of a whole forward, and of one that ends at the last recorded site.
+
+The sites go from the first block, where nearly everything is saved, to the last, where nothing is.
+"""
 
 import argparse
 from dataclasses import replace

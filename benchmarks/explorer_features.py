@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from measure import machine
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from playwright.sync_api import CDPSession, Page, sync_playwright
@@ -343,6 +344,7 @@ def measure(page: Page, index: Path) -> None:
 
 def main(folder: Path) -> None:
     """Make the folder where there is none, write the pages, and look at them."""
+    print(machine())
     path = folder / "features"
     if not (path / "examples.safetensors").exists():
         start = time.perf_counter()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from measure import machine
 from PIL import Image, ImageDraw
 from playwright.sync_api import Page, sync_playwright
 
@@ -124,6 +125,7 @@ def report(name: str, times_ms: list[float]) -> None:
 
 def main(output_dir: Path) -> None:
     """Make the run where there is none, write the page, open it, press keys."""
+    print(machine())
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         make_run(output_dir, "57057057")
     start = time.perf_counter()

@@ -29,18 +29,19 @@ class Target(NamedTuple):
         return f"at {self.at} {self.value:g}: {'met' if met else 'MISSED'}"
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def arguments(description: str, *, repetitions: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that most benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each way (default 5)")
+    if repetitions:
+        parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each way (default 5)")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options, checked: full-size networks need a GPU."""
     options = parser.parse_args()
-    if options.repetitions < 1:
+    if getattr(options, "repetitions", 1) < 1:
         parser.error("--repetitions must be at least 1")
     if getattr(options, "full", False) and torch.device(options.device).type != "cuda":
         parser.error("--full builds a network of 12 billion weights on the device: it needs --device cuda")

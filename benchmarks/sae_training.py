@@ -62,7 +62,7 @@ def main() -> None:
 
 def options_of_this_run() -> argparse.Namespace:
     """The command line; sizes not given are those of the device."""
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repetitions=False)  # every step is one
     parser.add_argument("--captures", type=Path, help="train on these tokens (.npy, [tokens, d]) instead of made ones")
     parser.add_argument("--steps", type=int, default=200, help="batches everyone trains on (default 200)")
     parser.add_argument(
