@@ -168,8 +168,8 @@ class Collection:
         """Whether the shard's file is there."""
         return self.storage.exists(shard.name)
 
-    def reopen(self) -> None:
-        """Removes the index, which says that the collection is complete: something of it has to be made again."""
+    def remove_index(self) -> None:
+        """Removes the index, which would say that the collection is complete: something has to be made again."""
         self.storage.remove(INDEX)
 
     def publish(self, shard: ShardWork, path: Path, notes: ShardNotes) -> None:

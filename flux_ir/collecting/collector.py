@@ -106,7 +106,7 @@ class Collector:
         storage.clear_scratch(everyones=False)
         on_cpu = cpu_batch(self.recipe) if self.device.type == "cpu" else None
         self._begin(self._settings_as_kept["batch_size"] or on_cpu)
-        self._open: list[int] = []
+        self._missing_shards: list[int] = []
         self._to_encode: dict[str, None] = {}
         self.missing = 0
         """Generations of this rank that have to be made. Known after `verify`."""
@@ -139,7 +139,7 @@ class Collector:
         look = partial(self._look_at, checksums=checksums)
         for shard, intact in in_order(look, shards, workers, torch_threads=1):
             if not intact:
-                self._open.append(shard.number)
+                self._missing_shards.append(shard.number)
                 self.missing += len(shard.items)
             prompts = list(dict.fromkeys(item.prompt for item in shard.items))
             # An intact shard needs no embeddings any more: they may be gone (they take much space), but not broken.
@@ -149,8 +149,8 @@ class Collector:
                 if to_encode:
                     self._to_encode[prompt] = None
             yield intact
-        if self._open:
-            self.collection.reopen()
+        if self._missing_shards:
+            self.collection.remove_index()
 
     def _look_at(self, shard: ShardWork, *, checksums: bool) -> tuple[ShardWork, bool]:
         return shard, self.collection.is_intact(shard, checksums=checksums)
@@ -194,9 +194,9 @@ class Collector:
         are never kept.
         """
         self.load()  # what `load` has loaded already costs nothing
-        if not self._open:
+        if not self._missing_shards:
             return
-        shards = map(self.collection.shard, self._open)
+        shards = map(self.collection.shard, self._missing_shards)
         with self._networks() as networks, closing(self._written(*networks, shards)) as batches:
             for written in batches:
                 written.shard.note(written)

@@ -32,9 +32,9 @@ PROMPTS = "the prompts"
 class CollectOptions(PictureOptions, StepOptions, ComputeOptions, OffloadOptions, CheckpointOptions, PlanOptions):
     """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 
-    No step after the last of --steps is computed. The same command goes on where it stopped. Under torchrun all
-    processes share the work: torchrun --nproc_per_node 2 -m flux_ir collect --prompts ... writes the same files, byte
-    for byte.
+    No step after the last of --steps is computed, unless pictures or latents are kept. The same command goes on where
+    it stopped. Under torchrun all processes share the work: torchrun --nproc_per_node 2 -m flux_ir collect
+    --prompts ... writes the same files, byte for byte.
     """
 
     prompts: Path = option(
