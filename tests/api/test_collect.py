@@ -56,7 +56,7 @@ def test_what_the_network_computes_in_and_what_is_kept_are_two_things(model, tmp
         ({"prompts": []}, "there must be a prompt"),
         ({"prompts": ["a", "  "]}, "must not be empty: number 1"),
         ({"repeats": 0}, "repeats must be at least 1: got 0"),
-        ({"tokens_per_image": 13}, "at most the 12 image tokens"),
+        ({"tokens_per_image": 13}, "from 1 to the 12 image tokens"),
         ({"output_dir": ""}, "must name a folder or a URL"),
     ],
 )
