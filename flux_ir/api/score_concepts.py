@@ -52,7 +52,7 @@ from flux_ir.studies.labelled_tokens import (
     run_neurons,
     stored_neurons,
 )
-from flux_ir.studies.labels import Labels, Level, Negatives, Task, check_sources_apart
+from flux_ir.studies.labels import Labels, Level, Negatives, check_sources_apart
 from flux_ir.studies.rows import Bench
 
 RESULT = "concepts.json"
@@ -184,16 +184,20 @@ class _ConceptScoring:
         labels = {name: self._labels(name, source) for name, source in self.sources.items()}
         steps, questions = dict[str, Any](), list[dict[str, Any]]()
         for step in self.steps:
-            parts = [LabelledTokens(self.sources[name], labels[name], self.site, step) for name in ("pick", "report")]
-            asked = askable(parts[0], parts[1], self.settings.least_positives)
-            questions = questions_as_json(parts[0], parts[1], asked)
+            pick, report = (
+                LabelledTokens(self.sources[name], labels[name], self.site, step) for name in ("pick", "report")
+            )
+            asked = askable(pick, report, self.settings.least_positives)
+            questions = questions_as_json(
+                pick, report, asked
+            )  # the same at every step: labels are of pictures, not of steps
             if not asked:
                 raise FluxIRError(
                     f"no concept has {counted(self.settings.least_positives, 'positive')} to report on and half as "
                     "many to pick with",
                     hint="collect more pictures, or lower --least_positives",
                 )
-            steps[str(step)] = self._rows(step, parts, asked)
+            steps[str(step)] = self._rows(Bench(pick, report, asked, self.settings.bootstrap))
         result = {
             "format": _FORMAT,
             "sae": {**self.sae.config.to_dict(), "folder": self.settings.sae.resolve().name, "weights": self.weights},
@@ -233,10 +237,10 @@ class _ConceptScoring:
             self.progress(Note(f"note: numbers are for flux-ir probe: {', '.join(labels.numbers)} left out"))
         return labels
 
-    def _rows(self, step: int, parts: Sequence[LabelledTokens], asked: Sequence[Task]) -> dict[str, Any]:
-        settings = self.settings
-        bench = Bench(parts[0], parts[1], asked, settings.bootstrap)
-        readers = Readers(bench, self.sae, self._neurons(parts), settings.null, self._neuron_count(parts))
+    def _rows(self, bench: Bench) -> dict[str, Any]:
+        """The rows of one step, by name; a note says why others are not there."""
+        settings, step = self.settings, bench.pick.step
+        readers = Readers(bench, self.sae, self._neurons(bench), settings.null, self._neuron_count(bench))
         found: dict[str, Any] = {}
         names = [row for row in ROWS if settings.rows is None or row in settings.rows]
         missing = {row: why for row, why in readers.available().items() if why is not None and row in names}
@@ -296,23 +300,23 @@ class _ConceptScoring:
             key["stored"] = has_neurons(bench.pick) and has_neurons(bench.report)
         return key
 
-    def _neuron_count(self, parts: Sequence[LabelledTokens]) -> int | None:
+    def _neuron_count(self, bench: Bench) -> int | None:
         """How many neurons the row `neurons` picks from; None without this row."""
-        source, site = parts[0].source, neurons_site(parts[0])
-        if all(map(has_neurons, parts)):
+        source, site = bench.pick.source, neurons_site(bench.pick)
+        if has_neurons(bench.pick) and has_neurons(bench.report):
             return source.d(site)
         if not self.settings.run_model or site is None or source.model is None:
             return None
         params = get_spec(source.model).flux
         return int(params.hidden_size * params.mlp_ratio)
 
-    def _neurons(self, parts: Sequence[LabelledTokens]) -> Callable[[LabelledTokens], Tensor] | None:
+    def _neurons(self, bench: Bench) -> Callable[[LabelledTokens], Tensor] | None:
         """A function that gives neurons: as they were collected, or by the model if it may be run; None for neither."""
-        if all(map(has_neurons, parts)):
+        if has_neurons(bench.pick) and has_neurons(bench.report):
             return stored_neurons
-        if not self.settings.run_model or parts[0].site is None:
+        if not self.settings.run_model or bench.pick.site is None:
             return None
-        source = parts[0].source
+        source = bench.pick.source
         if source.model is None or not isinstance(source, SampledSource):
             raise FluxIRError(
                 "the model is run again for what flux-ir collect made: these captures do not say how they were made",

@@ -1,4 +1,5 @@
-"""The readers of concepts: features, neurons, directions, probes. Each is made on one set and judged on another.
+"""The readers of concepts: features, neurons, directions, probes. Each is made on one set and judged on another, and
+its answers to all tasks are a row of concepts.json.
 
 All readers that pick the best of many candidates pick in the same way, each candidate with both signs. The best of more
 candidates is better by chance alone, and axes and neurons are fewer than features: beside the best feature stands the
