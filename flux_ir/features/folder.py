@@ -50,7 +50,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class FeatureFolder:
-    """One such folder, as it is on the disk now. Raises FluxIRError for what is not there yet, naming the stage."""
+    """One such folder, as it is on the disk now. `described` is the content of features.json.
+
+    Raises FluxIRError for what is not there yet, naming the stage.
+    """
 
     def __init__(self, path: Path, described: Mapping[str, Any]) -> None:
         self.path, self.described = path, described

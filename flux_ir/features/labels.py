@@ -19,7 +19,7 @@ from scipy.stats import hypergeom, norm
 from torch import Tensor
 
 from flux_ir.features.compare import image_scores
-from flux_ir.features.examples import Best, ScoreRows, chance, rarity
+from flux_ir.features.examples import SKETCH, Best, ScoreRows, chance, rarity
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.significance import q_values
 from flux_ir.features.words import StrengthBounds, read_result
@@ -35,7 +35,6 @@ POOL_IMAGES = 4000
 """Images, of different prompts, among which silent ones are searched: so many for each of the two."""
 LEAST_GAIN = 0.05
 """A second term is joined if it raises the describer's score by at least this."""
-SKETCH = 256
 _SHORTER = 1e-4  # the price of a word: of descriptions with one score the shortest is picked
 _ENTRIES_AT_ONCE = 1 << 23  # numbers of a dense block: 64 MB
 _NOT_SILENT = -2.0  # in place of a likeness: below every cosine
