@@ -35,11 +35,6 @@ class AutoEncoderParams:
                 hint="groups of whole channels; FLUX.1 uses 128 and 32",
             )
 
-    @property
-    def downscale(self) -> int:
-        """Pixels per latent pixel along each side."""
-        return 2 ** (len(self.ch_mult) - 1)
-
 
 class Encoder(nn.Module):
     """Picture to the moments (mean, log-variance) of its latent."""

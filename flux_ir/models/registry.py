@@ -146,7 +146,6 @@ _SCHNELL = replace(
     licence="Apache-2.0",
 )
 
-DEFAULT_MODEL = "flux-schnell"
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (_SCHNELL, _DEV, _KREA)}
 """The published models. The facts of those in the package stand beside their weights and are read on demand."""
 PACKAGED_MODELS: dict[str, Path] = {"flux-tiny": ASSETS / "flux-tiny"}

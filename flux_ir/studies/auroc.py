@@ -141,18 +141,6 @@ class RankedCodes:
         return float(_share(np.array([u - 0.5 * positives**2]), positives, everyone - positives)[0])
 
 
-def dense_codes(values: np.ndarray) -> Codes:
-    """Dense scores of tokens, float32 [tokens, features], as codes, zeros included."""
-    tokens, features = values.shape
-    return Codes(
-        np.repeat(np.arange(tokens, dtype=np.int32), features),
-        np.tile(np.arange(features, dtype=np.int32), tokens),
-        np.ascontiguousarray(values, dtype=np.float32).reshape(-1),
-        tokens,
-        features,
-    )
-
-
 def auroc(scores: np.ndarray, positive: np.ndarray, counted: np.ndarray) -> float:
     """AUROC of one score: all three [tokens]. NaN without a positive or without a negative."""
     return weighted_auroc(scores, positive, counted, np.ones((1, len(scores))))[0]

@@ -11,7 +11,6 @@ from flux_ir.studies.auroc import (
     at_threshold,
     auroc,
     bootstrap,
-    dense_codes,
     precise_threshold,
     weighted_auroc,
 )
@@ -28,6 +27,14 @@ def sparse(values):
     return Codes(
         token.astype(np.int32), feature.astype(np.int32), values[token, feature].astype(np.float32), *values.shape
     )
+
+
+def dense_codes(values):
+    """Every score as a code, zeros included."""
+    tokens, features = values.shape
+    token = np.repeat(np.arange(tokens, dtype=np.int32), features)
+    feature = np.tile(np.arange(features, dtype=np.int32), tokens)
+    return Codes(token, feature, np.ascontiguousarray(values).reshape(-1), tokens, features)
 
 
 def draw(seed, tokens=60, features=7, *, signed=False):

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from safetensors.torch import save_file
 
@@ -34,7 +34,6 @@ from flux_ir.sae.files.foreign import (
 ForeignFormat = Literal["sparsify", "dictionary_learning"]
 ExportFormat = Literal["sae_lens", ForeignFormat]
 Format = Literal["sae_lens", "sparsify", "dictionary_learning", "flow_matching"]
-FOREIGN_FORMATS: tuple[ForeignFormat, ...] = get_args(ForeignFormat)
 
 _SPARSIFY_CONFIG, _SPARSIFY_WEIGHTS = "cfg.json", "sae.safetensors"
 _FLOW_MATCHING_CONFIG, _FLOW_MATCHING_WEIGHTS = "config.json", "model.safetensors"

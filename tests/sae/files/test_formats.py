@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.config import ARCHITECTURES, SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.files.folder import save_sae
-from flux_ir.sae.files.formats import FOREIGN_FORMATS, format_of, load_any, sae_folders, save_as
+from flux_ir.sae.files.formats import ForeignFormat, format_of, load_any, sae_folders, save_as
 
 D_IN, D_SAE, K = 12, 30, 4
 
@@ -146,7 +147,7 @@ def test_our_own_folder_is_recognised(architecture, trained, tmp_path):
     assert load_any(tmp_path / "sae").config.architecture == architecture
 
 
-@pytest.mark.parametrize("name", FOREIGN_FORMATS)
+@pytest.mark.parametrize("name", get_args(ForeignFormat))
 def test_export_gives_the_same_bytes_again(name, trained, tmp_path):
     folders = [save_as(trained("topk"), name, tmp_path / part / "single.6.img") for part in ("a", "b")]
     contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
