@@ -202,10 +202,13 @@ class Search:
     def _look_for_silent(self, part: ScorePart, firing: ScoreRows) -> None:
         """The images of a part, a few at a time, by their likeness to what each feature fires on: a cosine."""
         at_once = max(1, ENTRIES_AT_ONCE // self.features)
+        towards = self.alike.T.astype(np.float64)
         for start in range(part.images.start, part.images.stop, at_once):
             images = range(start, min(start + at_once, part.images.stop))
             lengths = np.maximum(self.lengths[images.start : images.stop, None], 1e-30)
-            alike = (self.sketches[images.start : images.stop] / lengths) @ self.alike.T
+            # In float64, then rounded: the last bit of a float32 product depends on how many threads share it.
+            sketches = self.sketches[images.start : images.stop].astype(np.float64) / lengths
+            alike = (sketches @ towards).astype(np.float32)
             in_batch = slice(*np.searchsorted(firing.image, [images.start, images.stop]))
             alike[firing.image[in_batch] - images.start, firing.feature[in_batch]] = -np.inf  # not silent
             alike[:, ~self.table.alive] = -np.inf

@@ -133,9 +133,13 @@ def test_nothing_moves_by_itself_where_less_motion_is_asked_for(make_run, open_p
     make_run()
     page = open_page(reduced_motion="reduce")
     assert page.locator("#play").evaluate("b => getComputedStyle(b).transitionDuration") == "0s"
+    page.clock.install(time=0)  # the page's own time, so that a busy machine changes nothing
+    page.clock.pause_at(1000)
     press(page, " ")
-    page.wait_for_timeout(400)
+    page.clock.run_for(400)
     assert here(page) == ("double.0", 0)  # the first picture stays longer than that
+    page.clock.run_for(2000)
+    assert here(page) != ("double.0", 0)
     press(page, " ")
 
 
