@@ -1,0 +1,454 @@
+"""Edits at work: made ready for one model, one size and one schedule, then entered like any intervention.
+
+    ready = Steering(edits, model.spec, grid=Grid(128, 128), num_steps=8)
+    with steered(model.flux, [ready]):
+        *_, last = sample(model, text, seed=7)
+
+The change of a token is m (z' - z) W_dec, m the product of schedule and weight: only that is added to x, in float32, so
+the part that an autoencoder does not explain is never touched, and a token whose change is 0 keeps its bits.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.registry import ModelSpec
+from flux_ir.recording.intervention import Edit as EditFunction
+from flux_ir.recording.intervention import Intervention
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sae.evaluation.metrics import DENSE_VALUES
+from flux_ir.sae.files.folder import load_sae
+from flux_ir.shapes import Pooled, Tokens
+from flux_ir.sites import Site, sites_among
+from flux_ir.steering.edits import POOLED, Edit, Unit
+from flux_ir.steering.regions import Grid
+
+Rows = Float[Tensor, "tokens d"]
+Activations = Float[Tensor, "tokens features"]
+
+
+# ---- Directions: what z is measured along, and what is added
+
+
+class Features:
+    """Some features of an autoencoder."""
+
+    def __init__(self, sae: SparseAutoencoder, numbers: Sequence[int]) -> None:
+        beyond = [number for number in numbers if not 0 <= number < sae.config.d_sae]
+        if beyond:
+            raise FluxIRError(
+                f"this autoencoder has the features 0 to {sae.config.d_sae - 1}: got {beyond[0]}",
+                hint="features of another autoencoder have other numbers",
+            )
+        self.sae, self.numbers = sae, torch.tensor(numbers)
+        self._rows = sae.W_dec.detach()[self.numbers].float()
+
+    def rows(self, step: int) -> Float[Tensor, "features d"]:
+        """What one unit of z adds to a token."""
+        return self._rows
+
+    @torch.no_grad()
+    def activations(self, x: Rows, step: int) -> Activations:
+        """How much of each feature is in each token: z."""
+        at_once = max(1, DENSE_VALUES // self.sae.config.d_sae)
+        return torch.cat([self.sae.encode(part)[:, self.numbers] for part in torch.split(x, at_once)])
+
+    def unit(self, unit: Unit, length: Float[Tensor, ""]) -> Float[Tensor, "features"]:
+        """A strength of 1, in z. `length` is the mean one of the site's tokens."""
+        ones = torch.ones(len(self.numbers), device=self._rows.device)
+        if unit == "raw":
+            return ones
+        if unit == "norm":
+            return ones * length / self._rows.norm(dim=1)
+        known = self.sae.max_active if unit == "max" else self.sae.mean_active
+        if known is None:
+            raise FluxIRError(
+                f"the folder of this autoencoder does not say how strongly its features are active: --unit {unit} "
+                "cannot be used",
+                hint="--unit norm measures strengths by the length of the tokens",
+            )
+        values = known[self.numbers].float()
+        if (values <= 0).any():
+            silent = int(self.numbers[values <= 0][0])
+            raise FluxIRError(
+                f"feature {silent} was never active in training, so it has no {unit} to measure strengths by",
+                hint="choose a feature that is active, or --unit norm",
+            )
+        return values
+
+    @torch.no_grad()
+    def explained(self, x: Rows) -> Rows:
+        """The part of each token that all features together stand for, b_dec not counted."""
+        at_once = max(1, DENSE_VALUES // self.sae.config.d_sae)
+        return torch.cat([self.sae.encode(part) @ self.sae.W_dec for part in torch.split(x, at_once)])
+
+
+class Vector:
+    """A plain direction, or one per step; with any unit but raw, its length does not count."""
+
+    def __init__(self, vector: Tensor, unit: Unit, name: str) -> None:
+        if vector.ndim not in (1, 2) or vector.numel() == 0 or not vector.isfinite().all():
+            raise FluxIRError(
+                f"a vector is finite numbers [d], or [steps, d]: {name} has {list(vector.shape)}"
+                f"{'' if vector.isfinite().all() else ', not all finite'}",
+                hint="save one tensor of this shape",
+            )
+        self.vector = vector.detach().float().reshape(-1, vector.shape[-1])
+        lengths = self.vector.norm(dim=1, keepdim=True)
+        if (lengths == 0).any():
+            raise FluxIRError(f"a vector has a direction: {name} is all zero", hint="leave the edit out")
+        if unit != "raw":
+            self.vector = self.vector / lengths
+
+    def rows(self, step: int) -> Float[Tensor, "features d"]:
+        return self.vector[step : step + 1] if len(self.vector) > 1 else self.vector
+
+    def activations(self, x: Rows, step: int) -> Activations:
+        row = self.rows(step)
+        return x @ row.T / row.square().sum()
+
+    def unit(self, unit: Unit, length: Float[Tensor, ""]) -> Float[Tensor, "features"]:
+        return (length if unit == "norm" else torch.ones((), device=self.vector.device)).reshape(1)
+
+
+Direction = Features | Vector
+
+
+def read_vector(path: str | Path) -> Tensor:
+    """A vector's file, `FILE.safetensors` or `FILE.safetensors:NAME`. Raises FluxIRError if there is none in it."""
+    file, _, name = str(path).partition(".safetensors:")
+    file = file + ".safetensors" if name else file
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            if not name and len(names) != 1:
+                raise FluxIRError(
+                    f"{file} must hold one vector, or be asked for one: it holds {', '.join(names) or 'none'}",
+                    hint=f"name it, as {file}:{names[0] if names else 'NAME'}",
+                )
+            if name and name not in names:
+                raise FluxIRError(
+                    f"{file} holds no {name!r}: it holds {', '.join(names) or 'nothing'}", hint="name one of them"
+                )
+            return tensors.get_tensor(name or names[0])
+    except (OSError, SafetensorError) as error:
+        raise FluxIRError(f"cannot read the vector in {file}: {error}", hint="write a .safetensors file") from error
+
+
+# ---- One edit made ready
+
+
+class ReadyEdit:
+    """One edit, with its files read and its tokens counted."""
+
+    def __init__(
+        self,
+        edit: Edit,
+        direction: Direction,
+        weights: Mapping[Site, float],
+        *,
+        grid: Grid,
+        num_steps: int,
+        instead: Mapping[Site, Tensor] | None = None,
+    ) -> None:
+        self.edit, self.direction, self.weights, self.grid = edit, direction, dict(weights), grid
+        self.steps = frozenset(range(num_steps) if edit.steps is None else edit.steps)
+        self.instead = instead
+        self._masks: dict[tuple[str, int], Tensor] = {}
+
+    def share(self, site: Site, step: int) -> float:
+        """What the change is multiplied by: 0 where this edit does nothing."""
+        if self.edit.is_neutral or step not in self.steps or site not in self.weights:
+            return 0.0
+        return self.weights[site] * (1.0 if self.edit.schedule is None else self.edit.schedule[step])
+
+    def __call__(self, site: Site, txt_tokens: int, value: Tokens, step: int) -> Tokens:
+        """The value [1, tokens, d] after the edit: itself, and not a copy, where nothing is changed."""
+        share = self.share(site, step)
+        if share == 0:
+            return value
+        before = value[0].float()
+        inside = self.inside(site, txt_tokens, value.shape[1])
+        chosen = before if inside is None else before[inside]
+        if len(chosen) == 0:
+            return value
+        change = share * self.change(chosen, before.norm(dim=1).mean(), step)
+        if self.instead is not None:
+            change = change.norm(dim=1, keepdim=True) * self.instead[site]
+        kept = (change == 0).all(dim=1, keepdim=True)
+        new = torch.where(kept, chosen, chosen + change).to(value.dtype)
+        if inside is None:
+            return new[None]
+        result = value.clone()
+        result[0, inside] = new
+        return result
+
+    def change(self, x: Rows, length: Float[Tensor, ""], step: int) -> Rows:
+        """(z' - z) W_dec of each token; `length` is the mean one of the site's tokens."""
+        edit, direction = self.edit, self.direction
+        rows = direction.rows(step)
+        amount = torch.tensor(edit.strengths, device=x.device)
+        if edit.kind not in ("scale", "ablate"):
+            amount = amount * direction.unit(edit.units, length)
+        if edit.kind == "add" and edit.gate == "all":
+            return amount.expand(len(x), len(rows)) @ rows  # the only kind that need not know z
+        z = direction.activations(x, step)
+        match edit.kind:
+            case "add" | "replace":
+                change = amount.expand_as(z)
+            case "scale":
+                change = (amount - 1) * z
+            case "clamp":
+                change = torch.maximum(z, amount) - z
+            case "set":
+                change = amount - z
+            case "ablate":
+                change = -z
+        if edit.gate != "all":
+            gate = 0.0 if isinstance(edit.gate, str) else edit.gate * direction.unit(edit.units, length)
+            change = torch.where(z > gate, change, 0)
+        change = change @ rows
+        if edit.kind == "replace":
+            assert isinstance(direction, Features)  # an Edit of a vector cannot be of this kind
+            change = change - direction.explained(x)
+        return change
+
+    def inside(self, site: Site, txt_tokens: int, tokens: int) -> Bool[Tensor, "tokens"] | None:
+        """Which of the site's tokens the region has; None: it has no region."""
+        region = self.edit.region
+        if region is None:
+            return None
+        key = (str(site), txt_tokens)
+        if key not in self._masks:
+            if site.per_prompt or site.stream == "txt":
+                mask = region.mask("txt", tokens, self.grid)
+            elif site.stream is None and region.of_image:  # text and image together: a place is on the picture
+                on_picture = region.mask("img", self.grid.tokens, self.grid)
+                mask = np.concatenate([np.zeros(txt_tokens, dtype=bool), on_picture])
+            else:
+                mask = region.mask("img" if site.stream else "txt", tokens, self.grid)
+            self._masks[key] = torch.from_numpy(mask)
+        return self._masks[key]
+
+
+# ---- All edits of one run
+
+
+class Steering:
+    """Edits made ready for one model, one size of picture and one schedule. Nothing of the model is touched yet.
+
+    Raises FluxIRError for what cannot be done: a feature the autoencoder lacks, an autoencoder or a vector of another
+    model, width or site, a step the schedule does not have, a region outside the picture.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[Edit],
+        spec: ModelSpec,
+        *,
+        grid: Grid,
+        num_steps: int,
+        txt_tokens: int | None = None,
+        device: torch.device | str = "cpu",
+        loaded: dict[str, SparseAutoencoder] | None = None,
+    ) -> None:
+        self.spec, self.grid, self.num_steps = spec, grid, num_steps
+        self.txt_tokens = spec.text_tokens if txt_tokens is None else txt_tokens
+        self.device = torch.device(device)
+        self.loaded = {} if loaded is None else loaded
+        """Autoencoders by their folder: read once for all strengths."""
+        self.edits = tuple(edits)
+        self.pooled = [edit for edit in edits if edit.sites == (POOLED,)]
+        self.ready = [self._ready(edit) for edit in edits if edit.sites != (POOLED,)]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site that some edit changes, by depth."""
+        return sorted({site for edit in self.ready for site in edit.weights})
+
+    def changes(self, site: Site, step: int) -> bool:
+        """Whether any edit does something at this site and step."""
+        return any(edit.share(site, step) != 0 for edit in self.ready)
+
+    def at(self, strength: float, number: int | None = None) -> "Steering":
+        """The same with another strength for the edit of this number, or (None) for all that take one."""
+        edits = [
+            edit if edit.kind == "ablate" or (number is not None and place != number) else edit.at(strength)
+            for place, edit in enumerate(self.edits)
+        ]
+        return self._with(edits)
+
+    def _with(self, edits: Sequence[Edit]) -> "Steering":
+        return Steering(
+            edits,
+            self.spec,
+            grid=self.grid,
+            num_steps=self.num_steps,
+            txt_tokens=self.txt_tokens,
+            device=self.device,
+            loaded=self.loaded,
+        )
+
+    def along(self, directions: Mapping[Site, Tensor]) -> "Steering":
+        """The same with every token moved by the same length along other directions, of length 1: a control."""
+        same = self._with(self.edits)
+        for edit in same.ready:
+            edit.instead = {site: directions[site].to(self.device) for site in edit.weights}
+        return same
+
+    def edit_pooled(self, y: Pooled) -> Pooled:
+        """CLIP's vector after the edits of it; itself, where there are none."""
+        for edit in self.pooled:
+            y = edited_pooled(edit, y)
+        return y
+
+    def _ready(self, edit: Edit) -> ReadyEdit:
+        direction, trained_site = self._direction(edit)
+        named = edit.sites if edit.sites is not None else trained_site
+        assert named is not None  # an edit without sites has an autoencoder that says its own
+        sites = sites_among(named, self.spec.sites)
+        self._check_sites(edit, sites, direction, trained_site)
+        self._check_steps(edit, sites)
+        ready = ReadyEdit(edit, direction, _weights(edit, sites), grid=self.grid, num_steps=self.num_steps)
+        for site in sites:  # a region that cannot be is told now, not in the middle of a run
+            ready.inside(site, self.txt_tokens, self._tokens(site))
+        return ready
+
+    def _direction(self, edit: Edit) -> tuple[Direction, str | None]:
+        """The direction of an edit, and the site its autoencoder was trained on."""
+        if edit.vector is not None:
+            vector = edit.vector if isinstance(edit.vector, Tensor) else read_vector(edit.vector)
+            name = "the vector" if isinstance(edit.vector, Tensor) else str(edit.vector)
+            return Vector(vector.to(self.device), edit.units, name), None
+        sae = self._sae(edit)
+        if sae.config.model is not None and sae.config.model != self.spec.name:
+            raise FluxIRError(
+                f"this autoencoder was trained on {sae.config.model}: it is no dictionary of {self.spec.name}",
+                hint=f"--model {sae.config.model}, or an autoencoder of {self.spec.name}",
+            )
+        if edit.sites is None and sae.config.site is None:
+            raise FluxIRError("this autoencoder does not say of which site it is", hint="name it with --sites")
+        if edit.prompt is not None:
+            raise FluxIRError("a steering prompt is to be encoded first", hint="pass the edit through `settled`")
+        return Features(sae, edit.features), sae.config.site  # type: ignore[arg-type]  # a tuple by now
+
+    def _sae(self, edit: Edit) -> SparseAutoencoder:
+        if isinstance(edit.sae, SparseAutoencoder):
+            return edit.sae
+        folder = str(edit.sae)
+        if folder not in self.loaded:
+            self.loaded[folder] = load_sae(folder, device=self.device)
+        return self.loaded[folder]
+
+    def _check_sites(self, edit: Edit, sites: Sequence[Site], direction: Direction, trained: str | None) -> None:
+        width = direction.rows(0).shape[1]
+        for site in sites:
+            if (needed := self._width(site)) != width:
+                what = "vector" if edit.vector is not None else "autoencoder"
+                raise FluxIRError(
+                    f"the tokens of {site} of {self.spec.name} are {needed} wide: this {what} is of {width}",
+                    hint="name a site of this width, or another one" if what == "vector" else f"it is of {trained}",
+                )
+        others = [site for site in sites if trained is not None and str(site) != trained]
+        if others and edit.weights is None:
+            raise FluxIRError(
+                f"this autoencoder was trained on {trained}: got --sites {', '.join(map(str, others))}",
+                hint="leave out --sites; --weights 1, or presence, adds its direction at other sites all the same",
+            )
+        if others and edit.kind != "add":
+            raise FluxIRError(
+                f"only add can be done at a site the autoencoder was not trained on: got {edit.kind} at {others[0]}",
+                hint=f"its features have no activations there: it was trained on {trained}",
+            )
+
+    def _check_steps(self, edit: Edit, sites: Sequence[Site]) -> None:
+        per_prompt = [site for site in sites if site.per_prompt]
+        if per_prompt and (edit.steps is not None or edit.schedule is not None):
+            raise FluxIRError(
+                f"{per_prompt[0]} is computed once per prompt and has no steps", hint="leave out --steps and --schedule"
+            )
+        rows = edit.vector.shape[0] if isinstance(edit.vector, Tensor) and edit.vector.ndim == 2 else None
+        for name, given in (("a schedule", edit.schedule and len(edit.schedule)), ("a vector per step", rows)):
+            if given is not None and given != 1 and given != self.num_steps:
+                raise FluxIRError(
+                    f"{name} has one entry for each of the {self.num_steps} steps: got {given}",
+                    hint=f"--num_steps {given}, or {self.num_steps} entries",
+                )
+
+    def _width(self, site: Site) -> int:
+        if site.per_prompt:
+            return self.spec.text_shape(site)[1]
+        hidden = self.spec.flux.hidden_size
+        return int(hidden * self.spec.flux.mlp_ratio) if site.part == "neurons" else hidden
+
+    def _tokens(self, site: Site) -> int:
+        if site.per_prompt:
+            return self.spec.text_shape(site)[0]
+        return {"img": self.grid.tokens, "txt": self.txt_tokens, None: self.grid.tokens + self.txt_tokens}[site.stream]
+
+
+def _weights(edit: Edit, sites: Sequence[Site]) -> dict[Site, float]:
+    if edit.weights is None:
+        return dict.fromkeys(sites, 1.0)
+    if isinstance(edit.weights, str):
+        raise FluxIRError("the presence of a direction is to be measured first", hint="pass the edit through `settled`")
+    given = [edit.weights] if isinstance(edit.weights, int | float) else list(edit.weights)
+    weights = given * len(sites) if len(given) == 1 else given
+    if len(weights) != len(sites):
+        raise FluxIRError(
+            f"weights are one for all sites, or one for each: got {len(weights)} for {len(sites)} sites",
+            hint=f"the sites are {', '.join(map(str, sites))}, by depth",
+        )
+    return dict(zip(sites, weights, strict=True))
+
+
+def edited_pooled(edit: Edit, y: Pooled) -> Pooled:
+    """CLIP's vector of each prompt after one edit of it."""
+    if edit.is_neutral:
+        return y
+    before = y.float()
+    (strength,) = edit.strengths
+    if edit.vector is None:  # the vector itself is the direction
+        return (before * (strength if edit.kind == "scale" else 0.0)).to(y.dtype)
+    vector = edit.vector if isinstance(edit.vector, Tensor) else read_vector(edit.vector)
+    direction = Vector(vector.to(y.device), edit.units, str(edit.vector))
+    whole = ReadyEdit(edit, direction, {}, grid=Grid(0, 0), num_steps=1)
+    rows = [row[None] + whole.change(row[None], row.norm(), 0) for row in before]
+    return torch.cat(rows).to(y.dtype)
+
+
+@contextmanager
+def steered(model: Flux, rows: Sequence[Steering]) -> Iterator[None]:
+    """While the `with` lasts, every picture of a batch is steered by its own entry of `rows`, or all by the only one.
+
+    The edits of one picture hold in the order they are stated, where several are at one site. Every picture is changed
+    by itself, so that its bits do not depend on the batch.
+    """
+    with ExitStack() as stack:
+        for number in range(max((len(row.ready) for row in rows), default=0)):
+            edits = [row.ready[number] if number < len(row.ready) else None for row in rows]
+            sites = {site for edit in edits if edit is not None for site in edit.weights if not site.per_prompt}
+            if sites:
+                edit_rows = partial(_edited_rows, edits, rows[0].txt_tokens)
+                changes: dict[str | Site, EditFunction] = {site: partial(edit_rows, site) for site in sorted(sites)}
+                stack.enter_context(Intervention(model, changes))
+        yield
+
+
+def _edited_rows(edits: list[ReadyEdit | None], txt_tokens: int, site: Site, value: Tokens, step: int) -> Tokens:
+    """The batch after one edit per picture: itself, where none of them changes anything."""
+    each = edits * len(value) if len(edits) == 1 else edits
+    if len(each) != len(value):
+        raise ValueError(f"{len(each)} edits for {len(value)} pictures")
+    rows = torch.split(value, 1)
+    parts = [row if edit is None else edit(site, txt_tokens, row, step) for row, edit in zip(rows, each, strict=True)]
+    return torch.cat(parts) if any(part is not row for part, row in zip(parts, rows, strict=True)) else value
