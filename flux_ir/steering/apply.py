@@ -8,7 +8,7 @@ The change of a token is m (z' - z) W_dec, m the product of schedule and weight:
 the part that an autoencoder does not explain is never touched, and a token whose change is 0 keeps its bits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -282,7 +282,7 @@ class Steering:
     def at(self, strength: float, number: int | None = None) -> "Steering":
         """The same with another strength for the edit of this number, or (None) for all that take one."""
         edits = [
-            edit if edit.kind == "ablate" or (number is not None and place != number) else edit.at(strength)
+            edit if edit.kind == "ablate" or number not in (None, place) else edit.at(strength)
             for place, edit in enumerate(self.edits)
         ]
         return self._with(edits)
@@ -305,6 +305,23 @@ class Steering:
             edit.instead = {site: directions[site].to(self.device) for site in edit.weights}
         return same
 
+    def during(self, steps: Collection[int]) -> "Steering":
+        """The same at these steps alone, as far as it has them."""
+        same = self._with(self.edits)
+        for edit in same.ready:
+            edit.steps = edit.steps & frozenset(steps)
+        return same
+
+    def region_of_image(self) -> Bool[Tensor, "tokens"] | None:
+        """The image tokens that some edit may change; None: all of them, or no edit says where."""
+        masks = [
+            torch.from_numpy(edit.edit.region.mask("img", self.grid.tokens, self.grid))
+            for edit in self.ready
+            if edit.edit.region is not None
+            and any(site.stream != "txt" and not site.per_prompt for site in edit.weights)
+        ]
+        return torch.stack(masks).any(dim=0) if masks and len(masks) == len(self.ready) else None
+
     def edit_pooled(self, y: Pooled) -> Pooled:
         """CLIP's vector after the edits of it; itself, where there are none."""
         for edit in self.pooled:
@@ -319,8 +336,11 @@ class Steering:
         self._check_sites(edit, sites, direction, trained_site)
         self._check_steps(edit, sites)
         ready = ReadyEdit(edit, direction, _weights(edit, sites), grid=self.grid, num_steps=self.num_steps)
-        for site in sites:  # a region that cannot be is told now, not in the middle of a run
-            ready.inside(site, self.txt_tokens, self._tokens(site))
+        # What cannot be is told now, not in the middle of a run.
+        for site in sites:
+            ready.inside(site, self.txt_tokens, self.tokens(site))
+        if edit.kind not in ("scale", "ablate") or not isinstance(edit.gate, str):
+            direction.unit(edit.units, torch.ones((), device=self.device))
         return ready
 
     def _direction(self, edit: Edit) -> tuple[Direction, str | None]:
@@ -339,7 +359,7 @@ class Steering:
             raise FluxIRError("this autoencoder does not say of which site it is", hint="name it with --sites")
         if edit.prompt is not None:
             raise FluxIRError("a steering prompt is to be encoded first", hint="pass the edit through `settled`")
-        return Features(sae, edit.features), sae.config.site  # type: ignore[arg-type]  # a tuple by now
+        return Features(sae, edit.feature), sae.config.site  # type: ignore[arg-type]  # a tuple by now
 
     def _sae(self, edit: Edit) -> SparseAutoencoder:
         if isinstance(edit.sae, SparseAutoencoder):
@@ -352,7 +372,7 @@ class Steering:
     def _check_sites(self, edit: Edit, sites: Sequence[Site], direction: Direction, trained: str | None) -> None:
         width = direction.rows(0).shape[1]
         for site in sites:
-            if (needed := self._width(site)) != width:
+            if (needed := self.width(site)) != width:
                 what = "vector" if edit.vector is not None else "autoencoder"
                 raise FluxIRError(
                     f"the tokens of {site} of {self.spec.name} are {needed} wide: this {what} is of {width}",
@@ -384,13 +404,15 @@ class Steering:
                     hint=f"--num_steps {given}, or {self.num_steps} entries",
                 )
 
-    def _width(self, site: Site) -> int:
+    def width(self, site: Site) -> int:
+        """The width of a site's tokens."""
         if site.per_prompt:
             return self.spec.text_shape(site)[1]
         hidden = self.spec.flux.hidden_size
         return int(hidden * self.spec.flux.mlp_ratio) if site.part == "neurons" else hidden
 
-    def _tokens(self, site: Site) -> int:
+    def tokens(self, site: Site) -> int:
+        """How many tokens a site has."""
         if site.per_prompt:
             return self.spec.text_shape(site)[0]
         return {"img": self.grid.tokens, "txt": self.txt_tokens, None: self.grid.tokens + self.txt_tokens}[site.stream]
@@ -427,18 +449,20 @@ def edited_pooled(edit: Edit, y: Pooled) -> Pooled:
 
 
 @contextmanager
-def steered(model: Flux, rows: Sequence[Steering]) -> Iterator[None]:
+def steered(model: Flux, rows: Sequence[Steering | None]) -> Iterator[None]:
     """While the `with` lasts, every picture of a batch is steered by its own entry of `rows`, or all by the only one.
 
-    The edits of one picture hold in the order they are stated, where several are at one site. Every picture is changed
-    by itself, so that its bits do not depend on the batch.
+    None leaves its picture alone. Where several edits of a picture are at one site, they hold in the order stated.
+    Every picture is changed by itself, so that its bits do not depend on the batch.
     """
+    every = [[] if row is None else row.ready for row in rows]
+    txt_tokens = next((row.txt_tokens for row in rows if row is not None), 0)
     with ExitStack() as stack:
-        for number in range(max((len(row.ready) for row in rows), default=0)):
-            edits = [row.ready[number] if number < len(row.ready) else None for row in rows]
+        for number in range(max(map(len, every), default=0)):
+            edits = [ready[number] if number < len(ready) else None for ready in every]
             sites = {site for edit in edits if edit is not None for site in edit.weights if not site.per_prompt}
             if sites:
-                edit_rows = partial(_edited_rows, edits, rows[0].txt_tokens)
+                edit_rows = partial(_edited_rows, edits, txt_tokens)
                 changes: dict[str | Site, EditFunction] = {site: partial(edit_rows, site) for site in sorted(sites)}
                 stack.enter_context(Intervention(model, changes))
         yield

@@ -1,14 +1,13 @@
 """What is to be changed: one `Edit` says a kind, a direction, a strength, and where and when it holds. Plain data.
 
-    Edit(sae="saes/mine", features=12, strength=2.0)                       adds twice the feature's own maximum
-    Edit(kind="scale", sae="saes/mine", features=(12, 7), strength=0.0)    takes both out of every token
+    Edit(sae="saes/mine", feature=12, strength=2.0)                       adds twice the feature's own maximum
+    Edit(kind="scale", sae="saes/mine", feature=(12, 7), strength=0.0)    takes both out of every token
     Edit(vector="red.safetensors", sites="double.*.img", strength=0.5, unit="norm")
 
 An edit of features is x + (z' - z) W_dec: the code z becomes z', and what the autoencoder does not explain stays in x,
 once. Files of edits are JSON, and what they name is found beside them. Next: `apply`, which does it.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError, nearest
-from flux_ir.layout import complete_file, write_json
+from flux_ir.files import complete_file, read_json, write_json
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import SiteNames, site_names
 from flux_ir.steering.regions import Region, region_of
@@ -58,7 +57,7 @@ class Edit:
     kind: EditKind = "add"
     sae: str | Path | SparseAutoencoder | None = None
     """The autoencoder whose features are meant: its folder, or as it is loaded."""
-    features: int | Sequence[int] = ()
+    feature: int | Sequence[int] = ()
     prompt: str | None = None
     """A steering prompt: its code, the mean over its tokens, is added (kind `add` alone), in units of itself."""
     vector: str | Path | Tensor | None = None
@@ -89,7 +88,7 @@ class Edit:
         self._check_amount()
 
     def _check_direction(self) -> None:
-        given = [name for name in ("features", "prompt", "vector") if getattr(self, name) not in (None, ())]
+        given = [name for name in ("feature", "prompt", "vector") if getattr(self, name) not in (None, ())]
         pooled = self.sites == (POOLED,)
         if len(given) != 1 and not (pooled and not given and self.kind in ("scale", "ablate")):
             raise FluxIRError(
@@ -102,7 +101,7 @@ class Edit:
                 f"got sae={self.sae} with {given[0] if given else 'nothing'}",
                 hint="--sae FOLDER names it",
             )
-        if given != ["features"] and self.sites is None and self.sae is None:
+        if given != ["feature"] and self.sites is None and self.sae is None:
             raise FluxIRError("a vector is of no site by itself", hint="--sites double.3.img says where to add it")
         if pooled and given not in ([], ["vector"]):
             raise FluxIRError(
@@ -124,9 +123,9 @@ class Edit:
     def _check_amount(self) -> None:
         if not all(math.isfinite(number) for number in self.strengths):
             raise FluxIRError(f"a strength is a finite number: got {self.strength}", hint="try 1, the unit itself")
-        if len(self.strengths) not in (1, len(self.features)):  # type: ignore[arg-type]  # a tuple by now
+        if len(self.strengths) not in (1, len(self.feature)):  # type: ignore[arg-type]  # a tuple by now
             raise FluxIRError(
-                f"several features take one strength, or one each: got {len(self.features)} features and "  # type: ignore[arg-type]
+                f"several features take one strength, or one each: got {len(self.feature)} features and "  # type: ignore[arg-type]
                 f"{len(self.strengths)} strengths",
                 hint="give one strength, or as many as features",
             )
@@ -197,11 +196,8 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
     Raises FluxIRError for a file that cannot be read or holds something else.
     """
     path = Path(path)
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FluxIRError(f"cannot read the edits in {path}: {error}", hint="flux-ir steer writes edit.json") from error
-    if not isinstance(stored, dict) or not isinstance(stored.get("edits"), list) or not stored["edits"]:
+    stored = read_json(path, hint="flux-ir steer writes such a file, edit.json")
+    if not isinstance(stored.get("edits"), list) or not stored["edits"]:
         raise FluxIRError(
             f'{path} must hold {{"format": {FORMAT}, "edits": [...]}} with one edit at least',
             hint="flux-ir steer writes such a file, edit.json",
@@ -240,7 +236,7 @@ def _with_files(stored: object, moved: Callable[[str], str]) -> dict[str, Any]:
 
 
 _WORDS: dict[str, tuple[str, ...]] = {"kind": get_args(EditKind), "unit": get_args(Unit), "gate": get_args(Gate)}
-_NUMBERS: dict[str, type] = {"features": int, "steps": int, "schedule": float, "weights": float, "strength": float}
+_NUMBERS: dict[str, type] = {"feature": int, "steps": int, "schedule": float, "weights": float, "strength": float}
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:

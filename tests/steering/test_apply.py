@@ -41,7 +41,7 @@ def test_the_neutral_strength_changes_no_bit_at_any_site(
     plain = model(*inputs)
     for site in every_site(model):
         sae = tiny_sae(str(site), width_of(site, tiny_flux_params))
-        ready = steering(Edit(kind=kind, sae=sae, features=(3, 5), strength=NEUTRAL[kind]))
+        ready = steering(Edit(kind=kind, sae=sae, feature=(3, 5), strength=NEUTRAL[kind]))
         with steered(model, [ready]):
             assert torch.equal(model(*inputs), plain), str(site)
     assert hooks_on(model) == 0
@@ -64,7 +64,7 @@ def test_an_edit_that_reaches_nothing_changes_no_bit_at_any_site(
     plain = model(*inputs)
     for site in every_site(model):
         sae = tiny_sae(str(site), width_of(site, tiny_flux_params))
-        ready = steering(Edit(kind=kind, sae=sae, features=3, strength=2.0, **nowhere))
+        ready = steering(Edit(kind=kind, sae=sae, feature=3, strength=2.0, **nowhere))
         with steered(model, [ready]):
             assert torch.equal(model(*inputs), plain), str(site)
 
@@ -73,7 +73,7 @@ def test_an_edit_that_reaches_nothing_changes_no_bit_at_any_site(
 def test_tokens_whose_change_is_zero_keep_their_bits(tiny_flux, tiny_inputs, tiny_sae, steering, kind):
     model, inputs = tiny_flux(dtype=torch.bfloat16), tiny_inputs(dtype=torch.bfloat16)
     before, _ = at_site(model, inputs, steering())
-    ready = steering(Edit(kind=kind, sae=tiny_sae(), features=3, strength=2.0, region=Region(rectangle=(0, 0, 32, 32))))
+    ready = steering(Edit(kind=kind, sae=tiny_sae(), feature=3, strength=2.0, region=Region(rectangle=(0, 0, 32, 32))))
     after, _ = at_site(model, inputs, ready)
     outside = [token for token in range(GRID.tokens) if token not in INSIDE]
     assert torch.equal(after[:, outside], before[:, outside])
@@ -84,7 +84,7 @@ def test_features_that_are_silent_are_not_scaled_to_life(tiny_flux, tiny_inputs,
     before, _ = at_site(model, inputs, steering())
     silent = sae.encode(before)[0, :, 3] == 0
     assert 0 < silent.sum() < len(silent)
-    after, _ = at_site(model, inputs, steering(Edit(kind="scale", sae=sae, features=3, strength=5.0)))
+    after, _ = at_site(model, inputs, steering(Edit(kind="scale", sae=sae, feature=3, strength=5.0)))
     changed = (after != before).any(dim=2)[0]
     assert torch.equal(changed, ~silent)
 
@@ -124,7 +124,7 @@ def test_the_reconstruction_changes_and_the_error_stays_once(
     model, inputs, sae = tiny_flux(), tiny_inputs(), tiny_sae(architecture=architecture)
     before, _ = at_site(model, inputs, steering())
     strength = (2.0, 0.5)
-    edit = Edit(kind=kind, sae=sae, features=(3, 5), strength=strength, unit=unit)
+    edit = Edit(kind=kind, sae=sae, feature=(3, 5), strength=strength, unit=unit)
     after, _ = at_site(model, inputs, steering(edit))
     z = sae.encode(before)
     units = {"max": sae.max_active, "mean": sae.mean_active, "raw": torch.ones(sae.config.d_sae)}[unit]
@@ -139,7 +139,7 @@ def test_half_a_small_strength_makes_half_the_change(tiny_flux, tiny_inputs, tin
     plain = model(*inputs)
     changes = []
     for strength in (0.01, 0.005):
-        _, velocity = at_site(model, inputs, steering(Edit(sae=tiny_sae(), features=3, strength=strength)))
+        _, velocity = at_site(model, inputs, steering(Edit(sae=tiny_sae(), feature=3, strength=strength)))
         changes.append((velocity - plain).norm())
     assert changes[1] / changes[0] == pytest.approx(0.5, rel=0.05)
 
@@ -147,7 +147,7 @@ def test_half_a_small_strength_makes_half_the_change(tiny_flux, tiny_inputs, tin
 def test_norm_is_the_mean_length_of_the_sites_tokens(tiny_flux, tiny_inputs, tiny_sae, steering):
     model, inputs, sae = tiny_flux(), tiny_inputs(batch=2), tiny_sae()
     before, _ = at_site(model, inputs, steering())
-    after, _ = at_site(model, inputs, steering(Edit(sae=sae, features=3, strength=0.5, unit="norm")))
+    after, _ = at_site(model, inputs, steering(Edit(sae=sae, feature=3, strength=0.5, unit="norm")))
     moved = (after - before).norm(dim=2)
     torch.testing.assert_close(moved, 0.5 * before.norm(dim=2).mean(dim=1, keepdim=True).expand_as(moved))
 
@@ -156,7 +156,7 @@ def test_norm_is_the_mean_length_of_the_sites_tokens(tiny_flux, tiny_inputs, tin
 def test_the_gate_says_which_tokens(tiny_flux, tiny_inputs, tiny_sae, steering, gate, above):
     model, inputs, sae = tiny_flux(), tiny_inputs(), tiny_sae()
     before, _ = at_site(model, inputs, steering())
-    after, _ = at_site(model, inputs, steering(Edit(sae=sae, features=3, strength=1.0, gate=gate)))
+    after, _ = at_site(model, inputs, steering(Edit(sae=sae, feature=3, strength=1.0, gate=gate)))
     changed = (after != before).any(dim=2)[0]
     z = sae.encode(before)[0, :, 3] / sae.max_active[3]
     assert torch.equal(changed, torch.ones_like(changed) if above is None else z > above)
@@ -165,10 +165,10 @@ def test_the_gate_says_which_tokens(tiny_flux, tiny_inputs, tiny_sae, steering, 
 def test_steps_and_schedule_say_when(tiny_flux, tiny_inputs, tiny_sae, steering):
     model, inputs = tiny_flux(), tiny_inputs()
     plain, velocities = model(*inputs), []
-    edit = Edit(sae=tiny_sae(), features=3, steps=(1, 2), schedule=(1.0, 0.0, 2.0))
+    edit = Edit(sae=tiny_sae(), feature=3, steps=(1, 2), schedule=(1.0, 0.0, 2.0))
     with steered(model, [steering(edit, num_steps=3)]):
         velocities = [model(*inputs) for _ in range(3)]
-    _, twice = at_site(model, inputs, steering(Edit(sae=tiny_sae(), features=3, strength=2.0)))
+    _, twice = at_site(model, inputs, steering(Edit(sae=tiny_sae(), feature=3, strength=2.0)))
     assert [torch.equal(velocity, plain) for velocity in velocities] == [True, True, False]
     assert torch.equal(velocities[2], twice)
 
@@ -177,7 +177,7 @@ def test_weights_share_the_change_among_sites(tiny_flux, tiny_inputs, tiny_sae, 
     model, inputs, sae = tiny_flux(), tiny_inputs(), tiny_sae()
     sites = ("double.0.img", "double.1.img")
     plain = {site: at_site(model, inputs, steering(), site)[0] for site in sites}
-    edit = Edit(sae=sae, features=3, sites=sites, weights=(0.25, 0.0))
+    edit = Edit(sae=sae, feature=3, sites=sites, weights=(0.25, 0.0))
     after, _ = at_site(model, inputs, steering(edit), "double.0.img")
     change = 0.25 * sae.max_active[3] * sae.W_dec[3]
     torch.testing.assert_close(after, plain["double.0.img"] + change)
@@ -187,7 +187,7 @@ def test_weights_share_the_change_among_sites(tiny_flux, tiny_inputs, tiny_sae, 
 def test_a_place_on_the_picture_leaves_the_text_alone(tiny_flux, tiny_inputs, tiny_sae, steering, site):
     model, inputs = tiny_flux(), tiny_inputs()
     before, _ = at_site(model, inputs, steering(), site)
-    edit = Edit(sae=tiny_sae(site), features=3, region=Region(rectangle=(0, 0, 32, 32)))
+    edit = Edit(sae=tiny_sae(site), feature=3, region=Region(rectangle=(0, 0, 32, 32)))
     if site.endswith("txt"):
         with pytest.raises(FluxIRError, match="no region of text tokens"):
             steering(edit)
@@ -239,7 +239,7 @@ def test_a_vector_may_have_a_direction_for_each_step(tiny_flux, tiny_inputs, ste
 def test_edits_hold_in_the_order_they_are_stated(tiny_flux, tiny_inputs, tiny_sae, steering, first, second):
     model, inputs, sae = tiny_flux(), tiny_inputs(), tiny_sae(architecture="jumprelu")
     before, _ = at_site(model, inputs, steering())
-    edits = [Edit(kind=kind, sae=sae, features=3, strength=2.0) for kind in (first, second)]
+    edits = [Edit(kind=kind, sae=sae, feature=3, strength=2.0) for kind in (first, second)]
     after, _ = at_site(model, inputs, steering(*edits))
     step_by_step = before
     for kind in (first, second):
@@ -252,7 +252,7 @@ def test_edits_hold_in_the_order_they_are_stated(tiny_flux, tiny_inputs, tiny_sa
 def test_every_picture_of_a_batch_has_its_own_strength(tiny_flux, tiny_inputs, tiny_sae, steering):
     model, inputs, sae = tiny_flux(), tiny_inputs(batch=3), tiny_sae()
     before, _ = at_site(model, inputs, steering())
-    ready = steering(Edit(sae=sae, features=3))
+    ready = steering(Edit(sae=sae, feature=3))
     after, _ = at_site(model, inputs, [ready.at(strength) for strength in (0.0, 1.0, 3.0)])
     change = torch.tensor([0.0, 1.0, 3.0])[:, None, None] * sae.max_active[3] * sae.W_dec[3]
     torch.testing.assert_close(after, before + change)
@@ -264,7 +264,7 @@ def test_every_picture_of_a_batch_has_its_own_strength(tiny_flux, tiny_inputs, t
 def test_a_control_moves_every_token_as_far_in_another_direction(tiny_flux, tiny_inputs, tiny_sae, steering):
     model, inputs, sae = tiny_flux(), tiny_inputs(), tiny_sae()
     before, _ = at_site(model, inputs, steering())
-    ready = steering(Edit(kind="scale", sae=sae, features=(3, 5), strength=3.0))
+    ready = steering(Edit(kind="scale", sae=sae, feature=(3, 5), strength=3.0))
     (site,) = ready.sites
     direction = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(1)), dim=0)
     edited, _ = at_site(model, inputs, ready)
@@ -275,7 +275,7 @@ def test_a_control_moves_every_token_as_far_in_another_direction(tiny_flux, tiny
 
 def test_no_hook_is_left_whatever_raises(tiny_flux, tiny_inputs, tiny_sae, steering):
     model, inputs = tiny_flux(), tiny_inputs()
-    edits = [Edit(sae=tiny_sae(site), features=3) for site in ("double.1.img", "single.2", "double.0.txt.update")]
+    edits = [Edit(sae=tiny_sae(site), feature=3) for site in ("double.1.img", "single.2", "double.0.txt.update")]
     for error in (KeyError, FluxIRError("as a caller would")):
         with pytest.raises(Exception, match="as a caller would" if isinstance(error, FluxIRError) else ""):
             run_and_fail(model, inputs, steering(*edits), error)

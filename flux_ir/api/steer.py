@@ -1,0 +1,561 @@
+"""Steering: the same noise with an edit at several strengths, what each of them costs, and the same with controls.
+
+    done = steer("a red circle on a white background", sae="saes/mine", feature=12, strength=(0, 1, 2, 4))
+    done.table      one row per strength, the means over seeds with their intervals
+
+Every picture is kept with its numbers as soon as it is made: the same call again makes what is missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.capture import CaptureSettings, settle_machine, settle_text
+from flux_ir.api.models import side_px
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
+from flux_ir.collecting.collection import weights_digest
+from flux_ir.errors import FluxIRError
+from flux_ir.files import complete_file, read_json, versions, write_json
+from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord
+from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.placement import Placement
+from flux_ir.models.registry import get_spec
+from flux_ir.models.suite import Suite
+from flux_ir.models.text import TextEmbedding, encode
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sampling.generate import check_size, check_steps
+from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sites import Site, SiteNames
+from flux_ir.steering.apply import Steering
+from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
+from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, read_edits, save_edits
+from flux_ir.steering.regions import Grid, Region
+from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, row_json, tabulate
+from flux_ir.visualize.sheet import Column, Row, draw_sheet
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerSettings:
+    """What a steering is asked for; see `steer`. What is None is settled by the model, the machine or the edit."""
+
+    prompt: str | None = None
+    prompt_embeds: str | Path | None = None
+    model: str | Suite = "flux-schnell"
+    edit: str | Path | Edit | Sequence[Edit] | None = None
+    sae: str | Path | None = None
+    feature: tuple[int, ...] = ()
+    vector: str | Path | None = None
+    kind: EditKind = "add"
+    sites: SiteNames | None = None
+    unit: Unit | None = None
+    gate: Gate | float = "all"
+    region: tuple[int, ...] | None = None
+    mask: str | Path | None = None
+    above: float = 0.5
+    steps: tuple[int, ...] | None = None
+    schedule: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    strength: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+    seed: int = 0
+    seeds: int = 4
+    controls: int = 20
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    device: str | None = None
+    multi_gpu: bool = False
+    offload: bool = False
+    dtype: DtypeWord = "auto"
+    checkpoint: str | Path | None = None
+    ae_checkpoint: str | Path | None = None
+    batch_size: int = 8
+    name: str | None = None
+    output_dir: str | Path = "steering"
+
+
+LEAST = {"seed": 0, "seeds": 1, "controls": 0, "batch_size": 1}
+
+
+class Steered(NamedTuple):
+    """What a steering has written, and its table."""
+
+    folder: Path
+    table: list[DoseRow]
+    numbers: Path
+    edit: Path
+    sheets: list[Path]
+    notes: list[str]
+
+
+class SteeringJob(NamedTuple):
+    """A steering with every open question answered; nothing of the model is loaded yet."""
+
+    settings: SteerSettings
+    suite: Suite
+    prompt: str
+    text: TextEmbedding | None
+    """None: the prompt is still to be encoded."""
+    placement: Placement
+    compute: ComputeDtype
+    grid: Grid
+    timesteps: list[float]
+    guidance: float
+    steering: Steering
+    """The edits, at whatever strength they were given."""
+
+    @property
+    def seeds(self) -> range:
+        """One for each noise."""
+        return range(self.settings.seed, self.settings.seed + self.settings.seeds)
+
+
+def steer(
+    prompt: str | None = None,
+    *,
+    prompt_embeds: str | Path | None = None,
+    model: str | Suite = "flux-schnell",
+    edit: str | Path | Edit | Sequence[Edit] | None = None,
+    sae: str | Path | None = None,
+    feature: int | Iterable[int] = (),
+    vector: str | Path | None = None,
+    kind: EditKind = "add",
+    sites: SiteNames | None = None,
+    unit: Unit | None = None,
+    gate: Gate | float = "all",
+    region: Iterable[int] | None = None,
+    mask: str | Path | None = None,
+    above: float = 0.5,
+    steps: Iterable[int] | None = None,
+    schedule: Iterable[float] | None = None,
+    weights: float | Iterable[float] | None = None,
+    strength: float | Iterable[float] = (0.0, 1.0, 2.0, 4.0),
+    seed: int = 0,
+    seeds: int = 4,
+    controls: int = 20,
+    width: int | None = None,
+    height: int | None = None,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+    device: str | None = None,
+    multi_gpu: bool = False,
+    offload: bool = False,
+    dtype: DtypeWord = "auto",
+    checkpoint: str | Path | None = None,
+    ae_checkpoint: str | Path | None = None,
+    batch_size: int = 8,
+    name: str | None = None,
+    output_dir: str | Path = "steering",
+    progress: Watch = unwatched,
+) -> Steered:
+    """Sample one prompt with an edit at every `strength`, from `seeds` noises, beside the unsteered pictures.
+
+    The edit is given by `edit`, an `Edit`, several or their file, or by `sae` and `feature` (or `vector`) and the other
+    fields of one: `region` is left, top, right, bottom in px, `mask` a picture or a .npy map that is `above` a
+    threshold where the edit holds. `controls` random directions move every token as far, and so does the best aligned
+    neuron; at the largest strength the edit is also made in each third of the steps alone.
+
+    Goes into a folder below `output_dir`, named by `name` or by the settings; the same call again goes on with what is
+    there. Raises FluxIRError for what a user can mend, before a weight is loaded where that is possible.
+    """
+    settings = SteerSettings(
+        prompt=prompt,
+        prompt_embeds=prompt_embeds,
+        model=model,
+        edit=edit,
+        sae=sae,
+        feature=_tuple(feature),
+        vector=vector,
+        kind=kind,
+        sites=sites,
+        unit=unit,
+        gate=gate,
+        region=None if region is None else _tuple(region),
+        mask=mask,
+        above=above,
+        steps=None if steps is None else _tuple(steps),
+        schedule=None if schedule is None else _tuple(schedule),
+        weights=None if weights is None else _tuple(weights),
+        strength=_tuple(strength),
+        seed=seed,
+        seeds=seeds,
+        controls=controls,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=guidance,
+        device=device,
+        multi_gpu=multi_gpu,
+        offload=offload,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+        batch_size=batch_size,
+        name=name,
+        output_dir=output_dir,
+    )
+    return run_steering(settings, progress)
+
+
+def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steered:
+    """The same, with its settings in one object."""
+    job = settle(settings, progress)
+    folder = SteeringFolder(job)
+    notes = notes_of(job)
+    for note in notes:
+        progress(Note(note))
+    texts = texts_of(job, progress)
+    with job.suite.transformer() as model, job.suite.autoencoder() as autoencoder:
+        painter = Painter(
+            model,
+            autoencoder,
+            job.grid,
+            job.timesteps,
+            job.guidance,
+            job.compute.dtype,
+            meter=job.steering,
+            batch=settings.batch_size,
+        )
+        variants = variants_of(job, texts, neurons_of(job, model, texts[None]))
+        make_missing(job, folder, painter, variants, progress)
+    runs = [folder.read(variant) for variant in variants]
+    table = tabulate(runs)
+    with phase(progress, "sheets"):
+        sheets = folder.draw(job, runs)
+    return Steered(folder.path, table, folder.write_numbers(job, runs, table), folder.edit, sheets, notes)
+
+
+# ---- What is asked for
+
+
+def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
+    """Answer every question that is left open, and find the files. Raises FluxIRError for what a user can mend."""
+    check_words(SteerSettings, {name: getattr(settings, name) for name in ("kind", "unit", "dtype")})
+    check_least(LEAST, vars(settings))
+    if not settings.strength:
+        raise FluxIRError("a steering has at least one strength: got none", hint="--strength 0,1,2,4")
+    spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
+    grid = Grid(side_px(settings.width, spec), side_px(settings.height, spec))
+    check_size(grid.height, grid.width)
+    num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
+    timesteps = get_schedule(num_steps, grid.tokens, shift=spec.shifts_schedule)
+    check_steps(settings.steps, num_steps)
+    edits = edits_of(settings)
+    shared = ("prompt", "prompt_embeds", "model", "device", "multi_gpu", "offload", "dtype", "checkpoint")
+    like_a_capture = CaptureSettings(**{name: getattr(settings, name) for name in (*shared, "ae_checkpoint")})
+    placement, compute = settle_machine(like_a_capture)
+    prompt, text = settle_text(like_a_capture, spec)
+    steering = Steering(
+        edits,
+        spec,
+        grid=grid,
+        num_steps=num_steps,
+        txt_tokens=None if text is None else text.txt.shape[1],
+        device=placement.transformer,
+    )
+    if isinstance(settings.model, Suite):
+        suite = settings.model
+    else:
+        source = locate_model(
+            spec,
+            settings.checkpoint,
+            settings.ae_checkpoint,
+            text=text is None,
+            announce=lambda line: progress(Note(line)),
+        )
+        suite = Suite(spec, source, placement, compute.dtype)
+    progress(Note(f"{spec.name} on {', '.join(placement.devices)} ({placement.reason}), {compute}"))
+    guidance = spec.default_guidance if settings.guidance is None else settings.guidance
+    return SteeringJob(settings, suite, prompt, text, placement, compute, grid, timesteps, guidance, steering)
+
+
+def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
+    """The edits that are meant. Raises FluxIRError where they are given twice, or not at all."""
+    fields = ("sae", "feature", "vector", "sites", "unit", "region", "mask", "steps", "schedule", "weights")
+    given = [name for name in fields if getattr(settings, name) not in (None, ())]
+    if settings.edit is not None:
+        if given:
+            raise FluxIRError(
+                f"--edit says everything about the edit: got --{given[0]} as well", hint="change it in the file"
+            )
+        if isinstance(settings.edit, Edit):
+            return (settings.edit,)
+        return read_edits(settings.edit) if isinstance(settings.edit, str | Path) else tuple(settings.edit)
+    region = None
+    if settings.region is not None and settings.mask is not None:
+        raise FluxIRError("a region is a rectangle or a mask: got --region and --mask", hint="leave one of them out")
+    if settings.region is not None:
+        if len(settings.region) != 4:
+            raise FluxIRError(
+                f"--region is left,top,right,bottom in px: got {len(settings.region)} numbers",
+                hint="--region 0,0,64,128 is the left half of a picture of 128 x 128 px",
+            )
+        region = Region(rectangle=settings.region)
+    if settings.mask is not None:
+        is_map = Path(settings.mask).suffix == ".npy"
+        region = Region(**{"map" if is_map else "image": settings.mask}, above=settings.above)  # type: ignore[arg-type]
+    return (
+        Edit(
+            kind=settings.kind,
+            sae=settings.sae,
+            feature=settings.feature,
+            vector=settings.vector,
+            sites=settings.sites,
+            unit=settings.unit,
+            gate=settings.gate,
+            region=region,
+            steps=settings.steps,
+            schedule=settings.schedule,
+            weights=settings.weights,
+        ),
+    )
+
+
+def notes_of(job: SteeringJob) -> list[str]:
+    """Edits that change nothing, whatever their strength."""
+    notes = []
+    for number, edit in enumerate(job.steering.ready, start=1):
+        masks = [edit.inside(site, job.steering.txt_tokens, job.steering.tokens(site)) for site in edit.weights]
+        if all(mask is not None and not mask.any() for mask in masks):
+            notes.append(f"note: edit {number} changes nothing: its region has no token")
+        if not any(edit.edit.schedule or [1]) or not edit.steps & set(range(job.steering.num_steps)):
+            notes.append(f"note: edit {number} changes nothing: it has no step of this schedule")
+    return notes
+
+
+# ---- The pictures
+
+
+def texts_of(job: SteeringJob, progress: Watch) -> dict[float | None, TextEmbedding]:
+    """What the transformer is told at every strength, and (None) without the edit."""
+    plain = job.text
+    if plain is None:
+        with phase(progress, "text"), job.suite.text_encoders() as encoders:
+            plain = encode(encoders.t5, encoders.clip, [job.prompt])
+    texts: dict[float | None, TextEmbedding] = {None: plain}
+    for strength in job.settings.strength:
+        texts[strength] = plain._replace(y=job.steering.at(strength).edit_pooled(plain.y))
+    return texts
+
+
+def neurons_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> dict[Site, tuple[int, Tensor]]:
+    """The best aligned neuron of each site, under the conditioning at the middle of the schedule."""
+    device, dtype = model.img_in.weight.device, job.compute.dtype
+    middle = job.timesteps[(len(job.timesteps) - 1) // 2]
+    times, guidance = (torch.tensor([value], device=device, dtype=dtype) for value in (middle, job.guidance))
+    with torch.no_grad():
+        vec = model.conditioning(times, text.y.to(device, dtype), guidance)
+        return aligned_neurons(model, job.steering, vec)
+
+
+def variants_of(
+    job: SteeringJob, texts: Mapping[float | None, TextEmbedding], neurons: Mapping[Site, tuple[int, Tensor]]
+) -> list[Variant]:
+    """Every picture to make: the unsteered ones, the doses, their controls, and each window of steps by itself."""
+    settings, plain = job.settings, texts[None]
+    variants = [Variant(UNSTEERED, 0.0, seed, plain, None) for seed in job.seeds]
+    doses = {strength: job.steering.at(strength) for strength in settings.strength}
+    for strength, steering in doses.items():
+        variants += [Variant(EDIT, strength, seed, texts[strength], steering) for seed in job.seeds]
+    if not job.steering.sites:  # only the text is edited: there is no direction to compare with
+        return variants
+    directions = {f"{RANDOM}_{number}": random_directions(job.steering, number) for number in range(settings.controls)}
+    if settings.controls and len(neurons) == len(job.steering.sites):
+        directions[NEURON] = {site: direction for site, (_, direction) in neurons.items()}
+    for strength, steering in doses.items():
+        for number, (row, along) in enumerate(directions.items()):
+            # A random direction is one draw and gets one noise; the neuron is compared on all.
+            seeds = list(job.seeds) if row == NEURON else [job.seeds[number % len(job.seeds)]]
+            variants += [Variant(row, strength, seed, plain, steering.along(along)) for seed in seeds]
+    strongest = max(settings.strength, key=abs)
+    for row, steps in windows(job.steering.num_steps).items():
+        steering = doses[strongest].during(steps)
+        variants += [Variant(row, strongest, seed, texts[strongest], steering) for seed in job.seeds]
+    return variants
+
+
+def make_missing(
+    job: SteeringJob, folder: "SteeringFolder", painter: Painter, variants: Sequence[Variant], progress: Watch
+) -> None:
+    """Makes the pictures that are not there, and keeps each with its numbers as soon as it is made."""
+    missing = [variant for variant in variants if not folder.has(variant)]
+    needed = {variant.seed for variant in missing}
+    unsteered = [variant for variant in variants if variant.row == UNSTEERED and variant.seed in needed]
+    others = [variant for variant in missing if variant.row != UNSTEERED]
+    baselines: dict[int, Made] = {}
+    inside = job.steering.region_of_image()
+    made_now = painter.make([*unsteered, *others])
+    for made in follow(progress, "pictures", made_now, total=len(unsteered) + len(others)):
+        variant = made.variant
+        if variant.row == UNSTEERED:
+            baselines[variant.seed] = made
+        baseline = baselines[variant.seed]
+        active, then = made.activity, baseline.activity
+        run = Run(
+            variant.row,
+            variant.strength,
+            variant.seed,
+            activation=None if active is None else active.after,
+            carried=None if active is None else active.carried,
+            moved=None if active is None or then is None else moved(job.steering, active, then),
+            price=None if variant.row == UNSTEERED else price(made, baseline, inside, job.grid),
+        )
+        folder.keep(run, made)
+
+
+# ---- The folder
+
+
+class SteeringFolder:
+    """Where a steering keeps its pictures and numbers: `edit.json`, `pictures/`, `steering.json` and the sheets.
+
+    Raises FluxIRError for a folder of other settings.
+    """
+
+    def __init__(self, job: SteeringJob) -> None:
+        identity = identity_of(job)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        self.path = Path(job.settings.output_dir) / (job.settings.name or f"{job.suite.spec.name}_{digest}")
+        self.edit, self.numbers = self.path / "edit.json", self.path / "steering.json"
+        self.pictures, self._identity = self.path / "pictures", self.path / "identity.json"
+        if self._identity.is_file():
+            there = read_json(self._identity)
+            if differing := [name for name, value in identity.items() if there.get(name) != value]:
+                raise FluxIRError(
+                    f"{self.path} holds a steering with another {differing[0]}",
+                    hint="choose another --name, or leave it out: the name then follows from the settings",
+                )
+        else:
+            write_json(self._identity, identity)
+            if not any(isinstance(edit.sae, SparseAutoencoder) for edit in job.steering.edits):
+                save_edits(job.steering.edits, self.edit)
+
+    def picture(self, row: str, strength: float, seed: int) -> Path:
+        """The PNG of one picture; its numbers are beside it, under the same name."""
+        return self.pictures / f"{row}_strength_{strength:g}_seed_{seed}.png"
+
+    def _run(self, row: str, strength: float, seed: int) -> Path:
+        return self.picture(row, strength, seed).with_suffix(".json")
+
+    def has(self, variant: Variant) -> bool:
+        """Whether a picture is there with its numbers, which are written after it."""
+        return self._run(variant.row, variant.strength, variant.seed).is_file()
+
+    def keep(self, run: Run, made: Made) -> None:
+        """Write a picture, then its numbers."""
+        encoded = BytesIO()
+        Image.fromarray(made.picture.numpy()).save(encoded, format="PNG")
+        with complete_file(self.picture(run.row, run.strength, run.seed)) as beside:
+            beside.write_bytes(encoded.getbuffer())
+        write_json(self._run(run.row, run.strength, run.seed), run.to_json())
+
+    def read(self, variant: Variant) -> Run:
+        """The numbers of a picture that is there."""
+        return Run.from_json(read_json(self._run(variant.row, variant.strength, variant.seed)))
+
+    def write_numbers(self, job: SteeringJob, runs: Sequence[Run], table: Sequence[DoseRow]) -> Path:
+        """Everything in one file: what was asked for, the table, and every picture's numbers."""
+        write_json(
+            self.numbers,
+            {
+                "settings": read_json(self._identity)
+                | {"seeds": list(job.seeds), "strength": list(job.settings.strength)},
+                "table": [row_json(row) for row in table],
+                "pictures": [run.to_json() for run in runs],
+                "versions": versions("torch"),
+            },
+        )
+        return self.numbers
+
+    def draw(self, job: SteeringJob, runs: Sequence[Run]) -> list[Path]:
+        """The doses of every seed, the controls, and the windows, each on one sheet; a GIF from weak to strong."""
+        strengths = sorted(set(job.settings.strength))
+        columns = [Column("unsteered", "0")] + [Column(f"{strength:g}", f"{strength:g}") for strength in strengths]
+        title = f"{job.prompt}"
+        rows = [
+            Row(f"seed {seed}", [self.picture(UNSTEERED, 0.0, seed), *(self.picture(EDIT, s, seed) for s in strengths)])
+            for seed in job.seeds
+        ]
+        sheets = [self._sheet("doses.png", title, "strength", columns, rows)]
+        first = {run.row: run.seed for run in reversed(runs) if run.row != UNSTEERED}
+        controls = [name for name in dict.fromkeys(run.row for run in runs) if name.startswith((RANDOM, NEURON))]
+        if controls:
+            rows = [
+                Row(
+                    name.replace("_", " "),
+                    [
+                        self.picture(UNSTEERED, 0.0, first[name]),
+                        *(self.picture(name, s, first[name]) for s in strengths),
+                    ],
+                )
+                for name in (EDIT, *controls)
+            ]
+            sheets.append(self._sheet("controls.png", title, "other directions, as far", columns, rows))
+        return sheets
+
+    def _sheet(self, name: str, title: str, subtitle: str, columns: Sequence[Column], rows: Sequence[Row]) -> Path:
+        draw_sheet(title, subtitle, columns, rows, self.path / name)
+        return self.path / name
+
+
+def identity_of(job: SteeringJob) -> dict[str, Any]:
+    """What the pictures' bits depend on, but for seeds and strengths: any of these may be added later."""
+    text = (
+        job.prompt
+        if job.text is None
+        else hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in job.text)).hexdigest()
+    )
+    return {
+        "model": job.suite.spec.name,
+        "weights": weights_digest(job.suite.source, autoencoder=True),
+        "prompt": text,
+        "edits": [described(edit, job.steering) for edit in job.steering.edits],
+        "size": list(job.grid),
+        "timesteps": job.timesteps,
+        "guidance": job.guidance,
+        "dtype": str(job.compute.dtype),
+        "device": torch.device(job.placement.transformer).type,
+    }
+
+
+def described(edit: Edit, steering: Steering) -> dict[str, Any]:
+    """An edit by the content of what it names, without its strength."""
+    plain = {name: value for name, value in vars(edit).items() if name not in ("strength", "sae", "vector", "region")}
+    named = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in plain.items() if value is not None
+    }
+    ready = next((one for one in steering.ready if one.edit is edit), None)
+    if ready is not None:
+        named["direction"] = _digest(
+            ready.direction.rows(0), *([ready.direction.sae.encoder] if hasattr(ready.direction, "sae") else [])
+        )
+        named["weights"] = {str(site): weight for site, weight in ready.weights.items()}
+        named["tokens"] = {
+            str(site): None
+            if (mask := ready.inside(site, steering.txt_tokens, steering.tokens(site))) is None
+            else mask.nonzero().flatten().tolist()
+            for site in ready.weights
+        }
+    return named
+
+
+def _digest(*tensors: Tensor) -> str:
+    return hashlib.sha256(
+        b"".join(t.detach().float().cpu().contiguous().numpy().tobytes() for t in tensors)
+    ).hexdigest()[:16]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Iterable) else (value,)
