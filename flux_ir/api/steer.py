@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -40,10 +40,9 @@ from flux_ir.steering.apply import Steering
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
 from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, read_edits, save_edits
 from flux_ir.steering.regions import Grid, Region
+from flux_ir.steering.settle import is_settled, settled, stand_in
 from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, row_json, tabulate
 from flux_ir.visualize.sheet import Column, Row, draw_sheet
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +56,7 @@ class SteerSettings:
     sae: str | Path | None = None
     feature: tuple[int, ...] = ()
     vector: str | Path | None = None
+    steering_prompt: str | None = None
     kind: EditKind = "add"
     sites: SiteNames | None = None
     unit: Unit | None = None
@@ -66,7 +66,7 @@ class SteerSettings:
     above: float = 0.5
     steps: tuple[int, ...] | None = None
     schedule: tuple[float, ...] | None = None
-    weights: tuple[float, ...] | None = None
+    weights: Literal["presence"] | tuple[float, ...] | None = None
     strength: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
     seed: int = 0
     seeds: int = 4
@@ -113,8 +113,10 @@ class SteeringJob(NamedTuple):
     grid: Grid
     timesteps: list[float]
     guidance: float
+    edits: tuple[Edit, ...]
+    """As they were given."""
     steering: Steering
-    """The edits, at whatever strength they were given."""
+    """The same in numbers, at whatever strength they were given; stand-ins until they are measured."""
 
     @property
     def seeds(self) -> range:
@@ -131,6 +133,7 @@ def steer(
     sae: str | Path | None = None,
     feature: int | Iterable[int] = (),
     vector: str | Path | None = None,
+    steering_prompt: str | None = None,
     kind: EditKind = "add",
     sites: SiteNames | None = None,
     unit: Unit | None = None,
@@ -140,7 +143,7 @@ def steer(
     above: float = 0.5,
     steps: Iterable[int] | None = None,
     schedule: Iterable[float] | None = None,
-    weights: float | Iterable[float] | None = None,
+    weights: Literal["presence"] | float | Iterable[float] | None = None,
     strength: float | Iterable[float] = (0.0, 1.0, 2.0, 4.0),
     seed: int = 0,
     seeds: int = 4,
@@ -162,10 +165,10 @@ def steer(
 ) -> Steered:
     """Sample one prompt with an edit at every `strength`, from `seeds` noises, beside the unsteered pictures.
 
-    The edit is given by `edit`, an `Edit`, several or their file, or by `sae` and `feature` (or `vector`) and the other
-    fields of one: `region` is left, top, right, bottom in px, `mask` a picture or a .npy map that is `above` a
-    threshold where the edit holds. `controls` random directions move every token as far, and so does the best aligned
-    neuron; at the largest strength the edit is also made in each third of the steps alone.
+    The edit is given by `edit`, an `Edit`, several or their file, or by `sae` and `feature` (or `steering_prompt`, or a
+    `vector` alone) and the other fields of one: `region` is left, top, right, bottom in px, `mask` a picture or a .npy
+    map that is `above` a threshold where the edit holds. `controls` random directions move every token as far, and so
+    does the best aligned neuron; at the largest strength the edit is also made in each third of the steps alone.
 
     Goes into a folder below `output_dir`, named by `name` or by the settings; the same call again goes on with what is
     there. Raises FluxIRError for what a user can mend, before a weight is loaded where that is possible.
@@ -178,6 +181,7 @@ def steer(
         sae=sae,
         feature=_tuple(feature),
         vector=vector,
+        steering_prompt=steering_prompt,
         kind=kind,
         sites=sites,
         unit=unit,
@@ -187,7 +191,7 @@ def steer(
         above=above,
         steps=None if steps is None else _tuple(steps),
         schedule=None if schedule is None else _tuple(schedule),
-        weights=None if weights is None else _tuple(weights),
+        weights=weights if isinstance(weights, str | None) else _tuple(weights),
         strength=_tuple(strength),
         seed=seed,
         seeds=seeds,
@@ -212,11 +216,13 @@ def steer(
 def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steered:
     """The same, with its settings in one object."""
     job = settle(settings, progress)
+    plain = text_of(job, progress)
+    job = measured(job, plain, progress)
     folder = SteeringFolder(job)
     notes = notes_of(job)
     for note in notes:
         progress(Note(note))
-    texts = texts_of(job, progress)
+    texts = texts_of(job, plain)
     with job.suite.transformer() as model, job.suite.autoencoder() as autoencoder:
         painter = Painter(
             model,
@@ -257,14 +263,15 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
     like_a_capture = CaptureSettings(**{name: getattr(settings, name) for name in (*shared, "ae_checkpoint")})
     placement, compute = settle_machine(like_a_capture)
     prompt, text = settle_text(like_a_capture, spec)
-    steering = Steering(
-        edits,
+    empty = Steering(
+        (),
         spec,
         grid=grid,
         num_steps=num_steps,
         txt_tokens=None if text is None else text.txt.shape[1],
         device=placement.transformer,
     )
+    steering = empty.of([stand_in(edit, empty) for edit in edits])
     if isinstance(settings.model, Suite):
         suite = settings.model
     else:
@@ -278,12 +285,24 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
         suite = Suite(spec, source, placement, compute.dtype)
     progress(Note(f"{spec.name} on {', '.join(placement.devices)} ({placement.reason}), {compute}"))
     guidance = spec.default_guidance if settings.guidance is None else settings.guidance
-    return SteeringJob(settings, suite, prompt, text, placement, compute, grid, timesteps, guidance, steering)
+    return SteeringJob(settings, suite, prompt, text, placement, compute, grid, timesteps, guidance, edits, steering)
 
 
 def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
     """The edits that are meant. Raises FluxIRError where they are given twice, or not at all."""
-    fields = ("sae", "feature", "vector", "sites", "unit", "region", "mask", "steps", "schedule", "weights")
+    fields = (
+        "sae",
+        "feature",
+        "vector",
+        "steering_prompt",
+        "sites",
+        "unit",
+        "region",
+        "mask",
+        "steps",
+        "schedule",
+        "weights",
+    )
     given = [name for name in fields if getattr(settings, name) not in (None, ())]
     if settings.edit is not None:
         if given:
@@ -312,6 +331,7 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
             sae=settings.sae,
             feature=settings.feature,
             vector=settings.vector,
+            prompt=settings.steering_prompt,
             sites=settings.sites,
             unit=settings.unit,
             gate=settings.gate,
@@ -338,12 +358,32 @@ def notes_of(job: SteeringJob) -> list[str]:
 # ---- The pictures
 
 
-def texts_of(job: SteeringJob, progress: Watch) -> dict[float | None, TextEmbedding]:
+def text_of(job: SteeringJob, progress: Watch) -> TextEmbedding:
+    """What the transformer is told without an edit."""
+    if job.text is not None:
+        return job.text
+    with phase(progress, "text"), job.suite.text_encoders() as encoders:
+        return encode(encoders.t5, encoders.clip, [job.prompt])
+
+
+def measured(job: SteeringJob, plain: TextEmbedding, progress: Watch) -> SteeringJob:
+    """The job with every edit in numbers: steering prompts and presences are measured in a run of the first noise."""
+    if all(map(is_settled, job.edits)):
+        return job
+    edits = []
+    for edit, stand in zip(job.edits, job.steering.edits, strict=True):
+        if is_settled(edit):
+            edits.append(edit)
+            continue
+        with phase(progress, "measure"):
+            alone = job.steering.of([stand])
+            seed, times, guidance = job.settings.seed, job.timesteps, job.guidance
+            edits.append(settled(edit, alone, job.suite, plain, seed=seed, timesteps=times, guidance=guidance))
+    return job._replace(steering=job.steering.of(edits))
+
+
+def texts_of(job: SteeringJob, plain: TextEmbedding) -> dict[float | None, TextEmbedding]:
     """What the transformer is told at every strength, and (None) without the edit."""
-    plain = job.text
-    if plain is None:
-        with phase(progress, "text"), job.suite.text_encoders() as encoders:
-            plain = encode(encoders.t5, encoders.clip, [job.prompt])
     texts: dict[float | None, TextEmbedding] = {None: plain}
     for strength in job.settings.strength:
         texts[strength] = plain._replace(y=job.steering.at(strength).edit_pooled(plain.y))

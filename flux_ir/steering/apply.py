@@ -285,9 +285,10 @@ class Steering:
             edit if edit.kind == "ablate" or number not in (None, place) else edit.at(strength)
             for place, edit in enumerate(self.edits)
         ]
-        return self._with(edits)
+        return self.of(edits)
 
-    def _with(self, edits: Sequence[Edit]) -> "Steering":
+    def of(self, edits: Sequence[Edit]) -> "Steering":
+        """Other edits, made ready for the same runs."""
         return Steering(
             edits,
             self.spec,
@@ -300,14 +301,14 @@ class Steering:
 
     def along(self, directions: Mapping[Site, Tensor]) -> "Steering":
         """The same with every token moved by the same length along other directions, of length 1: a control."""
-        same = self._with(self.edits)
+        same = self.of(self.edits)
         for edit in same.ready:
             edit.instead = {site: directions[site].to(self.device) for site in edit.weights}
         return same
 
     def during(self, steps: Collection[int]) -> "Steering":
         """The same at these steps alone, as far as it has them."""
-        same = self._with(self.edits)
+        same = self.of(self.edits)
         for edit in same.ready:
             edit.steps = edit.steps & frozenset(steps)
         return same
@@ -349,7 +350,7 @@ class Steering:
             vector = edit.vector if isinstance(edit.vector, Tensor) else read_vector(edit.vector)
             name = "the vector" if isinstance(edit.vector, Tensor) else str(edit.vector)
             return Vector(vector.to(self.device), edit.units, name), None
-        sae = self._sae(edit)
+        sae = self.sae_of(edit)
         if sae.config.model is not None and sae.config.model != self.spec.name:
             raise FluxIRError(
                 f"this autoencoder was trained on {sae.config.model}: it is no dictionary of {self.spec.name}",
@@ -361,7 +362,8 @@ class Steering:
             raise FluxIRError("a steering prompt is to be encoded first", hint="pass the edit through `settled`")
         return Features(sae, edit.feature), sae.config.site  # type: ignore[arg-type]  # a tuple by now
 
-    def _sae(self, edit: Edit) -> SparseAutoencoder:
+    def sae_of(self, edit: Edit) -> SparseAutoencoder:
+        """The autoencoder of an edit, read once."""
         if isinstance(edit.sae, SparseAutoencoder):
             return edit.sae
         folder = str(edit.sae)
