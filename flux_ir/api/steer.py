@@ -9,6 +9,7 @@ Every picture is kept with its numbers as soon as it is made: the same call agai
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -36,7 +37,7 @@ from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import check_size, check_steps
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import Site, SiteNames
-from flux_ir.steering.apply import Steering
+from flux_ir.steering.apply import Steering, steered_text
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
 from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, read_edits, save_edits
 from flux_ir.steering.regions import Grid, Region
@@ -272,6 +273,11 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
         device=placement.transformer,
     )
     steering = empty.of([stand_in(edit, empty) for edit in edits])
+    if text is not None and (steering.text_sites or steering.pooled):
+        raise FluxIRError(
+            "--prompt_embeds is what the text encoders made of a prompt: they do not run again, to be edited",
+            hint="pass its --prompt",
+        )
     if isinstance(settings.model, Suite):
         suite = settings.model
     else:
@@ -385,8 +391,14 @@ def measured(job: SteeringJob, plain: TextEmbedding, progress: Watch) -> Steerin
 def texts_of(job: SteeringJob, plain: TextEmbedding) -> dict[float | None, TextEmbedding]:
     """What the transformer is told at every strength, and (None) without the edit."""
     texts: dict[float | None, TextEmbedding] = {None: plain}
-    for strength in job.settings.strength:
-        texts[strength] = plain._replace(y=job.steering.at(strength).edit_pooled(plain.y))
+    with ExitStack() as stack:
+        encoders = stack.enter_context(job.suite.text_encoders()) if job.steering.text_sites else None
+        for strength in job.settings.strength:
+            steering, text = job.steering.at(strength), plain
+            if encoders is not None:
+                with steered_text(encoders, steering):
+                    text = encode(encoders.t5, encoders.clip, [job.prompt])
+            texts[strength] = text._replace(y=steering.edit_pooled(text.y))
     return texts
 
 

@@ -28,7 +28,7 @@ from flux_ir.files import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
-from flux_ir.recording.intervention import Edit, Intervention
+from flux_ir.recording.intervention import Change, Intervention
 from flux_ir.sampling.denoise import per_sample
 from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare, sample
 from flux_ir.shapes import Pixels
@@ -96,7 +96,7 @@ def icons(
     """
     device, dtype = model.img_in.weight.device, model.dtype
     inputs = canvas.inputs(empty, 1 if amounts is None else len(amounts), device, dtype)
-    edits: dict[str | Site, Edit] = {}
+    edits: dict[str | Site, Change] = {}
     if amounts is not None:
         rows = amounts.to(device, dtype)[:, None]
         edits = {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.sites import Site
+from flux_ir.models.suite import TextEncoders
+from flux_ir.sites import Site, text_sites
 
 # Why a hook that was set is not called.
 NOT_CALLED = (
@@ -180,3 +181,10 @@ def block_input(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     names = ("img", "txt") if site.kind == "double" else ("x",)
     position = 1 if site.kind == "double" and site.stream == "txt" else 0
     return args[position] if position < len(args) else kwargs[names[position]]
+
+
+def text_layers(encoders: TextEncoders) -> dict[Site, nn.Module]:
+    """The module whose output each site of the text encoders is, in depth order."""
+    t5: Any = encoders.t5.model.get_submodule("encoder.block")
+    clip: Any = encoders.clip.model.get_submodule("text_model.encoder.layers")
+    return dict(zip(text_sites(len(t5), len(clip)), [*t5, *clip], strict=True))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.suite import Suite
+from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.recording.hooks import (
     NOT_CALLED,
+    Hooked,
     StepHooks,
     block_input,
     listeners_last,
@@ -27,15 +28,18 @@ from flux_ir.recording.hooks import (
     named,
     rows_of,
     stream_of,
+    text_layers,
 )
 from flux_ir.shapes import Tokens
-from flux_ir.sites import Site, sites_of
+from flux_ir.sites import Site, sites_among, sites_of
 
-Edit = Callable[[Tokens, int], Tokens]
+Change = Callable[[Tokens, int], Tokens]
 """Takes what a site computed at a step, [batch, tokens, d], and gives what shall stand in its place.
 
 That is a tensor of the same shape and dtype on the same device. The value may also be changed in place and given back.
 """
+TextChange = Callable[[Tokens], Tokens]
+"""The same for a layer of a text encoder, [prompts, tokens, d], which knows no step."""
 
 
 class Intervention(StepHooks):
@@ -56,7 +60,7 @@ class Intervention(StepHooks):
     name = "intervention"
 
     def __init__(
-        self, model: Flux | Suite, edits: Mapping[str | Site, Edit], *, steps: Collection[int] | None = None
+        self, model: Flux | Suite, edits: Mapping[str | Site, Change], *, steps: Collection[int] | None = None
     ) -> None:
         flux = model.flux if isinstance(model, Suite) else model
         params = flux.params
@@ -81,7 +85,7 @@ class Intervention(StepHooks):
     def _incomplete(self) -> FluxIRError:
         return FluxIRError(f"step {self._step} was not changed at {named(self._to_come)}", hint=NOT_CALLED)
 
-    def _editor(self, site: Site, edit: Edit) -> Callable[..., Any]:
+    def _editor(self, site: Site, edit: Change) -> Callable[..., Any]:
         def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not self._active:
                 return output
@@ -104,7 +108,7 @@ class Intervention(StepHooks):
 
         return change
 
-    def _edited_update(self, site: Site, edit: Edit, before: Tokens, after: Tokens) -> Tokens:
+    def _edited_update(self, site: Site, edit: Change, before: Tokens, after: Tokens) -> Tokens:
         """The block's output with another update. Where the edit changes nothing the output keeps its bits, which
         input + (output - input) would not: it is rounded twice.
         """
@@ -113,22 +117,65 @@ class Intervention(StepHooks):
         kept = (new == update) | (new.isnan() & update.isnan())
         return torch.where(kept, after, before + new)
 
-    def _edited(self, site: Site, edit: Edit, value: Tokens) -> Tokens:
-        new: object = edit(value, self._step)
-        if not isinstance(new, Tensor):
+    def _edited(self, site: Site, edit: Change, value: Tokens) -> Tokens:
+        return fitting(site, edit(value, self._step), value)
+
+
+class TextIntervention(Hooked):
+    """Puts `edit(value)` where a layer of a text encoder computed `value`, whenever it runs while its `with` lasts.
+
+        with model.text_encoders() as text, TextIntervention(text, {"t5.12": lambda value: 2 * value}):
+            encode(text.t5, text.clip, ["a red circle"])
+
+    The padding of a prompt is among its tokens. An edit that gives back what it got changes no bit, and no hook is left
+    behind. Raises FluxIRError for layers that the encoders do not have, at the end for one that never ran, and for an
+    edit that gives anything but a tensor of the same shape, dtype and device.
+    """
+
+    name = "text intervention"
+
+    def __init__(self, encoders: TextEncoders, edits: Mapping[str | Site, TextChange]) -> None:
+        self._layers = text_layers(encoders)
+        self.edits = [(site, edit) for names, edit in edits.items() for site in sites_among(names, list(self._layers))]
+        self._to_come: set[Site] = set()
+
+    def _hang(self, hooks: ExitStack) -> None:
+        self._to_come = {site for site, _ in self.edits}
+        for site, edit in self.edits:
+            layer = self._layers[site]
+            hooks.callback(layer.register_forward_hook(self._editor(site, edit)).remove)
+            listeners_last(layer)
+
+    def _editor(self, site: Site, edit: TextChange) -> Callable[..., Tensor]:
+        def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            self._to_come.discard(site)
+            return fitting(site, edit(output), output)
+
+        return change
+
+    def _check_end(self) -> None:
+        if self._to_come:
             raise FluxIRError(
-                f"what stands in place of {site} must be a tensor: got {type(new).__name__}",
-                hint="give the value back, also where it is left as it is",
+                f"no prompt was encoded while these were to be changed: {named(self._to_come)}", hint=NOT_CALLED
             )
-        for what in ("shape", "dtype", "device"):
-            has, needs = getattr(new, what), getattr(value, what)
-            if has != needs:
-                got, wanted = (list(x) if what == "shape" else x for x in (has, needs))
-                raise FluxIRError(
-                    f"what stands in place of {site} must have the {what} {wanted}: got {got}",
-                    hint="new.to(value) gives it the dtype and the device of the value" if what != "shape" else None,
-                )
-        return new
+
+
+def fitting(site: Site, new: object, value: Tokens) -> Tokens:
+    """What an edit gave. Raises FluxIRError unless it can stand in the value's place."""
+    if not isinstance(new, Tensor):
+        raise FluxIRError(
+            f"what stands in place of {site} must be a tensor: got {type(new).__name__}",
+            hint="give the value back, also where it is left as it is",
+        )
+    for what in ("shape", "dtype", "device"):
+        has, needs = getattr(new, what), getattr(value, what)
+        if has != needs:
+            got, wanted = (list(x) if what == "shape" else x for x in (has, needs))
+            raise FluxIRError(
+                f"what stands in place of {site} must have the {what} {wanted}: got {got}",
+                hint="new.to(value) gives it the dtype and the device of the value" if what != "shape" else None,
+            )
+    return new
 
 
 def check_edit(site: Site, edit: object) -> None:

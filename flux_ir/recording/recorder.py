@@ -24,10 +24,11 @@ from flux_ir.recording.hooks import (
     named,
     rows_of,
     stream_of,
+    text_layers,
 )
 from flux_ir.sampling.denoise import Step
 from flux_ir.shapes import PackedLatent, Pooled, Tokens
-from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_among, sites_of, text_sites
+from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_among, sites_of
 
 
 class StepContext(NamedTuple):
@@ -224,7 +225,7 @@ class TextRecorder(Hooked):
     name = "text recorder"
 
     def __init__(self, encoders: TextEncoders, sites: SiteNames, sink: TextSink | None = None) -> None:
-        self._layers = _layers(encoders)
+        self._layers = text_layers(encoders)
         self.sites = tuple(sites_among(sites, list(self._layers)))
         self.sink: TextSink = MemorySink() if sink is None else sink
         self._to_come: set[Site] = set()
@@ -244,10 +245,3 @@ class TextRecorder(Hooked):
     def _take(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         self.sink.write_text(site, output)
         self._to_come.discard(site)
-
-
-def _layers(encoders: TextEncoders) -> dict[Site, nn.Module]:
-    """The module whose output each site is, in depth order."""
-    t5: Any = encoders.t5.model.get_submodule("encoder.block")
-    clip: Any = encoders.clip.model.get_submodule("text_model.encoder.layers")
-    return dict(zip(text_sites(len(t5), len(clip)), [*t5, *clip], strict=True))

@@ -22,8 +22,8 @@ from torch import Tensor
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
-from flux_ir.recording.intervention import Edit as EditFunction
-from flux_ir.recording.intervention import Intervention
+from flux_ir.models.suite import TextEncoders
+from flux_ir.recording.intervention import Change, Intervention, TextChange, TextIntervention
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.evaluation.metrics import DENSE_VALUES
 from flux_ir.sae.files.folder import load_sae
@@ -272,8 +272,13 @@ class Steering:
 
     @property
     def sites(self) -> list[Site]:
-        """Every site that some edit changes, by depth."""
-        return sorted({site for edit in self.ready for site in edit.weights})
+        """Every site of the transformer that some edit changes, by depth."""
+        return sorted({site for edit in self.ready for site in edit.weights if not site.per_prompt})
+
+    @property
+    def text_sites(self) -> list[Site]:
+        """Every layer of a text encoder that some edit changes."""
+        return sorted({site for edit in self.ready for site in edit.weights if site.per_prompt})
 
     def changes(self, site: Site, step: int) -> bool:
         """Whether any edit does something at this site and step."""
@@ -465,9 +470,25 @@ def steered(model: Flux, rows: Sequence[Steering | None]) -> Iterator[None]:
             sites = {site for edit in edits if edit is not None for site in edit.weights if not site.per_prompt}
             if sites:
                 edit_rows = partial(_edited_rows, edits, txt_tokens)
-                changes: dict[str | Site, EditFunction] = {site: partial(edit_rows, site) for site in sorted(sites)}
+                changes: dict[str | Site, Change] = {site: partial(edit_rows, site) for site in sorted(sites)}
                 stack.enter_context(Intervention(model, changes))
         yield
+
+
+@contextmanager
+def steered_text(encoders: TextEncoders, steering: Steering) -> Iterator[None]:
+    """While the `with` lasts, layers of the text encoders are edited, for every prompt that is encoded."""
+    with ExitStack() as stack:
+        for edit in steering.ready:
+            sites = sorted(site for site in edit.weights if site.per_prompt)
+            if sites:
+                changes: dict[str | Site, TextChange] = {site: partial(_edited_prompts, edit, site) for site in sites}
+                stack.enter_context(TextIntervention(encoders, changes))
+        yield
+
+
+def _edited_prompts(edit: ReadyEdit, site: Site, value: Tokens) -> Tokens:
+    return _edited_rows([edit], value.shape[1], site, value, 0)
 
 
 def _edited_rows(edits: list[ReadyEdit | None], txt_tokens: int, site: Site, value: Tokens, step: int) -> Tokens:

@@ -13,8 +13,7 @@ from torch.nn.functional import cosine_similarity
 from flux_ir.errors import FluxIRError
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.recording.recorder import MemorySink, Recorder
-from flux_ir.recording.text_recorder import TextRecorder
+from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import noise_for, prepare, sample
 from flux_ir.sites import Site

@@ -113,6 +113,13 @@ def test_the_pooled_vector_can_be_edited(tmp_path):
     assert [(row.row, row.strength, row.identical) for row in done.table] == [("edit", 0, 0), ("edit", 1, 1)]
 
 
+def test_layers_of_the_text_encoders_can_be_edited(tmp_path):
+    sae = make_sae(SAEConfig("topk", d_in=128, d_sae=64, k=8, site="t5.1", model="flux-tiny"))
+    edit = Edit(sae=sae, feature=3, unit="norm")
+    done = steer(PROMPT, edit=edit, strength=(0, 1), output_dir=tmp_path, **(FAST | {"seeds": 1}))
+    assert [(row.row, row.strength, row.identical) for row in done.table] == [("edit", 0, 1), ("edit", 1, 0)]
+
+
 WRONG = [
     ({"feature": 64}, "this autoencoder has the features 0 to 63: got 64"),
     ({"region": (0, 0, 200, 16)}, "a rectangle lies within the picture of 128 x 128 px"),

@@ -11,6 +11,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.lens.readout import readable_sites
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import encode, load_clip, load_t5
+from flux_ir.recording.intervention import TextIntervention
 from flux_ir.recording.plan import capture_bytes
 from flux_ir.recording.reader import load_capture
 from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
@@ -172,3 +173,30 @@ def test_a_layer_is_read_without_a_step_and_a_site_with_one(tmp_path, layers, en
         capture.read("single.0")
     with pytest.raises(FluxIRError, match=r"t5\.1 was not captured .* holds 3 sites .*t5\.0"):
         capture.read("t5.1")
+
+
+@torch.no_grad()
+def test_layers_can_be_written_are_heard_as_written_and_keep_no_hook(encoders):
+    plain = encode(*encoders, PROMPTS)
+    for site, number in (("t5.0", 0), ("clip.1", 1)):
+        with TextIntervention(encoders, {site: lambda value: value}):
+            assert all(map(torch.equal, encode(*encoders, PROMPTS), plain))
+        with TextRecorder(encoders, site) as before:
+            encode(*encoders, PROMPTS)
+        with TextRecorder(encoders, site) as recorder, TextIntervention(encoders, {site: lambda value: 2 * value}):
+            changed = encode(*encoders, PROMPTS)
+        torch.testing.assert_close(recorder.sink.read(site), 2 * before.sink.read(site))
+        assert [torch.equal(*pair) for pair in zip(changed, plain, strict=True)] == [number == 1, number == 0]
+    with pytest.raises(FluxIRError, match="must have the shape"):
+        encode_with(encoders, {"t5.*": lambda value: value[:1, :1]})
+    with pytest.raises(FluxIRError, match=r"while these were to be changed: t5\.0, t5\.1"):
+        TextIntervention(encoders, {"t5.*": lambda value: value}).__enter__().__exit__(None, None, None)
+    with pytest.raises(FluxIRError, match=r"no site t5\.7|no site of this model matches"):
+        TextIntervention(encoders, {"t5.7": lambda value: value})
+    assert hooks_of(encoders) == 0
+    assert all(map(torch.equal, encode(*encoders, PROMPTS), plain))
+
+
+def encode_with(encoders, edits):
+    with TextIntervention(encoders, edits):
+        encode(*encoders, PROMPTS)
