@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flux_ir.api.score_concepts import ScoredConcepts, score_concepts
     from flux_ir.api.score_features import score_features
     from flux_ir.api.select_features import select_features
+    from flux_ir.api.steer import Steered, steer
     from flux_ir.api.study import Studied, run_study
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.visualize import Visualization, create_visualization, explore
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
     from flux_ir.sae.evaluation.splice import spliced
     from flux_ir.sites import Site
+    from flux_ir.steering.edits import Edit, read_edits, save_edits
+    from flux_ir.steering.regions import Region
 
 __version__ = "0.1.0"
 
@@ -90,7 +93,13 @@ _MODULES = {
     "select_features": "flux_ir.api.select_features",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.evaluation.splice",
+    "steer": "flux_ir.api.steer",
+    "Steered": "flux_ir.api.steer",
     "Studied": "flux_ir.api.study",
+    "Edit": "flux_ir.steering.edits",
+    "read_edits": "flux_ir.steering.edits",
+    "save_edits": "flux_ir.steering.edits",
+    "Region": "flux_ir.steering.regions",
     "train_sae": "flux_ir.api.train_sae",
     "TextRecorder": "flux_ir.recording.recorder",
     "Trained": "flux_ir.api.train_sae",
@@ -103,6 +112,7 @@ __all__ = [
     "CaptureResult",
     "Comparison",
     "DrawnFeatures",
+    "Edit",
     "EvaluatedSAE",
     "ExportedSAE",
     "Features",
@@ -114,8 +124,10 @@ __all__ = [
     "Probed",
     "Progress",
     "Recorder",
+    "Region",
     "ScoredConcepts",
     "Site",
+    "Steered",
     "Studied",
     "TextRecorder",
     "Trained",
@@ -144,14 +156,17 @@ __all__ = [
     "open_source",
     "probe",
     "read_capture",
+    "read_edits",
     "read_features",
     "read_lens",
     "run_study",
     "sample",
+    "save_edits",
     "score_concepts",
     "score_features",
     "select_features",
     "spliced",
+    "steer",
     "train_sae",
 ]
 

@@ -10,11 +10,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from flux_ir.errors import FluxIRError, nearest
 
 _ZERO = """
-    bootstrap checkpoint_minutes cka_tokens effect_images ema fdr min_likeness null permutations seed splice_steps steps
+    bootstrap checkpoint_minutes cka_tokens controls effect_images ema fdr min_likeness null permutations seed
+    splice_steps steps
 """
 _ONE = """
     batch_size batch_tokens candidates dead_after epochs examples examples_each expansion fit_tokens k k_start
-    least_positives max_prompts max_tokens min_count most num_steps prefixes prompts repeats resample splice_batch top
+    least_positives max_prompts max_tokens min_count most num_steps prefixes prompts repeats resample seeds splice_batch
+    top
 """
 LEAST: Mapping[str, float] = {
     **dict.fromkeys(_ZERO.split(), 0),

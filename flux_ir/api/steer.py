@@ -11,12 +11,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
@@ -25,7 +23,6 @@ from flux_ir.api.models import side_px
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
-from flux_ir.files import complete_file, read_json, versions, write_json
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord
 from flux_ir.models.flux1.transformer import Flux
@@ -33,17 +30,16 @@ from flux_ir.models.placement import Placement
 from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import check_size, check_steps
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import Site, SiteNames
-from flux_ir.steering.apply import Steering, steered_text
+from flux_ir.steering.apply import Features, Steering, read_vector, steered_text
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
-from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, read_edits, save_edits
+from flux_ir.steering.edits import POOLED, Edit, EditKind, Gate, Unit, read_edits
+from flux_ir.steering.folder import SteeringFolder
 from flux_ir.steering.regions import Grid, Region
 from flux_ir.steering.settle import is_settled, settled, stand_in
-from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, row_json, tabulate
-from flux_ir.visualize.sheet import Column, Row, draw_sheet
+from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, tabulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +83,6 @@ class SteerSettings:
     output_dir: str | Path = "steering"
 
 
-LEAST = {"seed": 0, "seeds": 1, "controls": 0, "batch_size": 1}
-
-
 class Steered(NamedTuple):
     """What a steering has written, and its table."""
 
@@ -97,7 +90,8 @@ class Steered(NamedTuple):
     table: list[DoseRow]
     numbers: Path
     edit: Path
-    sheets: list[Path]
+    drawn: dict[str, Path]
+    """doses, controls, windows: sheets; film: a GIF from weak to strong."""
     notes: list[str]
 
 
@@ -219,7 +213,10 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
     job = settle(settings, progress)
     plain = text_of(job, progress)
     job = measured(job, plain, progress)
-    folder = SteeringFolder(job)
+    identity = identity_of(job)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    name = settings.name or f"{job.suite.spec.name}_{digest}"
+    folder = SteeringFolder(Path(settings.output_dir) / name, identity, job.steering.edits)
     notes = notes_of(job)
     for note in notes:
         progress(Note(note))
@@ -240,8 +237,9 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
     runs = [folder.read(variant) for variant in variants]
     table = tabulate(runs)
     with phase(progress, "sheets"):
-        sheets = folder.draw(job, runs)
-    return Steered(folder.path, table, folder.write_numbers(job, runs, table), folder.edit, sheets, notes)
+        drawn = folder.draw(job.prompt, runs)
+    chosen = {"prompt": job.prompt, "seeds": list(job.seeds), "strength": list(settings.strength)}
+    return Steered(folder.path, table, folder.write_numbers(chosen, runs, table), folder.edit, drawn, notes)
 
 
 # ---- What is asked for
@@ -250,7 +248,7 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
 def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
     """Answer every question that is left open, and find the files. Raises FluxIRError for what a user can mend."""
     check_words(SteerSettings, {name: getattr(settings, name) for name in ("kind", "unit", "dtype")})
-    check_least(LEAST, vars(settings))
+    check_least(vars(settings))
     if not settings.strength:
         raise FluxIRError("a steering has at least one strength: got none", hint="--strength 0,1,2,4")
     spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
@@ -439,7 +437,7 @@ def variants_of(
 
 
 def make_missing(
-    job: SteeringJob, folder: "SteeringFolder", painter: Painter, variants: Sequence[Variant], progress: Watch
+    job: SteeringJob, folder: SteeringFolder, painter: Painter, variants: Sequence[Variant], progress: Watch
 ) -> None:
     """Makes the pictures that are not there, and keeps each with its numbers as soon as it is made."""
     missing = [variant for variant in variants if not folder.has(variant)]
@@ -467,99 +465,7 @@ def make_missing(
         folder.keep(run, made)
 
 
-# ---- The folder
-
-
-class SteeringFolder:
-    """Where a steering keeps its pictures and numbers: `edit.json`, `pictures/`, `steering.json` and the sheets.
-
-    Raises FluxIRError for a folder of other settings.
-    """
-
-    def __init__(self, job: SteeringJob) -> None:
-        identity = identity_of(job)
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        self.path = Path(job.settings.output_dir) / (job.settings.name or f"{job.suite.spec.name}_{digest}")
-        self.edit, self.numbers = self.path / "edit.json", self.path / "steering.json"
-        self.pictures, self._identity = self.path / "pictures", self.path / "identity.json"
-        if self._identity.is_file():
-            there = read_json(self._identity)
-            if differing := [name for name, value in identity.items() if there.get(name) != value]:
-                raise FluxIRError(
-                    f"{self.path} holds a steering with another {differing[0]}",
-                    hint="choose another --name, or leave it out: the name then follows from the settings",
-                )
-        else:
-            write_json(self._identity, identity)
-            if not any(isinstance(edit.sae, SparseAutoencoder) for edit in job.steering.edits):
-                save_edits(job.steering.edits, self.edit)
-
-    def picture(self, row: str, strength: float, seed: int) -> Path:
-        """The PNG of one picture; its numbers are beside it, under the same name."""
-        return self.pictures / f"{row}_strength_{strength:g}_seed_{seed}.png"
-
-    def _run(self, row: str, strength: float, seed: int) -> Path:
-        return self.picture(row, strength, seed).with_suffix(".json")
-
-    def has(self, variant: Variant) -> bool:
-        """Whether a picture is there with its numbers, which are written after it."""
-        return self._run(variant.row, variant.strength, variant.seed).is_file()
-
-    def keep(self, run: Run, made: Made) -> None:
-        """Write a picture, then its numbers."""
-        encoded = BytesIO()
-        Image.fromarray(made.picture.numpy()).save(encoded, format="PNG")
-        with complete_file(self.picture(run.row, run.strength, run.seed)) as beside:
-            beside.write_bytes(encoded.getbuffer())
-        write_json(self._run(run.row, run.strength, run.seed), run.to_json())
-
-    def read(self, variant: Variant) -> Run:
-        """The numbers of a picture that is there."""
-        return Run.from_json(read_json(self._run(variant.row, variant.strength, variant.seed)))
-
-    def write_numbers(self, job: SteeringJob, runs: Sequence[Run], table: Sequence[DoseRow]) -> Path:
-        """Everything in one file: what was asked for, the table, and every picture's numbers."""
-        write_json(
-            self.numbers,
-            {
-                "settings": read_json(self._identity)
-                | {"seeds": list(job.seeds), "strength": list(job.settings.strength)},
-                "table": [row_json(row) for row in table],
-                "pictures": [run.to_json() for run in runs],
-                "versions": versions("torch"),
-            },
-        )
-        return self.numbers
-
-    def draw(self, job: SteeringJob, runs: Sequence[Run]) -> list[Path]:
-        """The doses of every seed, the controls, and the windows, each on one sheet; a GIF from weak to strong."""
-        strengths = sorted(set(job.settings.strength))
-        columns = [Column("unsteered", "0")] + [Column(f"{strength:g}", f"{strength:g}") for strength in strengths]
-        title = f"{job.prompt}"
-        rows = [
-            Row(f"seed {seed}", [self.picture(UNSTEERED, 0.0, seed), *(self.picture(EDIT, s, seed) for s in strengths)])
-            for seed in job.seeds
-        ]
-        sheets = [self._sheet("doses.png", title, "strength", columns, rows)]
-        first = {run.row: run.seed for run in reversed(runs) if run.row != UNSTEERED}
-        controls = [name for name in dict.fromkeys(run.row for run in runs) if name.startswith((RANDOM, NEURON))]
-        if controls:
-            rows = [
-                Row(
-                    name.replace("_", " "),
-                    [
-                        self.picture(UNSTEERED, 0.0, first[name]),
-                        *(self.picture(name, s, first[name]) for s in strengths),
-                    ],
-                )
-                for name in (EDIT, *controls)
-            ]
-            sheets.append(self._sheet("controls.png", title, "other directions, as far", columns, rows))
-        return sheets
-
-    def _sheet(self, name: str, title: str, subtitle: str, columns: Sequence[Column], rows: Sequence[Row]) -> Path:
-        draw_sheet(title, subtitle, columns, rows, self.path / name)
-        return self.path / name
+# ---- What the pictures' bits depend on
 
 
 def identity_of(job: SteeringJob) -> dict[str, Any]:
@@ -584,23 +490,24 @@ def identity_of(job: SteeringJob) -> dict[str, Any]:
 
 def described(edit: Edit, steering: Steering) -> dict[str, Any]:
     """An edit by the content of what it names, without its strength."""
-    plain = {name: value for name, value in vars(edit).items() if name not in ("strength", "sae", "vector", "region")}
-    named = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in plain.items() if value is not None
-    }
+    by_content = ("strength", "sae", "vector", "region", "weights", "sites")
+    said = {name: value for name, value in vars(edit).items() if name not in by_content and value is not None}
+    named: dict[str, Any] = {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
     ready = next((one for one in steering.ready if one.edit is edit), None)
-    if ready is not None:
-        named["direction"] = _digest(
-            ready.direction.rows(0), *([ready.direction.sae.encoder] if hasattr(ready.direction, "sae") else [])
-        )
-        named["weights"] = {str(site): weight for site, weight in ready.weights.items()}
-        named["tokens"] = {
-            str(site): None
-            if (mask := ready.inside(site, steering.txt_tokens, steering.tokens(site))) is None
-            else mask.nonzero().flatten().tolist()
-            for site in ready.weights
-        }
-    return named
+    if ready is None:  # of the pooled vector
+        vector = edit.vector if isinstance(edit.vector, Tensor | None) else read_vector(edit.vector)
+        return named | {"sites": [POOLED], "direction": None if vector is None else _digest(vector)}
+    direction = ready.direction
+    tensors = (
+        [direction.sae.W_dec, direction.sae.encoder, direction.sae.b_enc]
+        if isinstance(direction, Features)
+        else [direction.vector]
+    )
+    sites = {}
+    for site, weight in ready.weights.items():
+        inside = ready.inside(site, steering.txt_tokens, steering.tokens(site))
+        sites[str(site)] = {"weight": weight, "tokens": None if inside is None else inside.nonzero().flatten().tolist()}
+    return named | {"direction": _digest(*tensors), "sites": sites}
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -111,15 +111,11 @@ class SteerOptions(PictureOptions, ComputeOptions, OffloadOptions, CheckpointOpt
 
     seed: int = option(0, help="seed of the first noise", group=COMPARED)
     seeds: int = option(4, help="noises, for the intervals", group=COMPARED)
-    controls: int = option(
-        20, help="random directions that move every token as far; 0: no controls", group=COMPARED
-    )
+    controls: int = option(20, help="random directions that move every token as far; 0: no controls", group=COMPARED)
 
     multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
     batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
-    name: str | None = option(
-        None, help="name of the folder", group=MACHINE, default_text="follows from the settings"
-    )
+    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("steering"), help="where the folders of steerings are", group=MACHINE)
 
 
@@ -134,7 +130,7 @@ def run(options: SteerOptions) -> None:
         done = run_steering(settings, report.watch)
     for line in dose_table(done.table):
         report.results.print(line, markup=False)
-    written = {sheet.stem: sheet for sheet in done.sheets} | {"numbers": done.numbers}
+    written = done.drawn | {"numbers": done.numbers}
     if done.edit.is_file():
         written["the edit, for --edit"] = done.edit
     report.table("steered", written, peak_memory())
@@ -170,22 +166,21 @@ def dose_table(table: "Sequence[DoseRow]") -> list[str]:
     from flux_ir.commands.report import aligned
 
     head = ("", "strength", "active", "carried", "moved", "inside [dB]", "outside [dB]", "latent inside", "outside")
-    rows = [head]
-    for row in table:
-        rows.append(
-            (
-                row.row,
-                f"{row.strength:g}",
-                _said(row.activation, 2),
-                _said(row.carried, 2),
-                _said(row.moved, 0),
-                "identical" if row.identical == row.pictures else _said(row.psnr_inside_db, 1),
-                _said(row.psnr_outside_db, 1),
-                _said(row.latent_inside, 3),
-                _said(row.latent_outside, 3),
-            )
+    rows = [
+        (
+            row.row,
+            f"{row.strength:g}",
+            _said(row.activation, 2),
+            _said(row.carried, 2),
+            _said(row.moved, 0),
+            "identical" if row.identical == row.pictures else _said(row.psnr_inside_db, 1),
+            _said(row.psnr_outside_db, 1),
+            _said(row.latent_inside, 3),
+            _said(row.latent_outside, 3),
         )
-    return aligned(rows)
+        for row in table
+    ]
+    return aligned([head, *rows])
 
 
 def _said(estimate: "Estimate | None", digits: int) -> str:

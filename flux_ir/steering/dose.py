@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from flux_ir.collecting.workers import borrowed, replicas
+from flux_ir.collecting.batches import borrowed, replicas
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding

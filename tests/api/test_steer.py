@@ -42,7 +42,7 @@ def test_every_picture_has_its_numbers_and_every_row_its_place(steered):
         *((row, strength, 2) for strength in (0, 1, 4) for row in ("random", "neuron")),
         *((window, 4, 2) for window in ("early", "middle", "late")),
     ]
-    assert all(sheet.is_file() for sheet in steered.sheets)
+    assert all(path.is_file() for path in steered.drawn.values())
     numbers = json.loads(steered.numbers.read_text())
     assert len(numbers["pictures"]) == len(pictures)
     assert numbers["settings"]["prompt"] == PROMPT
@@ -102,7 +102,7 @@ def test_another_prompt_is_another_folder_and_a_name_is_not_taken_twice(sae, tmp
     first, second = steer(PROMPT, **words), steer("a small blue star at the top on a black background", **words)
     assert first.folder != second.folder
     steer(PROMPT, **words, name="mine")
-    with pytest.raises(FluxIRError, match="holds a steering with another edits"):
+    with pytest.raises(FluxIRError, match="holds a steering that differs in edits"):
         steer(PROMPT, **(words | {"feature": 13}), name="mine")
 
 

@@ -85,8 +85,8 @@ def test_an_autoencoder_in_memory_has_no_file(tiny_sae, tmp_path):
 
 
 WRONG_FILES = [
-    ("{", "cannot read the edits"),
-    ("[]", "must hold"),
+    ("{", "must be JSON"),
+    ("[]", "must be a JSON object"),
     ('{"format": 1, "edits": []}', "with one edit at least"),
     ('{"format": 2, "edits": [{}]}', "must have the format 1: got 2"),
     ('{"format": 1, "edits": [{"kind": "add", "features": 3}]}', "an edit has no field 'features'"),
