@@ -7,6 +7,7 @@ then the space on the disk; and only then a weight is read.
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,9 @@ from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_among
+from flux_ir.steering.apply import Steering, steered, steered_text
+from flux_ir.steering.edits import Edit, as_edits
+from flux_ir.steering.regions import Grid
 
 SEEDS = 2**31  # a seed that is drawn is below this; one that is asked for may be larger
 DEFAULT_PROMPT = "a beautiful landscape"
@@ -65,6 +69,7 @@ class CaptureSettings:
     num_steps: int | None = None
     guidance: float | None = None
     add_sampling_metadata: bool = True
+    edit: str | Path | Edit | Sequence[Edit] | None = None
     sites: SiteNames | None = None
     steps: Iterable[int] | None = None
     should_decode_intermediates: bool = True
@@ -85,6 +90,7 @@ class CaptureSettings:
             "model": self.model.spec.name if isinstance(self.model, Suite) else self.model,
             "sites": None if self.sites is None else list(site_names(self.sites)),
             "steps": None if self.steps is None else list(self.steps),
+            "edit": None if self.edit is None else str(self.edit) if isinstance(self.edit, str | Path) else "given",
         }
 
 
@@ -109,6 +115,8 @@ class Job(NamedTuple):
     text_sites: list[Site]
     """Those in the text encoders."""
     kept_steps: list[int]
+    steering: Steering | None
+    """The edits it is made with."""
 
 
 def capture(
@@ -122,6 +130,7 @@ def capture(
     num_steps: int | None = None,
     guidance: float | None = None,
     add_sampling_metadata: bool = True,
+    edit: str | Path | Edit | Sequence[Edit] | None = None,
     sites: SiteNames | None = None,
     steps: Iterable[int] | None = None,
     should_decode_intermediates: bool = True,
@@ -140,7 +149,8 @@ def capture(
     The prompt is a text, or the file of its embeddings that `encode_prompt` has saved (`prompt_embeds`): then no text
     encoder is needed. Sizes are in px and multiples of 16; None for a size, `num_steps` or `guidance` is the model's
     own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step; layers of the
-    text encoders (`t5.*`) are recorded once, and read without a step. `lens` says what is decoded
+    text encoders (`t5.*`) are recorded once, and read without a step. With `edit`, an `Edit`, several or their file,
+    the run is steered, and what is recorded is what the edits made of it. `lens` says what is decoded
     (`should_decode_intermediates` False: nothing).
 
     `model` is the name of one: `device`, `multi_gpu`, `offload` and `dtype` say where and in which precision,
@@ -160,6 +170,7 @@ def capture(
         num_steps=num_steps,
         guidance=guidance,
         add_sampling_metadata=add_sampling_metadata,
+        edit=edit,
         sites=sites,
         steps=steps,
         should_decode_intermediates=should_decode_intermediates,
@@ -198,7 +209,7 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
         # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
         with CaptureWriter(result.capture, planned_file(job, metadata)) as sink:
             load(suite, job, progress)
-            text = job.text or embed(suite, job.prompt, progress, sites=job.text_sites, sink=sink)
+            text = job.text or embed(suite, job, progress, sink)
             latent = sample_recorded(suite, job, text, sink, progress)
         write_json(result.metadata, metadata | {"options": settings.to_json(), **provenance(job, suite)})
         with phase(progress, "picture"):
@@ -239,6 +250,7 @@ def settle(settings: CaptureSettings) -> Job:
         sites=[site for site in sites if not site.per_prompt],
         text_sites=[site for site in sites if site.per_prompt],
         kept_steps=check_steps(settings.steps, num_steps),
+        steering=settle_edit(settings, spec, Grid(width, height), num_steps, text, placement),
     )
 
 
@@ -288,6 +300,24 @@ def check_text(settings: CaptureSettings, prompt: str) -> None:
             )
 
 
+def settle_edit(
+    settings: CaptureSettings,
+    spec: ModelSpec,
+    grid: Grid,
+    num_steps: int,
+    text: TextEmbedding | None,
+    placement: Placement,
+) -> Steering | None:
+    """The edits to make the run with."""
+    if settings.edit is None:
+        return None
+    txt_tokens, device = None if text is None else text.txt.shape[1], placement.transformer
+    edits = as_edits(settings.edit)
+    steering = Steering(edits, spec, grid=grid, num_steps=num_steps, txt_tokens=txt_tokens, device=device)
+    steering.check_encodes(encodes=text is None)
+    return steering
+
+
 def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
     """The sites to record. Raises FluxIRError if they match nothing, or nothing of them can be decoded but shall be."""
     if settings.sites is None:
@@ -325,6 +355,8 @@ def announce(job: Job, folder: RunFolder, progress: Watch) -> None:
     progress(Note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}"))
     if job.compute.warning is not None:
         progress(Note(f"note: {job.compute.warning}"))
+    for note in job.steering.notes() if job.steering is not None else ():
+        progress(Note(note))
 
 
 def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
@@ -350,16 +382,17 @@ def load(suite: Suite, job: Job, progress: Watch) -> None:
         suite.load_part(part)
 
 
-def embed(suite: Suite, prompt: str, progress: Watch, *, sites: Sequence[Site], sink: TextSink) -> TextEmbedding:
+def embed(suite: Suite, job: Job, progress: Watch, sink: TextSink) -> TextEmbedding:
     """The prompt's embedding; what the encoders cannot make sense of is said in a note.
 
-    Their layers at `sites` go to `sink`.
+    Their layers go to `sink`, as far as they are recorded, and are edited before.
     """
     with phase(progress, "text"), suite.text_encoders() as encoders:
-        for note in dict.fromkeys(encoders.t5.notes(prompt) + encoders.clip.notes(prompt)):
+        for note in dict.fromkeys(encoders.t5.notes(job.prompt) + encoders.clip.notes(job.prompt)):
             progress(Note(f"note: {suite.spec.name}: {note}"))
-        with TextRecorder(encoders, sites, sink):
-            return encode(encoders.t5, encoders.clip, [prompt])
+        with TextRecorder(encoders, job.text_sites, sink), steered_text(encoders, job.steering):
+            text = encode(encoders.t5, encoders.clip, [job.prompt])
+    return text if job.steering is None else text._replace(y=job.steering.edit_pooled(text.y))
 
 
 def sample_recorded(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWriter, progress: Watch) -> PackedLatent:
@@ -367,7 +400,10 @@ def sample_recorded(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWr
     noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
     inputs = prepare(noise, text, job.height, job.width)
     latent = inputs.img
-    with suite.transformer() as model, Recorder(model, job.sites, sink, steps=job.kept_steps):
+    with ExitStack() as stack:
+        model = stack.enter_context(suite.transformer())
+        stack.enter_context(steered(model, [job.steering]))
+        stack.enter_context(Recorder(model, job.sites, sink, steps=job.kept_steps))
         steps = sample(model, inputs, job.timesteps, job.guidance)
         for step in follow(progress, "sample", steps, total=len(job.timesteps) - 1):
             latent = step.after  # only the last is kept: memory does not grow with the steps
@@ -414,6 +450,8 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
     if job.text is not None:
         # A digest: the embedding itself is not kept, and a reader must know that the prompt does not lead to it again.
         metadata["prompt_embeds"] = job.text.digest()
+    if job.steering is not None:
+        metadata["edits"] = job.steering.described(with_strength=True)
     return metadata
 
 

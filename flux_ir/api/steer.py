@@ -33,9 +33,9 @@ from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling.generate import check_size, check_steps
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import Site, SiteNames
-from flux_ir.steering.apply import Features, Steering, read_vector, steered_text
+from flux_ir.steering.apply import Steering, steered_text
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
-from flux_ir.steering.edits import POOLED, Edit, EditKind, Gate, Unit, read_edits
+from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, as_edits
 from flux_ir.steering.folder import SteeringFolder
 from flux_ir.steering.regions import Grid, Region
 from flux_ir.steering.settle import is_settled, settled, stand_in
@@ -217,7 +217,7 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     name = settings.name or f"{job.suite.spec.name}_{digest}"
     folder = SteeringFolder(Path(settings.output_dir) / name, identity, job.steering.edits)
-    notes = notes_of(job)
+    notes = job.steering.notes()
     for note in notes:
         progress(Note(note))
     texts = texts_of(job, plain)
@@ -271,11 +271,7 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
         device=placement.transformer,
     )
     steering = empty.of([stand_in(edit, empty) for edit in edits])
-    if text is not None and (steering.text_sites or steering.pooled):
-        raise FluxIRError(
-            "--prompt_embeds is what the text encoders made of a prompt: they do not run again, to be edited",
-            hint="pass its --prompt",
-        )
+    steering.check_encodes(encodes=text is None)
     if isinstance(settings.model, Suite):
         suite = settings.model
     else:
@@ -313,9 +309,7 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
             raise FluxIRError(
                 f"--edit says everything about the edit: got --{given[0]} as well", hint="change it in the file"
             )
-        if isinstance(settings.edit, Edit):
-            return (settings.edit,)
-        return read_edits(settings.edit) if isinstance(settings.edit, str | Path) else tuple(settings.edit)
+        return as_edits(settings.edit)
     region = None
     if settings.region is not None and settings.mask is not None:
         raise FluxIRError("a region is a rectangle or a mask: got --region and --mask", hint="leave one of them out")
@@ -345,18 +339,6 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
             weights=settings.weights,
         ),
     )
-
-
-def notes_of(job: SteeringJob) -> list[str]:
-    """Edits that change nothing, whatever their strength."""
-    notes = []
-    for number, edit in enumerate(job.steering.ready, start=1):
-        masks = [edit.inside(site, job.steering.txt_tokens, job.steering.tokens(site)) for site in edit.weights]
-        if all(mask is not None and not mask.any() for mask in masks):
-            notes.append(f"note: edit {number} changes nothing: its region has no token")
-        if not any(edit.edit.schedule or [1]) or not edit.steps & set(range(job.steering.num_steps)):
-            notes.append(f"note: edit {number} changes nothing: it has no step of this schedule")
-    return notes
 
 
 # ---- The pictures
@@ -470,50 +452,17 @@ def make_missing(
 
 def identity_of(job: SteeringJob) -> dict[str, Any]:
     """What the pictures' bits depend on, but for seeds and strengths: any of these may be added later."""
-    text = (
-        job.prompt
-        if job.text is None
-        else hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in job.text)).hexdigest()
-    )
     return {
         "model": job.suite.spec.name,
         "weights": weights_digest(job.suite.source, autoencoder=True),
-        "prompt": text,
-        "edits": [described(edit, job.steering) for edit in job.steering.edits],
+        "prompt": job.prompt if job.text is None else job.text.digest(),
+        "edits": job.steering.described(with_strength=False),
         "size": list(job.grid),
         "timesteps": job.timesteps,
         "guidance": job.guidance,
         "dtype": str(job.compute.dtype),
         "device": torch.device(job.placement.transformer).type,
     }
-
-
-def described(edit: Edit, steering: Steering) -> dict[str, Any]:
-    """An edit by the content of what it names, without its strength."""
-    by_content = ("strength", "sae", "vector", "region", "weights", "sites")
-    said = {name: value for name, value in vars(edit).items() if name not in by_content and value is not None}
-    named: dict[str, Any] = {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
-    ready = next((one for one in steering.ready if one.edit is edit), None)
-    if ready is None:  # of the pooled vector
-        vector = edit.vector if isinstance(edit.vector, Tensor | None) else read_vector(edit.vector)
-        return named | {"sites": [POOLED], "direction": None if vector is None else _digest(vector)}
-    direction = ready.direction
-    tensors = (
-        [direction.sae.W_dec, direction.sae.encoder, direction.sae.b_enc]
-        if isinstance(direction, Features)
-        else [direction.vector]
-    )
-    sites = {}
-    for site, weight in ready.weights.items():
-        inside = ready.inside(site, steering.txt_tokens, steering.tokens(site))
-        sites[str(site)] = {"weight": weight, "tokens": None if inside is None else inside.nonzero().flatten().tolist()}
-    return named | {"direction": _digest(*tensors), "sites": sites}
-
-
-def _digest(*tensors: Tensor) -> str:
-    return hashlib.sha256(
-        b"".join(t.detach().float().cpu().contiguous().numpy().tobytes() for t in tensors)
-    ).hexdigest()[:16]
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

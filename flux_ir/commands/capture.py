@@ -59,6 +59,13 @@ class CaptureOptions(
     )
     add_sampling_metadata: bool = option(True, help="write the prompt into the picture's EXIF data", group=PICTURE)
 
+    edit: Path | None = option(
+        None,
+        help="a file of edits to make the picture with, such as the edit.json of flux-ir steer",
+        group=PICTURE,
+        default_text="nothing is changed",
+    )
+
     sites: tuple[str, ...] | None = option(
         None,
         help="which sites to record, as shell patterns such as double.*.img, single.3? or t5.*",

@@ -11,12 +11,11 @@ the part that an autoencoder does not explain is never touched, and a token whos
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
@@ -25,124 +24,12 @@ from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import TextEncoders
 from flux_ir.recording.intervention import Change, Intervention, TextChange, TextIntervention
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.evaluation.metrics import DENSE_VALUES
 from flux_ir.sae.files.folder import load_sae
 from flux_ir.shapes import Pooled, Tokens
 from flux_ir.sites import Site, sites_among
-from flux_ir.steering.edits import POOLED, Edit, Unit
+from flux_ir.steering.directions import Direction, Features, Rows, Vector, read_vector, tensors_digest
+from flux_ir.steering.edits import POOLED, Edit
 from flux_ir.steering.regions import Grid
-
-Rows = Float[Tensor, "tokens d"]
-Activations = Float[Tensor, "tokens features"]
-
-
-# ---- Directions: what z is measured along, and what is added
-
-
-class Features:
-    """Some features of an autoencoder."""
-
-    def __init__(self, sae: SparseAutoencoder, numbers: Sequence[int]) -> None:
-        beyond = [number for number in numbers if not 0 <= number < sae.config.d_sae]
-        if beyond:
-            raise FluxIRError(
-                f"this autoencoder has the features 0 to {sae.config.d_sae - 1}: got {beyond[0]}",
-                hint="features of another autoencoder have other numbers",
-            )
-        self.sae, self.numbers = sae, torch.tensor(numbers)
-        self._rows = sae.W_dec.detach()[self.numbers].float()
-
-    def rows(self, step: int) -> Float[Tensor, "features d"]:
-        """What one unit of z adds to a token."""
-        return self._rows
-
-    @torch.no_grad()
-    def activations(self, x: Rows, step: int) -> Activations:
-        """How much of each feature is in each token: z."""
-        at_once = max(1, DENSE_VALUES // self.sae.config.d_sae)
-        return torch.cat([self.sae.encode(part)[:, self.numbers] for part in torch.split(x, at_once)])
-
-    def unit(self, unit: Unit, length: Float[Tensor, ""]) -> Float[Tensor, "features"]:
-        """A strength of 1, in z. `length` is the mean one of the site's tokens."""
-        ones = torch.ones(len(self.numbers), device=self._rows.device)
-        if unit == "raw":
-            return ones
-        if unit == "norm":
-            return ones * length / self._rows.norm(dim=1)
-        known = self.sae.max_active if unit == "max" else self.sae.mean_active
-        if known is None:
-            raise FluxIRError(
-                f"the folder of this autoencoder does not say how strongly its features are active: --unit {unit} "
-                "cannot be used",
-                hint="--unit norm measures strengths by the length of the tokens",
-            )
-        values = known[self.numbers].float()
-        if (values <= 0).any():
-            silent = int(self.numbers[values <= 0][0])
-            raise FluxIRError(
-                f"feature {silent} was never active in training, so it has no {unit} to measure strengths by",
-                hint="choose a feature that is active, or --unit norm",
-            )
-        return values
-
-    @torch.no_grad()
-    def explained(self, x: Rows) -> Rows:
-        """The part of each token that all features together stand for, b_dec not counted."""
-        at_once = max(1, DENSE_VALUES // self.sae.config.d_sae)
-        return torch.cat([self.sae.encode(part) @ self.sae.W_dec for part in torch.split(x, at_once)])
-
-
-class Vector:
-    """A plain direction, or one per step; with any unit but raw, its length does not count."""
-
-    def __init__(self, vector: Tensor, unit: Unit, name: str) -> None:
-        if vector.ndim not in (1, 2) or vector.numel() == 0 or not vector.isfinite().all():
-            raise FluxIRError(
-                f"a vector is finite numbers [d], or [steps, d]: {name} has {list(vector.shape)}"
-                f"{'' if vector.isfinite().all() else ', not all finite'}",
-                hint="save one tensor of this shape",
-            )
-        self.vector = vector.detach().float().reshape(-1, vector.shape[-1])
-        lengths = self.vector.norm(dim=1, keepdim=True)
-        if (lengths == 0).any():
-            raise FluxIRError(f"a vector has a direction: {name} is all zero", hint="leave the edit out")
-        if unit != "raw":
-            self.vector = self.vector / lengths
-
-    def rows(self, step: int) -> Float[Tensor, "features d"]:
-        return self.vector[step : step + 1] if len(self.vector) > 1 else self.vector
-
-    def activations(self, x: Rows, step: int) -> Activations:
-        row = self.rows(step)
-        return x @ row.T / row.square().sum()
-
-    def unit(self, unit: Unit, length: Float[Tensor, ""]) -> Float[Tensor, "features"]:
-        return (length if unit == "norm" else torch.ones((), device=self.vector.device)).reshape(1)
-
-
-Direction = Features | Vector
-
-
-def read_vector(path: str | Path) -> Tensor:
-    """A vector's file, `FILE.safetensors` or `FILE.safetensors:NAME`. Raises FluxIRError if there is none in it."""
-    file, _, name = str(path).partition(".safetensors:")
-    file = file + ".safetensors" if name else file
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            if not name and len(names) != 1:
-                raise FluxIRError(
-                    f"{file} must hold one vector, or be asked for one: it holds {', '.join(names) or 'none'}",
-                    hint=f"name it, as {file}:{names[0] if names else 'NAME'}",
-                )
-            if name and name not in names:
-                raise FluxIRError(
-                    f"{file} holds no {name!r}: it holds {', '.join(names) or 'nothing'}", hint="name one of them"
-                )
-            return tensors.get_tensor(name or names[0])
-    except (OSError, SafetensorError) as error:
-        raise FluxIRError(f"cannot read the vector in {file}: {error}", hint="write a .safetensors file") from error
-
 
 # ---- One edit made ready
 
@@ -280,9 +167,24 @@ class Steering:
         """Every layer of a text encoder that some edit changes."""
         return sorted({site for edit in self.ready for site in edit.weights if site.per_prompt})
 
-    def changes(self, site: Site, step: int) -> bool:
-        """Whether any edit does something at this site and step."""
-        return any(edit.share(site, step) != 0 for edit in self.ready)
+    def check_encodes(self, *, encodes: bool) -> None:
+        """Raises FluxIRError for edits of the text where the prompt's embedding is given, and nothing encodes it."""
+        if not encodes and (self.text_sites or self.pooled):
+            raise FluxIRError(
+                "--prompt_embeds is what the text encoders made of a prompt: they do not run again, to be edited",
+                hint="pass its --prompt",
+            )
+
+    def notes(self) -> list[str]:
+        """Edits that change nothing, whatever their strength."""
+        notes = []
+        for number, edit in enumerate(self.ready, start=1):
+            masks = [edit.inside(site, self.txt_tokens, self.tokens(site)) for site in edit.weights]
+            if all(mask is not None and not mask.any() for mask in masks):
+                notes.append(f"note: edit {number} changes nothing: its region has no token")
+            if not any(edit.edit.schedule or [1]) or not edit.steps & set(range(self.num_steps)):
+                notes.append(f"note: edit {number} changes nothing: it has no step of this schedule")
+        return notes
 
     def at(self, strength: float, number: int | None = None) -> "Steering":
         """The same with another strength for the edit of this number, or (None) for all that take one."""
@@ -327,6 +229,26 @@ class Steering:
             and any(site.stream != "txt" and not site.per_prompt for site in edit.weights)
         ]
         return torch.stack(masks).any(dim=0) if masks and len(masks) == len(self.ready) else None
+
+    def described(self, *, with_strength: bool) -> list[dict[str, Any]]:
+        """Every edit by the content of what it names: edits that are described alike change alike."""
+        strengths = [{"strength": list(edit.strengths)} if with_strength else {} for edit in self.edits]
+        return [self._described(edit) | strength for edit, strength in zip(self.edits, strengths, strict=True)]
+
+    def _described(self, edit: Edit) -> dict[str, Any]:
+        by_content = ("strength", "sae", "vector", "region", "weights", "sites")
+        said = {name: value for name, value in vars(edit).items() if name not in by_content and value is not None}
+        named: dict[str, Any] = {n: list(value) if isinstance(value, tuple) else value for n, value in said.items()}
+        if edit.sites == (POOLED,):
+            vector = edit.vector if isinstance(edit.vector, Tensor | None) else read_vector(edit.vector)
+            return named | {"sites": [POOLED], "direction": None if vector is None else tensors_digest(vector)}
+        ready = self.ready[[one.edit is edit for one in self.ready].index(True)]
+        sites: dict[str, Any] = {}
+        for site, weight in ready.weights.items():
+            inside = ready.inside(site, self.txt_tokens, self.tokens(site))
+            tokens = None if inside is None else inside.nonzero().flatten().tolist()
+            sites[str(site)] = {"weight": weight, "tokens": tokens}
+        return named | {"direction": ready.direction.digest(), "sites": sites}
 
     def edit_pooled(self, y: Pooled) -> Pooled:
         """CLIP's vector after the edits of it; itself, where there are none."""
@@ -476,10 +398,10 @@ def steered(model: Flux, rows: Sequence[Steering | None]) -> Iterator[None]:
 
 
 @contextmanager
-def steered_text(encoders: TextEncoders, steering: Steering) -> Iterator[None]:
+def steered_text(encoders: TextEncoders, steering: Steering | None) -> Iterator[None]:
     """While the `with` lasts, layers of the text encoders are edited, for every prompt that is encoded."""
     with ExitStack() as stack:
-        for edit in steering.ready:
+        for edit in steering.ready if steering is not None else ():
             sites = sorted(site for site in edit.weights if site.per_prompt)
             if sites:
                 changes: dict[str | Site, TextChange] = {site: partial(_edited_prompts, edit, site) for site in sites}

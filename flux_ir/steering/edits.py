@@ -210,6 +210,13 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
     return tuple(Edit.from_json(_with_files(edit, lambda name: str(path.parent / name))) for edit in stored["edits"])
 
 
+def as_edits(given: "str | Path | Edit | Sequence[Edit]") -> tuple[Edit, ...]:
+    """Edits as people give them: one, several, or their file."""
+    if isinstance(given, Edit):
+        return (given,)
+    return read_edits(given) if isinstance(given, str | Path) else tuple(given)
+
+
 def save_edits(edits: Iterable[Edit], path: str | Path) -> None:
     """Write edits as JSON; vectors that are tensors go to .safetensors files beside it, under the same name."""
     path = Path(path)

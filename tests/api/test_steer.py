@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ir import FluxIRError
+from flux_ir import FluxIRError, capture, read_capture
 from flux_ir.api.steer import steer
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
@@ -150,3 +150,23 @@ def test_a_picture_shows_the_edit(steered):
     )
     difference = np.abs(zero - four).mean(axis=(0, 2))
     assert difference[:64].mean() > 3 * difference[64:].mean()
+
+
+def test_a_capture_takes_the_edit_that_a_steering_wrote(steered, tmp_path):
+    words = {"model": "flux-tiny", "num_steps": 3, "seed": 1, "dtype": "float32", "lens": "x0", "output_dir": tmp_path}
+    (edit,) = read_edits(steered.edit)
+    plain, zero, four = (capture(PROMPT, edit=e, **words) for e in (None, edit.at(0.0), edit.at(4.0)))
+    pictures = [np.asarray(Image.open(run.picture)) for run in (plain, zero, four)]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    records = [read_capture(run.capture) for run in (plain, zero, four)]
+    sites = records[0].sites
+    assert all(torch.equal(records[0].read(site, 1), records[1].read(site, 1)) for site in sites)
+    # What is recorded is what the edits made of it, and the last block's picture is still the sampler's own.
+    assert not torch.equal(records[0].read("double.2.img", 0), records[2].read("double.2.img", 0))
+    assert torch.equal(records[0].read("double.1.img", 0), records[2].read("double.1.img", 0))
+    stored = json.loads(four.metadata.read_text())
+    assert stored["edits"][0]["strength"] == [4.0]
+    assert "edits" not in json.loads(plain.metadata.read_text())
+    with pytest.raises(FluxIRError, match="is to be measured first"):
+        capture(PROMPT, edit=Edit(sae=edit.sae, feature=12, weights="presence"), **words)

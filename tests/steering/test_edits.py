@@ -74,7 +74,7 @@ def test_a_vector_in_memory_is_written_beside_the_file(tmp_path):
     vector = torch.randn(64)
     save_edits([Edit(vector=vector, sites="single.1")], tmp_path / "edit.json")
     (again,) = read_edits(tmp_path / "edit.json")
-    from flux_ir.steering.apply import read_vector
+    from flux_ir.steering.directions import read_vector
 
     assert torch.equal(read_vector(again.vector), vector)
 
