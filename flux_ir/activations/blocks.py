@@ -211,6 +211,14 @@ def not_said(file: Path, word: str) -> FluxIRError:
     )
 
 
+def steered_runs(file: Path) -> FluxIRError:
+    """What is raised for generations made with edits: without these, running them again gives something else."""
+    return FluxIRError(
+        f"{file} was made with edits, and would be run again without them",
+        hint="use captures that were made without --edit",
+    )
+
+
 def floats(values: Tensor, scale: Tensor | None) -> Tensor:
     """Stored values as bfloat16, float16 or float32."""
     values = dequantised(values, scale)

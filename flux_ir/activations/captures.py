@@ -21,6 +21,7 @@ from flux_ir.activations.blocks import (
     not_said,
     required_site,
     run_of,
+    steered_runs,
     token_positions,
 )
 from flux_ir.activations.spans import Memory
@@ -117,6 +118,8 @@ class CaptureSource:
         """How one generation was made, as its file says."""
         capture = self._capture(generation)
         metadata = capture.metadata
+        if "edits" in metadata:
+            raise steered_runs(capture.path)
         if "prompt_embeds" in metadata:
             raise FluxIRError(
                 f"{capture.path} was made from embeddings of a prompt, which it does not hold: it cannot be run again",

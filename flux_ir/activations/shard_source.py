@@ -26,6 +26,7 @@ from flux_ir.activations.blocks import (
     TokenRun,
     leading_txt,
     not_said,
+    steered_runs,
     token_positions,
 )
 from flux_ir.activations.downloads import CACHE_BYTES, Downloads
@@ -163,6 +164,8 @@ class ShardSource:
         shard, row = self._shard_and_row(generation)
         try:
             made: dict[str, Any] = json.loads(self._settings)["settings"]
+            if "edits" in made:
+                raise steered_runs(shard.path)
             width, height = shard.metadata["width"], shard.metadata["height"]
             img_tokens = image_ids(1, height, width).shape[1]
             shift = get_spec(shard.metadata["model"]).shifts_schedule

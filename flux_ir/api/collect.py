@@ -31,6 +31,9 @@ from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sampling.generate import check_size
 from flux_ir.sites import SiteNames, sites_among
+from flux_ir.steering.apply import Steering
+from flux_ir.steering.edits import Edit, as_edits
+from flux_ir.steering.regions import Grid
 
 NOTED_PROMPTS = 256
 
@@ -65,6 +68,7 @@ class CollectArguments:
     height: int | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    edit: str | Path | Edit | Sequence[Edit] | None = None
     steps: Iterable[int] | None = None
     tokens_per_image: int | None = None
     dtype: DtypeWord = "auto"
@@ -101,6 +105,7 @@ def collect(
     height: int | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    edit: str | Path | Edit | Sequence[Edit] | None = None,
     steps: Iterable[int] | None = None,
     tokens_per_image: int | None = None,
     dtype: DtypeWord = "auto",
@@ -120,9 +125,9 @@ def collect(
     `prompts` is a list, or a .txt, .jsonl or .csv file, of which the first `max_prompts` are taken (None: all); each is
     sampled `repeats` times, from noise that follows from `seed`, the prompt and the repeat. `sites` are names or
     patterns, `steps` the steps to keep (None: all); no step runs after the last of them unless pictures or latents are
-    kept. `output_dir` is a folder or a URL. `model` is the name of one, or a loaded `Suite`, which brings its own
-    device and dtype. What the network computes in `dtype` is kept in `store_dtype`. Under torchrun all processes call
-    this alike and share the work.
+    kept. With `edit`, an `Edit`, several or their file, every run is steered. `output_dir` is a folder or a URL.
+    `model` is the name of one, or a loaded `Suite`, which brings its own device and dtype. What the network computes in
+    `dtype` is kept in `store_dtype`. Under torchrun all processes call this alike and share the work.
 
     Raises FluxIRError for what a user can mend: before a weight is read where that is possible.
     """
@@ -138,6 +143,7 @@ def collect(
         height=height,
         num_steps=num_steps,
         guidance=guidance,
+        edit=edit,
         steps=steps,
         tokens_per_image=tokens_per_image,
         dtype=dtype,
@@ -160,8 +166,10 @@ def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> 
         job = settle_collection(arguments, ranks, progress)
         watch = progress if ranks.is_first else unwatched
         watch(Note(_opening(job, ranks)))
-        if job.compute.warning:
-            watch(Note(f"note: {job.compute.warning}"))
+        notes = [f"note: {job.compute.warning}"] if job.compute.warning else []
+        edits = job.settings.recipe.edits
+        for note in notes + (edits.notes() if isinstance(edits, Steering) else []):
+            watch(Note(note))
         storage = open_storage(job.output_dir, rank=ranks.rank)
         with one_job_at(storage, ranks):
             collector = Collector(job.settings, job.suite, storage, ranks)
@@ -223,6 +231,7 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
         network_dtype=compute.dtype,
         tokens_per_image=asked.tokens_per_image,
         to_the_end=asked.save_images or asked.save_latents,
+        edits=_edits(asked, spec, Grid(width, height), num_steps, placement),
     )
     _check_tokens(recipe)
     recipe.plan()  # it raises for steps that the schedule does not have
@@ -255,6 +264,14 @@ def _settle_machine(asked: CollectArguments, ranks: Ranks) -> tuple[Placement, C
     device = asked.device if ranks.world_size == 1 else str(ranks.device(asked.device))
     placement = plan(torch.cuda.device_count(), device=device, offload=asked.offload)
     return placement, choose_dtype(asked.dtype, placement.devices, ranks=ranks)
+
+
+def _edits(
+    asked: CollectArguments, spec: ModelSpec, grid: Grid, num_steps: int, placement: Placement
+) -> Steering | None:
+    if asked.edit is None:
+        return None
+    return Steering(as_edits(asked.edit), spec, grid=grid, num_steps=num_steps, device=placement.transformer)
 
 
 def _check_tokens(recipe: Recipe) -> None:

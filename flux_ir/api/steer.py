@@ -413,7 +413,7 @@ def variants_of(
             variants += [Variant(row, strength, seed, plain, steering.along(along)) for seed in seeds]
     strongest = max(settings.strength, key=abs)
     for row, steps in windows(job.steering.num_steps).items():
-        steering = doses[strongest].during(steps)
+        steering = doses[strongest].at_steps(steps)
         variants += [Variant(row, strongest, seed, texts[strongest], steering) for seed in job.seeds]
     return variants
 

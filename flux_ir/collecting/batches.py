@@ -5,7 +5,7 @@ Next: `collector`, which keeps what is recorded; `live`, which hands it on.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -82,10 +82,13 @@ def record_batch(
     device = model.img_in.weight.device
     noise = noise_for([item.seed for item in items], recipe.height, recipe.width, device, recipe.network_dtype)
     text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(one.text for one in embedded), strict=True)))
+    if recipe.edits is not None:
+        text = text._replace(y=recipe.edits.edit_pooled(text.y))
     inputs = prepare(noise, text, recipe.height, recipe.width)
     sink, latent = MemorySink(), None
+    edited = nullcontext() if recipe.edits is None else recipe.edits.during(model)
     try:
-        with Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
+        with edited, Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
             for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance)):
                 latent = step.after
     except StateNotFiniteError as error:

@@ -110,7 +110,7 @@ class CollectSettings:
             "save_latents": self.save_latents,
             "device": device,
             "batch_size": self.batch_size,
-        }
+        } | ({} if recipe.edits is None else {"edits": recipe.edits.described(with_strength=True)})
 
 
 class ShardWork(NamedTuple):

@@ -55,7 +55,7 @@ from flux_ir.collecting.embeddings import (
     read_used_txt,
 )
 from flux_ir.collecting.prompts import WorkItem
-from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.recipe import Recipe, edited_text
 from flux_ir.collecting.shard_notes import (
     FileFacts,
     ShardNotes,
@@ -168,7 +168,7 @@ class Collector:
         """Encodes the prompts that this rank lacks, and frees the encoders; yields each when it is kept."""
         if not self._to_encode:
             return
-        with self.suite.text_encoders() as encoders:
+        with self.suite.text_encoders() as encoders, edited_text(self.recipe, encoders):
             yield from encode_prompts(encoders, list(self._to_encode), self.storage, self.recipe.text_sites)
         self._to_encode = {}
         self.suite.free_text_encoders()

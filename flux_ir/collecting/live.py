@@ -27,7 +27,7 @@ from flux_ir.collecting.batches import (
 from flux_ir.collecting.collection import CollectSettings
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.collecting.prompts import WorkItem, WorkList
-from flux_ir.collecting.recipe import Recipe
+from flux_ir.collecting.recipe import Recipe, edited_text
 from flux_ir.distributed import Ranks
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
@@ -58,7 +58,7 @@ def live_blocks(
         workers = torch.get_num_threads() if on_cpu else 1
         size = settings.batch_size or (cpu_batch(recipe) if on_cpu else gpu_batch(model, recipe))
         record = partial(_record, replicas(model, workers), recipe)
-        batches = _batches(suite, work, shards, images, size, start)
+        batches = _batches(suite, recipe, work, shards, images, size, start)
         with closing(in_order(record, batches, workers, torch_threads=1)) as recorded:
             for skipped, batch in recorded:
                 for generation in batch.generations()[skipped:]:
@@ -95,7 +95,7 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    suite: Suite, work: WorkList, shards: Iterator[int], images: int, size: int, start: int
+    suite: Suite, recipe: Recipe, work: WorkList, shards: Iterator[int], images: int, size: int, start: int
 ) -> Iterator[_Batch]:
     """The batches of a collection with these settings, but for those that end before the generation `start`."""
     for shard in shards:
@@ -105,15 +105,15 @@ def _batches(
             if begin + len(batch) > start:
                 to_record.append((max(0, start - begin), list(batch)))
             begin += len(batch)
-        embedded = _embedded(suite, [item.prompt for _, batch in to_record for item in batch])
+        embedded = _embedded(suite, recipe, [item.prompt for _, batch in to_record for item in batch])
         for skipped, batch in to_record:
             yield _Batch(skipped, batch, [embedded[item.prompt] for item in batch])
 
 
-def _embedded(suite: Suite, prompts: list[str]) -> dict[str, EmbeddedPrompt]:
+def _embedded(suite: Suite, recipe: Recipe, prompts: list[str]) -> dict[str, EmbeddedPrompt]:
     """Every prompt's embedding, each computed once."""
     different = list(dict.fromkeys(prompts))
-    with suite.text_encoders() as encoders:
+    with suite.text_encoders() as encoders, edited_text(recipe, encoders):
         return dict(zip(different, embed_prompts(encoders, different), strict=True))
 
 

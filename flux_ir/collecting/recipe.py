@@ -3,18 +3,40 @@
 Next: `batches`, which records by it; `collection`, the folder of shards, and `collector`, which fills it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from flux_ir.activations.shards import POSITIONS_KEY, ShardTensor, scale_key, site_key, state_key
 from flux_ir.collecting.prompts import WorkItem
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.suite import TextEncoders
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
+from flux_ir.shapes import Pooled
 from flux_ir.sites import Site
+
+
+@runtime_checkable
+class RunEdits(Protocol):
+    """Edits that every generation is made with; `steering`, which stands above this room, makes them."""
+
+    def during(self, model: Flux) -> AbstractContextManager[None]:
+        """While it lasts, the transformer is edited."""
+
+    def during_text(self, encoders: TextEncoders) -> AbstractContextManager[None]:
+        """While it lasts, the text encoders are edited."""
+
+    def edit_pooled(self, y: Pooled) -> Pooled:
+        """CLIP's vector after the edits of it."""
+
+    def described(self, *, with_strength: bool) -> list[dict[str, Any]]:
+        """The edits by the content of what they name."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,7 @@ class Recipe:
     to_the_end: bool = False
     """Whether all steps run, because the picture or its latent is kept. If not, the forward of the last recorded step
     ends behind its deepest site."""
+    edits: RunEdits | None = None
 
     def __post_init__(self) -> None:
         # frozen, so not by plain assignment; sorted, so that a setting has one spelling
@@ -112,3 +135,8 @@ def recorded_bytes(recipe: Recipe) -> int:
     values = sum(prod(plan.full_shape(site)) for site in plan.sites) * len(plan.kept_steps)
     values += sum(prod(plan.shape(site)) for site in plan.text_sites)
     return values * recipe.network_dtype.itemsize
+
+
+def edited_text(recipe: Recipe, encoders: TextEncoders) -> AbstractContextManager[None]:
+    """While it lasts, prompts are encoded with the recipe's edits."""
+    return nullcontext() if recipe.edits is None else recipe.edits.during_text(encoders)

@@ -14,6 +14,7 @@ from flux_ir.commands.cli.shared import (
     READ,
     CheckpointOptions,
     ComputeOptions,
+    EditOptions,
     OffloadOptions,
     PictureOptions,
     PlanOptions,
@@ -30,6 +31,7 @@ class CaptureOptions(
     StepOptions,
     ReadingOptions,
     ComputeOptions,
+    EditOptions,
     OffloadOptions,
     CheckpointOptions,
     RunsOptions,
@@ -58,13 +60,6 @@ class CaptureOptions(
         default_text="drawn at random and recorded",
     )
     add_sampling_metadata: bool = option(True, help="write the prompt into the picture's EXIF data", group=PICTURE)
-
-    edit: Path | None = option(
-        None,
-        help="a file of edits to make the picture with, such as the edit.json of flux-ir steer",
-        group=PICTURE,
-        default_text="nothing is changed",
-    )
 
     sites: tuple[str, ...] | None = option(
         None,

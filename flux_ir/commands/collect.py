@@ -14,6 +14,7 @@ from flux_ir.commands.cli.shared import (
     MACHINE,
     CheckpointOptions,
     ComputeOptions,
+    EditOptions,
     OffloadOptions,
     PictureOptions,
     PlanOptions,
@@ -29,7 +30,9 @@ PROMPTS = "the prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectOptions(PictureOptions, StepOptions, ComputeOptions, OffloadOptions, CheckpointOptions, PlanOptions):
+class CollectOptions(
+    PictureOptions, EditOptions, StepOptions, ComputeOptions, OffloadOptions, CheckpointOptions, PlanOptions
+):
     """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 
     No step after the last of --steps is computed, unless pictures or latents are kept. The same command goes on where

@@ -9,7 +9,7 @@ the part that an autoencoder does not explain is never touched, and a token whos
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -213,7 +213,7 @@ class Steering:
             edit.instead = {site: directions[site].to(self.device) for site in edit.weights}
         return same
 
-    def during(self, steps: Collection[int]) -> "Steering":
+    def at_steps(self, steps: Collection[int]) -> "Steering":
         """The same at these steps alone, as far as it has them."""
         same = self.of(self.edits)
         for edit in same.ready:
@@ -249,6 +249,14 @@ class Steering:
             tokens = None if inside is None else inside.nonzero().flatten().tolist()
             sites[str(site)] = {"weight": weight, "tokens": tokens}
         return named | {"direction": ready.direction.digest(), "sites": sites}
+
+    def during(self, model: Flux) -> AbstractContextManager[None]:
+        """While it lasts, every picture that `model` makes is steered."""
+        return steered(model, [self])
+
+    def during_text(self, encoders: TextEncoders) -> AbstractContextManager[None]:
+        """While it lasts, every prompt is encoded with the edits of the text encoders."""
+        return steered_text(encoders, self)
 
     def edit_pooled(self, y: Pooled) -> Pooled:
         """CLIP's vector after the edits of it; itself, where there are none."""

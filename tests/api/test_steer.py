@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ir import FluxIRError, capture, read_capture
+from flux_ir import FluxIRError, capture, collect, open_source, read_capture
 from flux_ir.api.steer import steer
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
@@ -170,3 +170,20 @@ def test_a_capture_takes_the_edit_that_a_steering_wrote(steered, tmp_path):
     assert "edits" not in json.loads(plain.metadata.read_text())
     with pytest.raises(FluxIRError, match="is to be measured first"):
         capture(PROMPT, edit=Edit(sae=edit.sae, feature=12, weights="presence"), **words)
+
+
+def test_a_collection_takes_an_edit_and_cannot_be_run_again_without(steered, tmp_path):
+    (edit,) = read_edits(steered.edit)
+    words = {"model": "flux-tiny", "num_steps": 3, "steps": (1,), "dtype": "float32", "store_dtype": "float32"}
+    made = {}
+    for name, given in (("plain", None), ("zero", edit.at(0.0)), ("four", edit.at(4.0))):
+        collect([PROMPT], "double.2.img,single.1.img", tmp_path / name, edit=given, **words)
+        made[name] = open_source(tmp_path / name)
+    sites = made["plain"].sites
+    rows = {name: [source.read(0, site, 1).values for site in sites] for name, source in made.items()}
+    assert all(map(torch.equal, rows["plain"], rows["zero"]))
+    assert not any(map(torch.equal, rows["plain"], rows["four"]))
+    with pytest.raises(FluxIRError, match="was made with edits"):
+        made["four"].sampling(0)
+    with pytest.raises(FluxIRError, match=r"other settings|edits"):
+        collect([PROMPT], "double.2.img,single.1.img", tmp_path / "four", edit=edit.at(2.0), **words)

@@ -37,6 +37,18 @@ class PictureOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditOptions(Options):
+    """What is changed while pictures are made."""
+
+    edit: Path | None = option(
+        None,
+        help="a file of edits to make pictures with, such as the edit.json of flux-ir steer",
+        group=PICTURE,
+        default_text="nothing is changed",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
     """Where it is computed."""
 
