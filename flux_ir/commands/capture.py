@@ -9,15 +9,16 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     KEEP,
     LARGEST_SEED,
-    MACHINE,
     PICTURE,
     READ,
     CheckpointOptions,
     ComputeOptions,
     EditOptions,
+    MultiGPUOptions,
     OffloadOptions,
     PictureOptions,
     PlanOptions,
+    PromptOptions,
     ReadingOptions,
     RunsOptions,
     StepOptions,
@@ -27,10 +28,12 @@ from flux_ir.commands.lens import lens_files
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions(
+    PromptOptions,
     PictureOptions,
     StepOptions,
     ReadingOptions,
     ComputeOptions,
+    MultiGPUOptions,
     EditOptions,
     OffloadOptions,
     CheckpointOptions,
@@ -42,9 +45,6 @@ class CaptureOptions(
     Everything goes into a folder of its own below --output_dir, named by the generation id printed at the start.
     """
 
-    prompt: str | None = option(
-        None, help="what to draw", group=PICTURE, free_text=True, default_text='"a beautiful landscape"'
-    )
     prompt_embeds: Path | None = option(
         None,
         help="the prompt's embeddings in its place: a .safetensors with prompt_embeds (T5) and pooled_prompt_embeds "
@@ -69,8 +69,6 @@ class CaptureOptions(
     )
 
     should_decode_intermediates: bool = option(True, help="decode what each block would have drawn", group=READ)
-
-    multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
 
 
 def run(options: CaptureOptions) -> None:

@@ -12,8 +12,10 @@ from flux_ir.commands.cli.shared import (
     PICTURE,
     CheckpointOptions,
     ComputeOptions,
+    MultiGPUOptions,
     OffloadOptions,
     PictureOptions,
+    PromptOptions,
 )
 from flux_ir.errors import FluxIRError
 
@@ -24,16 +26,13 @@ WHAT, WHERE, COMPARED = "What is changed", "Where and when", "What it is compare
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerOptions(PictureOptions, ComputeOptions, OffloadOptions, CheckpointOptions):
+class SteerOptions(PromptOptions, PictureOptions, ComputeOptions, MultiGPUOptions, OffloadOptions, CheckpointOptions):
     """Sample one prompt with an edit at several strengths, beside the unsteered pictures of the same noises.
 
     Says for every strength how active the feature is afterwards and what the rest of the picture pays, and makes the
     same with random directions and the best aligned neuron. Stopped at any moment, the same command goes on.
     """
 
-    prompt: str | None = option(
-        None, help="what to draw", group=PICTURE, free_text=True, default_text='"a beautiful landscape"'
-    )
     prompt_embeds: Path | None = option(
         None, help="the prompt's embeddings in its place", group=PICTURE, default_text="the prompt is encoded"
     )
@@ -113,7 +112,6 @@ class SteerOptions(PictureOptions, ComputeOptions, OffloadOptions, CheckpointOpt
     seeds: int = option(4, help="noises, for the intervals", group=COMPARED)
     controls: int = option(20, help="random directions that move every token as far; 0: no controls", group=COMPARED)
 
-    multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
     batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
     name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("steering"), help="where the folders of steerings are", group=MACHINE)

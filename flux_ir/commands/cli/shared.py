@@ -37,6 +37,22 @@ class PictureOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptOptions(Options):
+    """A prompt, by itself."""
+
+    prompt: str | None = option(
+        None, help="what to draw", group=PICTURE, free_text=True, default_text='"a beautiful landscape"'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiGPUOptions(Options):
+    """One process on several GPUs."""
+
+    multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EditOptions(Options):
     """What is changed while pictures are made."""
 
