@@ -37,6 +37,7 @@ from flux_ir.steering.apply import Steering, steered_text
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
 from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, as_edits
 from flux_ir.steering.folder import SteeringFolder
+from flux_ir.steering.perceptual import Lpips, find_lpips
 from flux_ir.steering.regions import Grid, Region
 from flux_ir.steering.settle import is_settled, settled, stand_in
 from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, tabulate
@@ -234,7 +235,7 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
         )
         variants = variants_of(job, texts, neurons_of(job, model, texts[None]))
         make_missing(job, folder, painter, variants, progress)
-    runs = [folder.read(variant) for variant in variants]
+    runs = measure_lpips(job, folder, variants, notes, progress)
     table = tabulate(runs)
     with phase(progress, "sheets"):
         drawn = folder.draw(job.prompt, runs)
@@ -445,6 +446,27 @@ def make_missing(
             price=None if variant.row == UNSTEERED else price(made, baseline, inside, job.grid),
         )
         folder.keep(run, made)
+
+
+def measure_lpips(
+    job: SteeringJob, folder: SteeringFolder, variants: Sequence[Variant], notes: list[str], progress: Watch
+) -> list[Run]:
+    """The numbers of all pictures, with LPIPS where the user has it; a note says why it is left out."""
+    lpips = find_lpips(job.placement.transformer, job.grid)
+    if isinstance(lpips, Lpips):
+        measured_now = folder.add_lpips(variants, lpips, job.steering.region_of_image(), job.grid)
+        return list(follow(progress, "lpips", measured_now, total=len(variants)))
+    runs = [folder.read(variant) for variant in variants]
+    without = [run.price.lpips is None for run in runs if run.price is not None]
+    if lpips is None and any(without) and not all(without):
+        lpips = (
+            f"note: {len(without) - sum(without)} of {len(without)} pictures have LPIPS from an earlier run: "
+            "pip install lpips for the others"
+        )
+    if lpips is not None:
+        notes.append(lpips)
+        progress(Note(lpips))
+    return runs
 
 
 # ---- What the pictures' bits depend on

@@ -30,7 +30,8 @@ class SteerOptions(PromptOptions, PictureOptions, ComputeOptions, MultiGPUOption
     """Sample one prompt with an edit at several strengths, beside the unsteered pictures of the same noises.
 
     Says for every strength how active the feature is afterwards and what the rest of the picture pays, and makes the
-    same with random directions and the best aligned neuron. Stopped at any moment, the same command goes on.
+    same with random directions and the best aligned neuron. Stopped at any moment, the same command goes on. Where
+    LPIPS is installed (pip install lpips) it joins the price.
     """
 
     prompt_embeds: Path | None = option(
@@ -163,7 +164,8 @@ def dose_table(table: "Sequence[DoseRow]") -> list[str]:
     """One line per kind of picture and strength, under headings; intervals where there are several noises."""
     from flux_ir.commands.report import aligned
 
-    head = ("", "strength", "active", "carried", "moved", "inside [dB]", "outside [dB]", "latent inside", "outside")
+    head = ["", "strength", "active", "carried", "moved", "inside [dB]", "outside [dB]", "latent inside", "outside"]
+    lpips = any(row.lpips is not None for row in table)
     rows = [
         (
             row.row,
@@ -175,10 +177,11 @@ def dose_table(table: "Sequence[DoseRow]") -> list[str]:
             _said(row.psnr_outside_db, 1),
             _said(row.latent_inside, 3),
             _said(row.latent_outside, 3),
+            *([_said(row.lpips, 3), _said(row.lpips_outside, 3)] if lpips else []),
         )
         for row in table
     ]
-    return aligned([head, *rows])
+    return aligned([(*head, *(["LPIPS", "outside"] if lpips else [])), *rows])
 
 
 def _said(estimate: "Estimate | None", digits: int) -> str:

@@ -7,7 +7,7 @@ its rows by themselves), on a GPU in batches. So what is made does not depend on
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -207,6 +207,14 @@ class Price(NamedTuple):
     latent_inside: float
     """|difference| / |unsteered| of the finished latent."""
     latent_outside: float | None
+    lpips: float | None = None
+    """Of the whole picture. None: not measured (see `perceptual`)."""
+    lpips_outside: float | None = None
+    """With the region's pixels made equal. None: not measured, or there is nothing outside."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can say it; without LPIPS where it was not measured."""
+        return {name: value for name, value in self._asdict().items() if value is not None or "lpips" not in name}
 
 
 def price(made: Made, unsteered: Made, inside: Bool[Tensor, "tokens"] | None, grid: Grid) -> Price:
@@ -225,10 +233,15 @@ def price(made: Made, unsteered: Made, inside: Bool[Tensor, "tokens"] | None, gr
 
 def _psnr(picture: Picture, other: Picture, tokens: Bool[Tensor, "tokens"], grid: Grid) -> float | None:
     """Peak signal to noise [dB] over the pixels of these tokens; None where nothing differs, or there are none."""
-    mask = tokens.reshape(grid.rows, grid.columns).repeat_interleave(TOKEN_PX, 0).repeat_interleave(TOKEN_PX, 1)
+    mask = pixels_of(tokens, grid)
     error = (picture[mask].double() - other[mask].double()).square()
     mean = float(error.mean()) if error.numel() else 0.0
     return 10 * math.log10(255**2 / mean) if mean > 0 else None
+
+
+def pixels_of(tokens: Bool[Tensor, "tokens"], grid: Grid) -> Bool[Tensor, "height width"]:
+    """Which pixels these tokens have."""
+    return tokens.reshape(grid.rows, grid.columns).repeat_interleave(TOKEN_PX, 0).repeat_interleave(TOKEN_PX, 1)
 
 
 def _distance(

@@ -3,18 +3,24 @@
 A picture's numbers are written after it, so a picture that has them is complete. Next: `flux_ir.api.steer`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, read_json, versions, write_json
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.steering.dose import Made, Variant
+from flux_ir.steering.dose import Made, Picture, Variant
 from flux_ir.steering.edits import Edit, save_edits
+from flux_ir.steering.perceptual import Lpips
+from flux_ir.steering.regions import Grid
 from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, row_json
 from flux_ir.visualize.animate import write_gif
 from flux_ir.visualize.palette import film_palette, thumbnail_side
@@ -32,7 +38,7 @@ class SteeringFolder:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], edits: Sequence[Edit]) -> None:
         self.path, self.identity = path, dict(identity)
-        self.edit, self.numbers, self.pictures = path / "edit.json", path / "steering.json", path / "pictures"
+        self.edit, self.numbers = path / "edit.json", path / "steering.json"
         known = path / "identity.json"
         if not known.is_file():
             write_json(known, self.identity)
@@ -48,7 +54,12 @@ class SteeringFolder:
 
     def picture(self, row: str, strength: float, seed: int) -> Path:
         """The PNG of one picture; its numbers are beside it, under the same name."""
-        return self.pictures / f"{row}_strength_{strength:g}_seed_{seed}.png"
+        return self.picture_in(self.path, row, strength, seed)
+
+    @staticmethod
+    def picture_in(path: Path, row: str, strength: float, seed: int) -> Path:
+        """The same in the folder of this path, which is not opened."""
+        return path / "pictures" / f"{row}_strength_{strength:g}_seed_{seed}.png"
 
     def _run(self, row: str, strength: float, seed: int) -> Path:
         return self.picture(row, strength, seed).with_suffix(".json")
@@ -68,6 +79,23 @@ class SteeringFolder:
     def read(self, variant: Variant) -> Run:
         """The numbers of a picture that is there."""
         return Run.from_json(read_json(self._run(variant.row, variant.strength, variant.seed)))
+
+    def add_lpips(
+        self, variants: Sequence[Variant], lpips: Lpips, inside: Bool[Tensor, "tokens"] | None, grid: Grid
+    ) -> Iterator[Run]:
+        """The numbers of pictures that are there, with LPIPS measured and kept where they have none yet."""
+        for variant in variants:
+            run = self.read(variant)
+            if run.price is not None and run.price.lpips is None:
+                picture = self._pixels(self.picture(run.row, run.strength, run.seed))
+                unsteered = self._pixels(self.picture(UNSTEERED, 0.0, run.seed))
+                run = run._replace(price=lpips.added_to(run.price, picture, unsteered, inside, grid))
+                write_json(self._run(run.row, run.strength, run.seed), run.to_json())
+            yield run
+
+    def _pixels(self, path: Path) -> Picture:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB")))
 
     def write_numbers(self, settings: Mapping[str, Any], runs: Sequence[Run], table: Sequence[DoseRow]) -> Path:
         """Everything in one file: what was asked for, the table, and every picture's numbers."""

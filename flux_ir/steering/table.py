@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can say it."""
-        return self._asdict() | {"price": None if self.price is None else self.price._asdict()}
+        return self._asdict() | {"price": None if self.price is None else self.price.to_json()}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Run":
@@ -65,6 +65,9 @@ class DoseRow(NamedTuple):
     latent_inside: Estimate | None
     """|difference| / |unsteered| of the finished latent."""
     latent_outside: Estimate | None
+    lpips: Estimate | None = None
+    """Of the whole picture; None also where only some of the pictures have it."""
+    lpips_outside: Estimate | None = None
 
 
 def tabulate(runs: Iterable[Run]) -> list[DoseRow]:
@@ -84,6 +87,7 @@ def _row(kind: str, strength: float, runs: Sequence[Run]) -> DoseRow:
     def price(name: str) -> Estimate | None:
         return mean(lambda run: None if run.price is None else getattr(run.price, name))
 
+    has_lpips = all(run.price is not None and run.price.lpips is not None for run in runs)
     return DoseRow(
         kind,
         strength,
@@ -93,6 +97,7 @@ def _row(kind: str, strength: float, runs: Sequence[Run]) -> DoseRow:
         mean(lambda run: run.carried),
         mean(lambda run: run.moved),
         *(price(name) for name in ("psnr_inside_db", "psnr_outside_db", "latent_inside", "latent_outside")),
+        *((price(name) if has_lpips else None) for name in ("lpips", "lpips_outside")),
     )
 
 
@@ -108,5 +113,6 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def row_json(row: DoseRow) -> dict[str, Any]:
-    """A row as JSON can say it."""
-    return {name: value._asdict() if isinstance(value, Estimate) else value for name, value in row._asdict().items()}
+    """A row as JSON can say it; without LPIPS where it was not measured."""
+    said = {name: value._asdict() if isinstance(value, Estimate) else value for name, value in row._asdict().items()}
+    return {name: value for name, value in said.items() if value is not None or "lpips" not in name}

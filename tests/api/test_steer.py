@@ -9,9 +9,11 @@ from PIL import Image
 
 from flux_ir import FluxIRError, capture, collect, open_source, read_capture
 from flux_ir.api.steer import steer
+from flux_ir.commands.steer import dose_table
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.files.folder import save_sae
+from flux_ir.steering import perceptual
 from flux_ir.steering.edits import POOLED, Edit, read_edits
 
 PROMPT = "a large red circle on the left on a white background"
@@ -187,3 +189,24 @@ def test_a_collection_takes_an_edit_and_cannot_be_run_again_without(steered, tmp
         made["four"].sampling(0)
     with pytest.raises(FluxIRError, match=r"other settings|edits"):
         collect([PROMPT], "double.2.img,single.1.img", tmp_path / "four", edit=edit.at(2.0), **words)
+
+
+def test_lpips_is_added_to_a_steering_that_is_there_and_shown(sae, tmp_path, monkeypatch):
+    words = {"sae": sae, "feature": 12, "strength": (0, 4), "region": (0, 0, 64, 128), "output_dir": tmp_path}
+    words |= FAST | {"controls": 0, "seeds": 1}
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    before = steer(PROMPT, **words)
+    assert before.notes == []
+    assert "lpips" not in before.numbers.read_text()
+    made = {path: path.stat().st_mtime_ns for path in (before.folder / "pictures").glob("*.png")}
+    with torch.random.fork_rng():
+        lpips = perceptual.Lpips(perceptual._network(random_backbone=True))
+    monkeypatch.setattr("flux_ir.api.steer.find_lpips", lambda device, grid: lpips)
+    after = steer(PROMPT, **words)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    zero, four = (row for row in after.table if row.row == "edit")
+    assert (zero.lpips.mean, zero.lpips_outside.mean) == (0, 0)
+    assert four.lpips.mean > four.lpips_outside.mean > 0
+    assert dose_table(after.table)[0].split()[-2:] == ["LPIPS", "outside"]
+    monkeypatch.setattr("flux_ir.api.steer.find_lpips", lambda device, grid: None)
+    assert steer(PROMPT, **words | {"seeds": 2}).notes[-1].startswith("note: 5 of 10 pictures have LPIPS")
