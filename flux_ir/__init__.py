@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ir.api.compare_features import compare_features
     from flux_ir.api.comparison_files import Comparison
     from flux_ir.api.convert_collection import convert_collection
+    from flux_ir.api.demonstrate import Demonstrated, demonstrate
     from flux_ir.api.draw_features import DrawnFeatures, draw_features
     from flux_ir.api.evaluate_sae import EvaluatedSAE, evaluate_sae
     from flux_ir.api.explore_features import explore_features
@@ -56,6 +57,8 @@ _MODULES = {
     "convert_collection": "flux_ir.api.convert_collection",
     "create_visualization": "flux_ir.api.visualize",
     "decode": "flux_ir.api.models",
+    "demonstrate": "flux_ir.api.demonstrate",
+    "Demonstrated": "flux_ir.api.demonstrate",
     "encode_prompt": "flux_ir.api.models",
     "draw_features": "flux_ir.api.draw_features",
     "DrawnFeatures": "flux_ir.api.draw_features",
@@ -111,6 +114,7 @@ __all__ = [
     "Begun",
     "CaptureResult",
     "Comparison",
+    "Demonstrated",
     "DrawnFeatures",
     "Edit",
     "EvaluatedSAE",
@@ -141,6 +145,7 @@ __all__ = [
     "convert_collection",
     "create_visualization",
     "decode",
+    "demonstrate",
     "draw_features",
     "encode_prompt",
     "evaluate_sae",

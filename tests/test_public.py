@@ -69,6 +69,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("score_concepts", "score_concepts"),
         ("lens", "read_lens"),
         ("steer", "steer"),
+        ("demonstrate", "demonstrate"),
         ("study", "run_study"),
         ("visualize", "create_visualization"),
     ],

@@ -10,6 +10,7 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     MACHINE,
     PICTURE,
+    BatchOptions,
     CheckpointOptions,
     ComputeOptions,
     MultiGPUOptions,
@@ -26,7 +27,15 @@ WHAT, WHERE, COMPARED = "What is changed", "Where and when", "What it is compare
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerOptions(PromptOptions, PictureOptions, ComputeOptions, MultiGPUOptions, OffloadOptions, CheckpointOptions):
+class SteerOptions(
+    PromptOptions,
+    PictureOptions,
+    ComputeOptions,
+    MultiGPUOptions,
+    OffloadOptions,
+    BatchOptions,
+    CheckpointOptions,
+):
     """Sample one prompt with an edit at several strengths, beside the unsteered pictures of the same noises.
 
     Says for every strength how active the feature is afterwards and what the rest of the picture pays, and makes the
@@ -113,7 +122,6 @@ class SteerOptions(PromptOptions, PictureOptions, ComputeOptions, MultiGPUOption
     seeds: int = option(4, help="noises, for the intervals", group=COMPARED)
     controls: int = option(20, help="random directions that move every token as far; 0: no controls", group=COMPARED)
 
-    batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
     name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("steering"), help="where the folders of steerings are", group=MACHINE)
 

@@ -116,7 +116,7 @@ class Flag:
 
     def check(self, value: object) -> None:
         """Raises FluxIRError unless `value` is of the field's type, one of its choices, and within its bounds."""
-        if value is None and self.optional:
+        if (value is None and self.optional) or (self.many and value == () == self.default):
             return
         if not self.many:
             self._check_one(value)

@@ -163,6 +163,13 @@ class OffloadOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchOptions(Options):
+    """How pictures are made."""
+
+    batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(Options):
     """Where the weights are."""
 

@@ -9,6 +9,7 @@ import pytest
 
 from flux_ir.commands.cli.option import REQUIRED, Flag, Options, command_line, flags, option
 from flux_ir.commands.cli.parse import parse
+from flux_ir.commands.steer import SteerOptions
 from flux_ir.errors import FluxIRError
 
 
@@ -153,6 +154,12 @@ def test_a_value_out_of_bounds_is_refused_on_construction(name, value, message, 
 
 def test_a_whole_number_is_a_number():
     assert Drawing(title="x", strength=3).strength == 3
+
+
+def test_several_values_may_be_none_where_that_is_the_default():
+    assert SteerOptions(edit=Path("edit.json")).feature == ()
+    with pytest.raises(FluxIRError, match="--strength must be numbers separated by commas"):
+        SteerOptions(strength=())
 
 
 def test_a_leading_tilde_is_the_home_folder():
