@@ -164,7 +164,7 @@ def _window(window: Sequence[float]) -> tuple[float, float]:
     return float(window[0]), float(window[1])
 
 
-class _Setting(NamedTuple):
+class _SceneJob(NamedTuple):
     """One feature on one prompt: all its pictures, and where they are kept."""
 
     feature: int
@@ -270,7 +270,10 @@ class _Demonstrating:
                 np.asarray(getattr(table, settings.by), np.float64), usable, settings.window, settings.number
             )
             if not usable.all():
-                self._note(f"note: {d_sae - usable.sum()} of {d_sae} features are dead: they count for no percentile")
+                self._note(
+                    f"note: {d_sae - usable.sum()} of {d_sae} features are dead, here or in training: the percentiles "
+                    "are those of the others"
+                )
             if chosen and len(chosen) < settings.number:
                 self._note(f"note: the window holds {len(chosen)} features: all of them are turned")
         else:
@@ -296,7 +299,7 @@ class _Demonstrating:
 
     # On what
 
-    def _scenes(self, feature: int, suite: Suite) -> list[_Setting]:
+    def _scenes(self, feature: int, suite: Suite) -> list[_SceneJob]:
         source, settings = self.scoring.source, self.settings
         assert isinstance(source, SampledSource)  # `why_not_run` has looked
         if settings.prompt:
@@ -310,7 +313,7 @@ class _Demonstrating:
                 samplings = [sampling._replace(seed=settings.seed) for sampling in samplings]
         return [self._scene(feature, sampling, suite) for sampling in samplings]
 
-    def _scene(self, feature: int, sampling: Sampling, suite: Suite) -> _Setting:
+    def _scene(self, feature: int, sampling: Sampling, suite: Suite) -> _SceneJob:
         folder, sae = self.folder, self.scoring.sae
         edit = Edit(sae=folder.sae, feature=feature, sites=folder.settings.site if sae.config.site is None else None)
         steering = Steering(
@@ -335,7 +338,7 @@ class _Demonstrating:
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         kept = SteeringFolder(self.path / "pictures" / f"{feature}_{digest}", identity, [edit])
-        return _Setting(feature, sampling, steering, kept)
+        return _SceneJob(feature, sampling, steering, kept)
 
     def _texts(self, suite: Suite, prompts: Sequence[str]) -> dict[str, TextEmbedding]:
         distinct = list(dict.fromkeys(prompts))
@@ -346,14 +349,14 @@ class _Demonstrating:
 
     # The pictures
 
-    def _variants(self, scene: _Setting, text: TextEmbedding | None = None) -> list[Variant]:
+    def _variants(self, scene: _SceneJob, text: TextEmbedding | None = None) -> list[Variant]:
         return scene.variants(text, self.settings.strength, self.settings.controls)
 
-    def _missing(self, scenes: Sequence[_Setting]) -> list[_Setting]:
+    def _missing(self, scenes: Sequence[_SceneJob]) -> list[_SceneJob]:
         return [one for one in scenes if not all(map(one.folder.has, self._variants(one)))]
 
     def _make(
-        self, scene: _Setting, flux: Flux, autoencoder: AutoEncoder, text: TextEmbedding, dtype: torch.dtype
+        self, scene: _SceneJob, flux: Flux, autoencoder: AutoEncoder, text: TextEmbedding, dtype: torch.dtype
     ) -> None:
         """Makes what is missing of one scene, and keeps each picture as soon as it is made."""
         sampling = scene.sampling
@@ -387,7 +390,7 @@ class _Demonstrating:
             return None
         return lpips
 
-    def _demonstration(self, feature: int, scenes: Sequence[_Setting], lpips: Lpips | None) -> Demonstration:
+    def _demonstration(self, feature: int, scenes: Sequence[_SceneJob], lpips: Lpips | None) -> Demonstration:
         """The numbers of one feature whose pictures are all there."""
         strengths, controls = self.settings.strength, self.settings.controls
         distance: Distance = "latent" if lpips is None else "lpips"

@@ -303,5 +303,6 @@ def _missing(streams: Mapping[Stream, Shown]) -> list[str]:
         "Coherence and stability: flux-ir select-features.": "coherence" in named,
         "Neighbours and what it draws: flux-ir draw-features.": {"nearest", "draws"} <= rows,
         "Words and a label: flux-ir label-features.": "words" in rows,
+        "What turning it does: flux-ir demonstrate.": "steering" in rows,
     }
     return [sentence for sentence, is_there in stages.items() if not is_there]

@@ -14,11 +14,17 @@ from flux_ir.features.drawings import UNTOUCHED
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.labels import LABELS_FILE
 from flux_ir.features.words import STAGE, WORDS_FILE, find_tokenizer, prompt_tokens, read_result
+from flux_ir.files import read_json
 from flux_ir.sites import Stream
+from flux_ir.steering.demonstrations import strip_names
 
 NUMBERS = ("selection.safetensors", "decoder.safetensors")
 DRAWS, STEERING = "draws", "steering"
-"""Folders of pictures of features, {feature}.png. `draw_features` makes the first; no stage makes the second yet."""
+"""Folders of pictures of features, {feature}.png. `draw_features` makes the first, `demonstrate` the second, where
+{feature}.json has its numbers (see `steering.demonstrations`)."""
+
+NEEDED = ("feature", "strengths", "scenes", "distance", "score", "control", "above")
+"""What the page shows of steering/{feature}.json."""
 
 
 def read_groups(folder: FeatureFolder, stream: Stream) -> list[Group]:
@@ -84,7 +90,10 @@ def read_panels(folder: FeatureFolder, stream: Stream) -> Panels:
         for name, value in (("nearest", "nearest_cosine"), ("together", "together_jaccard")):
             rows[name] = _Neighbours(columns[name], columns[value])
     if stream == folder.streams[0]:
-        rows |= {name: _pictures(folder.path / name) for name in (DRAWS, STEERING) if (folder.path / name).is_dir()}
+        if (folder.path / DRAWS).is_dir():
+            rows[DRAWS] = _pictures(folder.path / DRAWS)
+        if turned := _turned(folder.path / STEERING):
+            rows[STEERING] = turned
     labels = {int(row["feature"]): row for row in _read(folder, LABELS_FILE, stream) or []}
     return Panels(table.max_active, table.histogram, table.step_frequency, table.step_mean, rows, labels)
 
@@ -105,9 +114,9 @@ def stages_digest(folder: FeatureFolder) -> str:
     """A digest of all that is read here besides the scores and the examples."""
     files = [folder.path / name for name in (*NUMBERS, WORDS_FILE, LABELS_FILE)]
     digests = [sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in files]
-    return digest_of(
-        [digests, [sorted(path.name for path in (folder.path / name).glob("*.png")) for name in (DRAWS, STEERING)]]
-    )
+    drawn = sorted(path.name for path in (folder.path / DRAWS).glob("*.png"))
+    turned = [[path.name, sha256(path.read_bytes()).hexdigest()] for path in _demonstrations(folder.path / STEERING)]
+    return digest_of([digests, [drawn, turned]])
 
 
 class _Neighbours(Mapping[int, Sequence[Sequence[Any]]]):
@@ -129,10 +138,8 @@ class _Neighbours(Mapping[int, Sequence[Sequence[Any]]]):
 
 
 def _pictures(folder: Path) -> dict[int, list[tuple[str, str]]]:
-    """Addresses and captions of the pictures of each feature: what it draws, or what turning it does."""
-    about = {DRAWS: "read out by the last layer, and as an icon", STEERING: "from turned down to turned up"}[
-        folder.name
-    ]
+    """Addresses and captions of what each feature draws."""
+    about = "read out by the last layer, and as an icon"
     untouched = [(f"../{folder.name}/{UNTOUCHED}.png", "the empty prompt without it")]
     shown = untouched if (folder / f"{UNTOUCHED}.png").is_file() else []
     return {
@@ -140,6 +147,25 @@ def _pictures(folder: Path) -> dict[int, list[tuple[str, str]]]:
         for path in sorted(folder.glob("*.png"))
         if path.stem.isdecimal()
     }
+
+
+def _demonstrations(folder: Path) -> list[Path]:
+    """The numbers of every feature that was turned."""
+    return [path for path in sorted(folder.glob("*.json")) if path.stem.isdecimal()]
+
+
+def _turned(folder: Path) -> dict[int, list[tuple[Any, ...]]]:
+    """What turning each feature does: a row per prompt, with its strips, and what is said of the feature."""
+    rows: dict[int, list[tuple[Any, ...]]] = {}
+    for path in _demonstrations(folder):
+        one = read_json(path, required=NEEDED, hint="run flux-ir demonstrate again")
+        said = tuple(one[name] for name in ("distance", "score", "control", "above"))
+        labels = [f"{strength:+g}" if strength else "0" for strength in one["strengths"]]
+        rows[int(path.stem)] = [
+            (*(f"../{folder.name}/{name}" for name in strip_names(one["feature"], number)), prompt, labels, *said)
+            for number, prompt in enumerate(scene["prompt"] for scene in one["scenes"])
+        ]
+    return rows
 
 
 def _read(folder: FeatureFolder, file: str, stream: Stream) -> Any:

@@ -211,11 +211,13 @@ def draw_strips(path: Path, about: str, demonstration: Demonstration) -> Path:
     for number in range(len(demonstration.scenes)):
         for name, strip in zip(strip_names(demonstration.feature, number), (EDIT, f"{RANDOM}_0"), strict=True):
             pictures = _pictures(path, demonstration, number, strip, MOST_CELL_PX)
-            whole = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+            width, height = pictures[0].size
+            gap = max(1, width // 48)
+            whole = Image.new("RGBA", (len(pictures) * (width + gap) - gap, height))
             for place, picture in enumerate(pictures):
-                whole.paste(picture, (place * picture.width, 0))
+                whole.paste(picture, (place * (width + gap), 0))
             encoded = BytesIO()
-            whole.save(encoded, format="PNG", optimize=True)
+            whole.save(encoded, format="PNG")
             with complete_file(path / name) as beside:
                 beside.write_bytes(encoded.getbuffer())
     return sheet

@@ -364,8 +364,12 @@ def test_labels_words_neighbours_and_drawings_are_shown_and_lead_on(visit, tmp_p
     expect(page.locator("#feature-name")).to_have_text("blue <b>things</b>")
     expect(page.locator("#feature-facts")).to_contain_text("label from words, score 0.910 (0.840 to 0.960)")
     drawn = page.locator(".draws img").evaluate_all("all => all.map((image) => image.naturalWidth)")
-    assert drawn == [32, 16, 80]
-    assert "Turned down and up" in page.locator("#about").inner_text()
+    assert drawn == [32, 16]
+    turned = page.locator(".turned")
+    assert turned.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth)") == [48, 48]
+    assert turned.locator(".strengths span").all_inner_texts() == ["-2", "0", "+2"]
+    expect(turned).to_contain_text("above its random direction: score 0.250, random 0.125, by the distance of latents")
+    expect(turned).to_contain_text("a <b>red</b> thing")
     page.locator(".panel", has_text="Nearest directions").locator(".feature-link").click()
     assert shown(page) == 2
     expect(page.locator("#about")).to_contain_text("no better than the bar for a label: red, score 0.550")

@@ -13,10 +13,44 @@ let shots = []; // of the feature that is shown: {shot, layer, canvas, peak, exa
 function showExamples(record, facts) {
   shots = [];
   const sections = Object.keys(GROUPS).map((kind) => groupSection(kind, record, facts));
+  sections.splice(1, 0, turnedSection(record));
   element("examples").replaceChildren(...sections.filter(Boolean));
   element("examples").scrollTop = 0;
   element("examples").dataset.feature = state.feature;
   paintShots();
+}
+
+/** What turning the feature does, beside a random direction that moves every token as far; a figure per prompt. */
+function turnedSection({ steering }) {
+  if (!steering?.length) return null;
+  const [, , , , distance, score, control, above] = steering[0];
+  const verdict = make("b", {
+    className: above ? "above" : "",
+    textContent: above ? "above its random direction" : "not above its random direction",
+  });
+  const by = distance === "lpips" ? "LPIPS" : "the distance of latents";
+  const numbers = `: score ${shortNumber(score)}, random ${shortNumber(control)}, by ${by}`;
+  const head = make("div", { className: "group-title" }, make("h2", { textContent: "Turned down and up" }));
+  head.append(make("p", { className: "note" }, verdict, numbers));
+  return make("section", { className: "group turned" }, head, ...steering.map(turnedFigure));
+}
+
+function turnedFigure([strip, random, prompt, strengths]) {
+  const labels = make("div", { className: "strengths", ariaHidden: "true" });
+  labels.append(...strengths.map((strength) => make("span", { textContent: strength })));
+  const said = `at the strengths ${strengths.join(", ")}`;
+  const rows = make("div", { className: "strips" }, labels);
+  rows.style.setProperty("--count", strengths.length);
+  for (const [src, name] of [
+    [strip, "the feature"],
+    [random, "a random direction"],
+  ])
+    rows.append(
+      make("img", { src, alt: `${name} ${said}`, loading: "lazy" }),
+      make("p", { className: "small", textContent: name }),
+    );
+  const caption = make("figcaption", { className: "prompt", dir: "auto", textContent: prompt });
+  return make("figure", {}, caption, make("div", { className: "sideways" }, rows));
 }
 
 function groupSection(kind, record, facts) {

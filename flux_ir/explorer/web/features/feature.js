@@ -145,7 +145,6 @@ function showAbout() {
       neighboursPanel("Nearest directions", record.nearest, "cosine"),
       neighboursPanel("Fires together with", record.together, "Jaccard"),
       picturesPanel("What it draws", record.draws),
-      picturesPanel("Turned down and up", record.steering),
       panel("Judged", numberList(otherNumbers())),
       missingPanel(),
     ].filter(Boolean),
@@ -279,7 +278,7 @@ function featureLink(feature) {
   return link;
 }
 
-/** Pictures of the feature that a later stage made: what it draws, or what happens when it is turned up and down. */
+/** Pictures of the feature that a later stage made. */
 function picturesPanel(title, pictures) {
   if (!pictures?.length) return null;
   const figures = pictures.map(([address, caption]) =>
