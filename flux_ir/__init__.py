@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux_ir.activations.source import open_source
+    from flux_ir.api.attribute import Attributed, attribute
     from flux_ir.api.capture import capture
     from flux_ir.api.collect import collect
     from flux_ir.api.collect_clip import collect_clip
@@ -47,6 +48,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "analyse_features": "flux_ir.api.features",
+    "attribute": "flux_ir.api.attribute",
+    "Attributed": "flux_ir.api.attribute",
     "Begun": "flux_ir.api.progress",
     "capture": "flux_ir.api.capture",
     "CaptureResult": "flux_ir.api.lens",
@@ -111,6 +114,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Attributed",
     "Begun",
     "CaptureResult",
     "Comparison",
@@ -138,6 +142,7 @@ __all__ = [
     "TrainingRow",
     "Visualization",
     "analyse_features",
+    "attribute",
     "capture",
     "collect",
     "collect_clip",

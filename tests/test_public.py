@@ -70,6 +70,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("lens", "read_lens"),
         ("steer", "steer"),
         ("demonstrate", "demonstrate"),
+        ("attribute", "attribute"),
         ("study", "run_study"),
         ("visualize", "create_visualization"),
     ],

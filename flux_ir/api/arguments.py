@@ -14,9 +14,9 @@ _ZERO = """
     splice_steps steps
 """
 _ONE = """
-    batch_size batch_tokens candidates dead_after epochs examples examples_each expansion fit_tokens k k_start
-    least_positives max_prompts max_tokens min_count most num_steps prefixes prompts repeats resample seeds splice_batch
-    top
+    batch_size batch_tokens best candidates dead_after epochs examples examples_each expansion fit_tokens k k_start
+    least_positives max_prompts max_tokens min_count most num_steps prefixes probes prompts repeats resample seeds
+    splice_batch top
 """
 LEAST: Mapping[str, float] = {
     **dict.fromkeys(_ZERO.split(), 0),

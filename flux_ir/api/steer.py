@@ -311,19 +311,7 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
                 f"--edit says everything about the edit: got --{given[0]} as well", hint="change it in the file"
             )
         return as_edits(settings.edit)
-    region = None
-    if settings.region is not None and settings.mask is not None:
-        raise FluxIRError("a region is a rectangle or a mask: got --region and --mask", hint="leave one of them out")
-    if settings.region is not None:
-        if len(settings.region) != 4:
-            raise FluxIRError(
-                f"--region is left,top,right,bottom in px: got {len(settings.region)} numbers",
-                hint="--region 0,0,64,128 is the left half of a picture of 128 x 128 px",
-            )
-        region = Region(rectangle=settings.region)
-    if settings.mask is not None:
-        is_map = Path(settings.mask).suffix == ".npy"
-        region = Region(**{"map" if is_map else "image": settings.mask}, above=settings.above)  # type: ignore[arg-type]
+    region = region_asked(settings.region, settings.mask, settings.above)
     return (
         Edit(
             kind=settings.kind,
@@ -340,6 +328,22 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
             weights=settings.weights,
         ),
     )
+
+
+def region_asked(rectangle: tuple[int, ...] | None, mask: str | Path | None, above: float) -> Region | None:
+    """The region that flags say. Raises FluxIRError for two of them, and for a rectangle without four sides."""
+    if rectangle is not None and mask is not None:
+        raise FluxIRError("a region is a rectangle or a mask: got --region and --mask", hint="leave one of them out")
+    if rectangle is not None:
+        if len(rectangle) != 4:
+            raise FluxIRError(
+                f"--region is left,top,right,bottom in px: got {len(rectangle)} numbers",
+                hint="--region 0,0,64,128 is the left half of a picture of 128 x 128 px",
+            )
+        return Region(rectangle=rectangle)
+    if mask is None:
+        return None
+    return Region(**{"map" if Path(mask).suffix == ".npy" else "image": mask}, above=above)  # type: ignore[arg-type]
 
 
 # ---- The pictures

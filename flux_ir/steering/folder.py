@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -39,18 +39,9 @@ class SteeringFolder:
     def __init__(self, path: Path, identity: Mapping[str, Any], edits: Sequence[Edit]) -> None:
         self.path, self.identity = path, dict(identity)
         self.edit, self.numbers = path / "edit.json", path / "steering.json"
-        known = path / "identity.json"
-        if not known.is_file():
-            write_json(known, self.identity)
-            if not any(isinstance(edit.sae, SparseAutoencoder) for edit in edits):
-                save_edits(edits, self.edit)
-            return
-        there = read_json(known)
-        if differing := [name for name, value in self.identity.items() if there.get(name) != value]:
-            raise FluxIRError(
-                f"{path} holds a steering that differs in {', '.join(differing)}",
-                hint="choose another --name, or leave it out: the name then follows from the settings",
-            )
+        is_new = claim(path, self.identity, "a steering")
+        if is_new and not any(isinstance(edit.sae, SparseAutoencoder) for edit in edits):
+            save_edits(edits, self.edit)
 
     def picture(self, row: str, strength: float, seed: int) -> Path:
         """The PNG of one picture; its numbers are beside it, under the same name."""
@@ -70,10 +61,7 @@ class SteeringFolder:
 
     def keep(self, run: Run, made: Made) -> None:
         """Write a picture, then its numbers."""
-        encoded = BytesIO()
-        Image.fromarray(made.picture.numpy()).save(encoded, format="PNG")
-        with complete_file(self.picture(run.row, run.strength, run.seed)) as beside:
-            beside.write_bytes(encoded.getbuffer())
+        keep_picture(self.picture(run.row, run.strength, run.seed), made.picture.numpy())
         write_json(self._run(run.row, run.strength, run.seed), run.to_json())
 
     def read(self, variant: Variant) -> Run:
@@ -180,6 +168,32 @@ class SteeringFolder:
             frame.paste(picture, (number * width, CAPTION_PX))
         ImageDraw.Draw(frame).text((4, CAPTION_PX // 2), caption, INK, ImageFont.load_default(12), anchor="lm")
         return frame
+
+
+def claim(path: Path, identity: Mapping[str, Any], what: str) -> bool:
+    """Write into a folder what its pictures' bits depend on; False where that is there already.
+
+    Raises FluxIRError for a folder that holds `what` of another identity.
+    """
+    known = path / "identity.json"
+    if not known.is_file():
+        write_json(known, dict(identity))
+        return True
+    there = read_json(known)
+    if differing := [name for name, value in identity.items() if there.get(name) != value]:
+        raise FluxIRError(
+            f"{path} holds {what} that differs in {', '.join(differing)}",
+            hint="choose another --name, or leave it out: the name then follows from the settings",
+        )
+    return False
+
+
+def keep_picture(path: Path, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Write a picture as PNG."""
+    encoded = BytesIO()
+    Image.fromarray(pixels).save(encoded, format="PNG")
+    with complete_file(path) as beside:
+        beside.write_bytes(encoded.getbuffer())
 
 
 def _number(row: str) -> tuple[int, int]:

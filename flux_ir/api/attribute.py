@@ -1,0 +1,603 @@
+"""Attribution: which features a part of one picture owes most to, by estimate for all and by removal for the best.
+
+    done = attribute("output/1a2b3c4d", sae="saes/mine", region=(0, 0, 64, 128))
+    done.table      one row per removed feature, the largest change of the region first
+
+Every picture is kept as soon as it is made: the same call again makes what is missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_ir.api.arguments import check_least
+from flux_ir.api.lens import CaptureResult
+from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
+from flux_ir.api.recorded_run import Recorded, check_run, recorded_run
+from flux_ir.api.steer import SteeringJob, SteerSettings, region_asked, settle, text_of
+from flux_ir.collecting.collection import weights_digest
+from flux_ir.errors import FluxIRError
+from flux_ir.lens.decode import ROUNDING_DRIFT
+from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.suite import Suite
+from flux_ir.models.text import TextEmbedding
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
+from flux_ir.sampling.generate import Inputs, check_steps, noise_for, prepare
+from flux_ir.sites import Site, SiteNames, site_names
+from flux_ir.steering.attribution import (
+    PROBES,
+    Agreement,
+    Estimates,
+    Inside,
+    Summed,
+    Together,
+    agreement,
+    compare_changes,
+    signs,
+    states_of,
+    walk_back,
+)
+from flux_ir.steering.attribution_folder import UNSTEERED, AttributionFolder, Removal, removal_name
+from flux_ir.steering.directions import Features, tensors_digest
+from flux_ir.steering.dose import Made, Painter, Variant, price
+from flux_ir.steering.edits import Edit
+from flux_ir.visualize.sheet import SheetColumn
+
+AutoencoderGiven = str | Path | SparseAutoencoder
+FeatureKey = tuple[int, int]
+"""Which autoencoder, and which of its features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeSettings:
+    """What an attribution is asked for; see `attribute`. None is settled by the run, the model, the machine."""
+
+    run: str | Path | CaptureResult | None = None
+    generation: str | None = None
+    prompt: str | None = None
+    prompt_embeds: str | Path | None = None
+    model: str | Suite | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    sae: tuple[AutoencoderGiven, ...] = ()
+    sites: SiteNames | None = None
+    steps: tuple[int, ...] | None = None
+    region: tuple[int, ...] | None = None
+    mask: str | Path | None = None
+    above: float = 0.5
+    probes: int = PROBES
+    candidates: int = 20
+    controls: int = 20
+    best: int = 8
+    device: str | None = None
+    multi_gpu: bool = False
+    offload: bool = False
+    dtype: DtypeWord = "auto"
+    checkpoint: str | Path | None = None
+    ae_checkpoint: str | Path | None = None
+    batch_size: int = 8
+    name: str | None = None
+    output_dir: str | Path = "attributions"
+
+
+class Attributed(NamedTuple):
+    """What an attribution has written, and its table."""
+
+    folder: Path
+    table: list[Removal]
+    """Every feature that was removed, the largest change of the region first."""
+    agreement: Agreement
+    together: Together
+    numbers: Path
+    csv: Path
+    sheet: Path
+    estimates: Path
+    """Of every feature of every autoencoder: a .safetensors."""
+    notes: list[str]
+
+
+def attribute(
+    run: str | Path | CaptureResult | None = None,
+    *,
+    generation: str | None = None,
+    prompt: str | None = None,
+    prompt_embeds: str | Path | None = None,
+    model: str | Suite | None = None,
+    seed: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+    sae: AutoencoderGiven | Sequence[AutoencoderGiven] = (),
+    sites: SiteNames | None = None,
+    steps: Iterable[int] | None = None,
+    region: Iterable[int] | None = None,
+    mask: str | Path | None = None,
+    above: float = 0.5,
+    probes: int = PROBES,
+    candidates: int = 20,
+    controls: int = 20,
+    best: int = 8,
+    device: str | None = None,
+    multi_gpu: bool = False,
+    offload: bool = False,
+    dtype: DtypeWord = "auto",
+    checkpoint: str | Path | None = None,
+    ae_checkpoint: str | Path | None = None,
+    batch_size: int = 8,
+    name: str | None = None,
+    output_dir: str | Path = "attributions",
+    progress: Watch = unwatched,
+) -> Attributed:
+    """Say which features of `sae`, one or several, change a region of one picture most when they are removed.
+
+    The picture is that of `run` (a run's folder or its id below `output`, what `capture` returned, or a collection with
+    its `generation`), or that of a prompt and a seed. `region` is left, top, right, bottom in px, `mask` as for
+    `steer`; without both it is the whole picture. A removal is of all tokens, at `steps` (None: all).
+
+    The change of the finished latent is estimated for every feature to first order, by `probes` draws of signs; the
+    `candidates` with the largest estimates, and `controls` that are drawn among the other active features, are then
+    removed one by one, and the `best` of them all at once.
+
+    Goes into a folder below `output_dir`, named by `name` or by the settings; the same call again goes on with what is
+    there. Raises FluxIRError for what a user can mend, before a weight is loaded where that is possible.
+    """
+    settings = AttributeSettings(
+        run=run,
+        generation=generation,
+        prompt=prompt,
+        prompt_embeds=prompt_embeds,
+        model=model,
+        seed=seed,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=guidance,
+        sae=(sae,) if isinstance(sae, AutoencoderGiven) else tuple(sae),
+        sites=sites,
+        steps=None if steps is None else tuple(steps),
+        region=None if region is None else tuple(region),
+        mask=mask,
+        above=above,
+        probes=probes,
+        candidates=candidates,
+        controls=controls,
+        best=best,
+        device=device,
+        multi_gpu=multi_gpu,
+        offload=offload,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+        batch_size=batch_size,
+        name=name,
+        output_dir=output_dir,
+    )
+    return run_attribution(settings, progress)
+
+
+def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) -> Attributed:
+    """The same, with its settings in one object."""
+    check_least(vars(settings))
+    recorded = run_asked(settings)
+    job = settle(steer_settings(settings, recorded), progress)
+    check_steps(settings.steps, job.steering.num_steps)
+    sources, inside = sources_of(job), region_tokens(job, settings)
+    check_counts(settings, sources)
+    if recorded is not None:
+        check_run(recorded, job.suite, job.timesteps)
+    identity = identity_of(job, settings, sources, inside, recorded)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    name = settings.name or f"{job.suite.spec.name}_{digest}"
+    folder = AttributionFolder(Path(settings.output_dir) / name, identity)
+    text, notes = text_of(job, progress), Notes(progress)
+    with job.suite.transformer() as model, job.suite.autoencoder() as autoencoder:
+        estimates = folder.read_estimates()
+        if estimates is None:
+            states = find_states(job, model, text, recorded, notes, progress)
+            estimates = estimate(job, model, text, states, sources, inside, settings.probes, progress)
+            folder.keep_estimates(estimates)
+        chosen, drawn = choose(estimates, settings, notes)
+        painter = Painter(
+            model,
+            autoencoder,
+            job.grid,
+            job.timesteps,
+            job.guidance,
+            job.compute.dtype,
+            meter=None,
+            batch=settings.batch_size,
+        )
+        alone = {key: variant_of(job, text, [key]) for key in (*chosen, *drawn)}
+        made = make_missing(folder, painter, [variant_of(job, text, []), *alone.values()], progress)
+        unsteered = made[UNSTEERED]
+        size = float(unsteered.latent[inside].norm())
+        removals = [
+            removal_of(key, made[variant.row], unsteered, estimates, sources, inside, job, size, chosen=key in chosen)
+            for key, variant in alone.items()
+        ]
+        removals.sort(key=lambda removal: -removal.latent_inside)
+        best = [(removal.sae, removal.feature) for removal in removals[: settings.best]]
+        at_once = variant_of(job, text, best)
+        made |= make_missing(folder, painter, [at_once], progress)
+    together = together_of(best, made, at_once.row, estimates, inside, size)
+    agreed = agreement(
+        [removal.estimate for removal in removals],
+        [removal.latent_inside for removal in removals],
+        [removal.chosen for removal in removals],
+        settings.best,
+    )
+    by_step = [(estimates[r.sae].by_step[:, r.feature] / size).tolist() for r in removals]
+    asked = {name: getattr(settings, name) for name in ("candidates", "controls", "best")}
+    folder.write({"prompt": job.prompt, **asked}, removals, by_step, agreed, together)
+    with phase(progress, "sheet"):
+        draw(folder, job, removals[: settings.best], at_once.row, together, inside)
+    return Attributed(
+        folder.path,
+        removals,
+        agreed,
+        together,
+        folder.numbers,
+        folder.table,
+        folder.sheet,
+        folder.estimates,
+        notes.texts,
+    )
+
+
+class Notes:
+    """What is worth knowing, told and kept."""
+
+    def __init__(self, progress: Watch) -> None:
+        self.progress, self.texts = progress, list[str]()
+
+    def add(self, text: str) -> None:
+        """One more."""
+        self.texts.append(text)
+        self.progress(Note(text))
+
+
+# ---- What is asked for
+
+
+def run_asked(settings: AttributeSettings) -> Recorded | None:
+    """The run that is named; None: the picture is that of a prompt. Raises FluxIRError where both are said."""
+    if settings.run is None:
+        if settings.generation is not None:
+            raise FluxIRError(
+                "--generation is one of a collection: got no --run", hint="--run captures/NAME names the collection"
+            )
+        return None
+    of_picture = ("prompt", "prompt_embeds", "seed", "width", "height", "num_steps", "guidance")
+    if given := [name for name in of_picture if getattr(settings, name) is not None]:
+        raise FluxIRError(
+            f"--run says everything about the picture: got --{given[0]} as well", hint="leave one of them out"
+        )
+    return recorded_run(settings.run, settings.generation)
+
+
+def steer_settings(settings: AttributeSettings, recorded: Recorded | None) -> SteerSettings:
+    """The same picture as `steer` would make it, with one removal per autoencoder, so that all of it is checked."""
+    if not settings.sae:
+        raise FluxIRError("an attribution is to the features of an autoencoder: got none", hint="--sae FOLDER")
+    sites: Sequence[str | None] = [None] * len(settings.sae) if settings.sites is None else site_names(settings.sites)
+    if len(sites) != len(settings.sae):
+        raise FluxIRError(
+            f"--sites says where each autoencoder is: got {len(sites)} for {len(settings.sae)} autoencoders",
+            hint="leave it out for autoencoders that say so themselves",
+        )
+    edits = [
+        Edit(kind="ablate", sae=sae, feature=0, sites=site, steps=settings.steps)
+        for sae, site in zip(settings.sae, sites, strict=True)
+    ]
+    model: str | Suite = settings.model or (recorded and recorded.model) or "flux-schnell"
+    same = ("device", "multi_gpu", "offload", "dtype", "checkpoint", "ae_checkpoint", "batch_size")
+    like = SteerSettings(model=model, edit=edits, **{name: getattr(settings, name) for name in same})
+    if recorded is None:
+        of_picture = ("prompt", "prompt_embeds", "width", "height", "num_steps", "guidance")
+        return replace(like, seed=settings.seed or 0, **{name: getattr(settings, name) for name in of_picture})
+    name = model if isinstance(model, str) else model.spec.name
+    if recorded.model is not None and recorded.model != name:
+        raise FluxIRError(f"the run is one of {recorded.model}: got {name}", hint="leave --model out")
+    run = recorded.sampling
+    # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
+    as_recorded: DtypeWord = "float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype
+    return replace(
+        like,
+        prompt=run.prompt,
+        seed=run.seed,
+        width=run.width,
+        height=run.height,
+        num_steps=len(run.timesteps) - 1,
+        guidance=run.guidance,
+        dtype=settings.dtype if isinstance(model, Suite) else as_recorded,
+    )
+
+
+class Source(NamedTuple):
+    """One autoencoder where it is used."""
+
+    sae: SparseAutoencoder
+    site: Site
+    steps: tuple[int, ...]
+    digest: str
+
+
+def sources_of(job: SteeringJob) -> list[Source]:
+    """The autoencoders, read. Raises FluxIRError for one of a text encoder, and for one at several sites."""
+    sources = []
+    for ready in job.steering.ready:
+        assert isinstance(ready.direction, Features)  # a removal of features
+        sites = list(ready.weights)
+        if len(sites) > 1:
+            raise FluxIRError(
+                f"an autoencoder is at one site: got {', '.join(map(str, sites))}", hint="name one of them with --sites"
+            )
+        if sites[0].per_prompt:
+            raise FluxIRError(
+                f"{sites[0]} is computed once per prompt: removals are estimated at sites of the transformer",
+                hint="flux-ir steer --kind ablate removes features of a text encoder",
+            )
+        sources.append(Source(ready.direction.sae, sites[0], tuple(sorted(ready.steps)), ready.direction.digest()))
+    return sources
+
+
+def region_tokens(job: SteeringJob, settings: AttributeSettings) -> Inside:
+    """The image tokens of the region. Raises FluxIRError where it has none."""
+    region = region_asked(settings.region, settings.mask, settings.above)
+    if region is None:
+        return torch.ones(job.grid.tokens, dtype=torch.bool)
+    inside = torch.from_numpy(region.mask("img", job.grid.tokens, job.grid))
+    if not inside.any():
+        raise FluxIRError("the region has no token, so nothing in it can change", hint="lower --above, or leave it out")
+    return inside
+
+
+def check_counts(settings: AttributeSettings, sources: Sequence[Source]) -> None:
+    """Raises FluxIRError for more features than there are."""
+    features = sum(source.sae.config.d_sae for source in sources)
+    if settings.candidates > features:
+        raise FluxIRError(f"there are {features} features: got --candidates {settings.candidates}", hint="ask for less")
+    if settings.best > settings.candidates:
+        raise FluxIRError(
+            f"--best is at most --candidates, {settings.candidates}: got {settings.best}", hint="raise --candidates"
+        )
+
+
+def identity_of(
+    job: SteeringJob,
+    settings: AttributeSettings,
+    sources: Sequence[Source],
+    inside: Inside,
+    recorded: Recorded | None,
+) -> dict[str, Any]:
+    """What the numbers depend on, but for which features are removed: more of these may be asked for later."""
+    states = recorded.states if recorded is not None else {}
+    return {
+        "model": job.suite.spec.name,
+        "weights": weights_digest(job.suite.source, autoencoder=True),
+        "prompt": job.prompt if job.text is None else job.text.digest(),
+        "seed": job.settings.seed,
+        "states": {str(step): tensors_digest(state) for step, state in sorted(states.items())},
+        "size": list(job.grid),
+        "timesteps": job.timesteps,
+        "guidance": job.guidance,
+        "dtype": str(job.compute.dtype),
+        "device": torch.device(job.placement.transformer).type,
+        "saes": [{"digest": s.digest, "site": str(s.site), "steps": list(s.steps)} for s in sources],
+        "region": None if bool(inside.all()) else inside.nonzero().flatten().tolist(),
+        "probes": settings.probes,
+    }
+
+
+# ---- The estimate
+
+
+def find_states(
+    job: SteeringJob,
+    model: Flux,
+    text: TextEmbedding,
+    recorded: Recorded | None,
+    notes: Notes,
+    progress: Watch,
+) -> tuple[Tensor, ...]:
+    """What every step began with: as the run kept it, else sampled. Raises FluxIRError for a run of other weights."""
+    with phase(progress, "states"):
+        stored = recorded.states if recorded is not None else {}
+        found = states_of(model, inputs_of(job, model, text), job.timesteps, job.guidance, stored)
+    if recorded is not None and not stored:
+        notes.add("note: the run kept no whole states: they are sampled again from its seed")
+    if not found.drift <= ROUNDING_DRIFT:
+        raise FluxIRError(
+            f"these are not the weights or the text encoders the run was made with: its states are {found.drift:.1%} "
+            "off those that are sampled here",
+            hint="name the weights it was made with: --checkpoint and --ae_checkpoint",
+        )
+    if found.drift > 0:
+        notes.add(f"note: the run's states are off those that are sampled here, by {found.drift:.1g} of their length")
+    return found.before
+
+
+def inputs_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> Inputs:
+    """What the network is called with at the first step."""
+    noise = noise_for(
+        [job.settings.seed], job.grid.height, job.grid.width, model.img_in.weight.device, job.compute.dtype
+    )
+    return prepare(noise, text, job.grid.height, job.grid.width)
+
+
+def estimate(
+    job: SteeringJob,
+    model: Flux,
+    text: TextEmbedding,
+    states: Sequence[Tensor],
+    sources: Sequence[Source],
+    inside: Inside,
+    probes: int,
+    progress: Watch,
+) -> list[Estimates]:
+    """What removing each feature does to the region, to first order: one walk back through the sampler."""
+    draws = signs(probes, inside, states[0].shape[2], seed=job.settings.seed)
+    num_steps = len(states)
+    sums = [Summed(source.sae, source.site, inside, probes, num_steps) for source in sources]
+    steps = sources[0].steps  # the same for all: --steps
+    walked = walk_back(
+        model,
+        inputs_of(job, model, text),
+        states,
+        job.timesteps,
+        job.guidance,
+        list(dict.fromkeys(source.site for source in sources)),
+        draws,
+        steps,
+    )
+    for at in follow(progress, "gradients", walked, total=len(steps)):
+        for one in sums:
+            one.add(at)
+    return [one.estimates() for one in sums]
+
+
+def choose(
+    estimates: Sequence[Estimates], settings: AttributeSettings, notes: Notes
+) -> tuple[list[FeatureKey], list[FeatureKey]]:
+    """The features with the largest estimates, and others that are active, drawn: fewer where there are fewer."""
+    active = [(i, int(f)) for i, one in enumerate(estimates) for f in one.fires.nonzero().flatten()]
+    if not active:
+        raise FluxIRError(
+            "no feature is active in this picture at these steps: there is nothing to remove",
+            hint="leave --steps out, or check that the autoencoder is one of this model and site",
+        )
+    change = {key: float(estimates[key[0]].change[key[1]]) for key in active}
+    ordered = sorted(active, key=lambda key: (-change[key], key))
+    chosen, others = ordered[: settings.candidates], sorted(ordered[settings.candidates :])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: settings.controls].tolist()]
+    for what, asked, found in (
+        ("candidates", settings.candidates, chosen),
+        ("controls", settings.controls, drawn),
+    ):
+        if len(found) < asked:
+            notes.add(f"note: {len(active)} features are active here, so there are {len(found)} {what}, not {asked}")
+    return chosen, drawn
+
+
+# ---- The removals
+
+
+def variant_of(job: SteeringJob, text: TextEmbedding, keys: Sequence[FeatureKey]) -> Variant:
+    """The picture without these features; without any, the unsteered one."""
+    if not keys:
+        return Variant(UNSTEERED, 0.0, job.settings.seed, text, None)
+    edits = []
+    for number, edit in enumerate(job.steering.edits):
+        if features := tuple(feature for sae, feature in keys if sae == number):
+            edits.append(replace(edit, feature=features))
+    if len(keys) == 1:
+        row = removal_name(*keys[0])
+    else:
+        row = "without_" + hashlib.sha256(repr(sorted(keys)).encode()).hexdigest()[:8]
+    return Variant(row, 1.0, job.settings.seed, text, job.steering.of(edits))
+
+
+def make_missing(
+    folder: AttributionFolder, painter: Painter, variants: Sequence[Variant], progress: Watch
+) -> dict[str, Made]:
+    """The pictures by their names: those that are not there are made, and kept."""
+    missing = [variant for variant in variants if not folder.has(variant)]
+    for made in follow(progress, "pictures", painter.make(missing), total=len(missing)) if missing else ():
+        folder.keep(made)
+    return {variant.row: folder.read(variant) for variant in variants}
+
+
+def removal_of(
+    key: FeatureKey,
+    made: Made,
+    unsteered: Made,
+    estimates: Sequence[Estimates],
+    sources: Sequence[Source],
+    inside: Inside,
+    job: SteeringJob,
+    size: float,
+    *,
+    chosen: bool,
+) -> Removal:
+    """What one removal was estimated to do, and what it did."""
+    number, feature = key
+    found, paid = estimates[number], price(made, unsteered, inside, job.grid)
+    active, tokens = int(found.active[feature]), job.grid.tokens * len(sources[number].steps)
+    return Removal(
+        number,
+        str(sources[number].site),
+        feature,
+        chosen,
+        estimate=float(found.change[feature]) / size,
+        latent_inside=paid.latent_inside,
+        latent_outside=paid.latent_outside,
+        psnr_inside_db=paid.psnr_inside_db,
+        psnr_outside_db=paid.psnr_outside_db,
+        active=None if sources[number].site.stream == "txt" else active / tokens,
+        active_inside=int(found.active_inside[feature]) / active if active else None,
+    )
+
+
+def together_of(
+    best: Sequence[FeatureKey],
+    made: Mapping[str, Made],
+    at_once: str,
+    estimates: Sequence[Estimates],
+    inside: Inside,
+    size: float,
+) -> Together:
+    """The best features at once, against each of them alone."""
+    unsteered = made[UNSTEERED].latent[inside]
+
+    def change(row: str) -> Tensor:
+        return (made[row].latent[inside] - unsteered).flatten()
+
+    dots = torch.stack([estimates[sae].dots[:, feature] for sae, feature in best]).sum(dim=0)
+    return compare_changes(
+        best,
+        [change(removal_name(*key)) for key in best],
+        change(at_once),
+        size,
+        float(dots.square().mean().sqrt()),
+    )
+
+
+def draw(
+    folder: AttributionFolder,
+    job: SteeringJob,
+    best: Sequence[Removal],
+    at_once: str,
+    together: Together,
+    inside: Inside,
+) -> None:
+    """The sheet of the best removals."""
+    several = len(job.steering.edits) > 1
+    shown = [
+        (
+            removal_name(removal.sae, removal.feature),
+            SheetColumn(
+                f"{f'{removal.site} ' if several else ''}{removal.feature}: {removal.latent_inside:.2f}",
+                str(removal.feature),
+            ),
+        )
+        for removal in best
+    ]
+    if len(best) > 1:
+        shown.append((at_once, SheetColumn(f"all {len(best)}: {together.effect_of_sum:.2f}", "all")))
+    subtitle = (
+        f"{job.suite.spec.name}, seed {job.settings.seed}: without each feature, and how far that moves the latent "
+        "in the outlined region"
+    )
+    folder.draw(job.prompt, subtitle, shown, inside, job.grid)

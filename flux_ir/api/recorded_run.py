@@ -1,0 +1,91 @@
+"""A run that is gone through again: how it was made, what it kept of its states, and whether these weights made it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from flux_ir.activations.blocks import SampledSource, Sampling
+from flux_ir.activations.source import open_source
+from flux_ir.api.lens import CaptureResult, capture_file
+from flux_ir.collecting.collection import weights_digest
+from flux_ir.errors import FluxIRError
+from flux_ir.files import read_json
+from flux_ir.models.suite import Suite
+from flux_ir.sites import nearest_names
+
+
+class Recorded(NamedTuple):
+    """The run whose picture is asked about."""
+
+    sampling: Sampling
+    model: str | None
+    states: dict[int, Tensor]
+    """What its steps began with, as far as that was kept: [1, tokens, channels]."""
+    weights: tuple[str, bool] | None
+    """The digest of the model's weights, and whether those of its autoencoder are in it; None: not known."""
+
+
+def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Recorded:
+    """The run of this name: what `capture` returned, a path, an id below `output`, or one `generation` of a collection.
+
+    Raises FluxIRError for one that cannot be run again.
+    """
+    where = run
+    if isinstance(run, CaptureResult) or run == "latest" or not Path(run).exists():
+        where = capture_file(run, Path("output"))
+    assert not isinstance(where, CaptureResult)
+    source = open_source(where)
+    if not isinstance(source, SampledSource):
+        raise FluxIRError(f"{where} holds arrays: no run made them", hint="name a run's folder or a collection")
+    number = _generation(generation, [one.id for one in source.generations], where)
+    sampling = source.sampling(number)
+    states = {step: source.state(number, step) for step in source.steps}
+    return Recorded(
+        sampling,
+        source.model,
+        {step: state[None] for step, state in states.items() if state is not None},
+        _collected_with(Path(where)),
+    )
+
+
+def _generation(given: str | None, ids: Sequence[str], path: str | Path) -> int:
+    """Which generation of a source is meant: by its id, or by its number from 0."""
+    if given is None:
+        if len(ids) == 1:
+            return 0
+        raise FluxIRError(
+            f"{path} holds {len(ids)} generations", hint=f"name one: --generation {ids[0]}, or its number from 0"
+        )
+    if given in ids:
+        return ids.index(given)
+    if given.isdecimal() and int(given) < len(ids):
+        return int(given)
+    raise FluxIRError(
+        f"{path} has no generation {given}",
+        hint=f"they are numbered 0 to {len(ids) - 1}, and the nearest ids are {nearest_names(given, ids)}",
+    )
+
+
+def _collected_with(path: Path) -> tuple[str, bool] | None:
+    """What a collection says of the weights it was made with; None where it does not, or is none."""
+    described = path / "collection.json"
+    settings = read_json(described).get("settings", {}) if described.is_file() else {}
+    return (settings["weights"], bool(settings.get("save_images"))) if "weights" in settings else None
+
+
+def check_run(recorded: Recorded, suite: Suite, timesteps: Sequence[float]) -> None:
+    """Raises FluxIRError for a run that these weights, or this schedule, did not make."""
+    if recorded.weights is not None:
+        digest, with_autoencoder = recorded.weights
+        if weights_digest(suite.source, autoencoder=with_autoencoder) != digest:
+            raise FluxIRError(
+                f"the run was made with other weights of {suite.spec.name}",
+                hint="name those with --checkpoint and --ae_checkpoint",
+            )
+    if list(recorded.sampling.timesteps) != list(timesteps):
+        raise FluxIRError(
+            "the run has another schedule than this program gives its size and number of steps",
+            hint="capture it again",
+        )

@@ -1,0 +1,169 @@
+"""Where an attribution keeps what it made: the estimates, a picture and its latent per removal, a table, a sheet.
+
+A picture's latent is written after it, so a picture that has one is complete. Next: `flux_ir.api.attribute`.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flux_ir.files import complete_file, versions, write_json
+from flux_ir.sampling.latents import TOKEN_PX
+from flux_ir.steering.attribution import Agreement, Estimates, Inside, Together
+from flux_ir.steering.dose import Made, Variant
+from flux_ir.steering.folder import claim, keep_picture
+from flux_ir.steering.regions import Grid
+from flux_ir.visualize.sheet import SheetColumn, SheetRow, draw_sheet
+
+UNSTEERED = "unsteered"
+AMPLIFIED = 4
+"""What differences are multiplied by where they are drawn."""
+OUTLINE = (255, 0, 160)
+
+
+class Removal(NamedTuple):
+    """One feature, what its removal was estimated to do, and what it did."""
+
+    sae: int
+    """Which of the autoencoders, from 0."""
+    site: str
+    feature: int
+    chosen: bool
+    """Whether the estimate chose it; if not, it was drawn among the active features."""
+    estimate: float
+    """|change| of the region's finished latent / |latent| of the region, to first order."""
+    latent_inside: float
+    """The same, measured."""
+    latent_outside: float | None
+    """Measured on the rest of the picture. None: the region is the whole picture."""
+    psnr_inside_db: float | None
+    """Of the picture against the unsteered one. None: nothing differs there."""
+    psnr_outside_db: float | None
+    active: float | None
+    """The share of image tokens, over all steps, that it is active on. None: its site has none."""
+    active_inside: float | None
+    """The share of these that are in the region. None: it is active on no image token."""
+
+
+def removal_name(sae: int, feature: int) -> str:
+    """What the picture without one feature is called."""
+    return f"without_{sae}_{feature}"
+
+
+class AttributionFolder:
+    """One attribution's folder. `identity` is what its numbers depend on, but for which features are removed.
+
+    Raises FluxIRError for a folder that holds an attribution with another identity.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity, self.pictures = path, dict(identity), path / "pictures"
+        self.estimates, self.table = path / "estimates.safetensors", path / "removals.csv"
+        self.numbers, self.sheet = path / "attribution.json", path / "removals.png"
+        claim(path, identity, "an attribution")
+
+    # ---- What was computed
+
+    def read_estimates(self) -> list[Estimates] | None:
+        """The estimates of every autoencoder; None if they are not there yet."""
+        if not self.estimates.is_file():
+            return None
+        stored = load_file(self.estimates)
+        count = len({name.partition(".")[0] for name in stored})
+        return [Estimates(**{name: stored[f"{i}.{name}"] for name in Estimates._fields}) for i in range(count)]
+
+    def keep_estimates(self, estimates: Sequence[Estimates]) -> None:
+        """Write the estimates of every autoencoder."""
+        named = {f"{i}.{name}": tensor for i, one in enumerate(estimates) for name, tensor in one._asdict().items()}
+        with complete_file(self.estimates) as beside:
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, beside)
+
+    def picture(self, name: str) -> Path:
+        """The PNG of one picture; its latent is beside it, under the same name."""
+        return self.pictures / f"{name}.png"
+
+    def _latent(self, name: str) -> Path:
+        return self.pictures / f"{name}.safetensors"
+
+    def has(self, variant: Variant) -> bool:
+        """Whether a picture is there with its latent."""
+        return self._latent(variant.row).is_file()
+
+    def keep(self, made: Made) -> None:
+        """Write a picture, then its latent."""
+        keep_picture(self.picture(made.variant.row), made.picture.numpy())
+        with complete_file(self._latent(made.variant.row)) as beside:
+            save_file({"latent": made.latent.contiguous()}, beside)
+
+    def read(self, variant: Variant) -> Made:
+        """A picture that is there."""
+        with Image.open(self.picture(variant.row)) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+        return Made(variant, load_file(self._latent(variant.row))["latent"], pixels, None)
+
+    # ---- What people read
+
+    def write(
+        self,
+        chosen: Mapping[str, Any],
+        removals: Sequence[Removal],
+        by_step: Sequence[Sequence[float]],
+        agreement: Agreement,
+        together: Together,
+    ) -> None:
+        """The numbers of every removal, as JSON and as CSV."""
+        rows = [removal._asdict() for removal in removals]
+        write_json(
+            self.numbers,
+            {
+                "settings": self.identity | dict(chosen),
+                "agreement": agreement._asdict(),
+                "together": together._asdict(),
+                "removals": [row | {"by_step": list(steps)} for row, steps in zip(rows, by_step, strict=True)],
+                "versions": versions("torch"),
+            },
+        )
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, Removal._fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with complete_file(self.table) as beside:
+            beside.write_text(text.getvalue(), encoding="utf-8")
+
+    def draw(
+        self, title: str, subtitle: str, shown: Sequence[tuple[str, SheetColumn]], inside: Inside, grid: Grid
+    ) -> None:
+        """The unsteered picture with its region, then each picture of `shown`; and below, where they differ."""
+        with Image.open(self.picture(UNSTEERED)) as opened:
+            unsteered = np.asarray(opened.convert("RGB"))
+        region = self.picture("region")
+        keep_picture(region, _outlined(unsteered, inside, grid))
+        differences: list[Path | None] = [None]
+        for name, _ in shown:
+            with Image.open(self.picture(name)) as opened:
+                away = np.abs(np.asarray(opened.convert("RGB")).astype(int) - unsteered.astype(int))
+            differences.append(self.picture(f"{name}_difference"))
+            keep_picture(self.picture(f"{name}_difference"), np.minimum(AMPLIFIED * away, 255).astype(np.uint8))
+        columns = [SheetColumn("unsteered", "0"), *(column for _, column in shown)]
+        pictures = SheetRow("without", [region, *(self.picture(name) for name, _ in shown)])
+        draw_sheet(title, subtitle, columns, [pictures, SheetRow(f"difference x {AMPLIFIED}", differences)], self.sheet)
+
+
+def _outlined(pixels: np.ndarray, inside: Inside, grid: Grid) -> np.ndarray:
+    """The picture with a line around the region; itself where that is all of it."""
+    mask = inside.reshape(grid.rows, grid.columns).numpy()
+    mask = mask.repeat(TOKEN_PX, axis=0).repeat(TOKEN_PX, axis=1)
+    if mask.all():
+        return pixels
+    around = np.pad(mask, 1)
+    inner = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:] & mask
+    drawn = pixels.copy()
+    drawn[mask & ~inner] = OUTLINE
+    return drawn

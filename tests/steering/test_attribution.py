@@ -1,0 +1,203 @@
+"""Estimates of removals: against exact derivatives of the whole sampler, and what is counted and compared."""
+
+import pytest
+import torch
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flux_ir.models.text import TextEmbedding
+from flux_ir.sampling.generate import noise_for, prepare, sample
+from flux_ir.sites import Site
+from flux_ir.steering.apply import steered
+from flux_ir.steering.attribution import Summed, agreement, compare_changes, signs, states_of, walk_back
+from flux_ir.steering.edits import Edit
+from tests.steering.conftest import D_SAE, GRID, TXT_TOKENS
+
+TIMES = [1.0, 0.6, 0.3, 0.0]
+INSIDE = torch.arange(GRID.tokens) < 5
+
+
+@pytest.fixture
+def run(tiny_flux, tiny_inputs):
+    """The tiny network in float64 and the inputs of one run."""
+    model, given = tiny_flux(dtype=torch.float64), tiny_inputs(dtype=torch.float64)
+    noise = noise_for([0], GRID.height, GRID.width, "cpu", torch.float64)
+    return model, prepare(noise, TextEmbedding(given.txt, given.y), GRID.height, GRID.width)
+
+
+def estimates_of(run, sae, site, probes=2, steps=range(3), draws=None):
+    model, inputs = run
+    states = states_of(model, inputs, TIMES, 1.0, {}).before
+    draws = signs(probes, INSIDE, states[0].shape[2], seed=0) if draws is None else draws
+    summed = Summed(sae, site, INSIDE, len(draws), len(states))
+    for at in walk_back(model, inputs, states, TIMES, 1.0, [site], draws, list(steps)):
+        summed.add(at)
+    return summed.estimates()
+
+
+def every_value(token=2, packed=64):
+    """One draw for each value of one token: the sum of squares is the exact length of its change."""
+    draws = torch.zeros(packed, GRID.tokens, packed)
+    draws[:, token] = torch.eye(packed)
+    return draws
+
+
+def derivative(run, steering, edit, tokens):
+    """d(finished latent of some tokens) / d(share that is removed) at 0, by scale edits on both sides."""
+    model, inputs = run
+
+    def latent(share):
+        with steered(model, [steering(edit.at(1 - share), num_steps=3)]):
+            *_, last = sample(model, inputs, TIMES, 1.0)
+        return last.after[0, tokens]
+
+    return (latent(1e-3) - latent(-1e-3)) / 2e-3
+
+
+@pytest.mark.parametrize("name", ["double.1.img", "double.0.txt", "single.1", "single.0.img", "double.1.img.update"])
+def test_gradients_give_the_exact_derivative_through_all_steps(run, tiny_sae, steering, name):
+    sae, token = tiny_sae(site=name), 2
+    found = estimates_of(run, sae, Site.parse(name), draws=every_value(token))
+    for feature in found.change.topk(2).indices.tolist():
+        exact = derivative(run, steering, Edit(kind="scale", sae=sae, feature=feature), token)
+        assert torch.allclose(found.dots[:, feature], exact.float(), rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_the_mean_over_draws_is_the_length_of_the_exact_derivative(run, tiny_sae, steering):
+    sae = tiny_sae()
+    found = estimates_of(run, sae, Site.parse("double.1.img"), probes=200)
+    first, second = found.change.topk(2).indices.tolist()
+    for features, estimate in (
+        (first, found.change[first]),
+        (second, found.change[second]),
+        ((first, second), found.dots[:, [first, second]].sum(dim=1).square().mean().sqrt()),
+    ):
+        exact = derivative(run, steering, Edit(kind="scale", sae=sae, feature=features), INSIDE).norm()
+        assert float(estimate) == pytest.approx(float(exact), rel=0.1)  # twice the standard error of 200 draws
+
+
+def test_the_gradients_are_those_of_forward_mode(run):
+    model, inputs = run
+    states = states_of(model, inputs, TIMES, 1.0, {}).before
+    draws = signs(3, INSIDE, states[0].shape[2], seed=1).double()
+    site = Site.parse("double.1.img")
+    (last,) = walk_back(model, inputs, states, TIMES, 1.0, [site], draws, [2])
+    tangent = torch.randn(1, *last.values[site].shape, dtype=torch.float64)
+
+    def after(shift):
+        # A hook of its own, to the side of interventions.
+        handle = model.double_blocks[1].register_forward_hook(lambda _, __, output: (output[0] + shift, output[1]))
+        try:
+            img, img_ids, txt, txt_ids, y = inputs._replace(img=states[2])
+            at = torch.full((1,), TIMES[2], dtype=torch.float64)
+            return states[2] + (TIMES[3] - TIMES[2]) * model(img, img_ids, txt, txt_ids, at, y, None)
+        finally:
+            handle.remove()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the others know no forward mode
+        _, moved = jvp(after, (torch.zeros_like(tangent),), (tangent,))
+    for draw, gradient in zip(draws, last.gradients[site], strict=True):
+        assert float((draw * moved[0]).sum()) == pytest.approx(float((gradient * tangent[0]).sum()), rel=1e-6)
+
+
+def test_one_step_alone_is_the_removal_at_that_step(run, tiny_sae, steering):
+    sae, site = tiny_sae(), Site.parse("double.1.img")
+    every, middle = (estimates_of(run, sae, site, 8, steps) for steps in (range(3), [1]))
+    assert torch.allclose(every.by_step[1], middle.by_step[1])
+    assert torch.allclose(middle.change, middle.by_step[1])
+    assert not middle.by_step[[0, 2]].any()
+
+
+def test_what_is_never_active_has_no_effect_and_what_is_counted_is_active(run, tiny_sae):
+    sae, site = tiny_sae(), Site.parse("double.1.img")
+    sae.b_enc[:4] = -1e6  # four features that are never active
+    found = estimates_of(run, sae, site, probes=8)
+    model, inputs = run
+    states = states_of(model, inputs, TIMES, 1.0, {}).before
+    assert not found.fires[:4].any()
+    assert not found.change[:4].any()
+    assert not found.dots.isnan().any()
+    draws = signs(1, INSIDE, 64, seed=0)
+    z = torch.stack(
+        [
+            sae.encode(at.values[site].float())
+            for at in walk_back(model, inputs, states, TIMES, 1.0, [site], draws, [0, 1, 2])
+        ]
+    )
+    assert torch.equal(found.active, (z > 0).sum(dim=(0, 1)))
+    assert torch.equal(found.active_inside, (z[:, INSIDE] > 0).sum(dim=(0, 1)))
+    assert torch.equal(found.fires, (z > 0).any(dim=(0, 1)))
+
+
+def test_text_tokens_of_a_single_block_are_no_place_on_the_picture(run, tiny_sae):
+    whole = estimates_of(run, tiny_sae(site="single.1"), Site.parse("single.1"), probes=2)
+    image = estimates_of(run, tiny_sae(site="single.1.img"), Site.parse("single.1.img"), probes=2)
+    assert torch.equal(whole.active, image.active)
+    assert torch.equal(whole.active_inside, image.active_inside)
+    text = estimates_of(run, tiny_sae(site="double.1.txt"), Site.parse("double.1.txt"), probes=2)
+    assert not text.active.any()
+    assert text.fires.any()
+
+
+def test_the_walk_leaves_no_hook_and_the_same_draws(run, tiny_sae):
+    model, _ = run
+    before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    first, second = (estimates_of(run, tiny_sae(), Site.parse("double.1.img"), probes=4) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == before
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_stored_states_are_used_and_compared(run):
+    model, inputs = run
+    plain = states_of(model, inputs, TIMES, 1.0, {})
+    *_, last = sample(model, inputs, TIMES, 1.0)
+    assert torch.equal(plain.last, last.after)
+    assert plain.drift == 0
+    again = states_of(model, inputs, TIMES, 1.0, {0: plain.before[0], 2: plain.before[2]})
+    assert all(map(torch.equal, plain.before, again.before))
+    assert again.drift == 0
+    off = states_of(model, inputs, TIMES, 1.0, {1: 1.01 * plain.before[1]})
+    assert off.drift == pytest.approx(0.01 / 1.01)
+    assert torch.equal(off.before[1], 1.01 * plain.before[1])
+    assert not torch.equal(off.last, plain.last)
+
+
+def test_signs_are_on_the_region_alone_and_do_not_depend_on_it():
+    draws = signs(3, INSIDE, 8, seed=5)
+    assert draws[:, INSIDE].abs().eq(1).all()
+    assert not draws[:, ~INSIDE].any()
+    assert torch.equal(signs(3, INSIDE | True, 8, seed=5)[:, INSIDE], draws[:, INSIDE])
+    assert not torch.equal(signs(3, INSIDE, 8, seed=6), draws)
+
+
+def test_changes_at_once_against_changes_alone():
+    x, y = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    found = compare_changes([(0, 1), (0, 2)], [x, y], torch.tensor([6.0, 8.0]), size=10.0, estimate=2.5)
+    assert found.sum_of_effects == pytest.approx(0.5)
+    assert found.sum_of_sizes == pytest.approx(0.7)
+    assert found.effect_of_sum == pytest.approx(1.0)
+    assert found.ratio == pytest.approx(2.0)
+    assert found.cosine == pytest.approx(1.0)
+    assert found.estimate == pytest.approx(0.25)
+    none = compare_changes([(0, 1)], [torch.zeros(2)], torch.zeros(2), size=1.0, estimate=0.0)
+    assert none.ratio is None
+    assert none.cosine is None
+
+
+def test_agreement_is_of_ranks():
+    estimate, exact = [5, 4, 3, 2, 1, 0.5], [50, 30, 40, 2, 3, 1]
+    found = agreement(estimate, exact, [True, True, True, False, False, False], best=2)
+    assert found.spearman == pytest.approx(1 - 6 * 4 / (6 * 35))
+    assert found.spearman_candidates == pytest.approx(0.5)
+    assert found.spearman_controls == pytest.approx(0.5)
+    assert found.recall == 0.5
+    equal = agreement([1, 1, 1], [1, 2, 3], [True] * 3, best=1)
+    assert equal.spearman is None
+    assert equal.spearman_controls is None
+
+
+def test_there_are_as_many_numbers_as_features(run, tiny_sae):
+    found = estimates_of(run, tiny_sae(), Site.parse("double.1.img"), probes=2)
+    assert found.dots.shape == (2, D_SAE)
+    assert TXT_TOKENS == 7  # what `tiny_inputs` makes, too
