@@ -10,24 +10,32 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     MACHINE,
     PICTURE,
+    WHERE,
     CheckpointOptions,
     ComputeOptions,
+    EmbeddedPromptOptions,
     MultiGPUOptions,
     OffloadOptions,
     PictureOptions,
-    PromptOptions,
+    RegionOptions,
 )
 
 if TYPE_CHECKING:
     from flux_ir.steering.attribution import Agreement, Together
     from flux_ir.steering.attribution_folder import Removal
 
-FEATURES, REGION, REMOVED = "Whose features", "Which part of the picture", "What is estimated and what is removed"
+FEATURES, REMOVED = "Whose features", "What is estimated and what is removed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeOptions(
-    PromptOptions, PictureOptions, ComputeOptions, MultiGPUOptions, OffloadOptions, CheckpointOptions
+    EmbeddedPromptOptions,
+    PictureOptions,
+    RegionOptions,
+    ComputeOptions,
+    MultiGPUOptions,
+    OffloadOptions,
+    CheckpointOptions,
 ):
     """Say which features change a region of one picture most when they are removed.
 
@@ -50,12 +58,11 @@ class AttributeOptions(
         group=PICTURE,
         default_text="the run's, or flux-schnell",
     )
-    prompt_embeds: Path | None = option(
-        None, help="the prompt's embeddings in its place", group=PICTURE, default_text="the prompt is encoded"
-    )
     seed: int | None = option(None, help="seed of the noise", group=PICTURE, default_text="the run's, or 0")
 
-    sae: tuple[str, ...] = option((), help="the folder of an autoencoder, or several", group=FEATURES)
+    sae: tuple[str, ...] = option(
+        (), help="the folder of an autoencoder, or several", group=FEATURES, default_text="none"
+    )
     sites: tuple[str, ...] | None = option(
         None,
         help="where each of them is, for those that do not say",
@@ -63,20 +70,8 @@ class AttributeOptions(
         default_text="the site it was trained on",
     )
     steps: tuple[int, ...] | None = option(
-        None, help="the steps to remove features at, counted from 0", group=FEATURES, default_text="every step"
+        None, help="the steps to remove features at, counted from 0", group=WHERE, default_text="every step"
     )
-
-    region: tuple[int, ...] | None = option(
-        None,
-        help="a rectangle of the picture: left,top,right,bottom",
-        unit="px",
-        group=REGION,
-        default_text="all of it",
-    )
-    mask: Path | None = option(
-        None, help="a picture that is bright, or a .npy map that is high, there", group=REGION, default_text="all of it"
-    )
-    above: float = option(0.5, help="with --mask: where it is more than this", group=REGION)
 
     probes: int = option(16, help="draws that the estimate is a mean over, a backward pass each", group=REMOVED)
     candidates: int = option(20, help="features with the largest estimates to remove one by one", group=REMOVED)
@@ -84,7 +79,9 @@ class AttributeOptions(
     best: int = option(8, help="of all these, how many to remove at once", group=REMOVED)
 
     batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
+    name: str | None = option(
+        None, help="what the folder is called", group=MACHINE, default_text="follows from the settings"
+    )
     output_dir: Path = option(Path("attributions"), help="where the folders of attributions are", group=MACHINE)
 
 

@@ -9,26 +9,28 @@ from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     MACHINE,
-    PICTURE,
+    WHERE,
     BatchOptions,
     CheckpointOptions,
     ComputeOptions,
+    EmbeddedPromptOptions,
     MultiGPUOptions,
     OffloadOptions,
     PictureOptions,
-    PromptOptions,
+    RegionOptions,
 )
 from flux_ir.errors import FluxIRError
 
 if TYPE_CHECKING:
     from flux_ir.steering.table import DoseRow, Estimate
 
-WHAT, WHERE, COMPARED = "What is changed", "Where and when", "What it is compared with"
+WHAT, COMPARED = "What is changed", "What it is compared with"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteerOptions(
-    PromptOptions,
+    EmbeddedPromptOptions,
+    RegionOptions,
     PictureOptions,
     ComputeOptions,
     MultiGPUOptions,
@@ -42,10 +44,6 @@ class SteerOptions(
     same with random directions and the best aligned neuron. Stopped at any moment, the same command goes on. Where
     LPIPS is installed (pip install lpips) it joins the price.
     """
-
-    prompt_embeds: Path | None = option(
-        None, help="the prompt's embeddings in its place", group=PICTURE, default_text="the prompt is encoded"
-    )
 
     sae: Path | None = option(None, help="the folder of an autoencoder", group=WHAT, default_text="none")
     feature: tuple[int, ...] = option((), help="one of its features, or several", group=WHAT, default_text="none")
@@ -92,20 +90,6 @@ class SteerOptions(
         group=WHERE,
         default_text="1",
     )
-    region: tuple[int, ...] | None = option(
-        None,
-        help="a rectangle of the picture: left,top,right,bottom",
-        unit="px",
-        group=WHERE,
-        default_text="all tokens",
-    )
-    mask: Path | None = option(
-        None,
-        help="a picture that is bright, or a .npy map that is high, where to change",
-        group=WHERE,
-        default_text="all tokens",
-    )
-    above: float = option(0.5, help="with --mask: where it is more than this", group=WHERE)
     gate: str = option(
         "all",
         help="which tokens of the region: all; active: those on which the feature is; or those above a number of units",

@@ -13,6 +13,7 @@ from flux_ir.commands.cli.option import REQUIRED, Options, option
 PICTURE, KEEP, READ, MACHINE = "the picture", "what is recorded", "what is shown", "model and machine"
 MEASURED, KNOWN = "what is measured", "what is known"
 LARGEST_SEED = 2**63 - 1
+WHERE = "Where and when"
 _OF_THE_MODEL = "the model's own"
 
 
@@ -43,6 +44,35 @@ class PromptOptions(Options):
     prompt: str | None = option(
         None, help="what to draw", group=PICTURE, free_text=True, default_text='"a beautiful landscape"'
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedPromptOptions(PromptOptions):
+    """A prompt, or what the text encoders made of one."""
+
+    prompt_embeds: Path | None = option(
+        None, help="the prompt's embeddings in its place", group=PICTURE, default_text="the prompt is encoded"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionOptions(Options):
+    """A part of the picture."""
+
+    region: tuple[int, ...] | None = option(
+        None,
+        help="a rectangle of the picture: left,top,right,bottom",
+        unit="px",
+        group=WHERE,
+        default_text="all tokens",
+    )
+    mask: Path | None = option(
+        None,
+        help="a picture that is bright, or a .npy map that is high, in the region",
+        group=WHERE,
+        default_text="all tokens",
+    )
+    above: float = option(0.5, help="with --mask: where it is more than this", group=WHERE)
 
 
 @dataclass(frozen=True, kw_only=True)
