@@ -28,7 +28,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.effect import why_not_run
 from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.scoring import Scoring
-from flux_ir.files import versions, write_json
+from flux_ir.files import read_json, versions, write_json
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
@@ -234,8 +234,7 @@ class _Demonstrating:
                     assert networks is not None
                     self._make(one, *networks, texts[one.sampling.prompt], suite.dtype)
                 found.append(self._demonstration(feature, scenes[feature], lpips))
-                draw_strips(self.path, about, found[-1])
-                write_json(self.path / f"{feature}.json", found[-1].to_json())
+                self._keep(found[-1], about)
         found = ranked(found)
         with phase(self.progress, "sheets"):
             sheets = draw_overview(self.path, about, found)
@@ -404,6 +403,14 @@ class _Demonstrating:
             pictures = one.folder.path.relative_to(self.path).as_posix()
             found.append(scene_of(one.sampling.prompt, pictures, runs, strengths, controls, distance))
         return Demonstration(feature, float(self.maxima[feature]), strengths, distance, tuple(found))
+
+    def _keep(self, one: Demonstration, about: str) -> None:
+        """Draw its strips, then write its numbers: where these are there already, so are those."""
+        numbers = self.path / f"{one.feature}.json"
+        said = json.loads(json.dumps(one.to_json()))
+        if not numbers.is_file() or read_json(numbers) != said:
+            draw_strips(self.path, about, one)
+            write_json(numbers, said)
 
     def _note(self, line: str) -> None:
         self.notes.append(line)

@@ -80,7 +80,7 @@ def table_of(features: "Sequence[Demonstration]") -> list[str]:
     """A line per feature, under headings."""
     from flux_ir.commands.report import aligned
 
-    head = ("feature", "score", "random", "difference", "prompts", "")
+    head = ("feature", "score", "random", "difference", "prompts", "", "above at")
     rows = [
         (
             str(one.feature),
@@ -89,6 +89,7 @@ def table_of(features: "Sequence[Demonstration]") -> list[str]:
             f"{one.score - one.control:+.3f}",
             str(len(one.scenes)),
             "above" if one.above else "not above",
+            ",".join(f"{strength:g}" for strength in one.above_at) or "none",
         )
         for one in features
     ]

@@ -23,7 +23,7 @@ DRAWS, STEERING = "draws", "steering"
 """Folders of pictures of features, {feature}.png. `draw_features` makes the first, `demonstrate` the second, where
 {feature}.json has its numbers (see `steering.demonstrations`)."""
 
-NEEDED = ("feature", "strengths", "scenes", "distance", "score", "control", "above")
+NEEDED = ("feature", "strengths", "scenes", "distance", "score", "control", "above", "above_at")
 """What the page shows of steering/{feature}.json."""
 
 
@@ -159,7 +159,7 @@ def _turned(folder: Path) -> dict[int, list[tuple[Any, ...]]]:
     rows: dict[int, list[tuple[Any, ...]]] = {}
     for path in _demonstrations(folder):
         one = read_json(path, required=NEEDED, hint="run flux-ir demonstrate again")
-        said = tuple(one[name] for name in ("distance", "score", "control", "above"))
+        said = tuple(one[name] for name in ("distance", "score", "control", "above", "above_at"))
         labels = [f"{strength:+g}" if strength else "0" for strength in one["strengths"]]
         rows[int(path.stem)] = [
             (*(f"../{folder.name}/{name}" for name in strip_names(one["feature"], number)), prompt, labels, *said)

@@ -82,13 +82,10 @@ class Scene(NamedTuple):
     random: tuple[tuple[float, ...], ...]
     """The same of every random direction."""
 
-    def score(self, strengths: Sequence[float]) -> float:
-        """The responsiveness of the feature."""
-        return responsiveness(strengths, self.distances)
-
-    def controls(self, strengths: Sequence[float]) -> list[float]:
-        """That of every random direction."""
-        return [responsiveness(strengths, distances) for distances in self.random]
+    def responses(self, strengths: Sequence[float]) -> NDArray[np.float64]:
+        """[1 + random directions, strengths above 0]: of the feature, then of every random direction."""
+        rows = (self.distances, *self.random)
+        return np.array([list(responses(strengths, distances).values()) for distances in rows])
 
 
 class Demonstration(NamedTuple):
@@ -104,14 +101,19 @@ class Demonstration(NamedTuple):
     scenes: tuple[Scene, ...]
 
     @property
+    def responses(self) -> NDArray[np.float64]:
+        """[1 + random directions, strengths above 0]: the mean over prompts."""
+        return np.mean([scene.responses(self.strengths) for scene in self.scenes], axis=0)
+
+    @property
     def score(self) -> float:
-        """The responsiveness, mean over prompts."""
-        return float(np.mean([scene.score(self.strengths) for scene in self.scenes]))
+        """The responsiveness."""
+        return float(self.responses[0].mean())
 
     @property
     def controls(self) -> list[float]:
         """The same of each random direction."""
-        return [float(mean) for mean in np.mean([scene.controls(self.strengths) for scene in self.scenes], axis=0)]
+        return [float(mean) for mean in self.responses[1:].mean(axis=1)]
 
     @property
     def control(self) -> float:
@@ -123,26 +125,32 @@ class Demonstration(NamedTuple):
         """Whether the feature does more than each of its random directions."""
         return self.score > max(self.controls)
 
+    @property
+    def above_at(self) -> list[float]:
+        """The strengths above 0 for which that holds by itself: very strong edits ruin a picture, whatever they are."""
+        own, *random = self.responses
+        positive = [strength for strength in self.strengths if strength > 0]
+        return [strength for strength, more in zip(positive, own > np.max(random, axis=0), strict=True) if more]
+
     def to_json(self) -> dict[str, Any]:
         """As JSON can say it."""
-        scenes = [
-            scene._asdict()
-            | {"score": scene.score(self.strengths), "control": float(np.mean(scene.controls(self.strengths)))}
-            for scene in self.scenes
-        ]
-        numbers = {"score": self.score, "control": self.control, "controls": self.controls, "above": self.above}
-        return self._asdict() | numbers | {"scenes": scenes}
+        names = ("score", "control", "controls", "above", "above_at")
+        return (
+            self._asdict()
+            | {name: getattr(self, name) for name in names}
+            | {"scenes": [scene._asdict() for scene in self.scenes]}
+        )
 
 
-def responsiveness(strengths: Sequence[float], distances: Sequence[float]) -> float:
-    """See above. Strengths are symmetric; the one that is 0 does not count."""
+def responses(strengths: Sequence[float], distances: Sequence[float]) -> dict[float, float]:
+    """What the mean above is of, by strength. Strengths are symmetric; the one that is 0 does not count."""
     at = dict(zip(strengths, distances, strict=True))
-    scores = []
+    found = {}
     for strength in strengths:
         if strength > 0:
             p, n = at[strength], at[-strength]
-            scores.append((p + n) / 2 * (0.5 + 0.5 * min(p, n) / max(p, n)) if max(p, n) > 0 else 0.0)
-    return float(np.mean(scores))
+            found[strength] = (p + n) / 2 * (0.5 + 0.5 * min(p, n) / max(p, n)) if max(p, n) > 0 else 0.0
+    return found
 
 
 def scene_of(
@@ -251,10 +259,12 @@ def _lines(path: Path, one: Demonstration, number: int, cell_px: int | None) -> 
     scene, side = one.scenes[number], cell_px or MOST_CELL_PX
     said = "above its random direction" if one.above else "NOT above its random direction"
     said = said if len(one.controls) == 1 else f"{said}s"
+    at = "" if len(one.above_at) == len(one.strengths) // 2 else f"above at {_list(one.above_at)}"
     score, control = (f"score {value:.3f}" for value in (one.score, one.control))
+    maximum = f"maximum {one.maximum:.3g}"
     prompts = f", {len(one.scenes)} prompts" if len(one.scenes) > 1 else ""
     rows = [
-        (f"feature {one.feature}", said, [score + prompts, f"maximum {one.maximum:.3g}"], EDIT, scene.distances),
+        (f"feature {one.feature}", said, [score + prompts, *([at] if at else []), maximum], EDIT, scene.distances),
         ("random direction", scene.prompt, [control + prompts], f"{RANDOM}_0", scene.random[0]),
     ]
     return [
@@ -272,6 +282,10 @@ def _lines(path: Path, one: Demonstration, number: int, cell_px: int | None) -> 
         )
         for name, label, numbers, row, distances in rows
     ]
+
+
+def _list(strengths: Sequence[float]) -> str:
+    return ", ".join(f"{strength:g}" for strength in strengths) or "no strength"
 
 
 def label_of(strength: float) -> str:
@@ -310,11 +324,13 @@ def write_numbers(
     )
     lines = StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["rank", "feature", "score", "control", "difference", "above", "distance", "maximum", "prompts"])
+    writer.writerow(
+        ["rank", "feature", "score", "control", "difference", "above", "above_at", "distance", "maximum", "prompts"]
+    )
     for rank, one in enumerate(demonstrations, start=1):
         difference = one.score - one.control
-        numbers_of = (one.feature, one.score, one.control, difference, one.above, one.distance, one.maximum)
-        writer.writerow([rank, *numbers_of, len(one.scenes)])
+        said = (one.above, " ".join(f"{strength:g}" for strength in one.above_at), one.distance, one.maximum)
+        writer.writerow([rank, one.feature, one.score, one.control, difference, *said, len(one.scenes)])
     with complete_file(table) as beside:
         beside.write_text(lines.getvalue(), encoding="utf-8")
     return numbers, table

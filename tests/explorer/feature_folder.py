@@ -196,7 +196,7 @@ def add_later_stages(folder: FeatureFolder) -> FeatureFolder:
     poor = good | {"feature": 2, "text": None, "candidate": "red", "score": 0.55}
     write_json(path / "labels.json", {"version": 1, "streams": {"img": [good, poor]}})
     turned = {"feature": 1, "strengths": [-2, 0, 2], "scenes": [{"prompt": "a <b>red</b> thing"}], "distance": "latent"}
-    write_json(path / "steering" / "1.json", turned | {"score": 0.25, "control": 0.125, "above": True})
+    write_json(path / "steering" / "1.json", turned | {"score": 0.25, "control": 0.125, "above": True, "above_at": [2]})
     strips = (("steering/strips/1_0", 48), ("steering/strips/1_0_random", 48))
     for name, width in (("draws/1", 32), ("draws/untouched", 16), *strips):
         (path / name).parent.mkdir(parents=True, exist_ok=True)

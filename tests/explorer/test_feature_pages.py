@@ -291,7 +291,7 @@ def test_what_later_stages_found_is_shown_and_pages_follow_it(folder):
     assert found["nearest"] == [[2, pytest.approx(0.5 + 0.4 / 69, rel=1e-3)]]
     assert found["draws"][0][0] == "../draws/1.png"
     strips = ["../steering/strips/1_0.png", "../steering/strips/1_0_random.png"]
-    said = ["a <b>red</b> thing", ["-2", "0", "+2"], "latent", 0.25, 0.125, True]
+    said = ["a <b>red</b> thing", ["-2", "0", "+2"], "latent", 0.25, 0.125, True, [2]]
     assert found["steering"] == [strips + said]
     assert record(pages, 2)["steering"] == []
     assert found["label"]["score"] == 0.91
@@ -311,10 +311,10 @@ def test_what_later_stages_found_is_shown_and_pages_follow_it(folder):
 
 def test_pages_follow_what_is_said_of_a_feature_that_was_turned_again(folder):
     folder = add_later_stages(folder)
-    assert record(write(folder), 1)["steering"][0][-1] is True
+    assert record(write(folder), 1)["steering"][0][-2] is True
     numbers = folder.path / "steering" / "1.json"
     numbers.write_text(numbers.read_text().replace("true", "false"))
-    assert record(write(folder), 1)["steering"][0][-1] is False
+    assert record(write(folder), 1)["steering"][0][-2] is False
     numbers.write_text("{}")
     with pytest.raises(FluxIRError, match=r"1\.json must have the keys feature, strengths, scenes, "):
         write(folder)

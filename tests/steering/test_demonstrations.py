@@ -10,7 +10,7 @@ from flux_ir.steering.demonstrations import (
     Summary,
     features_in,
     ranked,
-    responsiveness,
+    responses,
     symmetric,
 )
 
@@ -23,12 +23,23 @@ def demonstration(feature, score, *controls):
     return Demonstration(feature, 1.0, STRENGTHS, "latent", (Scene("a", 0, "pictures/a", own, tuple(random)),))
 
 
-def test_responsiveness_is_what_the_equation_says():
-    assert responsiveness((-1, 0, 1), (0.4, 0, 0.4)) == pytest.approx(0.4)  # both sides alike: their distance
-    assert responsiveness((-1, 0, 1), (0.0, 0, 0.4)) == pytest.approx(0.1)  # one side alone: half of the mean
-    by_hand = ((0.1 + 0.3) / 2 * (0.5 + 0.5 / 3) + (0.5 + 1.0) / 2 * 0.75) / 2
-    assert responsiveness(STRENGTHS, (1.0, 0.3, 0.0, 0.1, 0.5)) == pytest.approx(by_hand)
-    assert responsiveness(STRENGTHS, (0.0,) * 5) == 0
+def test_the_response_to_a_strength_is_what_the_equation_says():
+    assert responses((-1, 0, 1), (0.4, 0, 0.4)) == {1: pytest.approx(0.4)}  # both sides alike: their distance
+    assert responses((-1, 0, 1), (0.0, 0, 0.4)) == {1: pytest.approx(0.1)}  # one side alone: half of the mean
+    by_hand = {1: (0.1 + 0.3) / 2 * (0.5 + 0.5 / 3), 2: (0.5 + 1.0) / 2 * 0.75}
+    assert responses(STRENGTHS, (1.0, 0.3, 0.0, 0.1, 0.5)) == pytest.approx(by_hand)
+    assert responses(STRENGTHS, (0.0,) * 5) == {1: 0, 2: 0}
+
+
+def test_scores_are_means_over_strengths_and_prompts():
+    own, random = (1.0, 0.3, 0.0, 0.1, 0.5), (0.4, 0.2, 0.0, 0.2, 0.4)
+    scenes = (Scene("a", 0, "pictures/a", own, (random,)), Scene("b", 0, "pictures/b", random, (own,)))
+    by_hand = [np.mean(list(responses(STRENGTHS, distances).values())) for distances in (own, random)]
+    alone, both = (Demonstration(1, 1.0, STRENGTHS, "latent", some) for some in (scenes[:1], scenes))
+    assert (alone.score, alone.control) == pytest.approx(by_hand)
+    assert both.score == both.control == pytest.approx(np.mean(by_hand))
+    assert alone.above_at == [2]  # at 1 it is .133 against .2
+    assert (alone.to_json()["above"], alone.to_json()["above_at"]) == (True, [2])
 
 
 def test_the_window_is_of_percentiles_of_the_features_that_are_alive():

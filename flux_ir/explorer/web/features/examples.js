@@ -23,13 +23,14 @@ function showExamples(record, facts) {
 /** What turning the feature does, beside a random direction that moves every token as far; a figure per prompt. */
 function turnedSection({ steering }) {
   if (!steering?.length) return null;
-  const [, , , , distance, score, control, above] = steering[0];
+  const [, , , strengths, distance, score, control, above, aboveAt] = steering[0];
   const verdict = make("b", {
     className: above ? "above" : "",
     textContent: above ? "above its random direction" : "not above its random direction",
   });
   const by = distance === "lpips" ? "LPIPS" : "the distance of latents";
-  const numbers = `: score ${shortNumber(score)}, random ${shortNumber(control)}, by ${by}`;
+  const at = 2 * aboveAt.length + 1 === strengths.length ? "" : `; above at ${aboveAt.join(", ") || "no strength"}`;
+  const numbers = `: score ${shortNumber(score)}, random ${shortNumber(control)}, by ${by}${at}`;
   const head = make("div", { className: "group-title" }, make("h2", { textContent: "Turned down and up" }));
   head.append(make("p", { className: "note" }, verdict, numbers));
   return make("section", { className: "group turned" }, head, ...steering.map(turnedFigure));
