@@ -9,8 +9,8 @@ TEXT = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8
 EXAMPLES = re.findall(r"^## (\d+)\. .*?```python\n(.*?)```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_there_are_eleven_examples():
-    assert [number for number, _ in EXAMPLES] == [str(number) for number in range(1, 12)]
+def test_there_are_twelve_examples():
+    assert [number for number, _ in EXAMPLES] == [str(number) for number in range(1, 13)]
     assert TEXT.count("```python") == len(EXAMPLES)
 
 

@@ -8,7 +8,7 @@ Every picture is kept as soon as it is made: the same call again makes what is m
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,28 +31,25 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import Inputs, check_steps, noise_for, prepare
 from flux_ir.sites import Site, SiteNames, site_names
-from flux_ir.steering.attribution import (
-    PROBES,
+from flux_ir.steering.attribution import PROBES, Estimates, Inside, Summed, signs, states_of, walk_back
+from flux_ir.steering.attribution_folder import AttributionFolder, removal_name
+from flux_ir.steering.directions import Features, tensors_digest
+from flux_ir.steering.dose import Made, Painter, Variant
+from flux_ir.steering.edits import Edit
+from flux_ir.steering.removals import (
+    UNSTEERED,
     Agreement,
-    Estimates,
-    Inside,
-    Summed,
+    Asked,
+    Chosen,
+    FeatureKey,
+    Removal,
     Together,
     agreement,
-    compare_changes,
-    signs,
-    states_of,
-    walk_back,
+    choose,
 )
-from flux_ir.steering.attribution_folder import UNSTEERED, AttributionFolder, Removal, removal_name
-from flux_ir.steering.directions import Features, tensors_digest
-from flux_ir.steering.dose import Made, Painter, Variant, price
-from flux_ir.steering.edits import Edit
 from flux_ir.visualize.sheet import SheetColumn
 
 AutoencoderGiven = str | Path | SparseAutoencoder
-FeatureKey = tuple[int, int]
-"""Which autoencoder, and which of its features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +204,8 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
             states = find_states(job, model, text, recorded, notes, progress)
             estimates = estimate(job, model, text, states, sources, inside, settings.probes, progress)
             folder.keep_estimates(estimates)
-        chosen, drawn = choose(estimates, settings, notes)
+        chosen = choose(estimates, settings.candidates, settings.controls)
+        note_fewer(chosen, settings, notes)
         painter = Painter(
             model,
             autoencoder,
@@ -218,28 +216,19 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
             meter=None,
             batch=settings.batch_size,
         )
-        alone = {key: variant_of(job, text, [key]) for key in (*chosen, *drawn)}
+        alone = {key: variant_of(job, text, [key]) for key in (*chosen.candidates, *chosen.controls)}
         made = make_missing(folder, painter, [variant_of(job, text, []), *alone.values()], progress)
-        unsteered = made[UNSTEERED]
-        size = float(unsteered.latent[inside].norm())
-        removals = [
-            removal_of(key, made[variant.row], unsteered, estimates, sources, inside, job, size, chosen=key in chosen)
-            for key, variant in alone.items()
-        ]
+        sites = [str(source.site) for source in sources]
+        asked = Asked(made[UNSTEERED], inside, job.grid, estimates, sites, len(sources[0].steps))
+        removals = [asked.removal(key, made[v.row], chosen=key in chosen.candidates) for key, v in alone.items()]
         removals.sort(key=lambda removal: -removal.latent_inside)
         best = [(removal.sae, removal.feature) for removal in removals[: settings.best]]
         at_once = variant_of(job, text, best)
         made |= make_missing(folder, painter, [at_once], progress)
-    together = together_of(best, made, at_once.row, estimates, inside, size)
-    agreed = agreement(
-        [removal.estimate for removal in removals],
-        [removal.latent_inside for removal in removals],
-        [removal.chosen for removal in removals],
-        settings.best,
-    )
-    by_step = [(estimates[r.sae].by_step[:, r.feature] / size).tolist() for r in removals]
-    asked = {name: getattr(settings, name) for name in ("candidates", "controls", "best")}
-    folder.write({"prompt": job.prompt, **asked}, removals, by_step, agreed, together)
+    together = asked.together([(key, made[alone[key].row]) for key in best], made[at_once.row])
+    agreed = agreement(removals, settings.best)
+    how_many = {name: getattr(settings, name) for name in ("candidates", "controls", "best")}
+    folder.write({"prompt": job.prompt, **how_many}, removals, agreed, together)
     with phase(progress, "sheet"):
         draw(folder, job, removals[: settings.best], at_once.row, together, inside)
     return Attributed(
@@ -312,8 +301,11 @@ def steer_settings(settings: AttributeSettings, recorded: Recorded | None) -> St
     run = recorded.sampling
     # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
     as_recorded: DtypeWord = "float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype
+    named = {} if isinstance(model, Suite) else recorded.files
     return replace(
         like,
+        checkpoint=settings.checkpoint or named.get("transformer"),
+        ae_checkpoint=settings.ae_checkpoint or named.get("autoencoder"),
         prompt=run.prompt,
         seed=run.seed,
         width=run.width,
@@ -467,31 +459,17 @@ def estimate(
     return [one.estimates() for one in sums]
 
 
-def choose(
-    estimates: Sequence[Estimates], settings: AttributeSettings, notes: Notes
-) -> tuple[list[FeatureKey], list[FeatureKey]]:
-    """The features with the largest estimates, and others that are active, drawn: fewer where there are fewer."""
-    active = [(i, int(f)) for i, one in enumerate(estimates) for f in one.fires.nonzero().flatten()]
-    if not active:
-        raise FluxIRError(
-            "no feature is active in this picture at these steps: there is nothing to remove",
-            hint="leave --steps out, or check that the autoencoder is one of this model and site",
-        )
-    change = {key: float(estimates[key[0]].change[key[1]]) for key in active}
-    ordered = sorted(active, key=lambda key: (-change[key], key))
-    chosen, others = ordered[: settings.candidates], sorted(ordered[settings.candidates :])
-    generator = torch.Generator().manual_seed(0)
-    drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: settings.controls].tolist()]
+# ---- The removals
+
+
+def note_fewer(chosen: Chosen, settings: AttributeSettings, notes: Notes) -> None:
+    """Says where there are fewer features than were asked for."""
     for what, asked, found in (
-        ("candidates", settings.candidates, chosen),
-        ("controls", settings.controls, drawn),
+        ("candidates", settings.candidates, chosen.candidates),
+        ("controls", settings.controls, chosen.controls),
     ):
         if len(found) < asked:
-            notes.add(f"note: {len(active)} features are active here, so there are {len(found)} {what}, not {asked}")
-    return chosen, drawn
-
-
-# ---- The removals
+            notes.add(f"note: {chosen.active} features are active here, so there are {len(found)} {what}, not {asked}")
 
 
 def variant_of(job: SteeringJob, text: TextEmbedding, keys: Sequence[FeatureKey]) -> Variant:
@@ -517,61 +495,6 @@ def make_missing(
     for made in follow(progress, "pictures", painter.make(missing), total=len(missing)) if missing else ():
         folder.keep(made)
     return {variant.row: folder.read(variant) for variant in variants}
-
-
-def removal_of(
-    key: FeatureKey,
-    made: Made,
-    unsteered: Made,
-    estimates: Sequence[Estimates],
-    sources: Sequence[Source],
-    inside: Inside,
-    job: SteeringJob,
-    size: float,
-    *,
-    chosen: bool,
-) -> Removal:
-    """What one removal was estimated to do, and what it did."""
-    number, feature = key
-    found, paid = estimates[number], price(made, unsteered, inside, job.grid)
-    active, tokens = int(found.active[feature]), job.grid.tokens * len(sources[number].steps)
-    return Removal(
-        number,
-        str(sources[number].site),
-        feature,
-        chosen,
-        estimate=float(found.change[feature]) / size,
-        latent_inside=paid.latent_inside,
-        latent_outside=paid.latent_outside,
-        psnr_inside_db=paid.psnr_inside_db,
-        psnr_outside_db=paid.psnr_outside_db,
-        active=None if sources[number].site.stream == "txt" else active / tokens,
-        active_inside=int(found.active_inside[feature]) / active if active else None,
-    )
-
-
-def together_of(
-    best: Sequence[FeatureKey],
-    made: Mapping[str, Made],
-    at_once: str,
-    estimates: Sequence[Estimates],
-    inside: Inside,
-    size: float,
-) -> Together:
-    """The best features at once, against each of them alone."""
-    unsteered = made[UNSTEERED].latent[inside]
-
-    def change(row: str) -> Tensor:
-        return (made[row].latent[inside] - unsteered).flatten()
-
-    dots = torch.stack([estimates[sae].dots[:, feature] for sae, feature in best]).sum(dim=0)
-    return compare_changes(
-        best,
-        [change(removal_name(*key)) for key in best],
-        change(at_once),
-        size,
-        float(dots.square().mean().sqrt()),
-    )
 
 
 def draw(

@@ -12,6 +12,7 @@ from flux_ir.api.lens import CaptureResult, capture_file
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
+from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.suite import Suite
 from flux_ir.sites import nearest_names
 
@@ -25,6 +26,8 @@ class Recorded(NamedTuple):
     """What its steps began with, as far as that was kept: [1, tokens, channels]."""
     weights: tuple[str, bool] | None
     """The digest of the model's weights, and whether those of its autoencoder are in it; None: not known."""
+    files: dict[str, Path]
+    """Weights that the user named when the run was made, by part: transformer, autoencoder."""
 
 
 def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Recorded:
@@ -47,6 +50,7 @@ def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Rec
         source.model,
         {step: state[None] for step, state in states.items() if state is not None},
         _collected_with(Path(where)),
+        _named_files(source.generations[number].path),
     )
 
 
@@ -73,6 +77,16 @@ def _collected_with(path: Path) -> tuple[str, bool] | None:
     described = path / "collection.json"
     settings = read_json(described).get("settings", {}) if described.is_file() else {}
     return (settings["weights"], bool(settings.get("save_images"))) if "weights" in settings else None
+
+
+def _named_files(capture: Path | None) -> dict[str, Path]:
+    """The weights that the user named for a capture, as the metadata beside it says."""
+    if capture is None:
+        return {}
+    beside = capture.with_name(capture.name.replace("capture_", "metadata_", 1)).with_suffix(".json")
+    files = read_json(beside).get("files", {}) if capture.suffix == ".pt" and beside.is_file() else {}
+    named = {part: said for part, said in files.items() if said["origin"] not in (PACKAGE, CACHE, HUB)}
+    return {part: Path(named[part]["path"]) for part in ("transformer", "autoencoder") if part in named}
 
 
 def check_run(recorded: Recorded, suite: Suite, timesteps: Sequence[float]) -> None:

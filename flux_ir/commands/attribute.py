@@ -21,8 +21,7 @@ from flux_ir.commands.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from flux_ir.steering.attribution import Agreement, Together
-    from flux_ir.steering.attribution_folder import Removal
+    from flux_ir.steering.removals import Agreement, Removal, Together
 
 FEATURES, REMOVED = "Whose features", "What is estimated and what is removed"
 

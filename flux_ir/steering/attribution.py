@@ -4,7 +4,7 @@ A feature f that is taken out of a token adds -z_f W_dec[f] there, at every step
 is J of it, to first order, where J runs through the rest of the network and through the steps behind. With random signs
 u on the region, u . J a is one dot product of a gradient with what is taken out, and the mean of its squares over draws
 of u is |J a|^2 (Hutchinson, 1990). So a few walks back through the sampler, one step's graph at a time, serve every
-feature of every autoencoder; how good the order is, only removing them one by one says. Next: `attribution_folder`.
+feature of every autoencoder; how good the order is, only removing them one by one says. Next: `removals`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from flux_ir.models.flux1.transformer import Flux
@@ -222,81 +220,3 @@ class Summed:
     def estimates(self) -> Estimates:
         """What it came to."""
         return Estimates(self._dots.float(), self._by_step, self._active, self._active_inside, self._fires)
-
-
-# ---- What the removals say together
-
-
-class Together(NamedTuple):
-    """Some features removed at once, against each of them removed alone; all as shares of the region's latent."""
-
-    features: tuple[tuple[int, int], ...]
-    """Autoencoder and number."""
-    estimate: float
-    """|change| of removing all of them, to first order."""
-    effect_of_sum: float
-    """|change| of the region when all are removed at once."""
-    sum_of_effects: float
-    """|sum of the changes| that each makes alone."""
-    sum_of_sizes: float
-    """The sum of the single |changes|: what the sum of effects would be if all pushed the same way."""
-    ratio: float | None
-    """effect of the sum / sum of effects; above 1 they stand in for each other, below 1 they say the same. None: 0."""
-    cosine: float | None
-    """Between the two changes. None: one of them is 0."""
-
-
-class Agreement(NamedTuple):
-    """How well the estimate orders what the exact removals say. None: there are too few, or all are equal."""
-
-    spearman: float | None
-    """Of all features that were removed."""
-    spearman_candidates: float | None
-    """Of those that the estimate chose."""
-    spearman_controls: float | None
-    """Of those that were drawn."""
-    recall: float
-    """Of the features with the largest exact effects, the share that has the largest estimates."""
-    median_ratio: float | None
-    """exact / estimate, the median."""
-
-
-def compare_changes(
-    features: Sequence[tuple[int, int]],
-    changes: Sequence[Float[Tensor, "values"]],
-    at_once: Float[Tensor, "values"],
-    size: float,
-    estimate: float,
-) -> Together:
-    """`changes` of the region's latent by each feature alone, `at_once` by all; `size` is that of the latent itself."""
-    total = torch.stack(list(changes)).double().sum(dim=0)
-    effect, summed = float(at_once.double().norm()), float(total.norm())
-    return Together(
-        tuple(features),
-        estimate=estimate / size,
-        effect_of_sum=effect / size,
-        sum_of_effects=summed / size,
-        sum_of_sizes=sum(float(change.double().norm()) for change in changes) / size,
-        ratio=effect / summed if summed > 0 else None,
-        cosine=float(total @ at_once.double()) / (summed * effect) if summed > 0 and effect > 0 else None,
-    )
-
-
-def agreement(estimate: Sequence[float], exact: Sequence[float], chosen: Sequence[bool], best: int) -> Agreement:
-    """How the two go together; `chosen` are the features that the estimate chose, the others were drawn."""
-    guessed, true, by_estimate = np.asarray(estimate), np.asarray(exact), np.asarray(chosen, bool)
-    first, top = (set(np.argsort(-values, kind="stable")[:best].tolist()) for values in (guessed, true))
-    ratios = true[guessed > 0] / guessed[guessed > 0]
-    return Agreement(
-        _spearman(guessed, true),
-        _spearman(guessed[by_estimate], true[by_estimate]),
-        _spearman(guessed[~by_estimate], true[~by_estimate]),
-        recall=len(first & top) / len(top),
-        median_ratio=float(np.median(ratios)) if len(ratios) else None,
-    )
-
-
-def _spearman(left: np.ndarray, right: np.ndarray) -> float | None:
-    if len(left) < 3 or len(set(left)) == 1 or len(set(right)) == 1:
-        return None
-    return float(spearmanr(left, right).statistic)

@@ -7,7 +7,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,40 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.sampling.latents import TOKEN_PX
-from flux_ir.steering.attribution import Agreement, Estimates, Inside, Together
+from flux_ir.steering.attribution import Estimates, Inside
 from flux_ir.steering.dose import Made, Variant
 from flux_ir.steering.folder import claim, keep_picture
 from flux_ir.steering.regions import Grid
+from flux_ir.steering.removals import UNSTEERED, Agreement, Removal, Together
 from flux_ir.visualize.sheet import SheetColumn, SheetRow, draw_sheet
 
-UNSTEERED = "unsteered"
 AMPLIFIED = 4
 """What differences are multiplied by where they are drawn."""
 OUTLINE = (255, 0, 160)
-
-
-class Removal(NamedTuple):
-    """One feature, what its removal was estimated to do, and what it did."""
-
-    sae: int
-    """Which of the autoencoders, from 0."""
-    site: str
-    feature: int
-    chosen: bool
-    """Whether the estimate chose it; if not, it was drawn among the active features."""
-    estimate: float
-    """|change| of the region's finished latent / |latent| of the region, to first order."""
-    latent_inside: float
-    """The same, measured."""
-    latent_outside: float | None
-    """Measured on the rest of the picture. None: the region is the whole picture."""
-    psnr_inside_db: float | None
-    """Of the picture against the unsteered one. None: nothing differs there."""
-    psnr_outside_db: float | None
-    active: float | None
-    """The share of image tokens, over all steps, that it is active on. None: its site has none."""
-    active_inside: float | None
-    """The share of these that are in the region. None: it is active on no image token."""
 
 
 def removal_name(sae: int, feature: int) -> str:
@@ -114,24 +90,24 @@ class AttributionFolder:
         self,
         chosen: Mapping[str, Any],
         removals: Sequence[Removal],
-        by_step: Sequence[Sequence[float]],
         agreement: Agreement,
         together: Together,
     ) -> None:
         """The numbers of every removal, as JSON and as CSV."""
         rows = [removal._asdict() for removal in removals]
+        columns = [name for name in Removal._fields if name != "by_step"]
         write_json(
             self.numbers,
             {
                 "settings": self.identity | dict(chosen),
                 "agreement": agreement._asdict(),
                 "together": together._asdict(),
-                "removals": [row | {"by_step": list(steps)} for row, steps in zip(rows, by_step, strict=True)],
+                "removals": rows,
                 "versions": versions("torch"),
             },
         )
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, Removal._fields, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         with complete_file(self.table) as beside:

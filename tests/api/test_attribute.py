@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from flux_ir import Edit, FluxIRError, capture, collect, steer
 from flux_ir.api.attribute import attribute
+from flux_ir.models.checkpoints.locate import locate_transformer
+from flux_ir.models.registry import get_spec
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sae.files.folder import save_sae
@@ -18,7 +20,8 @@ from flux_ir.sae.files.folder import save_sae
 PROMPT = "a large red circle on the left on a white background"
 LEFT = (0, 0, 64, 128)
 FAST = {"probes": 2, "candidates": 3, "controls": 2, "best": 2}
-PICTURE = {"model": "flux-tiny", "seed": 7, "num_steps": 3, "dtype": "float32"}
+LEAST = {"probes": 1, "candidates": 1, "controls": 0, "best": 1}
+PICTURE = {"model": "flux-tiny", "seed": 7, "num_steps": 2, "dtype": "float32"}
 
 
 def random_sae(folder, name, site="double.2.img", model="flux-tiny", d_in=192):
@@ -37,7 +40,7 @@ def sae(folder):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """A run of three steps, of which one site was recorded."""
+    """A run of two steps, of which one site was recorded."""
     return capture(PROMPT, sites="double.2.img", lens="x0", output_dir=folder / "output", **PICTURE)
 
 
@@ -58,7 +61,7 @@ def test_every_removal_has_its_numbers_and_the_files_say_the_same(attributed):
     assert [(row["feature"], row["latent_inside"]) for row in stored["removals"]] == [
         (row.feature, row.latent_inside) for row in attributed.table
     ]
-    assert all(len(row["by_step"]) == 3 for row in stored["removals"])
+    assert all(len(row["by_step"]) == 2 for row in stored["removals"])
     assert stored["together"]["features"] == [[0, row.feature] for row in attributed.table[:2]]
     with attributed.csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -126,20 +129,20 @@ def test_a_stopped_attribution_goes_on_to_the_same_bytes(attributed, sae, run, t
 
 def test_several_autoencoders_are_ranked_together(sae, run, tmp_path):
     other = random_sae(tmp_path, "other", site="single.3")
-    done = attribute(run, sae=(sae, other), steps=(0, 1), output_dir=tmp_path / "out", **FAST | {"candidates": 8})
+    done = attribute(run, sae=(sae, other), steps=(0,), output_dir=tmp_path / "out", **FAST | {"candidates": 6, "controls": 0})
     assert {row.site for row in done.table} == {"double.2.img", "single.3"}
     assert all(row.latent_outside is None for row in done.table)  # the region is the whole picture
     by_step = [row["by_step"] for row in json.loads(done.numbers.read_text())["removals"]]
-    assert all(steps[2] == 0 for steps in by_step)
-    assert any(steps[1] > 0 for steps in by_step)
+    assert all(steps[1] == 0 for steps in by_step)
+    assert any(steps[0] > 0 for steps in by_step)
 
 
 def test_a_generation_of_a_collection_is_a_run(sae, attributed, tmp_path):
-    words = {"num_steps": 3, "steps": (1,), "dtype": "float32", "store_dtype": "float32"}
+    words = {"num_steps": 2, "steps": (1,), "dtype": "float32", "store_dtype": "float32"}
     collect([PROMPT, "a blue star"], "double.2.img", tmp_path / "mine", model="flux-tiny", seed=0, **words)
     with pytest.raises(FluxIRError, match="holds 2 generations"):
         attribute(tmp_path / "mine", sae=sae, output_dir=tmp_path / "out", **FAST)
-    done = attribute(tmp_path / "mine", generation="1", sae=sae, output_dir=tmp_path / "out", **FAST)
+    done = attribute(tmp_path / "mine", generation="1", sae=sae, output_dir=tmp_path / "out", **LEAST)
     assert json.loads(done.numbers.read_text())["settings"]["prompt"] == "a blue star"
     # A collection is sampled in batches, which round otherwise than a picture by itself.
     assert all("the run's states are off those that are sampled here, by " in note for note in done.notes)
@@ -147,25 +150,26 @@ def test_a_generation_of_a_collection_is_a_run(sae, attributed, tmp_path):
     kept["settings"]["weights"] = "0" * 16
     (tmp_path / "mine" / "collection.json").write_text(json.dumps(kept))
     with pytest.raises(FluxIRError, match="the run was made with other weights of flux-tiny"):
-        attribute(tmp_path / "mine", generation="1", sae=sae, output_dir=tmp_path / "out", **FAST)
+        attribute(tmp_path / "mine", generation="1", sae=sae, output_dir=tmp_path / "out", **LEAST)
 
 
 def test_a_run_without_whole_states_is_sampled_again_with_a_note(sae, tmp_path):
-    words = {"num_steps": 3, "steps": (1,), "dtype": "float32", "tokens_per_image": 8}
+    words = {"num_steps": 2, "steps": (1,), "dtype": "float32", "tokens_per_image": 8}
     collect([PROMPT], "double.2.img", tmp_path / "mine", model="flux-tiny", **words)
-    done = attribute(tmp_path / "mine", sae=sae, output_dir=tmp_path / "out", **FAST)
+    done = attribute(tmp_path / "mine", sae=sae, output_dir=tmp_path / "out", **LEAST)
     assert done.notes == ["note: the run kept no whole states: they are sampled again from its seed"]
 
 
-def test_a_run_of_other_weights_is_refused(sae, run, tmp_path):
-    from flux_ir.models.checkpoints.locate import locate_transformer
-    from flux_ir.models.registry import get_spec
-
-    shipped = locate_transformer(get_spec("flux-tiny"))
-    weights = load_file(shipped.path)
-    save_file({name: 0.9 * tensor for name, tensor in weights.items()}, tmp_path / "other.safetensors")
+def test_a_run_has_its_own_weights_and_others_are_refused(sae, run, tmp_path):
+    weights = load_file(locate_transformer(get_spec("flux-tiny")).path)
+    other, words = tmp_path / "other.safetensors", {"sae": sae, "output_dir": tmp_path / "out", **LEAST}
+    save_file({name: 0.9 * tensor for name, tensor in weights.items()}, other)
     with pytest.raises(FluxIRError, match="these are not the weights or the text encoders the run was made with"):
-        attribute(run, sae=sae, checkpoint=tmp_path / "other.safetensors", output_dir=tmp_path / "out", **FAST)
+        attribute(run, checkpoint=other, **words)
+    made_with = capture(
+        PROMPT, checkpoint=other, should_decode_intermediates=False, output_dir=tmp_path / "output", **PICTURE
+    )
+    assert not attribute(made_with.folder, **words).notes
 
 
 def test_an_edited_run_is_refused(sae, tmp_path):
@@ -180,7 +184,7 @@ WRONG = [
     ({"region": (0, 0, 200, 16)}, "a rectangle lies within the picture of 128 x 128 px"),
     ({"region": (0, 0, 16)}, "--region is left,top,right,bottom in px: got 3 numbers"),
     ({"region": LEFT, "mask": "a.png"}, "a region is a rectangle or a mask"),
-    ({"steps": (3,)}, "--steps counts from 0 to 2 with 3 steps: got 3"),
+    ({"steps": (2,)}, "--steps counts from 0 to 1 with 2 steps: got 2"),
     ({"candidates": 65}, "there are 64 features: got --candidates 65"),
     ({"best": 4}, "--best is at most --candidates, 3: got 4"),
     ({"probes": 0}, "--probes must be at least 1: got 0"),

@@ -9,7 +9,7 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.generate import noise_for, prepare, sample
 from flux_ir.sites import Site
 from flux_ir.steering.apply import steered
-from flux_ir.steering.attribution import Summed, agreement, compare_changes, signs, states_of, walk_back
+from flux_ir.steering.attribution import Summed, signs, states_of, walk_back
 from flux_ir.steering.edits import Edit
 from tests.steering.conftest import D_SAE, GRID, TXT_TOKENS
 
@@ -169,32 +169,6 @@ def test_signs_are_on_the_region_alone_and_do_not_depend_on_it():
     assert not draws[:, ~INSIDE].any()
     assert torch.equal(signs(3, INSIDE | True, 8, seed=5)[:, INSIDE], draws[:, INSIDE])
     assert not torch.equal(signs(3, INSIDE, 8, seed=6), draws)
-
-
-def test_changes_at_once_against_changes_alone():
-    x, y = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-    found = compare_changes([(0, 1), (0, 2)], [x, y], torch.tensor([6.0, 8.0]), size=10.0, estimate=2.5)
-    assert found.sum_of_effects == pytest.approx(0.5)
-    assert found.sum_of_sizes == pytest.approx(0.7)
-    assert found.effect_of_sum == pytest.approx(1.0)
-    assert found.ratio == pytest.approx(2.0)
-    assert found.cosine == pytest.approx(1.0)
-    assert found.estimate == pytest.approx(0.25)
-    none = compare_changes([(0, 1)], [torch.zeros(2)], torch.zeros(2), size=1.0, estimate=0.0)
-    assert none.ratio is None
-    assert none.cosine is None
-
-
-def test_agreement_is_of_ranks():
-    estimate, exact = [5, 4, 3, 2, 1, 0.5], [50, 30, 40, 2, 3, 1]
-    found = agreement(estimate, exact, [True, True, True, False, False, False], best=2)
-    assert found.spearman == pytest.approx(1 - 6 * 4 / (6 * 35))
-    assert found.spearman_candidates == pytest.approx(0.5)
-    assert found.spearman_controls == pytest.approx(0.5)
-    assert found.recall == 0.5
-    equal = agreement([1, 1, 1], [1, 2, 3], [True] * 3, best=1)
-    assert equal.spearman is None
-    assert equal.spearman_controls is None
 
 
 def test_there_are_as_many_numbers_as_features(run, tiny_sae):
