@@ -129,7 +129,9 @@ def test_a_stopped_attribution_goes_on_to_the_same_bytes(attributed, sae, run, t
 
 def test_several_autoencoders_are_ranked_together(sae, run, tmp_path):
     other = random_sae(tmp_path, "other", site="single.3")
-    done = attribute(run, sae=(sae, other), steps=(0,), output_dir=tmp_path / "out", **FAST | {"candidates": 6, "controls": 0})
+    done = attribute(
+        run, sae=(sae, other), steps=(0,), output_dir=tmp_path / "out", **FAST | {"candidates": 6, "controls": 0}
+    )
     assert {row.site for row in done.table} == {"double.2.img", "single.3"}
     assert all(row.latent_outside is None for row in done.table)  # the region is the whole picture
     by_step = [row["by_step"] for row in json.loads(done.numbers.read_text())["removals"]]
