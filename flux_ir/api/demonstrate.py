@@ -189,10 +189,7 @@ class _SceneJob(NamedTuple):
         variants += [variant(EDIT, strength, steering) for strength, steering in turned.items()]
         for number in range(controls):
             along = random_directions(self.steering, DRAWS * self.feature + number)
-            for strength, steering in turned.items():
-                # `along` knows lengths alone, so that down would be the same picture as up.
-                signed = {site: direction if strength > 0 else -direction for site, direction in along.items()}
-                variants.append(variant(f"{RANDOM}_{number}", strength, steering.along(signed)))
+            variants += [variant(f"{RANDOM}_{number}", s, steering.along(along)) for s, steering in turned.items()]
         return variants
 
 

@@ -70,7 +70,9 @@ class ReadyEdit:
             return value
         change = share * self.change(chosen, before.norm(dim=1).mean(), step)
         if self.instead is not None:
-            change = change.norm(dim=1, keepdim=True) * self.instead[site]
+            # Also as far to the same side: else a control turned down is the picture of the control turned up.
+            backwards = change @ self.direction.rows(step).sum(dim=0) < 0
+            change = change.norm(dim=1, keepdim=True) * torch.where(backwards, -1.0, 1.0)[:, None] * self.instead[site]
         kept = (change == 0).all(dim=1, keepdim=True)
         new = torch.where(kept, chosen, chosen + change).to(value.dtype)
         if inside is None:
@@ -207,7 +209,9 @@ class Steering:
         )
 
     def along(self, directions: Mapping[Site, Tensor]) -> "Steering":
-        """The same with every token moved by the same length along other directions, of length 1: a control."""
+        """The same with every token moved as far along other directions, of length 1: a control. A token that the edit
+        moves against its own direction is moved against the other one.
+        """
         same = self.of(self.edits)
         for edit in same.ready:
             edit.instead = {site: directions[site].to(self.device) for site in edit.weights}

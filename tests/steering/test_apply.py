@@ -261,16 +261,20 @@ def test_every_picture_of_a_batch_has_its_own_strength(tiny_flux, tiny_inputs, t
         at_site(model, inputs, [ready, ready])
 
 
-def test_a_control_moves_every_token_as_far_in_another_direction(tiny_flux, tiny_inputs, tiny_sae, steering):
+@pytest.mark.parametrize(("strength", "side"), [(3.0, 1), (0.0, -1)])
+def test_a_control_moves_every_token_as_far_in_another_direction(
+    tiny_flux, tiny_inputs, tiny_sae, steering, strength, side
+):
     model, inputs, sae = tiny_flux(), tiny_inputs(), tiny_sae()
     before, _ = at_site(model, inputs, steering())
-    ready = steering(Edit(kind="scale", sae=sae, feature=(3, 5), strength=3.0))
+    ready = steering(Edit(kind="scale", sae=sae, feature=(3, 5), strength=strength))
     (site,) = ready.sites
     direction = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(1)), dim=0)
     edited, _ = at_site(model, inputs, ready)
     control, _ = at_site(model, inputs, ready.along({site: direction}))
     length = (edited - before).norm(dim=2, keepdim=True)
-    torch.testing.assert_close(control, before + length * direction, atol=1e-5, rtol=1e-5)
+    assert length.max() > 0
+    torch.testing.assert_close(control, before + side * length * direction, atol=1e-5, rtol=1e-5)
 
 
 def test_no_hook_is_left_whatever_raises(tiny_flux, tiny_inputs, tiny_sae, steering):
