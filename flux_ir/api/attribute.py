@@ -30,8 +30,19 @@ from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import Inputs, check_steps, noise_for, prepare
-from flux_ir.sites import Site, SiteNames, site_names
-from flux_ir.steering.attribution import PROBES, Estimates, Inside, Summed, signs, states_of, walk_back
+from flux_ir.sites import SiteNames, site_names
+from flux_ir.steering.attribution import (
+    DRAWS_TOGETHER,
+    PROBES,
+    Estimates,
+    Inside,
+    Source,
+    Walk,
+    estimate_in_parts,
+    joined,
+    signs,
+    states_of,
+)
 from flux_ir.steering.attribution_folder import AttributionFolder, removal_name
 from flux_ir.steering.directions import Features, tensors_digest
 from flux_ir.steering.dose import Made, Painter, Variant
@@ -219,7 +230,7 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
         alone = {key: variant_of(job, text, [key]) for key in (*chosen.candidates, *chosen.controls)}
         made = make_missing(folder, painter, [variant_of(job, text, []), *alone.values()], progress)
         sites = [str(source.site) for source in sources]
-        asked = Asked(made[UNSTEERED], inside, job.grid, estimates, sites, len(sources[0].steps))
+        asked = Asked(made[UNSTEERED], inside, job.grid, estimates, sites, len(steps_of(job)))
         removals = [asked.removal(key, made[v.row], chosen=key in chosen.candidates) for key, v in alone.items()]
         removals.sort(key=lambda removal: -removal.latent_inside)
         best = [(removal.sae, removal.feature) for removal in removals[: settings.best]]
@@ -316,15 +327,6 @@ def steer_settings(settings: AttributeSettings, recorded: Recorded | None) -> St
     )
 
 
-class Source(NamedTuple):
-    """One autoencoder where it is used."""
-
-    sae: SparseAutoencoder
-    site: Site
-    steps: tuple[int, ...]
-    digest: str
-
-
 def sources_of(job: SteeringJob) -> list[Source]:
     """The autoencoders, read. Raises FluxIRError for one of a text encoder, and for one at several sites."""
     sources = []
@@ -340,8 +342,13 @@ def sources_of(job: SteeringJob) -> list[Source]:
                 f"{sites[0]} is computed once per prompt: removals are estimated at sites of the transformer",
                 hint="flux-ir steer --kind ablate removes features of a text encoder",
             )
-        sources.append(Source(ready.direction.sae, sites[0], tuple(sorted(ready.steps)), ready.direction.digest()))
+        sources.append(Source(ready.direction.sae, sites[0], ready.direction.digest()))
     return sources
+
+
+def steps_of(job: SteeringJob) -> list[int]:
+    """The steps that features are removed at: the same for all autoencoders."""
+    return sorted(job.steering.ready[0].steps)
 
 
 def region_tokens(job: SteeringJob, settings: AttributeSettings) -> Inside:
@@ -386,7 +393,8 @@ def identity_of(
         "guidance": job.guidance,
         "dtype": str(job.compute.dtype),
         "device": torch.device(job.placement.transformer).type,
-        "saes": [{"digest": s.digest, "site": str(s.site), "steps": list(s.steps)} for s in sources],
+        "saes": [{"digest": source.digest, "site": str(source.site)} for source in sources],
+        "steps": steps_of(job),
         "region": None if bool(inside.all()) else inside.nonzero().flatten().tolist(),
         "probes": settings.probes,
     }
@@ -439,24 +447,11 @@ def estimate(
     progress: Watch,
 ) -> list[Estimates]:
     """What removing each feature does to the region, to first order: one walk back through the sampler."""
-    draws = signs(probes, inside, states[0].shape[2], seed=job.settings.seed)
-    num_steps = len(states)
-    sums = [Summed(source.sae, source.site, inside, probes, num_steps) for source in sources]
-    steps = sources[0].steps  # the same for all: --steps
-    walked = walk_back(
-        model,
-        inputs_of(job, model, text),
-        states,
-        job.timesteps,
-        job.guidance,
-        list(dict.fromkeys(source.site for source in sources)),
-        draws,
-        steps,
-    )
-    for at in follow(progress, "gradients", walked, total=len(steps)):
-        for one in sums:
-            one.add(at)
-    return [one.estimates() for one in sums]
+    inputs = inputs_of(job, model, text)
+    draws = signs(probes, inside, inputs.img.shape[2], seed=job.settings.seed)
+    walk = Walk(inputs, states, job.timesteps, job.guidance, sources, steps_of(job), inside)
+    parts = follow(progress, "gradients", estimate_in_parts(model, walk, draws), total=-(-len(draws) // DRAWS_TOGETHER))
+    return [joined(of_one) for of_one in zip(*parts, strict=True)]
 
 
 # ---- The removals

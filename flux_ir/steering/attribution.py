@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from flux_ir.collecting.batches import borrowed, replicas
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.intervention import Change, Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
@@ -25,12 +26,15 @@ from flux_ir.sampling.denoise import euler_step, per_sample
 from flux_ir.sampling.generate import Inputs
 from flux_ir.shapes import PackedLatent, Tokens
 from flux_ir.sites import Site
+from flux_ir.threads import in_order
 
 Draws = Float[Tensor, "probes tokens packed"]
 Inside = Bool[Tensor, "tokens"]
 
 PROBES = 16
 """Draws of u. The relative standard error of an estimate is at most 1 / sqrt(2 PROBES): 18 %."""
+DRAWS_TOGETHER = 4
+"""Draws that share one forward: fewer would compute it more often, and more would leave threads without work."""
 ROWS_AT_ONCE = 1 << 24
 """Values of W_dec that are gathered at a time: 64 MB in float32."""
 
@@ -175,22 +179,73 @@ class Estimates(NamedTuple):
         return self.dots.square().mean(dim=0).sqrt()
 
 
-class Summed:
-    """Adds up the estimates of one autoencoder, step by step."""
+class Source(NamedTuple):
+    """One autoencoder where it is used."""
 
-    def __init__(self, sae: SparseAutoencoder, site: Site, inside: Inside, probes: int, num_steps: int) -> None:
-        self.sae, self.site, self.inside = sae, site, inside
-        d_sae = sae.config.d_sae
-        self._dots = torch.zeros(probes, d_sae, dtype=torch.float64)
-        self._by_step = torch.zeros(num_steps, d_sae)
-        self._active, self._active_inside = (torch.zeros(d_sae, dtype=torch.int64) for _ in range(2))
-        self._fires = torch.zeros(d_sae, dtype=torch.bool)
+    sae: SparseAutoencoder
+    site: Site
+    digest: str
+    """16 hex digits that stand for its weights."""
+
+
+class Walk(NamedTuple):
+    """All that a walk back needs but the network and the draws."""
+
+    inputs: Inputs
+    states: Sequence[PackedLatent]
+    timesteps: Sequence[float]
+    guidance: float
+    sources: Sequence[Source]
+    steps: Sequence[int]
+    inside: Inside
+
+
+def estimate_in_parts(model: Flux, walk: Walk, draws: Draws) -> Iterator[list["PartOfDraws"]]:
+    """What some draws after the others say of each autoencoder; `joined` makes estimates of all of them.
+
+    On a CPU every thread walks by itself with a replica of the network: each on one core, because threads that share so
+    small a network wait for each other, and because bits then do not depend on how many there are.
+    """
+    parts = torch.split(draws, DRAWS_TOGETHER)
+    sites = list(dict.fromkeys(source.site for source in walk.sources))
+
+    def along(network: Flux, some: Draws) -> list[PartOfDraws]:
+        sums = [PartOfDraws(source, walk.inside, len(some), len(walk.states)) for source in walk.sources]
+        steps = walk_back(network, walk.inputs, walk.states, walk.timesteps, walk.guidance, sites, some, walk.steps)
+        for at in steps:
+            for one in sums:
+                one.add(at)
+        return sums
+
+    if model.img_in.weight.device.type != "cpu":
+        yield from (along(model, some) for some in parts)
+        return
+    threads = min(torch.get_num_threads(), len(parts))
+    networks = replicas(model, threads)
+
+    def by_thread(some: Draws) -> list[PartOfDraws]:
+        with borrowed(networks) as network:
+            return along(network, some)
+
+    yield from in_order(by_thread, parts, threads, torch_threads=1)
+
+
+class PartOfDraws:
+    """Adds up what some of the draws say of one autoencoder, step by step."""
+
+    def __init__(self, source: Source, inside: Inside, draws: int, num_steps: int) -> None:
+        self.sae, self.site, self.inside = source.sae, source.site, inside
+        d_sae = source.sae.config.d_sae
+        self.dots = torch.zeros(draws, d_sae, dtype=torch.float64)
+        self.squares = torch.zeros(num_steps, d_sae, dtype=torch.float64)
+        self.active, self.active_inside = (torch.zeros(d_sae, dtype=torch.int64) for _ in range(2))
+        self.fires = torch.zeros(d_sae, dtype=torch.bool)
 
     @torch.no_grad()
     def add(self, at: StepGradients) -> None:
         """One step."""
         values, gradients = at.values[self.site].float(), at.gradients[self.site]
-        dots = torch.zeros_like(self._dots)
+        dots = torch.zeros_like(self.dots)
         txt_tokens = 0 if self.site.stream == "img" else len(values) - len(self.inside)
         at_once = max(1, DENSE_VALUES // self.sae.config.d_sae)
         for first in range(0, len(values), at_once):
@@ -203,20 +258,24 @@ class Summed:
                 along = torch.einsum("pnd,nkd->pnk", gradients[:, rows].float(), self.sae.W_dec[feature].float())
                 # Summed on the CPU in float64: a GPU would add in another order each time.
                 dots.index_add_(1, feature.flatten().cpu(), (-z * along).flatten(1).double().cpu())
-        self._dots += dots
-        self._by_step[at.step] = dots.square().mean(dim=0).sqrt().float()
+        self.dots += dots
+        self.squares[at.step] = dots.square().sum(dim=0)
 
     def _count(self, z: Tensor, feature: Tensor, first: int) -> None:
         """Count where features are active; `first` is the place of the first of these rows among the image tokens."""
-        self._fires[feature[z > 0]] = True
+        self.fires[feature[z > 0]] = True
         if self.site.stream == "txt":
             return
         place = torch.arange(first, first + len(z))[:, None].expand_as(z)
         on_image = (z > 0) & (place >= 0)
         inside = on_image & self.inside[place.clamp_min(0)]
-        for counts, chosen in ((self._active, on_image), (self._active_inside, inside)):
+        for counts, chosen in ((self.active, on_image), (self.active_inside, inside)):
             counts += torch.bincount(feature[chosen], minlength=len(counts))
 
-    def estimates(self) -> Estimates:
-        """What it came to."""
-        return Estimates(self._dots.float(), self._by_step, self._active, self._active_inside, self._fires)
+
+def joined(parts: Sequence[PartOfDraws]) -> Estimates:
+    """The estimates of one autoencoder, from all draws. Each part has seen the same tokens."""
+    dots = torch.cat([part.dots for part in parts])
+    by_step = torch.stack([part.squares for part in parts]).sum(dim=0) / len(dots)
+    first = parts[0]
+    return Estimates(dots.float(), by_step.sqrt().float(), first.active, first.active_inside, first.fires)
