@@ -328,7 +328,7 @@ def steer_settings(settings: AttributeSettings, recorded: Recorded | None) -> St
 
 
 def sources_of(job: SteeringJob) -> list[Source]:
-    """The autoencoders, read. Raises FluxIRError for one of a text encoder, and for one at several sites."""
+    """The autoencoders, read. Raises FluxIRError for one of a text encoder, at several sites, or named twice."""
     sources = []
     for ready in job.steering.ready:
         assert isinstance(ready.direction, Features)  # a removal of features
@@ -343,6 +343,8 @@ def sources_of(job: SteeringJob) -> list[Source]:
                 hint="flux-ir steer --kind ablate removes features of a text encoder",
             )
         sources.append(Source(ready.direction.sae, sites[0], ready.direction.digest()))
+    if len({(source.site, source.digest) for source in sources}) < len(sources):
+        raise FluxIRError("an autoencoder is named twice, and its features would count twice", hint="name it once")
     return sources
 
 

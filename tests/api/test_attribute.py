@@ -19,7 +19,7 @@ from flux_ir.sae.files.folder import save_sae
 
 PROMPT = "a large red circle on the left on a white background"
 LEFT = (0, 0, 64, 128)
-FAST = {"probes": 2, "candidates": 3, "controls": 2, "best": 2}
+FAST = {"probes": 2, "candidates": 2, "controls": 1, "best": 2}
 LEAST = {"probes": 1, "candidates": 1, "controls": 0, "best": 1}
 PICTURE = {"model": "flux-tiny", "seed": 7, "num_steps": 2, "dtype": "float32"}
 
@@ -51,8 +51,8 @@ def attributed(sae, run, folder):
 
 
 def test_every_removal_has_its_numbers_and_the_files_say_the_same(attributed):
-    assert [row.chosen for row in attributed.table].count(True) == 3
-    assert len(attributed.table) == 5
+    assert [row.chosen for row in attributed.table].count(True) == 2
+    assert len(attributed.table) == 3
     exact = [row.latent_inside for row in attributed.table]
     assert exact == sorted(exact, reverse=True)
     assert exact[-1] > 0
@@ -120,7 +120,7 @@ def test_a_stopped_attribution_goes_on_to_the_same_bytes(attributed, sae, run, t
     for path in sorted(attributed.folder.rglob("*")):
         if path.is_file():
             assert (done.folder / path.relative_to(attributed.folder)).read_bytes() == path.read_bytes(), path.name
-    more = attribute(run, **words | {"controls": 4})
+    more = attribute(run, **words | {"controls": 2})
     assert more.folder == done.folder
     assert {row.feature for row in attributed.table} < {row.feature for row in more.table}
     with pytest.raises(FluxIRError, match="holds an attribution that differs in region"):
@@ -130,7 +130,7 @@ def test_a_stopped_attribution_goes_on_to_the_same_bytes(attributed, sae, run, t
 def test_several_autoencoders_are_ranked_together(sae, run, tmp_path):
     other = random_sae(tmp_path, "other", site="single.3")
     done = attribute(
-        run, sae=(sae, other), steps=(0,), output_dir=tmp_path / "out", **FAST | {"candidates": 6, "controls": 0}
+        run, sae=(sae, other), steps=(0,), output_dir=tmp_path / "out", **FAST | {"candidates": 4, "controls": 0}
     )
     assert {row.site for row in done.table} == {"double.2.img", "single.3"}
     assert all(row.latent_outside is None for row in done.table)  # the region is the whole picture
@@ -188,7 +188,7 @@ WRONG = [
     ({"region": LEFT, "mask": "a.png"}, "a region is a rectangle or a mask"),
     ({"steps": (2,)}, "--steps counts from 0 to 1 with 2 steps: got 2"),
     ({"candidates": 65}, "there are 64 features: got --candidates 65"),
-    ({"best": 4}, "--best is at most --candidates, 3: got 4"),
+    ({"best": 3}, "--best is at most --candidates, 2: got 3"),
     ({"probes": 0}, "--probes must be at least 1: got 0"),
     ({"seed": 1}, "--run says everything about the picture: got --seed as well"),
     ({"model": "flux-schnell"}, "the run is one of flux-tiny: got flux-schnell"),
@@ -197,6 +197,11 @@ WRONG = [
     ({"sites": ("single.1", "single.2")}, "--sites says where each autoencoder is: got 2 for 1 autoencoders"),
     ({"sites": "single.1"}, "this autoencoder was trained on double.2.img"),
 ]
+
+
+def test_an_autoencoder_is_named_once(sae, run, tmp_path):
+    with pytest.raises(FluxIRError, match="an autoencoder is named twice"):
+        attribute(run, sae=(sae, sae), output_dir=tmp_path / "out", **FAST)
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
@@ -236,7 +241,7 @@ def test_fewer_active_features_than_asked_for_are_told_and_none_is_an_error(run,
     made = make_sae(SAEConfig("topk", d_in=192, d_sae=64, k=8, site="double.2.img", model="flux-tiny"))
     with torch.no_grad():
         made.b_enc.fill_(-1e9)
-    words = {"output_dir": tmp_path / "out", **FAST | {"candidates": 4}}
+    words = {"output_dir": tmp_path / "out", **FAST | {"candidates": 4, "best": 1}}
     with pytest.raises(FluxIRError, match="no feature is active in this picture"):
         attribute(run, sae=save_sae(made, tmp_path / "silent"), **words)
     with torch.no_grad():
@@ -245,6 +250,6 @@ def test_fewer_active_features_than_asked_for_are_told_and_none_is_an_error(run,
     assert sorted(row.feature for row in done.table) == [0, 1]
     assert done.notes == [
         "note: 2 features are active here, so there are 2 candidates, not 4",
-        "note: 2 features are active here, so there are 0 controls, not 2",
+        "note: 2 features are active here, so there are 0 controls, not 1",
     ]
     assert done.agreement.spearman is None

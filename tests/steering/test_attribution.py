@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.generate import noise_for, prepare, sample
@@ -33,10 +31,10 @@ def estimates_of(run, sae, site, probes=2, steps=range(3), draws=None):
     return joined([one for (one,) in estimate_in_parts(model, walk, draws)])
 
 
-def every_value(token=2, packed=64):
-    """One draw for each value of one token: the sum of squares is the exact length of its change."""
-    draws = torch.zeros(packed, GRID.tokens, packed)
-    draws[:, token] = torch.eye(packed)
+def values_of(token, count, packed=64):
+    """A draw for each of the first values of one token, in place of signs: what comes of it has no error."""
+    draws = torch.zeros(count, GRID.tokens, packed)
+    draws[:, token, :count] = torch.eye(count)
     return draws
 
 
@@ -54,16 +52,16 @@ def derivative(run, steering, edit, tokens):
 
 @pytest.mark.parametrize("name", ["double.1.img", "double.0.txt", "single.1", "single.0.img", "double.1.img.update"])
 def test_gradients_give_the_exact_derivative_through_all_steps(run, tiny_sae, steering, name):
-    sae, token = tiny_sae(site=name), 2
-    found = estimates_of(run, sae, Site.parse(name), draws=every_value(token))
+    sae, token, count = tiny_sae(site=name), 2, 12
+    found = estimates_of(run, sae, Site.parse(name), draws=values_of(token, count))
     for feature in found.change.topk(2).indices.tolist():
-        exact = derivative(run, steering, Edit(kind="scale", sae=sae, feature=feature), token)
+        exact = derivative(run, steering, Edit(kind="scale", sae=sae, feature=feature), token)[:count]
         assert torch.allclose(found.dots[:, feature], exact.float(), rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
 def test_the_mean_over_draws_is_the_length_of_the_exact_derivative(run, tiny_sae, steering):
     sae = tiny_sae()
-    found = estimates_of(run, sae, Site.parse("double.1.img"), probes=100)
+    found = estimates_of(run, sae, Site.parse("double.1.img"), probes=48)
     first, second = found.change.topk(2).indices.tolist()
     for features, estimate in (
         (first, found.change[first]),
@@ -71,31 +69,7 @@ def test_the_mean_over_draws_is_the_length_of_the_exact_derivative(run, tiny_sae
         ((first, second), found.dots[:, [first, second]].sum(dim=1).square().mean().sqrt()),
     ):
         exact = derivative(run, steering, Edit(kind="scale", sae=sae, feature=features), INSIDE).norm()
-        assert float(estimate) == pytest.approx(float(exact), rel=0.14)  # twice the standard error of 100 draws
-
-
-def test_the_gradients_are_those_of_forward_mode(run):
-    model, inputs = run
-    states = states_of(model, inputs, TIMES, 1.0, {}).before
-    draws = signs(3, INSIDE, states[0].shape[2], seed=1).double()
-    site = Site.parse("double.1.img")
-    (last,) = walk_back(model, inputs, states, TIMES, 1.0, [site], draws, [2])
-    tangent = torch.randn(1, *last.values[site].shape, dtype=torch.float64)
-
-    def after(shift):
-        # A hook of its own, to the side of interventions.
-        handle = model.double_blocks[1].register_forward_hook(lambda _, __, output: (output[0] + shift, output[1]))
-        try:
-            img, img_ids, txt, txt_ids, y = inputs._replace(img=states[2])
-            at = torch.full((1,), TIMES[2], dtype=torch.float64)
-            return states[2] + (TIMES[3] - TIMES[2]) * model(img, img_ids, txt, txt_ids, at, y, None)
-        finally:
-            handle.remove()
-
-    with sdpa_kernel(SDPBackend.MATH):  # the others know no forward mode
-        _, moved = jvp(after, (torch.zeros_like(tangent),), (tangent,))
-    for draw, gradient in zip(draws, last.gradients[site], strict=True):
-        assert float((draw * moved[0]).sum()) == pytest.approx(float((gradient * tangent[0]).sum()), rel=1e-6)
+        assert float(estimate) == pytest.approx(float(exact), rel=0.2)  # twice the standard error of 48 draws
 
 
 def test_one_step_alone_is_the_removal_at_that_step(run, tiny_sae, steering):
@@ -152,7 +126,7 @@ def test_estimates_do_not_depend_on_the_number_of_threads(run, tiny_sae):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(estimates_of(run, tiny_sae(), Site.parse("double.1.img"), probes=10))
+            found.append(estimates_of(run, tiny_sae(), Site.parse("double.1.img"), probes=6))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
