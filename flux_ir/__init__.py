@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flux_ir.api.steer import Steered, steer
     from flux_ir.api.study import Studied, run_study
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
+    from flux_ir.api.transfer import Transferred, transfer
     from flux_ir.api.visualize import Visualization, create_visualization, explore
     from flux_ir.errors import FluxIRError
     from flux_ir.recording.intervention import Intervention
@@ -110,6 +111,8 @@ _MODULES = {
     "TextRecorder": "flux_ir.recording.recorder",
     "Trained": "flux_ir.api.train_sae",
     "TrainingRow": "flux_ir.api.train_sae",
+    "transfer": "flux_ir.api.transfer",
+    "Transferred": "flux_ir.api.transfer",
     "Visualization": "flux_ir.api.visualize",
 }
 
@@ -140,6 +143,7 @@ __all__ = [
     "TextRecorder",
     "Trained",
     "TrainingRow",
+    "Transferred",
     "Visualization",
     "analyse_features",
     "attribute",
@@ -178,6 +182,7 @@ __all__ = [
     "spliced",
     "steer",
     "train_sae",
+    "transfer",
 ]
 
 

@@ -72,6 +72,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("demonstrate", "demonstrate"),
         ("attribute", "attribute"),
         ("study", "run_study"),
+        ("transfer", "transfer"),
         ("visualize", "create_visualization"),
     ],
 )

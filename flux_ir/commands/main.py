@@ -32,6 +32,7 @@ VERBS = {
     "steer": "turn a feature to several strengths, with the price of each and controls beside it",
     "demonstrate": "which features do something: each turned down and up beside a random direction",
     "attribute": "which features a part of one picture owes most to, by gradients and by removing them",
+    "transfer": "put what one prompt computes in a region into another's picture: features beside other methods",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",

@@ -11,7 +11,7 @@ the part that an autoencoder does not explain is never touched, and a token whos
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,30 @@ from flux_ir.sites import Site, sites_among
 from flux_ir.steering.directions import Direction, Features, Rows, Vector, read_vector, tensors_digest
 from flux_ir.steering.edits import POOLED, Edit
 from flux_ir.steering.regions import Grid
+
+# ---- What is done at sites while a picture is sampled
+
+
+@runtime_checkable
+class SiteEdit(Protocol):
+    """A change at sites: called with what one of them computed for one picture, it gives what shall stand there."""
+
+    @property
+    def weights(self) -> Mapping[Site, float]:
+        """Its sites, each with what the change is multiplied by."""
+
+    def __call__(self, site: Site, txt_tokens: int, value: Tokens, step: int) -> Tokens: ...
+
+
+@runtime_checkable
+class PictureEdits(Protocol):
+    """Everything that is done to one picture: its edits hold in their order."""
+
+    @property
+    def ready(self) -> Sequence[SiteEdit]: ...
+    @property
+    def txt_tokens(self) -> int: ...
+
 
 # ---- One edit made ready
 
@@ -390,13 +414,13 @@ def edited_pooled(edit: Edit, y: Pooled) -> Pooled:
 
 
 @contextmanager
-def steered(model: Flux, rows: Sequence[Steering | None]) -> Iterator[None]:
+def steered(model: Flux, rows: Sequence[PictureEdits | None]) -> Iterator[None]:
     """While the `with` lasts, every picture of a batch is steered by its own entry of `rows`, or all by the only one.
 
     None leaves its picture alone. Where several edits of a picture are at one site, they hold in the order stated.
     Every picture is changed by itself, so that its bits do not depend on the batch.
     """
-    every = [[] if row is None else row.ready for row in rows]
+    every: list[Sequence[SiteEdit]] = [[] if row is None else row.ready for row in rows]
     txt_tokens = next((row.txt_tokens for row in rows if row is not None), 0)
     with ExitStack() as stack:
         for number in range(max(map(len, every), default=0)):
@@ -425,9 +449,9 @@ def _edited_prompts(edit: ReadyEdit, site: Site, value: Tokens) -> Tokens:
     return _edited_rows([edit], value.shape[1], site, value, 0)
 
 
-def _edited_rows(edits: list[ReadyEdit | None], txt_tokens: int, site: Site, value: Tokens, step: int) -> Tokens:
+def _edited_rows(edits: Sequence[SiteEdit | None], txt_tokens: int, site: Site, value: Tokens, step: int) -> Tokens:
     """The batch after one edit per picture: itself, where none of them changes anything."""
-    each = edits * len(value) if len(edits) == 1 else edits
+    each = list(edits) * len(value) if len(edits) == 1 else edits
     if len(each) != len(value):
         raise ValueError(f"{len(each)} edits for {len(value)} pictures")
     rows = torch.split(value, 1)

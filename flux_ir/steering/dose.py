@@ -23,7 +23,7 @@ from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare, sample
 from flux_ir.sampling.latents import TOKEN_PX
 from flux_ir.shapes import Tokens
 from flux_ir.sites import Site
-from flux_ir.steering.apply import ReadyEdit, Steering, steered
+from flux_ir.steering.apply import PictureEdits, ReadyEdit, Steering, steered
 from flux_ir.steering.directions import Features
 from flux_ir.steering.regions import Grid
 from flux_ir.threads import in_order
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     seed: int
     text: TextEmbedding
     """One prompt's, after the edits of the text encoders and of the pooled vector."""
-    steering: Steering | None
+    steering: PictureEdits | None
     """None: unsteered."""
 
 

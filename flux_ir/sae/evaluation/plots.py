@@ -73,6 +73,18 @@ class ParetoPoint(NamedTuple):
     fvu: float
 
 
+class TradeoffPoint(NamedTuple):
+    """One setting in the plane of two numbers that are better when lower, each with half of its interval, or 0."""
+
+    family: str
+    x: float
+    y: float
+    x_half: float = 0.0
+    y_half: float = 0.0
+    front: bool = True
+    """No other point of the family beats it."""
+
+
 class ScatterGroup(NamedTuple):
     """Points of one colour: [n, 2], x and y."""
 
@@ -195,6 +207,46 @@ def pareto_front(runs: Sequence[ParetoPoint]) -> list[ParetoPoint]:
         if not front or run.fvu < front[-1].fvu:
             front.append(run)
     return front
+
+
+def tradeoff(
+    path: Path,
+    points: Sequence[TradeoffPoint],
+    title: str,
+    *,
+    x: str,
+    y: str,
+    subtitle: str = "",
+    anchors: Sequence[TradeoffPoint] = (),
+) -> None:
+    """The fronts of several families as lines, with intervals; beaten points small; `anchors` by name, in black."""
+    with _figure(path, 7.2, 4.2, title, subtitle) as figure:
+        axes = figure.add_subplot()
+        for index, family in enumerate(dict.fromkeys(point.family for point in points)):
+            colour, marker = COLOURS[index % len(COLOURS)], "osD^v"[index % 5]
+            own = sorted((point for point in points if point.family == family), key=lambda point: (point.x, -point.y))
+            beaten = [(point.x, point.y) for point in own if not point.front]
+            axes.plot(*_columns(beaten), marker, color=colour, markersize=2.5, alpha=0.4, markeredgewidth=0)
+            best = [point for point in own if point.front]
+            spread = [point for point in best if point.x_half or point.y_half]
+            axes.errorbar(
+                *_columns([(point.x, point.y) for point in spread]),
+                xerr=[point.x_half for point in spread],
+                yerr=[point.y_half for point in spread],
+                fmt="none",
+                ecolor=colour,
+                elinewidth=0.7,
+                alpha=0.45,
+            )
+            _line(axes, [(point.x, point.y) for point in best], colour, label=family, marker=marker)
+        for point in anchors:
+            axes.plot([point.x], [point.y], "x", color=INK, markersize=6, clip_on=False)
+            axes.annotate(point.family, (point.x, point.y), xytext=(7, 4), textcoords="offset points", color=INK)
+        every = [*points, *anchors]
+        _value_axis(axes, [point.y for point in every], y)  # of points alone: few noises have wide intervals
+        axes.set_xlabel(x)
+        axes.set_xlim(0, 1.12 * max((point.x for point in every), default=1.0))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor="linecolor", fontsize=9)
 
 
 def scatter(
