@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flux_ir.api.transfer import Transferred, transfer
     from flux_ir.api.visualize import Visualization, create_visualization, explore
     from flux_ir.errors import FluxIRError
+    from flux_ir.playing.server import PlayPage, play
     from flux_ir.recording.intervention import Intervention
     from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
     from flux_ir.sae.evaluation.splice import spliced
@@ -85,6 +86,8 @@ _MODULES = {
     "MemorySink": "flux_ir.recording.recorder",
     "Note": "flux_ir.api.progress",
     "open_source": "flux_ir.activations.source",
+    "play": "flux_ir.playing.server",
+    "PlayPage": "flux_ir.playing.server",
     "probe": "flux_ir.api.probe",
     "Probed": "flux_ir.api.probe",
     "Progress": "flux_ir.api.progress",
@@ -132,6 +135,7 @@ __all__ = [
     "LensResult",
     "MemorySink",
     "Note",
+    "PlayPage",
     "Probed",
     "Progress",
     "Recorder",
@@ -168,6 +172,7 @@ __all__ = [
     "load_model",
     "load_sae",
     "open_source",
+    "play",
     "probe",
     "read_capture",
     "read_edits",
