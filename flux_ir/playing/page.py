@@ -32,6 +32,7 @@ MOST_SEED = 2**53 - 1
 """The largest seed that a browser's numbers hold exactly."""
 
 Which = Literal["unsteered", "steered"]
+WHICH: tuple[Which, Which] = ("unsteered", "steered")
 
 
 @dataclass
@@ -212,14 +213,14 @@ class Page:
             shot=shot,
             marks={"token": None, "heat": None},
             elem_id=name,
-            min_width=160,
+            min_width=240,
             visible=name == "before" or self.has_features,
         )
 
     def _number(self) -> tuple[Any, Any, Any]:
         gr, names = self.gr, [str(dictionary.site) for dictionary in self.studio.dictionaries]
         with gr.Row(equal_height=True):
-            number = gr.Number(None, label="Feature by its number", precision=0, minimum=0, min_width=120)
+            number = gr.Number(None, label="Feature by its number", precision=0, min_width=120)
             dictionary = gr.Dropdown(
                 [(name, place) for place, name in enumerate(names)],
                 value=0 if names else None,
@@ -227,7 +228,7 @@ class Page:
                 min_width=120,
                 visible=len(names) > 1,
             )
-            add = gr.Button("Add", min_width=60, elem_id="add")
+            add = gr.Button("Add", size="sm", scale=0, min_width=80, elem_id="add")
         return number, dictionary, add
 
     def _sliders(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -237,7 +238,7 @@ class Page:
                 slider = gr.Slider(
                     -STRENGTH, STRENGTH, 0, step=STRENGTH_STEP, label="", scale=6, elem_id=f"strength-{place}"
                 )
-                removes.append(gr.Button("Remove", size="sm", scale=1, min_width=70))
+                removes.append(gr.Button("Remove", size="sm", scale=0, min_width=80))
             rows.append(row)
             sliders.append(slider)
         return rows, sliders, removes
@@ -305,7 +306,7 @@ class Page:
 
         self._look_again(parts.step.release, parts, look, quick)
         looked = [parts.session, parts.features, *pictures, parts.which]
-        for which, picture in zip(("unsteered", "steered"), pictures, strict=True):
+        for which, picture in zip(WHICH, pictures, strict=True):
             chosen = picture.select(
                 self._mendable(functools.partial(self._choose, which)),
                 [parts.session, picture, parts.step],
@@ -437,7 +438,7 @@ class Page:
                     "heat": heat if session.which == which else None,
                 }
             )
-            for which in ("unsteered", "steered")
+            for which in WHICH
         ]
         return [self.gr.update(rows=self._rows(session, step)), *marks]
 

@@ -40,7 +40,8 @@ CSP = {
 """Where a browser may load from: whatever a page of Gradio's may ask for, no request leaves the machine."""
 
 Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 

@@ -98,6 +98,8 @@ class Generation:
     seed: int
     num_steps: int
     edits: tuple[Edit, ...]
+    steering: Steering
+    """The edits as they were done."""
     made: Made
     believed: Mapping[int, Mapping[Site, PackedLatent]]
     """By step and block: the latent of the finished image that the block points at."""
@@ -160,7 +162,9 @@ class Studio:
             made = Made(variant, latent[0].float().cpu(), picture, None)
             notes += tuple(steering.notes())
             seconds = time.perf_counter() - begun
-        return Generation(prompt, seed, num_steps, tuple(edits), made, sink.believed, sink.tokens, notes, seconds)
+        return Generation(
+            prompt, seed, num_steps, tuple(edits), steering, made, sink.believed, sink.tokens, notes, seconds
+        )
 
     def beliefs(self, generation: Generation, step: int) -> list[tuple[Site, Picture]]:
         """The finished image that each block points at, at one step, by depth (the x0 lens)."""
@@ -298,9 +302,7 @@ class Studio:
 
     def compare(self, after: Generation, before: Generation) -> Price:
         """How far a steered picture is from the unsteered one, inside the region and outside of it."""
-        steering = after.made.variant.steering
-        inside = None if steering is None else steering.region_of_image()
-        return price(after.made, before.made, inside, self.grid)
+        return price(after.made, before.made, after.steering.region_of_image(), self.grid)
 
     # ---- The same from the command line
 
