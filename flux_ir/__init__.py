@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flux_ir.api.progress import Begun, Note, Progress
     from flux_ir.api.score_concepts import ScoredConcepts, score_concepts
     from flux_ir.api.score_features import score_features
+    from flux_ir.api.score_steering import ScoredSteering, score_steering
     from flux_ir.api.select_features import select_features
     from flux_ir.api.steer import Steered, steer
     from flux_ir.api.study import Studied, run_study
@@ -99,7 +100,9 @@ _MODULES = {
     "sample": "flux_ir.api.models",
     "score_concepts": "flux_ir.api.score_concepts",
     "ScoredConcepts": "flux_ir.api.score_concepts",
+    "ScoredSteering": "flux_ir.api.score_steering",
     "score_features": "flux_ir.api.score_features",
+    "score_steering": "flux_ir.api.score_steering",
     "select_features": "flux_ir.api.select_features",
     "Site": "flux_ir.sites",
     "spliced": "flux_ir.sae.evaluation.splice",
@@ -141,6 +144,7 @@ __all__ = [
     "Recorder",
     "Region",
     "ScoredConcepts",
+    "ScoredSteering",
     "Site",
     "Steered",
     "Studied",
@@ -183,6 +187,7 @@ __all__ = [
     "save_edits",
     "score_concepts",
     "score_features",
+    "score_steering",
     "select_features",
     "spliced",
     "steer",

@@ -5,11 +5,12 @@ What is wrong in one is a FluxIRError that names the file and the line. `what` s
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.files import complete_file
 
 TABLES = (".jsonl", ".csv")
 
@@ -98,3 +99,11 @@ def _line_of_bad_byte(path: Path) -> int:
             except UnicodeDecodeError:
                 return number
     return 0
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A .csv with the names of the first row on top; None is an empty cell. Complete or not there at all."""
+    with complete_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)

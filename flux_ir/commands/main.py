@@ -34,6 +34,7 @@ VERBS = {
     "attribute": "which features a part of one picture owes most to, by gradients and by removing them",
     "transfer": "put what one prompt computes in a region into another's picture: features beside other methods",
     "play": "a local page: click a patch for its features, turn them, compare before with after",
+    "score-steering": "how often an edit changes one known thing of a scene, and nothing else",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "explore": "write one HTML page to look at runs with: every block at every step",

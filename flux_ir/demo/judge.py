@@ -20,6 +20,9 @@ from flux_ir.demo.scenes import PLACES, RADIUS, RELATIONS, SHAPES, Scene, Thing
 
 # RGB distance from which a pixel may belong to an object. The closest pair is pink on beige, 72 apart.
 OBJECT_DISTANCE = 30.0
+# RGB distance up to which a colour has the name of the nearest: half of what the closest pair is apart. What flux-tiny
+# draws from captions is at most 10 away (1,007 objects); what steering makes may be no colour that has a name.
+KNOWN_WITHIN = 36.0
 # Where an object ends: half of its own distance, looked up this far around (share of the side), because edges are soft.
 EDGE_REACH = 0.025
 # Share of the picture. The smallest object, a small star, covers .020; what is below a quarter of that is a speck.
@@ -36,7 +39,8 @@ MOST_OBJECTS = 4
 class Seen(NamedTuple):
     """One object of a picture. `x`, `y` (its centre of gravity) and `radius` are in units of the picture's side."""
 
-    colour: str
+    colour: str | None
+    """None: none that the world has, as shape."""
     shape: str | None
     size: str
     place: str
@@ -48,7 +52,7 @@ class Seen(NamedTuple):
 class Sight(NamedTuple):
     """What a picture shows; objects from the largest to the smallest."""
 
-    background: str
+    background: str | None
     objects: list[Seen]
 
 
@@ -103,7 +107,7 @@ def find_objects(picture: np.ndarray) -> tuple[Sight, np.ndarray]:
     ground = np.median(picture[np.ix_(ends, ends)], axis=(0, 1))
     blobs = _components(_object_mask(picture, ground), round(LEAST_AREA * side * side))
     masks = np.stack(blobs[:MOST_OBJECTS]) if blobs else np.zeros((0, side, side), dtype=bool)
-    return Sight(_nearest_colour(ground), [_describe(picture, mask) for mask in masks]), masks
+    return Sight(_known_colour(ground), [_describe(picture, mask) for mask in masks]), masks
 
 
 def judge(picture: np.ndarray, scene: Scene) -> Verdict:
@@ -255,7 +259,7 @@ def _describe(picture: np.ndarray, blob: np.ndarray) -> Seen:
     window = _window(rows, columns)
     overlap, shape, radius_px = max(_fit(window, shape, blunt) for shape in SHAPES for blunt in BLUNTNESS)
     return Seen(
-        colour=_nearest_colour(np.median(picture[_interior(blob)], axis=0)),
+        colour=_known_colour(np.median(picture[_interior(blob)], axis=0)),
         shape=shape if overlap >= LEAST_OVERLAP else None,
         size=min(RADIUS, key=lambda size: abs(RADIUS[size] - radius_px / side)),
         place=min(PLACES, key=lambda place: math.dist(PLACES[place], (x, y))),
@@ -306,6 +310,10 @@ def _interior(blob: np.ndarray) -> np.ndarray:
     return inner if inner.any() else blob
 
 
-def _nearest_colour(rgb: np.ndarray) -> str:
-    """The nearest of all twelve named colours: a red ground is then no background, and a gray object no colour."""
-    return min(RGB, key=lambda name: math.dist(RGB[name], rgb))
+def _known_colour(rgb: np.ndarray) -> str | None:
+    """The nearest of all twelve named colours: a red ground is then no background, and a gray object no colour.
+
+    None: it is none of them (`KNOWN_WITHIN`).
+    """
+    nearest = min(RGB, key=lambda name: math.dist(RGB[name], rgb))
+    return nearest if math.dist(RGB[nearest], rgb) <= KNOWN_WITHIN else None

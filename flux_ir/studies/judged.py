@@ -23,7 +23,7 @@ PATCH_PX = 16
 """The side of the square of pixels that an image token stands for."""
 ASPECTS = ("number", "background", "colour", "shape", "size", "place", "relation")
 """What a picture and its caption can agree in; in a place or a relation only if the caption names one."""
-_VERSION = 1  # of the judge: another finds other objects
+_VERSION = 2  # of the judge: another finds other objects
 
 
 @dataclass(frozen=True)

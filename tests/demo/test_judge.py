@@ -152,6 +152,15 @@ def test_a_coloured_ground_is_no_background_at_all() -> None:
     assert not any(judge(draw(scene), replace(scene, background=b)).background for b in ("white", "beige"))
 
 
+def test_a_colour_between_two_names_is_none_of_them() -> None:
+    picture = draw(RED_CIRCLE)
+    (mask,) = find_objects(picture)[1]
+    between = (np.array(RGB["red"]) + np.array(RGB["blue"])) // 2
+    (seen,) = look(np.where(mask[..., None], between, picture).astype(np.uint8)).objects
+    assert (seen.colour, seen.shape) == (None, "circle")
+    assert look(np.full((SIDE_PX, SIDE_PX, 3), (90, 200, 140), dtype=np.uint8)) == Sight(None, [])
+
+
 def test_objects_on_the_wrong_sides_are_wrong_in_relation_only() -> None:
     shown = pair("large pink ring", "left of", "small blue star", "gray")
     assert judge(draw(shown), STAR_AND_RING) == Verdict(True, True, False, (RIGHT, RIGHT))

@@ -151,7 +151,14 @@ class ScoringOptions(AutoencoderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsOptions(Options):
+class TokensOptions(Options):
+    """How much of labelled captures is read."""
+
+    max_tokens: int = option(2**19, help="most tokens of each collection; whole prompts are drawn", group=KNOWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsOptions(TokensOptions):
     """What is known about pictures, and how much of it is used."""
 
     labels: Path | None = option(
@@ -163,7 +170,6 @@ class LabelsOptions(Options):
     least_positives: int = option(
         200, help="fewest positives, and negatives, to report on; half of them to pick with", group=KNOWN
     )
-    max_tokens: int = option(2**19, help="most tokens of each collection; whole prompts are drawn", group=KNOWN)
     bootstrap: int = option(200, help="draws of prompts for the intervals; 0: no intervals", group=KNOWN)
 
 

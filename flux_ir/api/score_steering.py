@@ -1,0 +1,492 @@
+"""Does an autoencoder steer? Edits of flux-tiny's scenes with a known right answer: `steering_scores.json`.
+
+For every concept a direction, a strength and a rule for the region are found on scenes of one set of captions, and
+counted on fresh ones: a feature, a set of features, a mean difference, a neuron, random directions, each under the same
+search. Every row is kept in a file of its own, named by a digest of all it depends on: the same call goes on.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import binomtest
+from torch import Tensor
+
+from flux_ir.activations.blocks import SampledSource, Sampling
+from flux_ir.activations.source import open_source
+from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.evaluate_sae import load_for
+from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
+from flux_ir.api.progress import Note, Watch, follow, unwatched
+from flux_ir.demo.captions import CaptionPart, part_of
+from flux_ir.errors import FluxIRError, nearest
+from flux_ir.files import versions, write_json
+from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.compute_dtype import choose_dtype
+from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.placement import plan
+from flux_ir.models.registry import get_spec
+from flux_ir.models.suite import Suite
+from flux_ir.models.text import TextEmbedding
+from flux_ir.models.text.encoders import encode
+from flux_ir.sae.data.held_out import evaluation_data_of
+from flux_ir.sae.evaluation.plots import number_grid
+from flux_ir.sae.files.formats import weights_file
+from flux_ir.sites import Site
+from flux_ir.steering.apply import Steering
+from flux_ir.steering.dose import Painter, neuron_outputs, windows
+from flux_ir.steering.regions import Grid
+from flux_ir.studies.candidates import Candidates, Subject
+from flux_ir.studies.causal import (
+    CONCEPTS,
+    ConceptKind,
+    Laboratory,
+    Outcome,
+    Ready,
+    Trial,
+    editing_tasks,
+    search,
+)
+from flux_ir.tables import write_rows
+
+SteeringRow = Literal["feature", "set", "mean_difference", "neuron", "random", "ceiling"]
+ROWS: tuple[SteeringRow, ...] = get_args(SteeringRow)
+ROW_TITLES: dict[SteeringRow, str] = {
+    "feature": "1 feature",
+    "set": "set of 2 to 5",
+    "mean_difference": "mean diff.",
+    "neuron": "neuron",
+    "random": "random",
+    "ceiling": "edited caption",
+}
+RESULT, TABLE = "steering_scores.json", "steering_scores.csv"
+DOSES = (0.25, 0.5, 1.0, 2.0)
+"""Of the strength that the search found."""
+BATCH = 16
+"""Pictures made together: their last bits are others than alone, which no count feels."""
+_FORMAT = 1  # of the kept rows: one that is computed in another way has another
+_PICK: CaptionPart = "A"  # no caption is in two parts
+_REPORT: CaptionPart = "C"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSteeringSettings:
+    """The arguments of `score_steering`, which says what they mean. Raises FluxIRError for wrong ones."""
+
+    sae: tuple[Path, ...]
+    captures: str | Path
+    kinds: tuple[ConceptKind, ...] = ("colour", "background", "shape", "place")
+    concepts: tuple[str, ...] | None = None
+    tasks: int = 200
+    search_tasks: int = 24
+    small_tasks: int = 40
+    candidates: int = 12
+    strength: tuple[float, ...] = (1.0, 2.0, 4.0)
+    controls: int = 20
+    seed: int = 0
+    max_tokens: int = MAX_TOKENS
+    name: str | None = None
+    output_dir: Path = Path("steering_scores")
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_words(ScoreSteeringSettings, {"kinds": self.kinds})
+        check_least(vars(self))
+        if not self.sae:
+            raise FluxIRError("steering is scored of an autoencoder: got none", hint="--sae FOLDER names it")
+        if not self.strength or not all(np.isfinite(self.strength)) or 0 in self.strength:
+            raise FluxIRError(
+                f"a search tries finite strengths other than 0: got {list(self.strength)}", hint="--strength 1,2,4"
+            )
+        known = [concept for kind in self.kinds for concept in CONCEPTS[kind]]
+        for concept in self.concepts or ():
+            if concept not in known:
+                near = nearest(concept, known)
+                raise FluxIRError(
+                    f"the concepts of {', '.join(self.kinds)} are {', '.join(known)}: got {concept!r}",
+                    hint=f"did you mean {near}?" if near else "leave --concepts out for all",
+                )
+
+
+@dataclass(frozen=True)
+class ScoredSteering:
+    """The result of one or several autoencoders of one model."""
+
+    folder: Path
+    result: dict[str, Any]
+    """The content of steering_scores.json."""
+
+    def joint(self, row: SteeringRow, kind: ConceptKind) -> dict[str, float]:
+        """The share of scenes in which a row's edit succeeded, by concept."""
+        return {concept: rows[row]["joint"] for concept, rows in self.result["kinds"][kind].items() if row in rows}
+
+
+def score_steering(
+    sae: str | Path | Sequence[str | Path],
+    captures: str | Path,
+    *,
+    kinds: ConceptKind | Sequence[ConceptKind] = ("colour", "background", "shape", "place"),
+    concepts: str | Sequence[str] | None = None,
+    tasks: int = 200,
+    search_tasks: int = 24,
+    small_tasks: int = 40,
+    candidates: int = 12,
+    strength: float | Sequence[float] = (1.0, 2.0, 4.0),
+    controls: int = 20,
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
+    name: str | None = None,
+    output_dir: str | Path = "steering_scores",
+    device: str | None = None,
+    progress: Watch = unwatched,
+) -> ScoredSteering:
+    """Score how often an edit of features puts a known thing into a scene and leaves all else as it was.
+
+    For every concept of `kinds` (or those `concepts` alone) each row searches among its candidates, `strength`s and
+    rules for the region on `search_tasks` scenes, and is counted on `tasks` scenes of other captions. `captures`, with
+    pictures, is what features and mean differences are picked with: the `candidates` features that tell the concept
+    best, sets of them, mean differences per step, as many neurons along these, and `controls` random directions as
+    long. Several autoencoders are searched together. Doses, windows of steps and other concepts' features are counted
+    on `small_tasks`. The result is `output_dir`/`name`/steering_scores.json.
+
+    Raises FluxIRError for what a user can mend.
+    """
+    settings = ScoreSteeringSettings(
+        sae=(Path(sae),) if isinstance(sae, str | Path) else tuple(map(Path, sae)),
+        captures=captures,
+        kinds=(kinds,) if isinstance(kinds, str) else tuple(kinds),
+        concepts=(concepts,) if isinstance(concepts, str) else None if concepts is None else tuple(concepts),
+        tasks=tasks,
+        search_tasks=search_tasks,
+        small_tasks=small_tasks,
+        candidates=candidates,
+        strength=(strength,) if isinstance(strength, int | float) else tuple(strength),
+        controls=controls,
+        seed=seed,
+        max_tokens=max_tokens,
+        name=name,
+        output_dir=Path(output_dir),
+        device=device,
+    )
+    with ExitStack() as stack:
+        return _Scoring(settings, progress, stack).run()
+
+
+class _Scoring:
+    """One run: what there is to pick with, then every concept's rows, then the report."""
+
+    def __init__(self, settings: ScoreSteeringSettings, progress: Watch, stack: ExitStack) -> None:
+        self.settings, self.progress, self.stack = settings, progress, stack
+        self.source = open_source(settings.captures)
+        self.sampling = self._sampling()
+        self.placement = plan(torch.cuda.device_count(), device=settings.device)
+        self.spec = get_spec(str(self.source.model))
+        self.dtype = choose_dtype("auto", self.placement.devices, recorded=self.sampling.dtype).dtype
+        progress(Note(f"on {self.placement.transformer} ({self.placement.reason})"))
+        self.subjects = [self._subject(folder) for folder in settings.sae]
+        self.sites = sorted({subject.site for subject in self.subjects})
+        first = settings.sae[0].resolve().name
+        self.folder = settings.output_dir / (
+            settings.name or (first if len(settings.sae) == 1 else f"{first}_and_more")
+        )
+
+    def _sampling(self) -> Sampling:
+        """How the captures were sampled: edits are made in the same way."""
+        if self.source.model is None or not isinstance(self.source, SampledSource):
+            raise FluxIRError(
+                "edits are made as the captures were: these do not say how they were sampled",
+                hint="collect with flux-ir collect --save_images",
+            )
+        fresh = [one.prompt for one in self.source.generations if part_of(one.prompt) == _REPORT]
+        if fresh:
+            raise FluxIRError(
+                f"the captures must share no caption with the scenes that are counted: got {fresh[0]!r}",
+                hint=f"python -m flux_ir.demo.captions --part {_PICK} prints captions to pick with",
+            )
+        return self.source.sampling(0)
+
+    def _subject(self, folder: Path) -> Subject:
+        loaded = load_for(folder, self.source, None, self.progress)
+        data = evaluation_data_of(loaded, self.source, held_out=0.0)
+        if data.site is None or data.site.stream == "txt" or data.site.per_prompt:
+            raise FluxIRError(
+                f"regions are of image tokens: {folder} is of {data.site}", hint="use an autoencoder of an image site"
+            )
+        sae = loaded.folded().requires_grad_(False).to(torch.device(self.placement.transformer))
+        return Subject(folder, sae, data.site, data.filters.steps_of(self.source.steps))
+
+    def run(self) -> ScoredSteering:
+        """Every row of every concept; rows of earlier runs are read from their files."""
+        settings = self.settings
+        found: dict[ConceptKind, dict[str, Any]] = {}
+        asked = [
+            (kind, concept)
+            for kind in settings.kinds
+            for concept in CONCEPTS[kind]
+            if settings.concepts is None or concept in settings.concepts
+        ]
+        for kind, concept in follow(self.progress, "concepts", asked, len(asked)):
+            found.setdefault(kind, {})[concept] = self._concept(kind, concept)
+        for kind, concept in follow(self.progress, "other concepts", asked, len(asked)):
+            others = {other: rows for other, rows in found[kind].items() if other != concept}
+            found[kind][concept]["others"] = self._others(kind, concept, others)
+        result = {
+            "format": _FORMAT,
+            "model": self.spec.name,
+            "autoencoders": [
+                {"folder": one.folder.resolve().name, "site": str(one.site), "weights": weights}
+                for one, weights in zip(self.subjects, self._weights, strict=True)
+            ],
+            "settings": self._described(),
+            "kinds": found,
+            "versions": versions("torch"),
+        }
+        for of, concepts in found.items():
+            draw(self.folder, of, concepts)
+        write_table(self.folder / TABLE, found)
+        write_json(self.folder / RESULT, result)  # last: where it is, the pictures are
+        return ScoredSteering(self.folder, result)
+
+    # ---- One concept
+
+    def _concept(self, kind: ConceptKind, concept: str) -> dict[str, Any]:
+        """The rows of a concept, and the doses and windows of the better of its features and sets."""
+        scenes = _Scenes(self, kind, concept)
+        rows: dict[str, Any] = {}
+        for row in ROWS:
+            rows[row] = self._kept(kind, concept, row, {}, partial(self._row, row, scenes))
+        best = max(("feature", "set"), key=lambda row: rows[row]["found"])
+        chosen = {"chosen": {name: rows[best][name] for name in ("candidate", "strength", "rule")}}
+        rows["doses"] = self._kept(kind, concept, "doses", chosen, lambda: self._doses(scenes, rows[best]))
+        rows["windows"] = self._kept(kind, concept, "windows", chosen, lambda: self._windows(scenes, rows[best]))
+        rows["scenes"] = self._kept(
+            kind, concept, "scenes", {}, lambda: {"right": len(scenes.fresh), "of": scenes.looked}
+        )
+        return rows
+
+    def _row(self, row: SteeringRow, scenes: "_Scenes") -> dict[str, Any]:
+        if row == "ceiling":
+            return {"found": None, "candidates": 0, **_counted(self.laboratory.ceiling(scenes.fresh))}
+        candidates = self.candidates.of(row, scenes.kind, scenes.concept)
+        trial, found = search(self.laboratory, candidates, self.settings.strength, scenes.known)
+        outcome = self.laboratory.outcomes(scenes.fresh, [trial])[0]
+        chosen = {"candidate": trial.candidate.name, "strength": trial.strength, "rule": trial.rule}
+        return {"found": round(found, 4), "candidates": len(candidates), **chosen, **_counted(outcome)}
+
+    def _trial(self, row: Mapping[str, Any], kind: ConceptKind, concept: str) -> Trial:
+        """The trial that a row has kept."""
+        for name in ("feature", "set"):
+            for candidate in self.candidates.of(name, kind, concept):
+                if candidate.name == row["candidate"]:
+                    return Trial(candidate, row["strength"], row["rule"])
+        raise ValueError(f"no candidate is called {row['candidate']}")
+
+    def _doses(self, scenes: "_Scenes", row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        trial = self._trial(row, scenes.kind, scenes.concept)
+        trials = [trial._replace(strength=share * trial.strength) for share in DOSES]
+        found = self.laboratory.outcomes(scenes.few, trials)
+        return [{"strength": one.strength, **_counted(outcome)} for one, outcome in zip(trials, found, strict=True)]
+
+    def _windows(self, scenes: "_Scenes", row: Mapping[str, Any]) -> dict[str, Any]:
+        trial, steps = self._trial(row, scenes.kind, scenes.concept), len(self.sampling.timesteps) - 1
+        return {
+            name: _counted(self.laboratory.outcomes(scenes.few, [trial], list(some))[0])
+            for name, some in windows(steps).items()
+        }
+
+    def _others(self, kind: ConceptKind, concept: str, others: Mapping[str, Any]) -> dict[str, float]:
+        """How often the features of other concepts put this one there: by their concept."""
+        scenes = _Scenes(self, kind, concept)
+        shares = {}
+        for other, rows in others.items():
+            row = rows["feature"]
+            chosen = {name: row[name] for name in ("candidate", "strength", "rule")}
+
+            def count(other: str = other, row: Mapping[str, Any] = row) -> float:
+                trial = self._trial(row, kind, other)
+                return float(self.laboratory.outcomes(scenes.few, [trial])[0].joint.mean())
+
+            shares[other] = self._kept(kind, concept, "other", {"other": other, "chosen": chosen}, count)
+        return shares
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """What a search has to choose from."""
+        judged, settings = self.settings.output_dir / JUDGED, self.settings
+        labels = labels_of(self.source, "captures", None, judged, settings.max_tokens, self.sites[0], self.progress)
+        return Candidates(
+            self.source, labels, self.subjects, settings.candidates, settings.controls, self._neuron_outputs
+        )
+
+    # ---- The model, loaded when the first picture is made
+
+    @cached_property
+    def laboratory(self) -> Laboratory:
+        """What edits are tried with."""
+        sampling = self.sampling
+        autoencoder = self.stack.enter_context(self._suite.autoencoder())
+        grid = Grid(sampling.width, sampling.height)
+        painter = Painter(
+            self._model,
+            autoencoder,
+            grid,
+            sampling.timesteps,
+            sampling.guidance,
+            self.dtype,
+            meter=None,
+            batch=BATCH,
+            cpu_batch=BATCH,
+        )
+        steering = Steering(
+            (),
+            self.spec,
+            grid=grid,
+            num_steps=len(sampling.timesteps) - 1,
+            txt_tokens=self._encode(sampling.prompt).txt.shape[1],
+            device=self.placement.transformer,
+        )
+        return Laboratory(painter, steering, self._encode)
+
+    @cached_property
+    def _suite(self) -> Suite:
+        located = locate_model(self.spec, None, None, announce=lambda line: self.progress(Note(line)))
+        return Suite(self.spec, located, self.placement, self.dtype)
+
+    @cached_property
+    def _model(self) -> Flux:
+        return self.stack.enter_context(self._suite.transformer())
+
+    @cached_property
+    def _encode(self) -> Callable[[str], TextEmbedding]:
+        encoders = self.stack.enter_context(self._suite.text_encoders())
+        return cache(lambda caption: encode(encoders.t5, encoders.clip, [caption]))
+
+    @torch.no_grad()
+    def _neuron_outputs(self, site: Site) -> Float[Tensor, "d neurons"]:
+        """Under the conditioning of the first caption at the middle of the schedule."""
+        times, device = self.sampling.timesteps, self._model.img_in.weight.device
+        time, guidance = (
+            torch.tensor([value], device=device, dtype=self.dtype)
+            for value in (times[(len(times) - 1) // 2], self.sampling.guidance)
+        )
+        y = self._encode(self.sampling.prompt).y.to(device, self.dtype)
+        return neuron_outputs(self._model, site, self._model.conditioning(time, y, guidance))
+
+    # ---- What a kept row depends on
+
+    def _kept(self, kind: ConceptKind, concept: str, row: str, more: dict[str, Any], count: Callable[[], Any]) -> Any:
+        """A row from the file of an earlier run, or counted and kept."""
+        key = {
+            "format": _FORMAT,
+            "kind": kind,
+            "concept": concept,
+            "row": row,
+            "captures": self.source.identity,
+            "autoencoders": self._weights,
+            "settings": self._described(),
+            "device": torch.device(self.placement.transformer).type,
+            **more,
+        }
+        return kept_result(self.settings.output_dir, f"{row}_{concept.replace(' ', '_')}", key, count)
+
+    @cached_property
+    def _weights(self) -> list[str]:
+        return [hashlib.sha256(weights_file(f).read_bytes()).hexdigest()[:16] for f in self.settings.sae]
+
+    def _described(self) -> dict[str, Any]:
+        """The settings that a row depends on."""
+        names = ("tasks", "search_tasks", "small_tasks", "candidates", "controls", "seed", "max_tokens")
+        return {name: getattr(self.settings, name) for name in names} | {"strength": list(self.settings.strength)}
+
+
+class _Scenes:
+    """The scenes of one concept whose unsteered picture is right: those to search on, and fresh ones to count on."""
+
+    def __init__(self, scoring: _Scoring, kind: ConceptKind, concept: str) -> None:
+        self.scoring, self.kind, self.concept = scoring, kind, concept
+
+    @cached_property
+    def known(self) -> list[Ready]:
+        """Scenes to search on."""
+        return self._found(_PICK, self.scoring.settings.search_tasks)[0]
+
+    @cached_property
+    def fresh(self) -> list[Ready]:
+        """Scenes to count on, of captions that no search has seen."""
+        return self._fresh[0]
+
+    @property
+    def few(self) -> list[Ready]:
+        """Some of them, for what is counted many times."""
+        return self.fresh[: self.scoring.settings.small_tasks]
+
+    @property
+    def looked(self) -> int:
+        """How many unsteered pictures it took to find them."""
+        return self._fresh[1]
+
+    @cached_property
+    def _fresh(self) -> tuple[list[Ready], int]:
+        return self._found(_REPORT, self.scoring.settings.tasks)
+
+    def _found(self, part: CaptionPart, number: int) -> tuple[list[Ready], int]:
+        tasks = editing_tasks(self.kind, self.concept, part, self.scoring.settings.seed)
+        found, looked = self.scoring.laboratory.unsteered(tasks, number, most=4 * number + 32)
+        if len(found) < number:
+            raise FluxIRError(
+                f"{number} scenes of {self.concept} with a right unsteered picture are needed: {len(found)} of the "
+                f"first {looked} have one",
+                hint="lower --tasks, or look at the pictures: the model may be another than flux-tiny",
+            )
+        return found, looked
+
+
+def _counted(outcome: Outcome) -> dict[str, Any]:
+    """Shares of scenes; the interval of the joint one is Wilson's, 95 %."""
+    joint = outcome.joint
+    low, high = binomtest(int(joint.sum()), len(joint)).proportion_ci(method="wilson")
+    return {
+        "tasks": len(joint),
+        "joint": round(float(joint.mean()), 4),
+        "interval": [round(float(low), 4), round(float(high), 4)],
+        "changed": round(float(outcome.changed.mean()), 4),
+        "kept": round(float(outcome.kept.mean()), 4),
+    }
+
+
+# ---- The report
+
+
+def draw(folder: Path, kind: ConceptKind, concepts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Two grids of a kind of concept: rows by concept, and concepts by the concept whose feature was used."""
+    names = list(concepts)
+    joint = [[concepts[name][row]["joint"] for row in ROWS] for name in names]
+    titles = [ROW_TITLES[row] for row in ROWS]
+    subtitle = "share of scenes where only what was asked for changed"
+    number_grid(folder / f"{kind}.png", names, titles, joint, kind, subtitle=subtitle, low=0.0, high=1.0)
+    others = [
+        [concepts[name]["feature"]["joint"] if of == name else concepts[name]["others"].get(of) for of in names]
+        for name in names
+    ]
+    subtitle = "down: what is asked for; across: whose feature is used"
+    number_grid(folder / f"{kind}_others.png", names, names, others, kind, subtitle=subtitle, low=0.0, high=1.0)
+
+
+def write_table(path: Path, kinds: Mapping[ConceptKind, Mapping[str, Mapping[str, Any]]]) -> None:
+    """A line per concept and row."""
+    columns = ("joint", "low", "high", "changed", "kept", "tasks", "found", "candidate", "strength", "rule")
+    rows = []
+    for kind, concepts in kinds.items():
+        for concept, found in concepts.items():
+            for row in ROWS:
+                low, high = found[row]["interval"]
+                numbers = {**found[row], "low": low, "high": high}
+                rows.append({"kind": kind, "concept": concept, "row": row} | {c: numbers.get(c) for c in columns})
+    write_rows(path, rows)
