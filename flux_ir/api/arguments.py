@@ -15,8 +15,8 @@ _ZERO = """
 """
 _ONE = """
     batch_size batch_tokens best candidates dead_after epochs examples examples_each expansion fit_tokens k k_start
-    least_positives max_prompts max_tokens min_count most num_steps prefixes probes prompts repeats resample seeds
-    splice_batch top
+    least_positives max_prompts max_tokens min_count most num_steps prefixes probes prompts repeats resample
+    search_tasks seeds small_tasks splice_batch tasks top
 """
 LEAST: Mapping[str, float] = {
     **dict.fromkeys(_ZERO.split(), 0),

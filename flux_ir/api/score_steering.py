@@ -204,13 +204,21 @@ class _Scoring:
                 "edits are made as the captures were: these do not say how they were sampled",
                 hint="collect with flux-ir collect --save_images",
             )
+        first = self.source.sampling(0)
+        steps = len(first.timesteps) - 1
+        if list(self.source.steps) != list(range(steps)):
+            raise FluxIRError(
+                f"a mean difference is of every step: these captures have {', '.join(map(str, self.source.steps))} of "
+                f"{steps} steps",
+                hint=f"collect with --steps {','.join(map(str, range(steps)))}",
+            )
         fresh = [one.prompt for one in self.source.generations if part_of(one.prompt) == _REPORT]
         if fresh:
             raise FluxIRError(
                 f"the captures must share no caption with the scenes that are counted: got {fresh[0]!r}",
                 hint=f"python -m flux_ir.demo.captions --part {_PICK} prints captions to pick with",
             )
-        return self.source.sampling(0)
+        return first
 
     def _subject(self, folder: Path) -> Subject:
         loaded = load_for(folder, self.source, None, self.progress)
@@ -266,16 +274,15 @@ class _Scoring:
         chosen = {"chosen": {name: rows[best][name] for name in ("candidate", "strength", "rule")}}
         rows["doses"] = self._kept(kind, concept, "doses", chosen, lambda: self._doses(scenes, rows[best]))
         rows["windows"] = self._kept(kind, concept, "windows", chosen, lambda: self._windows(scenes, rows[best]))
-        rows["scenes"] = self._kept(
-            kind, concept, "scenes", {}, lambda: {"right": len(scenes.fresh), "of": scenes.looked}
-        )
+        looked = self._kept(kind, concept, "scenes", {}, lambda: scenes.looked)
+        rows["scenes"] = {"used": self.settings.tasks, "looked_at": looked}
         return rows
 
     def _row(self, row: SteeringRow, scenes: "_Scenes") -> dict[str, Any]:
         if row == "ceiling":
             return {"found": None, "candidates": 0, **_counted(self.laboratory.ceiling(scenes.fresh))}
         candidates = self.candidates.of(row, scenes.kind, scenes.concept)
-        trial, found = search(self.laboratory, candidates, self.settings.strength, scenes.known)
+        trial, found = search(self.laboratory.outcomes, candidates, self.settings.strength, scenes.known)
         outcome = self.laboratory.outcomes(scenes.fresh, [trial])[0]
         chosen = {"candidate": trial.candidate.name, "strength": trial.strength, "rule": trial.rule}
         return {"found": round(found, 4), "candidates": len(candidates), **chosen, **_counted(outcome)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flux_ir.activations.blocks import TokenSource
+from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site
 from flux_ir.steering.edits import Edit
@@ -162,6 +163,12 @@ class Candidates:
                 if not task.question.of_tokens:
                     values = values.reshape(tokens.images, tokens.tokens_per_image, -1).mean(dim=1)
                 positive, counted = (torch.from_numpy(flags) for flags in tokens.flags(task))
+                if not positive.any() or not (counted & ~positive).any():
+                    raise FluxIRError(
+                        f"a mean difference is between pictures with and without it: none of these captures is with "
+                        f"{task.question.concept}, or all are",
+                        hint="collect more captions, or name other --concepts",
+                    )
                 rows.append(values[positive].mean(dim=0) - values[counted & ~positive].mean(dim=0))
             self._differences[key] = torch.stack(rows)
         return self._differences[key]

@@ -97,7 +97,7 @@ class Outcome(NamedTuple):
     @property
     def joint(self) -> Bool[np.ndarray, "*tasks"]:
         """Success: both."""
-        return self.changed & self.kept
+        return np.asarray(self.changed & self.kept)  # of one task it would be a number
 
 
 def outcome(picture: np.ndarray, task: EditingTask) -> Outcome:
@@ -192,7 +192,7 @@ class Laboratory:
         found: list[Ready] = []
         looked = 0
         while len(found) < number and looked < most:
-            some = [next(tasks) for _ in range(min(32, most - looked))]
+            some = [next(tasks) for _ in range(min(number - len(found), most - looked))]
             looked += len(some)
             variants = [Variant("unsteered", 0.0, task.seed, self.encode(task.scene.caption), None) for task in some]
             for task, made in zip(some, self.painter.make(variants), strict=True):
@@ -236,11 +236,15 @@ ROUNDS = ((3, 24), (6, 6))
 
 
 def search(
-    laboratory: Laboratory, candidates: Sequence[Candidate], strengths: Sequence[float], tasks: Sequence[Ready]
+    outcomes: Callable[[Sequence[Ready], Sequence[Trial]], list[Outcome]],
+    candidates: Sequence[Candidate],
+    strengths: Sequence[float],
+    tasks: Sequence[Ready],
 ) -> tuple[Trial, float]:
     """The trial that succeeds most often on these tasks, and how often: the best of many, so too good.
 
-    By successive halving (`ROUNDS`). Ties go to the trial that changed the thing more often, then to the weaker one.
+    `outcomes` is that of a laboratory. By successive halving (`ROUNDS`). Ties go to the trial that changed the thing
+    more often, then to the weaker one.
     """
     rules = rules_of(tasks[0].task.kind)
     trials = [Trial(*parts) for parts in product(candidates, strengths, rules)]
@@ -249,7 +253,7 @@ def search(
     for number, keep in (*ROUNDS, (len(tasks), 1)):
         some = tasks[start:number]
         if some:
-            found = laboratory.outcomes(some, trials)
+            found = outcomes(some, trials)
             scores += np.array([(one.joint.sum(), one.changed.sum()) for one in found])
             start = number
         order = sorted(range(len(trials)), key=lambda i: (*-scores[i], abs(trials[i].strength), i))[:keep]

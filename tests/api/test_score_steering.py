@@ -1,0 +1,111 @@
+"""`score_steering` on flux-tiny with an autoencoder of random features: every row is there, and is kept."""
+
+import csv
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from flux_ir import FluxIRError, collect
+from flux_ir.api.score_steering import ROWS, score_steering
+from flux_ir.commands.score_steering import main, tables
+from flux_ir.demo.captions import captions
+from flux_ir.sae.architectures.config import SAEConfig
+from flux_ir.sae.architectures.make import make_sae
+from flux_ir.sae.files.folder import save_sae
+
+FAST = {
+    "strength": 2.0,
+    "kinds": "colour",
+    "tasks": 2,
+    "search_tasks": 2,
+    "small_tasks": 1,
+    "candidates": 1,
+    "controls": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def captures(tmp_path_factory):
+    """Ten pictures of large objects, some of them red, all of part A."""
+    large = [one for one in captions(300, 1, "A", alone=300) if one.startswith(("a large red", "a large blue"))]
+    path = tmp_path_factory.mktemp("captures") / "A"
+    collect(
+        prompts=list(islice(large, 10)),
+        model="flux-tiny",
+        sites="double.3.img",
+        num_steps=4,
+        steps=range(4),
+        save_images=True,
+        output_dir=path,
+        dtype="float32",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    made = make_sae(SAEConfig("topk", d_in=192, d_sae=32, k=4, site="double.3.img", model="flux-tiny", seed=1))
+    made.max_active, made.mean_active = torch.full((32,), 3.0), torch.ones(32)
+    path = tmp_path_factory.mktemp("saes") / "random"
+    save_sae(made, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(captures, sae, tmp_path_factory):
+    return score_steering(sae, captures, concepts="red", output_dir=tmp_path_factory.mktemp("scores"), **FAST)
+
+
+def test_every_row_is_counted_on_fresh_scenes(scored):
+    stored = json.loads((scored.folder / "steering_scores.json").read_text())
+    assert stored == scored.result
+    red = stored["kinds"]["colour"]["red"]
+    for row in ROWS:
+        assert red[row]["tasks"] == 2
+        low, high = red[row]["interval"]
+        assert low <= red[row]["joint"] <= high
+        assert red[row]["joint"] <= min(red[row]["changed"], red[row]["kept"])
+    assert red["ceiling"]["joint"] == 1.0  # flux-tiny draws what the edited caption says
+    assert [dose["strength"] for dose in red["doses"]] == sorted(dose["strength"] for dose in red["doses"])
+    assert set(red["windows"]) == {"early", "middle", "late"}
+    assert red["others"] == {}
+    assert scored.joint("ceiling", "colour") == {"red": 1.0}
+    with (scored.folder / "steering_scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(ROWS)
+    assert {path.name for path in scored.folder.glob("*.png")} == {"colour.png", "colour_others.png"}
+    (table,) = tables(scored.result)
+    assert [len(line) for line in table] == [1 + len(ROWS)] * 2
+
+
+def test_the_same_call_reads_what_is_kept(captures, sae, scored):
+    before = {path.name: path.stat().st_mtime_ns for path in (scored.folder.parent / "parts").iterdir()}
+    again = score_steering(sae, captures, concepts="red", output_dir=scored.folder.parent, **FAST)
+    assert again.result == scored.result
+    assert before == {path.name: path.stat().st_mtime_ns for path in (scored.folder.parent / "parts").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--concepts", "redd"), "redd"),
+        (("--tasks", "0"), "--tasks"),
+        (("--strength", "0"), "strength"),
+    ],
+)
+def test_wrong_words_are_told_before_anything_is_read(words, told, capsys):
+    assert main(["--sae", "nowhere", "--captures", "nowhere", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "hint" in error.lower()
+
+
+def test_what_captures_and_autoencoders_must_be(captures, sae, tmp_path):
+    with pytest.raises(FluxIRError, match="mean difference"):  # no cyan in these captures
+        score_steering(sae, captures, concepts="cyan", output_dir=tmp_path, **FAST)
+    text = make_sae(SAEConfig("topk", d_in=192, d_sae=32, k=4, site="double.3.txt", model="flux-tiny"))
+    save_sae(text, tmp_path / "text")
+    with pytest.raises(FluxIRError, match=r"double\.3\.txt"):
+        score_steering(tmp_path / "text", captures, output_dir=tmp_path, **FAST)
