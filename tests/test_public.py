@@ -71,7 +71,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("play", "play"),
         ("steer", "steer"),
         ("demonstrate", "demonstrate"),
-        ("score-steering", "score_steering"),
+        ("score_steering", "score_steering"),
         ("attribute", "attribute"),
         ("study", "run_study"),
         ("transfer", "transfer"),

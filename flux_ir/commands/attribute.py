@@ -11,6 +11,7 @@ from flux_ir.commands.cli.shared import (
     MACHINE,
     PICTURE,
     WHERE,
+    BatchOptions,
     CheckpointOptions,
     ComputeOptions,
     EmbeddedPromptOptions,
@@ -35,6 +36,7 @@ class AttributeOptions(
     MultiGPUOptions,
     OffloadOptions,
     CheckpointOptions,
+    BatchOptions,
 ):
     """Say which features change a region of one picture most when they are removed.
 
@@ -77,7 +79,6 @@ class AttributeOptions(
     controls: int = option(20, help="other active features, drawn by chance, to remove likewise", group=REMOVED)
     best: int = option(8, help="of all these, how many to remove at once", group=REMOVED)
 
-    batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
     name: str | None = option(
         None, help="what the folder is called", group=MACHINE, default_text="follows from the settings"
     )

@@ -32,7 +32,7 @@ VERBS = {
     "steer": "turn a feature to several strengths, with the price of each and controls beside it",
     "demonstrate": "which features do something: each turned down and up beside a random direction",
     "attribute": "which features a part of one picture owes most to, by gradients and by removing them",
-    "transfer": "put what one prompt computes in a region into another's picture: features beside other methods",
+    "transfer": "one prompt's features in a region of another's picture, beside other methods",
     "play": "a local page: click a patch for its features, turn them, compare before with after",
     "score-steering": "how often an edit changes one known thing of a scene, and nothing else",
     "lens": "decode an existing capture again, without sampling",

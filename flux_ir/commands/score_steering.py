@@ -46,7 +46,7 @@ class ScoreSteeringOptions(ActivationsOptions, DeviceOptions, TokensOptions):
     seed: int = option(0, help="of the scenes", group=SEARCHED)
 
     name: str | None = option(
-        None, help="the name of the folder below --output_dir", group=MACHINE, default_text="the autoencoder's"
+        None, help="the name of the folder of scores", group=MACHINE, default_text="the autoencoder's"
     )
     output_dir: Path = option(Path("steering_scores"), help="where the folders of scores are", group=MACHINE)
 

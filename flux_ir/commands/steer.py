@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
+    COMPARED,
     MACHINE,
     WHERE,
     BatchOptions,
     CheckpointOptions,
     ComputeOptions,
+    EditedRunsOptions,
     EmbeddedPromptOptions,
     MultiGPUOptions,
     OffloadOptions,
@@ -24,13 +26,14 @@ from flux_ir.errors import FluxIRError
 if TYPE_CHECKING:
     from flux_ir.steering.table import DoseRow, Estimate
 
-WHAT, COMPARED = "What is changed", "What it is compared with"
+WHAT = "What is changed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteerOptions(
     EmbeddedPromptOptions,
     RegionOptions,
+    EditedRunsOptions,
     PictureOptions,
     ComputeOptions,
     MultiGPUOptions,
@@ -95,18 +98,13 @@ class SteerOptions(
         help="which tokens of the region: all; active: those on which the feature is; or those above a number of units",
         group=WHERE,
     )
-    steps: tuple[int, ...] | None = option(
-        None, help="at which steps, counted from 0", group=WHERE, default_text="every step"
-    )
     schedule: tuple[float, ...] | None = option(
         None, help="what the change is multiplied by at each step", group=WHERE, default_text="1"
     )
 
-    seed: int = option(0, help="seed of the first noise", group=COMPARED)
     seeds: int = option(4, help="noises, for the intervals", group=COMPARED)
     controls: int = option(20, help="random directions that move every token as far; 0: no controls", group=COMPARED)
 
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("steering"), help="where the folders of steerings are", group=MACHINE)
 
 

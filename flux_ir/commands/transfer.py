@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from flux_ir.commands.cli.option import REQUIRED, option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
+    COMPARED,
     MACHINE,
     PICTURE,
+    WHERE,
+    BatchOptions,
     CheckpointOptions,
     ComputeOptions,
+    EditedRunsOptions,
     MultiGPUOptions,
     OffloadOptions,
     PictureOptions,
@@ -21,11 +25,19 @@ if TYPE_CHECKING:
     from flux_ir.steering.table import Estimate
     from flux_ir.steering.tradeoff import Area, TransferRow
 
-WHAT, WHERE, COMPARED = "What is transferred", "Where and when", "What it is compared with"
+WHAT = "What is transferred"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions(PictureOptions, ComputeOptions, MultiGPUOptions, OffloadOptions, CheckpointOptions):
+class TransferOptions(
+    EditedRunsOptions,
+    PictureOptions,
+    ComputeOptions,
+    MultiGPUOptions,
+    OffloadOptions,
+    CheckpointOptions,
+    BatchOptions,
+):
     """Turn one prompt's picture into another's in a region, from the same noise, by the features of autoencoders.
 
     The features that are stronger in the original are subtracted, those that are stronger in the edited prompt's run
@@ -75,16 +87,10 @@ class TransferOptions(PictureOptions, ComputeOptions, MultiGPUOptions, OffloadOp
         default_text="as --region",
     )
     above: float = option(0.5, help="with --mask: where it is more than this", group=WHERE)
-    steps: tuple[int, ...] | None = option(
-        None, help="at which steps, counted from 0", group=WHERE, default_text="every step"
-    )
 
-    seed: int = option(0, help="seed of the first noise", group=COMPARED)
     seeds: int = option(4, help="noises of each pair, for the intervals", group=COMPARED)
     controls: int = option(1, help="draws of random features; 0: none", group=COMPARED)
 
-    batch_size: int = option(8, help="pictures that a GPU makes together", group=MACHINE)
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("transfers"), help="where the folders of transfers are", group=MACHINE)
 
 

@@ -13,7 +13,7 @@ from flux_ir.commands.cli.option import REQUIRED, Options, option
 PICTURE, KEEP, READ, MACHINE = "the picture", "what is recorded", "what is shown", "model and machine"
 MEASURED, KNOWN = "what is measured", "what is known"
 LARGEST_SEED = 2**63 - 1
-WHERE = "Where and when"
+WHERE, COMPARED = "Where and when", "What it is compared with"
 _OF_THE_MODEL = "the model's own"
 
 
@@ -73,6 +73,17 @@ class RegionOptions(Options):
         default_text="all tokens",
     )
     above: float = option(0.5, help="with --mask: where it is more than this", group=WHERE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedRunsOptions(Options):
+    """Which runs are made with an edit, and where what is found goes."""
+
+    steps: tuple[int, ...] | None = option(
+        None, help="at which steps, counted from 0", group=WHERE, default_text="every step"
+    )
+    seed: int = option(0, help="seed of the first noise", group=COMPARED)
+    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
 
 
 @dataclass(frozen=True, kw_only=True)
