@@ -222,13 +222,15 @@ class _Scoring:
 
     def _subject(self, folder: Path) -> Subject:
         loaded = load_for(folder, self.source, None, self.progress)
-        data = evaluation_data_of(loaded, self.source, held_out=0.0)
-        if data.site is None or data.site.stream == "txt" or data.site.per_prompt:
+        site = Site.parse(str(loaded.config.site))
+        if site.stream != "img":  # of a whole single block patch 0 is not token 0
             raise FluxIRError(
-                f"regions are of image tokens: {folder} is of {data.site}", hint="use an autoencoder of an image site"
+                f"regions are of image tokens: {folder} is of {site}",
+                hint="use an autoencoder of an image site, such as double.3.img or single.3.img",
             )
+        data = evaluation_data_of(loaded, self.source, held_out=0.0)
         sae = loaded.folded().requires_grad_(False).to(torch.device(self.placement.transformer))
-        return Subject(folder, sae, data.site, data.filters.steps_of(self.source.steps))
+        return Subject(folder, sae, site, data.filters.steps_of(self.source.steps))
 
     def run(self) -> ScoredSteering:
         """Every row of every concept; rows of earlier runs are read from their files."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from flux_ir.studies.labelled_tokens import FeatureBoard, LabelledTokens
 from flux_ir.studies.labels import Labels, Level, Negatives, Question, Task
 
 DirectionRow = Literal["feature", "set", "mean_difference", "neuron", "random"]
-DIRECTION_ROWS: tuple[DirectionRow, ...] = get_args(DirectionRow)
 SET_SIZES = (2, 3, 5)
 _TOLD_BY: Mapping[ConceptKind, tuple[Level, Negatives]] = {
     "colour": ("interior", "hard"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from itertools import islice
 
 import pytest
@@ -105,7 +106,8 @@ def test_wrong_words_are_told_before_anything_is_read(words, told, capsys):
 def test_what_captures_and_autoencoders_must_be(captures, sae, tmp_path):
     with pytest.raises(FluxIRError, match="mean difference"):  # no cyan in these captures
         score_steering(sae, captures, concepts="cyan", output_dir=tmp_path, **FAST)
-    text = make_sae(SAEConfig("topk", d_in=192, d_sae=32, k=4, site="double.3.txt", model="flux-tiny"))
-    save_sae(text, tmp_path / "text")
-    with pytest.raises(FluxIRError, match=r"double\.3\.txt"):
-        score_steering(tmp_path / "text", captures, output_dir=tmp_path, **FAST)
+    for site in ("double.3.txt", "single.3"):  # a whole single block begins with the text: patch 0 is not token 0
+        other = make_sae(SAEConfig("topk", d_in=192, d_sae=32, k=4, site=site, model="flux-tiny"))
+        save_sae(other, tmp_path / site)
+        with pytest.raises(FluxIRError, match=f"image tokens.*of {re.escape(site)}"):
+            score_steering(tmp_path / site, captures, output_dir=tmp_path, **FAST)
