@@ -74,8 +74,8 @@ class ShardSource:
         key: str | None = None,
         fetch: Callable[[str], Path] | None = None,
     ) -> None:
-        """`settings` is the content of collection.json; `key` the tensors without a step that are read in the
-        place of sites: CLIP's activations, or a layer of a text encoder.
+        """`settings` is the content of collection.json; `key` the tensors without a step that are read: CLIP's
+        activations, which have no site, or a layer of a text encoder, which is then the only site.
 
         `fetch` brings a shard of a collection that is elsewhere, by its path there.
         """
@@ -85,7 +85,8 @@ class ShardSource:
             _check_same(first, shard)
         names = first.tensors if key is None else ()
         found = [named for name in names if (named := parse_site_key(name))]
-        self.sites: Sequence[Site] = sorted({Site.parse(site) for site, _ in found})
+        layer = [Site.parse(key)] if key is not None and is_layer(key) else []
+        self.sites: Sequence[Site] = layer or sorted({Site.parse(site) for site, _ in found})
         self.steps: Sequence[int] = sorted({step for _, step in found}) or [0]
         self.model: str | None = first.metadata.get("model")
         self._txt_tokens: int = first.metadata.get("txt_tokens") or 0
@@ -239,14 +240,15 @@ class ShardSource:
     def _positions(self, number: int, path: Path, site: Site | None, images: range) -> Tensor:
         """The positions of a site's tokens: int32 [images, tokens]."""
         count = len(self._stored_as(site, self.steps[0])[1])
-        if site is None or POSITIONS_KEY not in self._shards[number].tensors or site.stream == "txt":
+        of_text = site is None or site.per_prompt or site.stream == "txt"
+        if of_text or POSITIONS_KEY not in self._shards[number].tensors:
             return self._plain_positions(site, count).expand(len(images), count)
         img = self._img_positions(number, path)[images.start : images.stop]
         leading = torch.arange(count - img.shape[1], dtype=torch.int32).expand(len(images), -1)
         return torch.cat([leading, img], dim=1)
 
     def _make_plain_positions(self, site: Site | None, count: int) -> Tensor:
-        if site is None:
+        if site is None or site.per_prompt:
             return torch.arange(count, dtype=torch.int32)
         return token_positions(site, self._txt_tokens, None, count)
 
@@ -262,11 +264,12 @@ class ShardSource:
 
     def _key(self, site: Site | None, step: int) -> str:
         """The name of the tensor that holds the site. Raises FluxIRError for what is not there."""
-        if not self.sites:
-            if site is not None or step != 0 or self._without_step is None:
-                what = f"{self._without_step} has" if is_layer(self._without_step or "") else "activations of CLIP have"
+        if self._without_step is not None:
+            known = site in self.sites if self.sites else site is None
+            if not known or step != 0:
+                only = f"the site {self._without_step}" if self.sites else "no sites"
                 raise FluxIRError(
-                    f"{what} no sites, and the step 0 only: got {site} at step {step}",
+                    f"activations of {self._without_step} have {only}, and the step 0 alone: got {site} at step {step}",
                     hint="leave --site and --steps out",
                 )
             return self._without_step
@@ -297,9 +300,10 @@ class ShardSource:
         return range(self._txt_tokens) if site.stream == "txt" else range(self._txt_tokens, count)
 
     def _leading(self, site: Site | None) -> int:
-        if site is None:  # of T5 it is known which tokens are padding: the leading ones are the prompt's
-            is_t5 = self._without_step is not None and self._without_step.startswith("t5.")
-            return len(self._stored_tokens(None)) if is_t5 else 0
+        if site is None or site.kind == "clip":
+            return 0
+        if site.kind == "t5":  # it is known which tokens are padding: the leading ones are the prompt's
+            return len(self._stored_tokens(site))
         return len(self._stored_tokens(site)) if site.stream == "txt" else leading_txt(site, self._txt_tokens)
 
 

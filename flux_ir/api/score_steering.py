@@ -19,13 +19,14 @@ from jaxtyping import Float
 from scipy.stats import binomtest
 from torch import Tensor
 
-from flux_ir.activations.blocks import SampledSource, Sampling
+from flux_ir.activations.blocks import SampledSource, Sampling, TokenSource
 from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.evaluate_sae import load_for
 from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.demo.captions import CaptionPart, part_of
+from flux_ir.demo.scenes import Scene, parse_caption
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.files import versions, write_json
 from flux_ir.models.checkpoints.locate import locate_model
@@ -33,7 +34,7 @@ from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.suite import Suite
+from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.encoders import encode
 from flux_ir.sae.data.held_out import evaluation_data_of
@@ -41,37 +42,34 @@ from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 from flux_ir.steering.apply import Steering
-from flux_ir.steering.dose import Painter, neuron_outputs, windows
+from flux_ir.steering.dose import Painter, neuron_outputs, text_neuron_outputs, windows
 from flux_ir.steering.regions import Grid
-from flux_ir.studies.candidates import Candidates, Subject
-from flux_ir.studies.causal import (
-    CONCEPTS,
-    ConceptKind,
-    Laboratory,
-    Outcome,
-    Ready,
-    Trial,
-    editing_tasks,
-    search,
-)
+from flux_ir.studies.candidates import Candidates, DirectionRow, Subject, is_text
+from flux_ir.studies.caption_words import CONCEPTS, ConceptKind, caption_labels
+from flux_ir.studies.causal import Laboratory, Outcome, Ready, Trial, editing_tasks, search
+from flux_ir.studies.concepts import limited
+from flux_ir.studies.labels import Labels
 from flux_ir.tables import write_rows
 
-SteeringRow = Literal["feature", "set", "mean_difference", "neuron", "random", "ceiling"]
-ROWS: tuple[SteeringRow, ...] = get_args(SteeringRow)
+SteeringRow = DirectionRow | Literal["ceiling"]
+DIRECTION_ROWS: tuple[DirectionRow, ...] = get_args(DirectionRow)
+ROWS: tuple[SteeringRow, ...] = (*DIRECTION_ROWS, "ceiling")
 ROW_TITLES: dict[SteeringRow, str] = {
     "feature": "1 feature",
     "set": "set of 2 to 5",
+    "swap": "swap",
     "mean_difference": "mean diff.",
     "neuron": "neuron",
     "random": "random",
     "ceiling": "edited caption",
 }
+OF_FEATURES: tuple[DirectionRow, ...] = ("feature", "set", "swap")
 RESULT, TABLE = "steering_scores.json", "steering_scores.csv"
 DOSES = (0.25, 0.5, 1.0, 2.0)
 """Of the strength that the search found."""
 BATCH = 16
 """Pictures made together: their last bits are others than alone, which no count feels."""
-_FORMAT = 1  # of the kept rows: one that is computed in another way has another
+_FORMAT = 2  # of the kept rows: one that is computed in another way has another
 _PICK: CaptionPart = "A"  # no caption is in two parts
 _REPORT: CaptionPart = "C"
 
@@ -223,14 +221,15 @@ class _Scoring:
     def _subject(self, folder: Path) -> Subject:
         loaded = load_for(folder, self.source, None, self.progress)
         site = Site.parse(str(loaded.config.site))
-        if site.stream != "img":  # of a whole single block patch 0 is not token 0
+        if site.stream is None and site.kind != "t5":  # of a whole single block patch 0 is not token 0
             raise FluxIRError(
-                f"regions are of image tokens: {folder} is of {site}",
-                hint="use an autoencoder of an image site, such as double.3.img or single.3.img",
+                f"regions are of image tokens, or of words: {folder} is of {site}",
+                hint="use an autoencoder of double.3.img, single.3.img, double.0.txt or t5.1, for example",
             )
-        data = evaluation_data_of(loaded, self.source, held_out=0.0)
+        source = self._source(site)
+        data = evaluation_data_of(loaded, source, held_out=0.0)
         sae = loaded.folded().requires_grad_(False).to(torch.device(self.placement.transformer))
-        return Subject(folder, sae, site, data.filters.steps_of(self.source.steps))
+        return Subject(folder, sae, site, data.filters.steps_of(source.steps))
 
     def run(self) -> ScoredSteering:
         """Every row of every concept; rows of earlier runs are read from their files."""
@@ -270,9 +269,10 @@ class _Scoring:
         """The rows of a concept, and the doses and windows of the better of its features and sets."""
         scenes = _Scenes(self, kind, concept)
         rows: dict[str, Any] = {}
-        for row in ROWS:
+        for row in DIRECTION_ROWS:
             rows[row] = self._kept(kind, concept, row, {}, partial(self._row, row, scenes))
-        best = max(("feature", "set"), key=lambda row: rows[row]["found"])
+        rows["ceiling"] = self._kept(kind, concept, "ceiling", {}, lambda: self._ceiling(scenes))
+        best = max(OF_FEATURES, key=lambda row: rows[row]["found"])
         chosen = {"chosen": {name: rows[best][name] for name in ("candidate", "strength", "rule")}}
         rows["doses"] = self._kept(kind, concept, "doses", chosen, lambda: self._doses(scenes, rows[best]))
         rows["windows"] = self._kept(kind, concept, "windows", chosen, lambda: self._windows(scenes, rows[best]))
@@ -280,9 +280,10 @@ class _Scoring:
         rows["scenes"] = {"used": self.settings.tasks, "looked_at": looked}
         return rows
 
-    def _row(self, row: SteeringRow, scenes: "_Scenes") -> dict[str, Any]:
-        if row == "ceiling":
-            return {"found": None, "candidates": 0, **_counted(self.laboratory.ceiling(scenes.fresh))}
+    def _ceiling(self, scenes: "_Scenes") -> dict[str, Any]:
+        return {"found": None, "candidates": 0, **_counted(self.laboratory.ceiling(scenes.fresh))}
+
+    def _row(self, row: DirectionRow, scenes: "_Scenes") -> dict[str, Any]:
         candidates = self.candidates.of(row, scenes.kind, scenes.concept)
         trial, found = search(self.laboratory.outcomes, candidates, self.settings.strength, scenes.known)
         outcome = self.laboratory.outcomes(scenes.fresh, [trial])[0]
@@ -291,9 +292,9 @@ class _Scoring:
 
     def _trial(self, row: Mapping[str, Any], kind: ConceptKind, concept: str) -> Trial:
         """The trial that a row has kept."""
-        for name in ("feature", "set"):
+        for name in OF_FEATURES:
             for candidate in self.candidates.of(name, kind, concept):
-                if candidate.name == row["candidate"]:
+                if candidate.name == row["candidate"] and row["rule"] in candidate.rules:
                     return Trial(candidate, row["strength"], row["rule"])
         raise ValueError(f"no candidate is called {row['candidate']}")
 
@@ -305,6 +306,9 @@ class _Scoring:
 
     def _windows(self, scenes: "_Scenes", row: Mapping[str, Any]) -> dict[str, Any]:
         trial, steps = self._trial(row, scenes.kind, scenes.concept), len(self.sampling.timesteps) - 1
+        subject = next(one for one in self.subjects if one.folder == trial.candidate.edit.sae)
+        if subject.site.per_prompt:
+            return {}  # a prompt is encoded once: no step
         return {
             name: _counted(self.laboratory.outcomes(scenes.few, [trial], list(some))[0])
             for name, some in windows(steps).items()
@@ -328,11 +332,40 @@ class _Scoring:
     @cached_property
     def candidates(self) -> Candidates:
         """What a search has to choose from."""
-        judged, settings = self.settings.output_dir / JUDGED, self.settings
-        labels = labels_of(self.source, "captures", None, judged, settings.max_tokens, self.sites[0], self.progress)
+        settings = self.settings
         return Candidates(
-            self.source, labels, self.subjects, settings.candidates, settings.controls, self._neuron_outputs
+            self._source, self._labels, self.subjects, settings.candidates, settings.controls, self._neuron_outputs
         )
+
+    def _source(self, site: Site) -> TokenSource:
+        """The tokens of a site: layers of the text encoders are opened by their names."""
+        return open_source(f"{self.settings.captures}/{site}") if site.per_prompt else self.source
+
+    def _labels(self, site: Site) -> Labels:
+        """What a site's tokens are held against."""
+        return self._labels_of_words if is_text(site) else self._labels_of_patches
+
+    @cached_property
+    def _labels_of_patches(self) -> Labels:
+        site = next(site for site in self.sites if not is_text(site))
+        judged, most = self.settings.output_dir / JUDGED, self.settings.max_tokens
+        return labels_of(self.source, "captures", None, judged, most, site, self.progress)
+
+    @cached_property
+    def _labels_of_words(self) -> Labels:
+        site = next(site for site in self.sites if is_text(site))
+        scenes = [self._scene(one.prompt) for one in self.source.generations]
+        tokens = self._source(site).tokens(site)
+        return limited(caption_labels(scenes, tokens), self.settings.max_tokens // tokens, seed=0)
+
+    def _scene(self, prompt: str) -> Scene:
+        try:
+            return parse_caption(prompt)
+        except ValueError as error:
+            raise FluxIRError(
+                f"the words of these captures are known of captions of flux-tiny's world alone: got {prompt!r}",
+                hint=f"python -m flux_ir.demo.captions --part {_PICK} prints such captions",
+            ) from error
 
     # ---- The model, loaded when the first picture is made
 
@@ -358,7 +391,7 @@ class _Scoring:
             self.spec,
             grid=grid,
             num_steps=len(sampling.timesteps) - 1,
-            txt_tokens=self._encode(sampling.prompt).txt.shape[1],
+            txt_tokens=self._plain(sampling.prompt).txt.shape[1],
             device=self.placement.transformer,
         )
         return Laboratory(painter, steering, self._encode)
@@ -373,19 +406,31 @@ class _Scoring:
         return self.stack.enter_context(self._suite.transformer())
 
     @cached_property
-    def _encode(self) -> Callable[[str], TextEmbedding]:
-        encoders = self.stack.enter_context(self._suite.text_encoders())
-        return cache(lambda caption: encode(encoders.t5, encoders.clip, [caption]))
+    def _encoders(self) -> TextEncoders:
+        return self.stack.enter_context(self._suite.text_encoders())
+
+    @cached_property
+    def _plain(self) -> Callable[[str], TextEmbedding]:
+        return cache(lambda caption: encode(self._encoders.t5, self._encoders.clip, [caption]))
+
+    def _encode(self, caption: str, steering: Steering | None) -> TextEmbedding:
+        """The embedding of a caption; with edits of the text encoders it is not kept."""
+        if steering is None:
+            return self._plain(caption)
+        with steering.during_text(self._encoders):
+            return encode(self._encoders.t5, self._encoders.clip, [caption])
 
     @torch.no_grad()
     def _neuron_outputs(self, site: Site) -> Float[Tensor, "d neurons"]:
-        """Under the conditioning of the first caption at the middle of the schedule."""
+        """Of the transformer under the conditioning of the first caption at the middle of the schedule."""
+        if site.per_prompt:
+            return text_neuron_outputs(self._encoders, site)
         times, device = self.sampling.timesteps, self._model.img_in.weight.device
         time, guidance = (
             torch.tensor([value], device=device, dtype=self.dtype)
             for value in (times[(len(times) - 1) // 2], self.sampling.guidance)
         )
-        y = self._encode(self.sampling.prompt).y.to(device, self.dtype)
+        y = self._plain(self.sampling.prompt).y.to(device, self.dtype)
         return neuron_outputs(self._model, site, self._model.conditioning(time, y, guidance))
 
     # ---- What a kept row depends on

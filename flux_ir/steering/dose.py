@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from flux_ir.collecting.batches import borrowed, replicas
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare, sample
@@ -302,6 +303,12 @@ def neuron_outputs(model: Flux, site: Site, vec: Float[Tensor, "1 d"]) -> Float[
         weight = block.get_parameter("linear2.weight")[:, model.params.hidden_size :]
         gate = block.get_submodule("modulation")(vec)[0].gate
     return weight.float() * gate[0, 0, :, None].float()
+
+
+def text_neuron_outputs(encoders: TextEncoders, site: Site) -> Float[Tensor, "d neurons"]:
+    """The same of a layer of T5, whose block has no gate."""
+    weight: Tensor = encoders.t5.model.get_parameter(f"encoder.block.{site.block}.layer.1.DenseReluDense.wo.weight")
+    return weight.float()
 
 
 WINDOWS = ("early", "middle", "late")

@@ -4,39 +4,34 @@ A task asks for one change of a scene that flux-tiny drew right: another colour,
 another background. It succeeds jointly: the thing is as asked, *and* all else that the judge knows is as before (the
 background, the number of objects, and colour, shape, size, place or relation of each). One edit is one direction, one
 strength and one rule for its region, the same for all tasks of a concept: found on one set of scenes by `search`,
-reported on another. The region comes from the unsteered picture, whose objects the judge has found.
+reported on another. The region of image tokens comes from the unsteered picture, whose objects the judge has found;
+that of text tokens from the caption.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, product
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from flux_ir.demo.captions import CaptionPart, part_of
 from flux_ir.demo.judge import Verdict, compare, find_objects, match_objects
-from flux_ir.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, parse_caption, scene_at
+from flux_ir.demo.scenes import Scene, parse_caption, scene_at
 from flux_ir.models.text import TextEmbedding
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.dose import Painter, Variant
 from flux_ir.steering.edits import Edit
 from flux_ir.steering.regions import Region
+from flux_ir.studies.caption_words import ConceptKind, words_of
 from flux_ir.studies.judged import PATCH_PX, covered_px
+from flux_ir.studies.labels import TextLevel
 
-ConceptKind = Literal["colour", "background", "shape", "place"]
-CONCEPTS: dict[ConceptKind, tuple[str, ...]] = {
-    "colour": COLOURS,
-    "background": BACKGROUNDS,
-    "shape": SHAPES,
-    "place": tuple(PLACES),
-}
-"""What is asked for: recolour an object, change the background, reshape an object, move the only one."""
-RegionRule = Literal["mask", "wide", "all"]
-REGION_RULES: tuple[RegionRule, ...] = get_args(RegionRule)
-"""mask: patches of which the object covers a part; wide: these and their neighbours; all: every patch. Of a
-background: patches that no object covers whole; those that no object touches; every patch. A move has no region."""
+RegionRule = Literal["mask", "wide", "all"] | TextLevel
+"""Of the image: mask: patches of which the object covers a part; wide: these and their neighbours; all: every patch. Of
+a background: patches that no object covers whole; those that no object touches; every patch. A move has no region. Of
+the text: `caption_words.TEXT_LEVELS`."""
 
 
 class EditingTask(NamedTuple):
@@ -128,15 +123,18 @@ def ready_task(task: EditingTask, picture: np.ndarray) -> Ready | None:
     return Ready(task, (covered_px(ordered) / PATCH_PX**2).astype(np.float64))
 
 
-def rules_of(kind: ConceptKind) -> tuple[RegionRule, ...]:
-    """The rules that a region of such an edit may follow."""
-    return ("all",) if kind == "place" else REGION_RULES
+def image_rules(kind: ConceptKind) -> tuple[RegionRule, ...]:
+    """The rules that a region of image tokens may follow."""
+    return ("all",) if kind == "place" else ("mask", "wide", "all")
 
 
 def region_of_rule(ready: Ready, rule: RegionRule) -> Region | None:
-    """The patches that an edit of this task may change; None: all of them."""
-    if rule == "all":
+    """The patches, or words, that an edit of this task may change; None: all of them."""
+    if rule in ("all", "text"):
         return None
+    if rule in ("word", "phrase"):
+        task = ready.task
+        return Region(tokens=tuple(words_of(task.scene, task.kind, task.thing, rule)))
     if ready.task.thing is None:
         cover = ready.cover.sum(axis=0)
         inside = cover < 1 - 1e-6 if rule == "mask" else cover == 0
@@ -163,6 +161,8 @@ class Candidate(NamedTuple):
 
     name: str
     edit: Edit
+    rules: tuple[RegionRule, ...]
+    """Those that its region may follow."""
 
     def at(self, strength: float, region: Region | None) -> Edit:
         """The edit at a strength, in a region."""
@@ -184,8 +184,8 @@ class Laboratory:
     painter: Painter
     steering: Steering
     """Without edits: it makes others ready for the same runs."""
-    encode: Callable[[str], TextEmbedding]
-    """The embedding of a caption."""
+    encode: Callable[[str, Steering | None], TextEmbedding]
+    """The embedding of a caption, with the edits of the text encoders that there are."""
 
     def unsteered(self, tasks: Iterator[EditingTask], number: int, *, most: int) -> tuple[list[Ready], int]:
         """The first `number` tasks whose unsteered picture is right, of at most `most`, and how many it looked at."""
@@ -194,7 +194,9 @@ class Laboratory:
         while len(found) < number and looked < most:
             some = [next(tasks) for _ in range(min(number - len(found), most - looked))]
             looked += len(some)
-            variants = [Variant("unsteered", 0.0, task.seed, self.encode(task.scene.caption), None) for task in some]
+            variants = [
+                Variant("unsteered", 0.0, task.seed, self.encode(task.scene.caption, None), None) for task in some
+            ]
             for task, made in zip(some, self.painter.make(variants), strict=True):
                 if (ready := ready_task(task, made.picture.numpy())) is not None:
                     found.append(ready)
@@ -215,7 +217,8 @@ class Laboratory:
     def ceiling(self, tasks: Sequence[Ready]) -> Outcome:
         """What the changed caption itself comes to, from the same noise: no edit is expected to beat it."""
         variants = [
-            Variant("caption", 0.0, ready.task.seed, self.encode(ready.task.target.caption), None) for ready in tasks
+            Variant("caption", 0.0, ready.task.seed, self.encode(ready.task.target.caption, None), None)
+            for ready in tasks
         ]
         judged = [
             outcome(made.picture.numpy(), ready.task)
@@ -228,7 +231,8 @@ class Laboratory:
         steering = self.steering.of([edit])
         if at_steps is not None:
             steering = steering.at_steps(at_steps)
-        return Variant("edit", trial.strength, ready.task.seed, self.encode(ready.task.scene.caption), steering)
+        text = self.encode(ready.task.scene.caption, steering if steering.text_sites else None)
+        return Variant("edit", trial.strength, ready.task.seed, text, steering)
 
 
 ROUNDS = ((3, 24), (6, 6))
@@ -246,8 +250,11 @@ def search(
     `outcomes` is that of a laboratory. By successive halving (`ROUNDS`). Ties go to the trial that changed the thing
     more often, then to the weaker one.
     """
-    rules = rules_of(tasks[0].task.kind)
-    trials = [Trial(*parts) for parts in product(candidates, strengths, rules)]
+    trials = [
+        Trial(candidate, strength, rule)
+        for candidate, strength in product(candidates, strengths)
+        for rule in candidate.rules
+    ]
     scores = np.zeros((len(trials), 2))
     start = 0
     for number, keep in (*ROUNDS, (len(tasks), 1)):

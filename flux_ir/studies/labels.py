@@ -21,6 +21,7 @@ from flux_ir.studies.judged import Judged
 
 Level = Literal["interior", "any", "image"]
 Negatives = Literal["all", "hard"]
+TextLevel = Literal["word", "phrase", "text"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 NEGATIVES: tuple[Negatives, ...] = get_args(Negatives)
 
@@ -47,11 +48,11 @@ _OF_PATCHES = ("colour", "shape", "size", "background")
 
 
 class Question(NamedTuple):
-    """Something that tokens (`interior`, `any`) or pictures (`image`) have or have not."""
+    """Something that patches (`interior`, `any`), text tokens (a `TextLevel`) or pictures (`image`) have or not."""
 
     kind: str
     concept: str
-    level: Level
+    level: Level | TextLevel
 
     @property
     def of_tokens(self) -> bool:

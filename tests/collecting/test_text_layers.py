@@ -46,18 +46,21 @@ def test_a_generation_has_its_prompts_layers_and_other_tensors_are_as_without(su
 def test_a_layer_is_opened_by_its_name_and_its_padding_is_known(with_layers):
     assert list(map(str, open_source(with_layers).sites)) == sorted(map(str, SITES))
     source, rows = open_source(with_layers / "t5.1"), rows_of(with_layers)
-    assert (source.sites, source.steps, source.d(None), source.tokens(None)) == ([], [0], D, 20)
-    block = source.read(4, None, 0)
+    assert ([str(one) for one in source.sites], source.steps) == (["t5.1"], [0])
+    assert (source.d("t5.1"), source.tokens("t5.1")) == (D, 20)
+    block = source.read(4, "t5.1", 0)
     assert torch.equal(block.values, tensor_of(with_layers, rows[4], "t5.1"))
     assert (block.prompt, block.used_txt, block.txt_tokens) == (rows[4]["prompt"], rows[4]["used_txt"], 20)
-    used = Filters(padding=False).used(source.read_run(range(4, 5), None, 0))
+    used = Filters(padding=False).used(source.read_run(range(4, 5), "t5.1", 0))
     assert used.sum() == rows[4]["used_txt"]
     clip = open_source(f"{with_layers}/clip.2")
-    assert Filters(padding=False).used(clip.read_run(range(1), None, 0)) is None  # CLIP's tokens are others than T5's
+    assert (
+        Filters(padding=False).used(clip.read_run(range(1), "clip.2", 0)) is None
+    )  # CLIP's tokens are others than T5's
     assert len({source.identity, clip.identity, open_source(with_layers).identity}) == 3
     with pytest.raises(FluxIRError, match=r"holds no t5\.0"):
         open_source(with_layers / "t5.0")
-    with pytest.raises(FluxIRError, match=r"t5\.1 has no sites, and the step 0 only: got single\.1 at step 0"):
+    with pytest.raises(FluxIRError, match=r"have the site t5\.1, and the step 0 alone: got single\.1 at step 0"):
         source.read(0, "single.1", 0)
 
 
