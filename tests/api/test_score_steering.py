@@ -35,7 +35,7 @@ def captures(tmp_path_factory):
     collect(
         prompts=list(islice(large, 10)),
         model="flux-tiny",
-        sites="double.3.img",
+        sites="double.3.img,double.0.txt,t5.0,clip.0",
         num_steps=4,
         steps=range(4),
         save_images=True,
@@ -45,13 +45,17 @@ def captures(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def sae(tmp_path_factory):
-    made = make_sae(SAEConfig("topk", d_in=192, d_sae=32, k=4, site="double.3.img", model="flux-tiny", seed=1))
+def random_sae(site, path):
+    width = 128 if site.startswith(("t5", "clip")) else 192
+    made = make_sae(SAEConfig("topk", d_in=width, d_sae=32, k=4, site=site, model="flux-tiny", seed=1))
     made.max_active, made.mean_active = torch.full((32,), 3.0), torch.ones(32)
-    path = tmp_path_factory.mktemp("saes") / "random"
     save_sae(made, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    return random_sae("double.3.img", tmp_path_factory.mktemp("saes") / "random")
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +110,23 @@ def test_wrong_words_are_told_before_anything_is_read(words, told, capsys):
 def test_what_captures_and_autoencoders_must_be(captures, sae, tmp_path):
     with pytest.raises(FluxIRError, match="mean difference"):  # no cyan in these captures
         score_steering(sae, captures, concepts="cyan", output_dir=tmp_path, **FAST)
-    for site in ("double.3.txt", "single.3"):  # a whole single block begins with the text: patch 0 is not token 0
-        other = make_sae(SAEConfig("topk", d_in=192, d_sae=32, k=4, site=site, model="flux-tiny"))
-        save_sae(other, tmp_path / site)
-        with pytest.raises(FluxIRError, match=f"image tokens.*of {re.escape(site)}"):
-            score_steering(tmp_path / site, captures, output_dir=tmp_path, **FAST)
+    for site in ("clip.0", "single.3"):  # a whole single block begins with the text: patch 0 is not token 0
+        other = random_sae(site, tmp_path / site)
+        with pytest.raises(FluxIRError, match=f"image tokens, or of words.*of {re.escape(site)}"):
+            score_steering(other, captures, output_dir=tmp_path, **FAST)
+    other = random_sae("t5.2", tmp_path / "t5.2")
+    with pytest.raises(FluxIRError, match=r"holds no t5\.2"):
+        score_steering(other, captures, output_dir=tmp_path, **FAST)
+
+
+def test_words_are_turned_where_they_were_picked(captures, tmp_path):
+    saes = [random_sae(site, tmp_path / site) for site in ("t5.0", "double.0.txt")]
+    fast = FAST | {"candidates": 6, "controls": 2, "strength": (1.0,)}
+    scored = score_steering(saes, captures, concepts="red", output_dir=tmp_path / "scores", **fast)
+    red = scored.result["kinds"]["colour"]["red"]
+    for row in ("feature", "set", "swap", "mean_difference", "neuron", "random"):
+        assert red[row]["rule"] in ("word", "phrase", "text")
+        assert red[row]["candidate"].endswith(("t5.0", "double.0.txt"))
+    assert red["feature"]["candidates"] == 6  # the best one of both autoencoders at three levels
+    assert red["set"]["candidates"] == 2 * 3 * 4
+    assert red["mean_difference"]["candidates"] == 2 * 3

@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+import flux_ir
 from flux_ir.demo.captions import part_of
 from flux_ir.demo.drawing import draw
 from flux_ir.demo.scenes import parse_caption
 from flux_ir.steering.edits import Edit
 from flux_ir.studies.candidates import pursued
+from flux_ir.studies.caption_words import CONCEPTS, caption_labels, words_of
 from flux_ir.studies.causal import (
-    CONCEPTS,
-    REGION_RULES,
     Candidate,
     EditingTask,
     Outcome,
     Trial,
     editing_tasks,
+    image_rules,
     outcome,
     ready_task,
     region_of_rule,
@@ -127,13 +128,15 @@ def test_widened_reaches_the_eight_around_and_does_not_wrap():
 
 def test_a_candidate_keeps_the_proportions_of_its_strengths():
     edit = Edit(vector=torch.ones(4), sites="double.0.img", unit="raw", strength=-0.5)
-    assert Candidate("one", edit).at(2.0, None).strengths == (-1.0,)
+    assert Candidate("one", edit, ("all",)).at(2.0, None).strengths == (-1.0,)
+    swap = Edit(kind="set", sae="saes/one", feature=(3, 1), strength=(1.0, 0.0))
+    assert Candidate("swap", swap, ("word",)).at(2.0, None).strengths == (2.0, 0.0)
 
 
 def test_the_search_finds_the_best_trial_and_counts_it_on_all_tasks():
     ready = ready_task(task("colour", "green"), draw(parse_caption(PAIR), 128))
     edit = Edit(vector=torch.ones(4), sites="double.0.img", unit="raw")
-    candidates = [Candidate(str(number), edit) for number in range(30)]
+    candidates = [Candidate(str(number), edit, image_rules("colour")) for number in range(30)]
     tried = []
 
     def outcomes(tasks, trials):
@@ -146,7 +149,7 @@ def test_the_search_finds_the_best_trial_and_counts_it_on_all_tasks():
     best, share = search(outcomes, candidates, (4.0, 2.0, 1.0), [ready] * 10)
     assert best == Trial(candidates[17], 2.0, "wide")  # as good as 4, and weaker
     assert share == 1.0
-    assert tried == [(3, 30 * 3 * len(REGION_RULES)), (3, 24), (4, 6)]
+    assert tried == [(3, 30 * 3 * 3), (3, 24), (4, 6)]
 
 
 def test_pursuit_finds_the_rows_that_a_sum_is_of():
@@ -155,3 +158,47 @@ def test_pursuit_finds_the_rows_that_a_sum_is_of():
     numbers, weights = pursued(2 * rows[0] - 0.5 * rows[2], rows, 2)
     assert numbers == (0, 2)
     assert weights == pytest.approx((2.0, -0.5), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "thing", "level", "words"),
+    [
+        ("colour", 0, "word", "red"),
+        ("colour", 1, "word", "blue"),
+        ("shape", 1, "word", "square"),
+        ("shape", 0, "phrase", "a small red circle"),
+        ("colour", 1, "phrase", "a large blue square"),
+        ("background", None, "word", "gray"),
+        ("background", None, "phrase", "on a gray background"),
+    ],
+)
+def test_the_words_that_say_a_thing(kind, thing, level, words):
+    scene = parse_caption(PAIR)
+    where = words_of(scene, kind, thing, level)
+    assert " ".join(PAIR.split()[where.start : where.stop]) == words
+    ready = ready_task(task("colour", "green", thing=0), draw(scene, 128))
+    ready = ready._replace(task=ready.task._replace(kind=kind, thing=thing))
+    assert region_of_rule(ready, level).tokens == tuple(where)
+    assert region_of_rule(ready, "text") is None
+
+
+def test_the_words_of_a_place():
+    where = words_of(parse_caption(ALONE), "place", 0, "word")
+    assert ALONE.split()[where.start : where.stop] == ["in", "the", "center"]
+
+
+def test_each_token_of_flux_tinys_t5_is_one_word():
+    with flux_ir.load_model("flux-tiny").text_encoders() as encoders:
+        for caption in (ALONE, PAIR):
+            assert encoders.t5.length(caption) == len(caption.split()) + 1  # the last says that the text ends
+
+
+def test_the_labels_of_words():
+    labels = caption_labels([parse_caption(ALONE), parse_caption(PAIR)], 20)
+    bits = {(one.kind, one.concept, one.level): labels.of(one) for one in labels.questions}
+    red = bits["colour", "red", "word"]
+    assert [np.flatnonzero(row & 1).tolist() for row in red] == [[2], [2]]
+    assert [np.flatnonzero(row).tolist() for row in red] == [[2], [2, 8]]  # blue is the only other colour
+    assert [np.flatnonzero(row & 1).tolist() for row in bits["shape", "square", "phrase"]] == [[], [6, 7, 8, 9]]
+    assert (bits["background", "gray", "text"] & 1).sum(axis=1).tolist() == [0, 20]
+    assert [np.flatnonzero(row).tolist() for row in bits["place", "in the center", "word"]] == [[4, 5, 6], []]
