@@ -218,19 +218,22 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
     chosen = sites_among(asked.sites, spec.sites)
     placement, compute = _settle_machine(asked, ranks)
     num_steps = spec.default_steps if asked.num_steps is None else asked.num_steps
+    sites, to_the_end = tuple(site for site in chosen if not site.per_prompt), asked.save_images or asked.save_latents
+    # Layers of the text encoders alone need no forward of the transformer: none is made before the first step recorded.
+    steps = range(num_steps if sites or to_the_end else 1) if asked.steps is None else asked.steps
     recipe = Recipe(
         spec=spec,
         width=width,
         height=height,
         num_steps=num_steps,
         guidance=spec.default_guidance if asked.guidance is None else asked.guidance,
-        sites=tuple(site for site in chosen if not site.per_prompt),
+        sites=sites,
         text_sites=tuple(site for site in chosen if site.per_prompt),
-        steps=tuple(range(num_steps) if asked.steps is None else asked.steps),
+        steps=tuple(steps),
         stored_dtype=getattr(torch, asked.store_dtype),
         network_dtype=compute.dtype,
         tokens_per_image=asked.tokens_per_image,
-        to_the_end=asked.save_images or asked.save_latents,
+        to_the_end=to_the_end,
         edits=_edits(asked, spec, Grid(width, height), num_steps, placement),
     )
     _check_tokens(recipe)
@@ -327,7 +330,8 @@ def _opening(job: CollectionJob, ranks: Ranks) -> str:
     if ranks.world_size > 1:
         where = f"{ranks.world_size} processes, each on a {torch.device(placement.transformer).type} device"
     generations = len(job.settings.prompts) * job.settings.repeats
-    until = "all steps run" if recipe.to_the_end else f"no step runs after {recipe.steps[-1]}"
+    runs = "no step runs" if not recipe.sites and recipe.steps == (0,) else f"no step runs after {recipe.steps[-1]}"
+    until = "all steps run" if recipe.to_the_end else runs
     work = f"generations {generations}, sites {len(recipe.sites) + len(recipe.text_sites)}, {until}"
     return f"{recipe.spec.name} on {where}, {job.compute}: {work}"
 

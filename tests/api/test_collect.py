@@ -5,6 +5,7 @@ import torch
 
 from flux_ir import Note, Progress, Site, collect, load_model
 from flux_ir.activations.shards import read_shard
+from flux_ir.activations.source import open_source
 from flux_ir.commands.collect import main
 from flux_ir.errors import FluxIRError
 
@@ -65,3 +66,12 @@ def test_wrong_arguments_are_one_clear_line_before_anything_is_made(model, tmp_p
     with pytest.raises(FluxIRError, match=message):
         collect(given.pop("prompts"), given.pop("sites"), given.pop("output_dir"), **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_the_text_encoders_alone_need_no_step_of_the_transformer(tmp_path):
+    events = []
+    collect(PROMPTS, "t5.0,t5.2", tmp_path / "layers", model="flux-tiny", progress=events.append)
+    assert any(isinstance(event, Note) and "sites 2, no step runs" in event.text for event in events)
+    source = open_source(tmp_path / "layers" / "t5.2")
+    assert [str(site) for site in source.sites] == ["t5.2"]
+    assert source.read(1, "t5.2", 0).prompt == PROMPTS[1]
