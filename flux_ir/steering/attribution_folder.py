@@ -3,8 +3,6 @@
 A picture's latent is written after it, so a picture that has one is complete. Next: `flux_ir.api.attribute`.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from flux_ir.steering.dose import Made, Variant
 from flux_ir.steering.folder import claim, keep_picture
 from flux_ir.steering.regions import Grid
 from flux_ir.steering.removals import UNSTEERED, Agreement, Removal, Together
+from flux_ir.tables import write_rows
 from flux_ir.visualize.sheet import SheetColumn, SheetRow, draw_sheet
 
 AMPLIFIED = 4
@@ -95,7 +94,6 @@ class AttributionFolder:
     ) -> None:
         """The numbers of every removal, as JSON and as CSV."""
         rows = [removal._asdict() for removal in removals]
-        columns = [name for name in Removal._fields if name != "by_step"]
         write_json(
             self.numbers,
             {
@@ -106,12 +104,7 @@ class AttributionFolder:
                 "versions": versions("torch"),
             },
         )
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        with complete_file(self.table) as beside:
-            beside.write_text(text.getvalue(), encoding="utf-8")
+        write_rows(self.table, [{name: row[name] for name in row if name != "by_step"} for row in rows])
 
     def draw(
         self, title: str, subtitle: str, shown: Sequence[tuple[str, SheetColumn]], inside: Inside, grid: Grid

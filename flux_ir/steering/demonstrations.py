@@ -9,9 +9,8 @@ so what changes the picture to one side alone counts half. Random directions tha
 number, and a feature does something of its own only if it is above all of them. Next: `flux_ir.api.demonstrate`.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +23,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, write_json
 from flux_ir.steering.folder import SteeringFolder
 from flux_ir.steering.table import EDIT, RANDOM, UNSTEERED, Run
+from flux_ir.tables import write_rows
 from flux_ir.visualize.feature_sheet import FeatureLine, SheetPicture, draw_feature_sheet
 from flux_ir.visualize.sheet import MOST_CELL_PX
 
@@ -322,15 +322,20 @@ def write_numbers(
             "versions": dict(versions),
         },
     )
-    lines = StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(
-        ["rank", "feature", "score", "control", "difference", "above", "above_at", "distance", "maximum", "prompts"]
-    )
-    for rank, one in enumerate(demonstrations, start=1):
-        difference = one.score - one.control
-        said = (one.above, " ".join(f"{strength:g}" for strength in one.above_at), one.distance, one.maximum)
-        writer.writerow([rank, one.feature, one.score, one.control, difference, *said, len(one.scenes)])
-    with complete_file(table) as beside:
-        beside.write_text(lines.getvalue(), encoding="utf-8")
+    rows = [
+        {
+            "rank": rank,
+            "feature": one.feature,
+            "score": one.score,
+            "control": one.control,
+            "difference": one.score - one.control,
+            "above": one.above,
+            "above_at": " ".join(f"{strength:g}" for strength in one.above_at),
+            "distance": one.distance,
+            "maximum": one.maximum,
+            "prompts": len(one.scenes),
+        }
+        for rank, one in enumerate(demonstrations, start=1)
+    ]
+    write_rows(table, rows)
     return numbers, table

@@ -4,10 +4,8 @@ Every picture has two numbers, both better when lower. A point is beaten when an
 and better in one; those that are not are the method's Pareto front. Next: `flux_ir.api.transfer`.
 """
 
-import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import StringIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -224,15 +222,23 @@ def _mean(values: Sequence[float]) -> Estimate:
 _ESTIMATES = ("distance", "psnr_edited_db", "outside", "psnr_outside_db")
 
 
-def as_csv(rows: Iterable[TransferRow]) -> str:
-    """The table, a line per row; estimates have their interval beside them, empty where there is none."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    spread = [f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")]
-    writer.writerow(["method", "k", "strength", "pictures", "identical", "k_used", *spread, "front", "best"])
-    for row in rows:
-        numbers = [value for name in _ESTIMATES for value in (getattr(row, name) or (None, None, None))]
-        used = None if row.used is None else row.used.mean
-        written = [row.k, row.strength, row.pictures, row.identical, used, *numbers]
-        writer.writerow([row.method, *("" if v is None else v for v in written), int(row.front), int(row.best)])
-    return text.getvalue()
+def as_table(rows: Iterable[TransferRow]) -> list[dict[str, Any]]:
+    """The rows as those of a table; estimates have their interval beside them, empty where there is none."""
+    return [
+        {
+            "method": row.method,
+            "k": row.k,
+            "strength": row.strength,
+            "pictures": row.pictures,
+            "identical": row.identical,
+            "k_used": None if row.used is None else row.used.mean,
+            **{
+                f"{name}{end}": value
+                for name in _ESTIMATES
+                for end, value in zip(("", "_low", "_high"), getattr(row, name) or (None, None, None), strict=True)
+            },
+            "front": int(row.front),
+            "best": int(row.best),
+        }
+        for row in rows
+    ]

@@ -15,7 +15,8 @@ from flux_ir.files import complete_file, read_json, versions, write_json
 from flux_ir.sae.evaluation.plots import TradeoffPoint, tradeoff
 from flux_ir.steering.dose import Made
 from flux_ir.steering.table import Estimate
-from flux_ir.steering.tradeoff import EDITED, ORIGINAL, Area, TransferRow, TransferRun, as_csv
+from flux_ir.steering.tradeoff import EDITED, ORIGINAL, Area, TransferRow, TransferRun, as_table
+from flux_ir.tables import write_rows
 from flux_ir.visualize.sheet import SheetColumn, SheetRow, draw_sheet
 
 NAMES = {
@@ -93,8 +94,7 @@ class TransferFolder:
                 "versions": versions("torch"),
             },
         )
-        with complete_file(self.table) as beside:
-            beside.write_text(as_csv(rows), encoding="utf-8")
+        write_rows(self.table, as_table(rows))
 
     # ---- What a person looks at
 
