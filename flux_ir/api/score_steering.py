@@ -59,6 +59,7 @@ ROW_TITLES: dict[SteeringRow, str] = {
     "set": "set of 2 to 5",
     "swap": "swap",
     "mean_difference": "mean diff.",
+    "mean_swap": "mean swap",
     "neuron": "neuron",
     "random": "random",
     "ceiling": "edited caption",
@@ -306,7 +307,7 @@ class _Scoring:
 
     def _windows(self, scenes: "_Scenes", row: Mapping[str, Any]) -> dict[str, Any]:
         trial, steps = self._trial(row, scenes.kind, scenes.concept), len(self.sampling.timesteps) - 1
-        subject = next(one for one in self.subjects if one.folder == trial.candidate.edit.sae)
+        subject = next(one for one in self.subjects if one.folder == trial.candidate.edits[0].sae)
         if subject.site.per_prompt:
             return {}  # a prompt is encoded once: no step
         return {

@@ -25,7 +25,7 @@ from flux_ir.studies.causal import Candidate, RegionRule, image_rules
 from flux_ir.studies.labelled_tokens import FeatureBoard, LabelledTokens
 from flux_ir.studies.labels import Labels, Level, Negatives, Question, Task
 
-DirectionRow = Literal["feature", "set", "swap", "mean_difference", "neuron", "random"]
+DirectionRow = Literal["feature", "set", "swap", "mean_difference", "mean_swap", "neuron", "random"]
 SET_SIZES = (2, 3, 5)
 _TOLD_BY: Mapping[ConceptKind, tuple[Level, Negatives]] = {
     "colour": ("interior", "hard"),
@@ -96,6 +96,8 @@ class Candidates:
                     self._along(f"mean difference, {spot.site}", spot, self._difference(spot))
                     for spot in self._spots(kind, concept)
                 ]
+            case "mean_swap":
+                return [self._mean_swap(kind, spot) for spot in self._spots(kind, concept)]
             case "neuron":
                 return self._neurons(kind, concept)
             case "random":
@@ -131,7 +133,7 @@ class Candidates:
                 numbers, shares = pursued(difference, subject.sae.W_dec.detach().float().cpu(), max(SET_SIZES))
                 name = f"features {_listed(numbers)} as in the mean difference, {subject.site}"
                 edit = Edit(sae=subject.folder, feature=numbers, strength=shares, unit="raw")
-                found.append(Candidate(name, edit, spot.rules))
+                found.append(Candidate(name, (edit,), spot.rules))
         return found
 
     def _swaps(self, kind: ConceptKind, concept: str) -> list[Candidate]:
@@ -139,19 +141,19 @@ class Candidates:
         found = []
         for subject in self.subjects:
             for spot in spots_of(subject.site, kind, concept):
-                best = {one: self._best(subject, spot.of(one))[0][1] for one in CONCEPTS[kind]}
+                best = {one: self._best(subject, spot.of(one))[0][1] for one in self._known(kind, spot)}
                 own = best.pop(concept)
                 others = tuple(sorted(set(best.values()) - {own}))
                 name = f"feature {own} for {_listed(others)}, {subject.site}"
                 strengths = (1.0, *(0.0 for _ in others))
                 edit = Edit(kind="set", sae=subject.folder, feature=(own, *others), strength=strengths)
-                found.append(Candidate(name, edit, spot.rules))
+                found.append(Candidate(name, (edit,), spot.rules))
         return found
 
     def _features(self, subject: Subject, spot: Spot, numbers: Sequence[int]) -> Candidate:
         """Some features, each in units of its own maximum."""
         name = f"feature{'s' if len(numbers) > 1 else ''} {_listed(numbers)}, {subject.site}"
-        return Candidate(name, Edit(sae=subject.folder, feature=tuple(numbers)), spot.rules)
+        return Candidate(name, (Edit(sae=subject.folder, feature=tuple(numbers)),), spot.rules)
 
     def _best(self, subject: Subject, spot: Spot) -> list[tuple[float, int]]:
         """The features that tell the spot's concept best by being active: AUROC, mean over steps, and number."""
@@ -210,11 +212,36 @@ class Candidates:
         return self._along(name, spot, direction * difference.norm(dim=1, keepdim=True))
 
     def _along(self, name: str, spot: Spot, per_step: Float[Tensor, "steps d"]) -> Candidate:
-        return Candidate(name, Edit(vector=per_step, sites=str(spot.site), unit="raw"), spot.rules)
+        return Candidate(name, (Edit(vector=per_step, sites=str(spot.site), unit="raw"),), spot.rules)
+
+    def _mean_swap(self, kind: ConceptKind, spot: Spot) -> Candidate:
+        """The mean of the concept in place of the means of the others: where those of all concepts differ, a token gets
+        the coordinates of this one's mean, along one orthogonal direction after the other.
+        """
+        every = torch.stack(
+            [self._mean(spot.of(one)) for one in self._known(kind, spot)], dim=1
+        )  # [steps, concepts, d]
+        basis = torch.linalg.svd(every - every.mean(dim=1, keepdim=True), full_matrices=False).Vh[:, :-1]
+        target = torch.einsum("snd,sd->sn", basis, self._mean(spot))
+        target = torch.where(target.abs() < 1e-6, 1e-6, target)  # a vector has a direction
+        vectors = (basis * target[:, :, None]).unbind(dim=1)
+        edits = tuple(Edit(kind="set", vector=one, sites=str(spot.site), unit="raw") for one in vectors)
+        return Candidate(f"means of {len(every[0])}, {spot.site}", edits, spot.rules)
 
     def _difference(self, spot: Spot) -> Float[Tensor, "steps d"]:
         """The mean of tokens, or of whole pictures, that have the concept minus that of those that have it not."""
-        if spot not in self._differences:
+        return self._mean(spot) - self._mean(spot, having=False)
+
+    def _known(self, kind: ConceptKind, spot: Spot) -> list[str]:
+        """The concepts that some of these captures have; the spot's own is one, or there is no mean of it."""
+        tokens = self._tokens(spot.site, self.source(spot.site).steps[0])
+        own = spot.task.question.concept
+        return [one for one in CONCEPTS[kind] if one == own or tokens.counts(spot.of(one).task)[0] > 0]
+
+    def _mean(self, spot: Spot, *, having: bool = True) -> Float[Tensor, "steps d"]:
+        """The mean of tokens, or of whole pictures, that have the concept, or have it not."""
+        key = (spot, having)
+        if key not in self._means:
             question, rows = spot.task.question, []
             for step in self.source(spot.site).steps:
                 tokens = self._tokens(spot.site, step)
@@ -222,18 +249,19 @@ class Candidates:
                 if not question.of_tokens:
                     values = values.reshape(tokens.images, tokens.tokens_per_image, -1).mean(dim=1)
                 positive, counted = (torch.from_numpy(flags) for flags in tokens.flags(spot.task))
-                if not positive.any() or not (counted & ~positive).any():
+                chosen = positive if having else counted & ~positive
+                if not chosen.any():
                     raise FluxIRError(
-                        f"a mean difference is between pictures with and without it: none of these captures is with "
-                        f"{question.concept}, or all are",
+                        f"a mean difference is between pictures with and without it: none of these captures is "
+                        f"{'with' if having else 'without'} {question.concept}",
                         hint="collect more captions, or name other --concepts",
                     )
-                rows.append(values[positive].mean(dim=0) - values[counted & ~positive].mean(dim=0))
-            self._differences[spot] = torch.stack(rows)
-        return self._differences[spot]
+                rows.append(values[chosen].mean(dim=0))
+            self._means[key] = torch.stack(rows)
+        return self._means[key]
 
     @cached_property
-    def _differences(self) -> dict[Spot, Tensor]:
+    def _means(self) -> dict[tuple[Spot, bool], Tensor]:
         return {}
 
     def _tokens(self, site: Site, step: int) -> LabelledTokens:

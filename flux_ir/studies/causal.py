@@ -157,16 +157,18 @@ def widened(inside: Bool[np.ndarray, "patches"]) -> Bool[np.ndarray, "patches"]:
 
 
 class Candidate(NamedTuple):
-    """A direction that may steer: an edit whose strength, or strengths, are those of strength 1."""
+    """What may steer: one edit, or several at once, whose strengths are those of strength 1."""
 
     name: str
-    edit: Edit
+    edits: tuple[Edit, ...]
     rules: tuple[RegionRule, ...]
     """Those that its region may follow."""
 
-    def at(self, strength: float, region: Region | None) -> Edit:
-        """The edit at a strength, in a region."""
-        return replace(self.edit, strength=[strength * one for one in self.edit.strengths], region=region)
+    def at(self, strength: float, region: Region | None) -> list[Edit]:
+        """The edits at a strength, in a region."""
+        return [
+            replace(edit, strength=[strength * one for one in edit.strengths], region=region) for edit in self.edits
+        ]
 
 
 class Trial(NamedTuple):
@@ -227,8 +229,7 @@ class Laboratory:
         return Outcome(*(np.array(one, dtype=bool) for one in zip(*judged, strict=True)))
 
     def _variant(self, ready: Ready, trial: Trial, at_steps: Sequence[int] | None) -> Variant:
-        edit = trial.candidate.at(trial.strength, region_of_rule(ready, trial.rule))
-        steering = self.steering.of([edit])
+        steering = self.steering.of(trial.candidate.at(trial.strength, region_of_rule(ready, trial.rule)))
         if at_steps is not None:
             steering = steering.at_steps(at_steps)
         text = self.encode(ready.task.scene.caption, steering if steering.text_sites else None)

@@ -124,7 +124,7 @@ def test_words_are_turned_where_they_were_picked(captures, tmp_path):
     fast = FAST | {"candidates": 6, "controls": 2, "strength": (1.0,)}
     scored = score_steering(saes, captures, concepts="red", output_dir=tmp_path / "scores", **fast)
     red = scored.result["kinds"]["colour"]["red"]
-    for row in ("feature", "set", "swap", "mean_difference", "neuron", "random"):
+    for row in ("feature", "set", "swap", "mean_difference", "mean_swap", "neuron", "random"):
         assert red[row]["rule"] in ("word", "phrase", "text")
         assert red[row]["candidate"].endswith(("t5.0", "double.0.txt"))
     assert red["feature"]["candidates"] == 6  # the best one of both autoencoders at three levels

@@ -128,15 +128,15 @@ def test_widened_reaches_the_eight_around_and_does_not_wrap():
 
 def test_a_candidate_keeps_the_proportions_of_its_strengths():
     edit = Edit(vector=torch.ones(4), sites="double.0.img", unit="raw", strength=-0.5)
-    assert Candidate("one", edit, ("all",)).at(2.0, None).strengths == (-1.0,)
+    assert [one.strengths for one in Candidate("one", (edit,), ("all",)).at(2.0, None)] == [(-1.0,)]
     swap = Edit(kind="set", sae="saes/one", feature=(3, 1), strength=(1.0, 0.0))
-    assert Candidate("swap", swap, ("word",)).at(2.0, None).strengths == (2.0, 0.0)
+    assert [one.strengths for one in Candidate("swap", (swap,), ("word",)).at(2.0, None)] == [(2.0, 0.0)]
 
 
 def test_the_search_finds_the_best_trial_and_counts_it_on_all_tasks():
     ready = ready_task(task("colour", "green"), draw(parse_caption(PAIR), 128))
     edit = Edit(vector=torch.ones(4), sites="double.0.img", unit="raw")
-    candidates = [Candidate(str(number), edit, image_rules("colour")) for number in range(30)]
+    candidates = [Candidate(str(number), (edit,), image_rules("colour")) for number in range(30)]
     tried = []
 
     def outcomes(tasks, trials):
