@@ -219,8 +219,9 @@ class Page:
 
     def _number(self) -> tuple[Any, Any, Any]:
         gr, names = self.gr, [str(dictionary.site) for dictionary in self.studio.dictionaries]
-        with gr.Row(equal_height=True):
-            number = gr.Number(None, label="Feature by its number", precision=0, min_width=120)
+        with gr.Row(elem_classes="beside"):
+            # No gr.Number: it shows 0 where there is none.
+            number = gr.Textbox(label="Feature by its number", max_lines=1, min_width=120, elem_id="number")
             dictionary = gr.Dropdown(
                 [(name, place) for place, name in enumerate(names)],
                 value=0 if names else None,
@@ -234,7 +235,7 @@ class Page:
     def _sliders(self) -> tuple[list[Any], list[Any], list[Any]]:
         gr, rows, sliders, removes = self.gr, [], [], []
         for place in range(MOST_TURNED):
-            with gr.Row(visible=False, equal_height=True) as row:
+            with gr.Row(visible=False, elem_classes="beside") as row:
                 slider = gr.Slider(
                     -STRENGTH, STRENGTH, 0, step=STRENGTH_STEP, label="", scale=6, elem_id=f"strength-{place}"
                 )
@@ -489,10 +490,13 @@ class Page:
             self._turn(session, place)
         return self._turned(session, step, strengths_now)
 
-    def _add(self, session: Session, number: int | None, dictionary: int, step: int, *strengths: float) -> list[Any]:
-        if number is None:
-            raise FluxIRError("a feature has a number: got none", hint="type one, or click a patch for its features")
-        self._turn(session, (dictionary, number))
+    def _add(self, session: Session, number: str, dictionary: int, step: int, *strengths: float) -> list[Any]:
+        if not number.strip().isdecimal():
+            raise FluxIRError(
+                f"a feature has a number: got {number.strip()!r}",
+                hint="type one such as 12, or click a patch for its features",
+            )
+        self._turn(session, (dictionary, int(number)))
         return self._turned(session, step, list(strengths))
 
     def _remove(self, at: int, session: Session, step: int, *strengths: float) -> list[Any]:

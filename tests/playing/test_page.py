@@ -72,6 +72,15 @@ def test_from_a_prompt_to_a_turned_feature_and_back_to_the_same_bytes(served):
         expect(page.locator("#price")).to_contain_text("dB")
         assert steered.get_attribute("src") != picture.get_attribute("src")
         assert "--edit" in page.locator("#command textarea").input_value()
+
+        number = page.locator("#number input, #number textarea")
+        expect(number).to_have_value("")
+        number.fill("twelve")
+        page.locator("#add").click()
+        expect(page.get_by_text("a feature has a number: got 'twelve'")).to_be_visible()
+        number.fill("12")
+        page.locator("#add").click()
+        expect(page.locator("#strength-1")).to_contain_text("Feature 12")
         browser.close()
     expect.set_options(timeout=5_000)
     assert wrong == []
