@@ -20,7 +20,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sites import Site
 from flux_ir.steering.edits import Edit
-from flux_ir.studies.caption_words import CONCEPTS, TEXT_LEVELS, ConceptKind
+from flux_ir.studies.caption_words import CONCEPTS, ConceptKind, text_levels
 from flux_ir.studies.causal import Candidate, RegionRule, image_rules
 from flux_ir.studies.labelled_tokens import FeatureBoard, LabelledTokens
 from flux_ir.studies.labels import Labels, Level, Negatives, Question, Task
@@ -273,7 +273,7 @@ def spots_of(site: Site, kind: ConceptKind, concept: str) -> list[Spot]:
     if not is_text(site):
         level, negatives = _TOLD_BY[kind]
         return [Spot(site, Task(Question(kind, concept, level), negatives), image_rules(kind))]
-    return [Spot(site, Task(Question(kind, concept, level), "hard"), (level,)) for level in TEXT_LEVELS]
+    return [Spot(site, Task(Question(kind, concept, level), "hard"), (level,)) for level in text_levels(kind)]
 
 
 def pursued(

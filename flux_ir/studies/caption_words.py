@@ -21,23 +21,34 @@ CONCEPTS: dict[ConceptKind, tuple[str, ...]] = {
 """What is asked for: recolour an object, change the background, reshape an object, move the only one."""
 TEXT_LEVELS: tuple[TextLevel, ...] = get_args(TextLevel)
 """word: the words that name the concept; phrase: the object's noun phrase, or the four words that name the background;
-text: every token, padding too."""
+rest: of the background alone, every token but the words for size, colour and shape of objects; text: every token. The
+padding belongs to rest and text."""
 
 
-def words_of(scene: Scene, kind: ConceptKind, thing: int | None, level: Literal["word", "phrase"]) -> range:
-    """The words of a caption, counted from 0, that say the concept of an object (None: of the background)."""
-    if thing is None:
-        length = len(scene.caption.split())
-        return range(length - 2, length - 1) if level == "word" else range(length - 4, length)
+def text_levels(kind: ConceptKind) -> tuple[TextLevel, ...]:
+    """Which of them there are for a concept."""
+    return tuple(level for level in TEXT_LEVELS if level != "rest" or kind == "background")
+
+
+def words_of(scene: Scene, kind: ConceptKind, thing: int | None, level: TextLevel, tokens: int) -> list[int]:
+    """The text tokens, of so many, that say the concept of an object (None: of the background)."""
+    every, length = list(range(tokens)), len(scene.caption.split())
     phrase = len(scene.things[0].words.split())
     between = 0 if scene.relation is None else len(scene.relation.split())
-    start = thing * (phrase + between)
-    if level == "phrase":
-        return range(start, start + phrase)
+    starts = [number * (phrase + between) for number in range(len(scene.things))]
+    match level:
+        case "text":
+            return every
+        case "rest":
+            described = {start + within for start in starts for within in range(1, phrase)}
+            return [token for token in every if token not in described]
+        case "phrase":
+            return every[length - 4 : length] if thing is None else every[starts[thing] : starts[thing] + phrase]
+    if thing is None:
+        return [length - 2]
     if kind == "place":
-        return range(phrase, phrase + len(scene.things[0].place.split()))
-    within = scene.things[thing].words.split().index(getattr(scene.things[thing], kind))
-    return range(start + within, start + within + 1)
+        return every[phrase : phrase + len(scene.things[0].place.split())]
+    return [starts[thing] + scene.things[thing].words.split().index(getattr(scene.things[thing], kind))]
 
 
 def said(scene: Scene, kind: ConceptKind) -> Iterator[tuple[int | None, str]]:
@@ -55,12 +66,12 @@ def caption_labels(captions: Sequence[Scene], tokens: int) -> Labels:
     """
     questions, every = list[Question](), list[np.ndarray]()
     for kind, concepts in CONCEPTS.items():
-        for level in TEXT_LEVELS:
+        for level in text_levels(kind):
             value = np.full((len(concepts), len(captions), tokens), fill_value=False)
             for image, scene in enumerate(captions):
                 for thing, concept in said(scene, kind):
-                    where = range(tokens) if level == "text" else words_of(scene, kind, thing, level)
-                    value[concepts.index(concept), image, where.start : where.stop] = True
+                    where = words_of(scene, kind, thing, level, tokens)
+                    value[concepts.index(concept), image, where] = True
             counted = np.asarray(value.any(axis=0))
             questions += [Question(kind, concept, level) for concept in concepts]
             every += [make_bits(positive, counted, counted) for positive in value]

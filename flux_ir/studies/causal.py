@@ -128,13 +128,13 @@ def image_rules(kind: ConceptKind) -> tuple[RegionRule, ...]:
     return ("all",) if kind == "place" else ("mask", "wide", "all")
 
 
-def region_of_rule(ready: Ready, rule: RegionRule) -> Region | None:
+def region_of_rule(ready: Ready, rule: RegionRule, txt_tokens: int) -> Region | None:
     """The patches, or words, that an edit of this task may change; None: all of them."""
     if rule in ("all", "text"):
         return None
-    if rule in ("word", "phrase"):
+    if rule in ("word", "phrase", "rest"):
         task = ready.task
-        return Region(tokens=tuple(words_of(task.scene, task.kind, task.thing, rule)))
+        return Region(tokens=tuple(words_of(task.scene, task.kind, task.thing, rule, txt_tokens)))
     if ready.task.thing is None:
         cover = ready.cover.sum(axis=0)
         inside = cover < 1 - 1e-6 if rule == "mask" else cover == 0
@@ -229,7 +229,9 @@ class Laboratory:
         return Outcome(*(np.array(one, dtype=bool) for one in zip(*judged, strict=True)))
 
     def _variant(self, ready: Ready, trial: Trial, at_steps: Sequence[int] | None) -> Variant:
-        steering = self.steering.of(trial.candidate.at(trial.strength, region_of_rule(ready, trial.rule)))
+        steering = self.steering.of(
+            trial.candidate.at(trial.strength, region_of_rule(ready, trial.rule, self.steering.txt_tokens))
+        )
         if at_steps is not None:
             steering = steering.at_steps(at_steps)
         text = self.encode(ready.task.scene.caption, steering if steering.text_sites else None)

@@ -21,7 +21,7 @@ from flux_ir.studies.judged import Judged
 
 Level = Literal["interior", "any", "image"]
 Negatives = Literal["all", "hard"]
-TextLevel = Literal["word", "phrase", "text"]
+TextLevel = Literal["word", "phrase", "rest", "text"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 NEGATIVES: tuple[Negatives, ...] = get_args(Negatives)
 

@@ -11,8 +11,9 @@ import flux_ir
 from flux_ir.demo.captions import part_of
 from flux_ir.demo.drawing import draw
 from flux_ir.demo.scenes import parse_caption
+from flux_ir.sites import Site
 from flux_ir.steering.edits import Edit
-from flux_ir.studies.candidates import pursued
+from flux_ir.studies.candidates import pursued, spots_of
 from flux_ir.studies.caption_words import CONCEPTS, caption_labels, words_of
 from flux_ir.studies.causal import (
     Candidate,
@@ -105,12 +106,12 @@ def test_a_task_is_ready_only_where_the_unsteered_picture_is_right():
 
 def test_regions_of_objects_and_of_the_background():
     ready = ready_task(task("colour", "green"), draw(parse_caption(PAIR), 128))
-    mask, wide = (set(region_of_rule(ready, rule).tokens) for rule in ("mask", "wide"))
+    mask, wide = (set(region_of_rule(ready, rule, 20).tokens) for rule in ("mask", "wide"))
     assert mask == set(np.flatnonzero(ready.cover[0] > 0))
     assert mask < wide
-    assert region_of_rule(ready, "all") is None
+    assert region_of_rule(ready, "all", 20) is None
     ground = ready_task(task("background", "black", thing=None), draw(parse_caption(PAIR), 128))
-    outside, clear = (set(region_of_rule(ground, rule).tokens) for rule in ("mask", "wide"))
+    outside, clear = (set(region_of_rule(ground, rule, 20).tokens) for rule in ("mask", "wide"))
     assert clear == set(range(64)) - set(np.flatnonzero(ground.cover.sum(axis=0)))
     assert clear < outside < set(range(64))
 
@@ -174,17 +175,25 @@ def test_pursuit_finds_the_rows_that_a_sum_is_of():
 )
 def test_the_words_that_say_a_thing(kind, thing, level, words):
     scene = parse_caption(PAIR)
-    where = words_of(scene, kind, thing, level)
-    assert " ".join(PAIR.split()[where.start : where.stop]) == words
+    where = words_of(scene, kind, thing, level, 20)
+    assert " ".join(PAIR.split()[place] for place in where) == words
     ready = ready_task(task("colour", "green", thing=0), draw(scene, 128))
     ready = ready._replace(task=ready.task._replace(kind=kind, thing=thing))
-    assert region_of_rule(ready, level).tokens == tuple(where)
-    assert region_of_rule(ready, "text") is None
+    assert region_of_rule(ready, level, 20).tokens == tuple(where)
+    assert region_of_rule(ready, "text", 20) is None
 
 
 def test_the_words_of_a_place():
-    where = words_of(parse_caption(ALONE), "place", 0, "word")
-    assert ALONE.split()[where.start : where.stop] == ["in", "the", "center"]
+    where = words_of(parse_caption(ALONE), "place", 0, "word", 20)
+    assert [ALONE.split()[place] for place in where] == ["in", "the", "center"]
+
+
+def test_the_rest_is_what_describes_no_object():
+    where = words_of(parse_caption(PAIR), "background", None, "rest", 16)
+    assert " ".join(PAIR.split()[place] for place in where if place < 14) == "a left of a on a gray background"
+    assert where[-3:] == [13, 14, 15]
+    assert {one.rules for one in spots_of(Site.parse("t5.0"), "colour", "red")} == {("word",), ("phrase",), ("text",)}
+    assert ("rest",) in {one.rules for one in spots_of(Site.parse("t5.0"), "background", "gray")}
 
 
 def test_each_token_of_flux_tinys_t5_is_one_word():
