@@ -17,13 +17,15 @@ class ScoreSteeringOptions(ActivationsOptions, DeviceOptions, TokensOptions):
     """Score how often an edit of features puts a known thing into a scene of flux-tiny and leaves all else as it was.
 
     For each concept one direction, one strength and one rule for the region are found on scenes of one part of the
-    captions, and counted on fresh ones: a feature, a set of them, and beside these, under the same search, mean
+    captions, and counted on fresh ones: a feature, a set of them, a swap, and beside these, under the same search, mean
     differences, neurons, random directions; last, the edited caption itself. Writes steering_scores.json, a table and
     a grid per kind; a run that was stopped goes on.
     """
 
     sae: tuple[Path, ...] = option(
-        REQUIRED, help="the folder of an autoencoder of image tokens, or of several to search together", group=MEASURED
+        REQUIRED,
+        help="the folder of an autoencoder of image tokens, text tokens or a layer of T5; several are tried together",
+        group=MEASURED,
     )
 
     kinds: tuple[Literal["colour", "background", "shape", "place"], ...] = option(

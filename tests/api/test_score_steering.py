@@ -119,6 +119,20 @@ def test_what_captures_and_autoencoders_must_be(captures, sae, tmp_path):
         score_steering(other, captures, output_dir=tmp_path, **FAST)
 
 
+def test_captures_must_be_of_every_step_and_of_no_caption_that_counts(sae, tmp_path):
+    small = {"model": "flux-tiny", "sites": "double.3.img", "num_steps": 2, "dtype": "float32"}
+    collect(prompts=captions(2, 1, "A"), output_dir=tmp_path / "one_step", steps=[1], **small)
+    with pytest.raises(FluxIRError, match="a mean difference is of every step: these captures have 1 of 2 steps"):
+        score_steering(sae, tmp_path / "one_step", output_dir=tmp_path, **FAST)
+    collect(prompts=list(islice(captions(50, 1, "C"), 2)), output_dir=tmp_path / "C", **small)
+    with pytest.raises(FluxIRError, match="must share no caption with the scenes that are counted"):
+        score_steering(sae, tmp_path / "C", output_dir=tmp_path, **FAST)
+    collect(prompts=["a cat"], output_dir=tmp_path / "cats", **(small | {"sites": "double.0.txt"}))
+    other = random_sae("double.0.txt", tmp_path / "double.0.txt")
+    with pytest.raises(FluxIRError, match="captions of flux-tiny's world alone: got 'a cat'"):
+        score_steering(other, tmp_path / "cats", output_dir=tmp_path, **FAST)
+
+
 def test_words_are_turned_where_they_were_picked(captures, tmp_path):
     saes = [random_sae(site, tmp_path / site) for site in ("t5.0", "double.0.txt")]
     fast = FAST | {"candidates": 6, "controls": 2, "strength": (1.0,)}
