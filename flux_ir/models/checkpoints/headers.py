@@ -34,7 +34,8 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit: anything above is ano
 class TensorEntry(NamedTuple):
     """One tensor of a file, unread: where it is, under which name, and how large. `dtype` as the format spells it.
 
-    `scale`: the tensor that the values are to be multiplied with, one factor in all or one for each row.
+    `offset`: the byte of the file that its values begin at. `scale`: the tensor that the values are to be multiplied
+    with, one factor in all or one for each row.
     """
 
     file: Path
@@ -42,6 +43,7 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    offset: int = 0
     scale: "TensorEntry | None" = None
 
 
@@ -128,7 +130,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if size < 8 + header_bytes:
             raise _truncated(path, size, 8 + header_bytes)
         header = _parse_header(path, file.read(header_bytes))
-    entries = {name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"}
+    data = 8 + header_bytes
+    entries = {name: _entry(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
     expected = 8 + header_bytes + sum(entry.nbytes for entry in entries.values())
     if size < expected:
         raise _truncated(path, size, expected)
@@ -197,10 +200,10 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, value: Any) -> TensorEntry:
+def _entry(path: Path, name: str, value: Any, data: int) -> TensorEntry:
     try:
         begin, end = value["data_offsets"]
-        return TensorEntry(path, name, tuple(value["shape"]), value["dtype"], end - begin)
+        return TensorEntry(path, name, tuple(value["shape"]), value["dtype"], end - begin, data + begin)
     except (KeyError, TypeError, ValueError) as error:
         raise _not_safetensors(path, name.encode()) from error
 

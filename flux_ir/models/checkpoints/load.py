@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.checkpoints.headers import read_tensor
+from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
@@ -51,17 +51,35 @@ def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEnco
     return blank_network(spec, part)
 
 
+class Weights:
+    """The weights of one network, by their names in it; each is read when it is asked for."""
+
+    def __init__(self, network: Flux | AutoEncoder, source: WeightSource) -> None:
+        self._source = source
+        self._layout = layout_parts(source.layout, network)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the files hold of a weight."""
+        return sum(entry.nbytes for entry in self._entries(name))
+
+    def read_into(self, target: Tensor, name: str) -> None:
+        """Fill `target`, which has the shape of the weight, on its device and in its dtype."""
+        self._layout[name].fill(target, map(read_tensor, self._entries(name)))
+
+    def _entries(self, name: str) -> list[TensorEntry]:
+        return [self._source.entries[part] for part in self._layout[name].names]
+
+
 def _filled(
     network: Network, source: WeightSource, device: torch.device | str, dtype: torch.dtype, advance: Advance | None
 ) -> Network:
     """The network with its weights in place of the meta tensors it was built of."""
-    layout = layout_parts(source.layout, network)
+    weights = Weights(network, source)
     state: dict[str, Tensor] = {}
     for name, blank in network.state_dict().items():
-        entries = [source.entries[part] for part in layout[name].names]
         state[name] = torch.empty(blank.shape, device=device, dtype=dtype)
-        layout[name].fill(state[name], map(read_tensor, entries))
+        weights.read_into(state[name], name)
         if advance is not None:
-            advance(sum(entry.nbytes for entry in entries))
+            advance(weights.nbytes(name))
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)

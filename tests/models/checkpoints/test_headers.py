@@ -18,8 +18,19 @@ def state():
 def test_entries_say_where_and_how_large_each_tensor_is(tmp_path, save, state):
     path = save(state, tmp_path / "some.safetensors")
     entries = read_entries(path)
-    assert entries["a.weight"] == (path, "a.weight", (3, 5), "F32", 60, None)
-    assert entries["b.bias"] == (path, "b.bias", (7,), "BF16", 14, None)
+    data = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    first = min(entries["a.weight"].offset, entries["b.bias"].offset)
+    assert first == data
+    assert entries["a.weight"]._replace(offset=0) == (path, "a.weight", (3, 5), "F32", 60, 0, None)
+    assert entries["b.bias"]._replace(offset=0) == (path, "b.bias", (7,), "BF16", 14, 0, None)
+
+
+def test_the_bytes_at_an_offset_are_the_values(tmp_path, save):
+    state = {"a": torch.arange(5, dtype=torch.float32), "b": torch.arange(7, dtype=torch.int32)}
+    path = save(state, tmp_path / "some.safetensors")
+    for name, entry in read_entries(path).items():
+        held = path.read_bytes()[entry.offset : entry.offset + entry.nbytes]
+        assert held == state[name].numpy().tobytes()
 
 
 def test_shards_are_read_through_their_index(tmp_path, save_sharded, state):
