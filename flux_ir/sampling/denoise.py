@@ -10,7 +10,8 @@ from torch import nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.shapes import Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
+from flux_ir.models.streaming import StreamedFlux
+from flux_ir.shapes import Conditioning, Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
 
 
 class Step(NamedTuple):
@@ -73,8 +74,14 @@ def denoise(
     """
     times = list(pairwise(timesteps))
     checks: list[_FinitenessCheck] = []  # of states that are not known to be finite yet: two at most
+    strength = per_sample(guidance, img)
+    # Weights that are streamed come once for what needs nothing but the times.
+    ahead: list[Conditioning] = []
+    if isinstance(model, StreamedFlux):
+        ahead = model.modulate_ahead([per_sample(time, img) for time, _ in times], y, strength)
     for number, (t_curr, t_prev) in enumerate(times):
-        velocity = model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, per_sample(guidance, img))
+        known = {"vec": ahead[number]} if ahead else {}
+        velocity = model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, strength, **known)
         after = euler_step(img, velocity, t_curr, t_prev)
         step = Step(number, t_curr, t_prev, img, velocity, after)
         checks.append(_FinitenessCheck(step))
@@ -130,9 +137,7 @@ def _not_finite(
     In a network of its own that shares the weights, so that nobody who listens to `model` hears the step twice.
     """
     own: Flux = getattr(model, "_orig_mod", model)  # a compiled model's own
-    with torch.device("meta"):
-        twin = Flux(own.params)
-    twin.load_state_dict(own.state_dict(), assign=True)
+    twin = own.twin()
     for name, module in twin.named_modules():
         if re.fullmatch(r"(img_in|txt_in|time_in|guidance_in|vector_in|final_layer|(double|single)_blocks\.\d+)", name):
             module.register_forward_hook(_watch(name.replace("_blocks", "")))

@@ -104,6 +104,13 @@ class Flux(nn.Module):
         """The velocity [latent units per unit of flow time] that these image tokens stand for under `vec`."""
         return self.final_layer(img, vec)
 
+    def twin(self) -> "Flux":
+        """Another network with the same weights in the same memory, and no hooks."""
+        with torch.device("meta"):
+            twin = Flux(self.params)
+        twin.load_state_dict(self.state_dict(), assign=True)
+        return twin
+
     def forward(
         self,
         img: PackedLatent,

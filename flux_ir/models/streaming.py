@@ -1,0 +1,355 @@
+"""A transformer whose blocks are on the device only while they compute: their weights come one block after the other.
+
+While one block computes, a thread fetches the next one's weights into memory that is used again and again, a *slot*.
+Every product is that of the resident network, in its order: the bits are the same. What is small stays on the device.
+
+The modulation layers are 27 % of FLUX.1's weights and need nothing but the times of the steps and the pooled text. So
+they come once, before the first step, and put out what they will for all steps (`StreamedFlux.modulate_ahead`).
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from flux_ir.errors import FluxIRError
+from flux_ir.models.flux1.blocks import Modulation, ModulationOut
+from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.shapes import Conditioning, Context, ImgIds, PackedLatent, PerSample, Pooled, TxtIds, Velocity
+
+Fetch = Callable[[Tensor, str], None]
+"""Fills a tensor with the weight of this name."""
+Event = Literal["fetch", "compute", "free"]
+Watch = Callable[[Event, str, int], None]
+"""Is told of a unit's name and the number of its slot: its weights are asked for, computed with, no longer needed."""
+ALIGNMENT = 512
+"""Bytes: where a weight may begin in a slot. That of CUDA's allocator and a multiple of the CPU's, so that kernels
+choose as they do for resident weights."""
+SLOTS = 2  # one that computes, one that is filled
+
+
+class Weight(NamedTuple):
+    """One parameter of a unit: its name in the network, and the module that holds it, under which name."""
+
+    name: str
+    module: nn.Module
+    leaf: str
+    blank: nn.Parameter
+    """The parameter on the meta device, which stands there while the weight does not."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that come and go together."""
+
+    name: str
+    weights: tuple[Weight, ...]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a slot that holds them."""
+        return sum(_aligned(weight.blank.numel() * dtype.itemsize) for weight in self.weights)
+
+
+def unit_of(network: nn.Module, name: str, *, without: type[nn.Module] | None = None) -> Unit:
+    """The parameters below the module of this name, but for those below modules of a kind."""
+    weights = []
+    for path, module in network.get_submodule(name).named_modules(prefix=name):
+        if without is not None and isinstance(_owner(network, path, without), without):
+            continue
+        for leaf, blank in module.named_parameters(recurse=False):
+            weights.append(Weight(f"{path}.{leaf}", module, leaf, blank))
+    return Unit(name, tuple(weights))
+
+
+def _owner(network: nn.Module, path: str, kind: type[nn.Module]) -> nn.Module | None:
+    """The innermost module of a kind that the module at `path` is, or stands in."""
+    while path:
+        if isinstance(module := network.get_submodule(path), kind):
+            return module
+        path = path.rpartition(".")[0]
+    return None
+
+
+class Slot:
+    """Memory for one unit's weights on a device. On a GPU `filled` and `freed` order the copies and the products."""
+
+    def __init__(self, number: int, nbytes: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.number, self._dtype = number, dtype
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.filled: torch.cuda.Event | None = None
+        self.freed: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.filled, self.freed = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def views(self, unit: Unit) -> Iterator[tuple[Weight, Tensor]]:
+        """Every weight of a unit with its place in the memory."""
+        begin = 0
+        for weight in unit.weights:
+            nbytes = weight.blank.numel() * self._dtype.itemsize
+            yield weight, self._memory[begin : begin + nbytes].view(self._dtype).view(weight.blank.shape)
+            begin += _aligned(nbytes)
+
+
+class BlockStream:
+    """Units whose weights are on a device in turns. `present` waits for one unit; the next ones are fetched meanwhile.
+
+    `successor[i]` is the unit that is expected after unit i. Another order is served too, only not ahead of time.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        successor: Sequence[int],
+        fetch: Fetch,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        slots: int = SLOTS,
+        watch: Watch | None = None,
+    ) -> None:
+        self.units, self._successor, self._fetch = units, successor, fetch
+        self.device, self.watch = torch.device(device), watch
+        nbytes = max(unit.nbytes(dtype) for unit in units)
+        self._free = deque(Slot(number, nbytes, self.device, dtype) for number in range(slots))
+        self._coming: deque[tuple[int, Slot, Future[None]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._copies: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def present(self, number: int) -> Iterator[None]:
+        """The unit's weights are in its modules inside the `with`."""
+        slot = self.enter(number)
+        try:
+            yield
+        finally:
+            self.leave(number, slot)
+
+    def enter(self, number: int) -> Slot:
+        """Wait for the unit's weights and put them into its modules; `leave` gives their slot back.
+
+        Raises FluxIRError for weights that cannot be read.
+        """
+        if not self._coming or self._coming[0][0] != number:
+            self._forget_coming()
+            self._fetch_from(number)
+        _, slot, arriving = self._coming.popleft()
+        try:
+            arriving.result()
+        except BaseException:
+            self._free.append(slot)
+            raise
+        if slot.filled is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.filled)
+        for weight, view in slot.views(self.units[number]):
+            weight.module._parameters[weight.leaf] = nn.Parameter(view, requires_grad=False)
+        self._fetch_from(self._successor[number])
+        self._tell("compute", number, slot)
+        return slot
+
+    def leave(self, number: int, slot: Slot) -> None:
+        """Take the weights out of the unit's modules; their slot is filled anew."""
+        for weight in self.units[number].weights:
+            weight.module._parameters[weight.leaf] = weight.blank
+        if slot.freed is not None:
+            slot.freed.record(torch.cuda.current_stream(self.device))
+        self._tell("free", number, slot)
+        self._free.append(slot)
+        self._fetch_from(self._successor[self._coming[-1][0] if self._coming else number])
+
+    def close(self) -> None:
+        """Stop fetching and give the memory back."""
+        self._forget_coming()
+        self._thread.shutdown()
+        self._free.clear()
+
+    def _fetch_from(self, number: int) -> None:
+        """Ask for the unit, if it does not come already, and for those after it, as far as there are free slots."""
+        if self._coming:
+            number = self._successor[self._coming[-1][0]]
+        while self._free:
+            slot = self._free.popleft()
+            self._tell("fetch", number, slot)
+            self._coming.append((number, slot, self._thread.submit(self._fill, self.units[number], slot)))
+            number = self._successor[number]
+
+    def _fill(self, unit: Unit, slot: Slot) -> None:
+        """Runs in the thread."""
+        if self._copies is None or slot.filled is None or slot.freed is None:
+            for weight, view in slot.views(unit):
+                self._fetch(view, weight.name)
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
+            self._copies.wait_event(slot.freed)
+            for weight, view in slot.views(unit):
+                self._fetch(view, weight.name)
+            slot.filled.record(self._copies)
+
+    def _forget_coming(self) -> None:
+        while self._coming:
+            _, slot, arriving = self._coming.popleft()
+            arriving.exception()  # waits; what went wrong with a unit that nobody asked for does not matter
+            self._free.append(slot)
+
+    def _tell(self, event: Event, number: int, slot: Slot) -> None:
+        if self.watch is not None:
+            self.watch(event, self.units[number].name, slot.number)
+
+
+class StreamedFlux(Flux):
+    """FLUX's transformer with its blocks streamed. It is called, hooked and read as any `Flux`.
+
+    `fetch` gives the weights by their names. `resident` are the numbers of blocks, counted over double and single
+    ones, that stay on the device; at least one does not. One forward runs at a time.
+    """
+
+    def __init__(
+        self,
+        params: FluxParams,
+        fetch: Fetch,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        resident: Collection[int] = (),
+        slots: int = SLOTS,
+        watch: Watch | None = None,
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(params)
+        self.requires_grad_(requires_grad=False).eval()
+        streamed = [name for number, name in enumerate(block_names(params)) if number not in frozenset(resident)]
+        for name, blank in self.named_parameters():
+            if not name.startswith(tuple(f"{block}." for block in streamed)):
+                value = torch.empty(blank.shape, device=device, dtype=dtype)
+                fetch(value, name)
+                path, _, leaf = name.rpartition(".")
+                self.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+        modulations = [
+            path
+            for name in streamed
+            for path, module in self.get_submodule(name).named_modules(prefix=name)
+            if isinstance(module, Modulation)
+        ]
+        units = [unit_of(self, name) for name in modulations]
+        units += [unit_of(self, name, without=Modulation) for name in streamed]
+        # After the modulations come the blocks, and after the last block the first one: of the next step.
+        successor = [*range(1, len(units)), len(modulations)]
+        self.stream = BlockStream(units, successor, fetch, device, dtype, slots=slots, watch=watch)
+        self._modulations = [_Modulations(self.stream, n, self.get_submodule(m)) for n, m in enumerate(modulations)]
+        for number, name in enumerate(streamed, start=len(modulations)):
+            _Turns(self.stream, number).hang(self.get_submodule(name))
+        self._vec: Conditioning | None = None
+        self._again = partial(StreamedFlux, params, fetch, device, dtype, resident=resident, slots=slots)
+
+    def modulate_ahead(
+        self, timesteps: Sequence[PerSample], y: Pooled, guidance: PerSample | None = None
+    ) -> list[Conditioning]:
+        """The conditioning of each step, with the modulations of every block computed now, each by its own call.
+
+        `forward` takes one of these tensors as `vec` and finds its modulations, for as long as the tensor lives.
+        """
+        vecs = [self.conditioning(time, y, guidance) for time in timesteps]
+        for modulations in self._modulations:
+            modulations.compute(vecs)
+        return vecs
+
+    def forward(
+        self,
+        img: PackedLatent,
+        img_ids: ImgIds,
+        txt: Context,
+        txt_ids: TxtIds,
+        timesteps: PerSample,
+        y: Pooled,
+        guidance: PerSample | None = None,
+        vec: Conditioning | None = None,
+    ) -> Velocity:
+        """As `Flux.forward`. `vec`: what `modulate_ahead` gave for this step; None: it is called for this step alone.
+
+        Raises FluxIRError if gradients are asked for: a block's weights are gone when they would be needed.
+        """
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (img, txt, y)):
+            raise FluxIRError(
+                "gradients need every block's weights after the forward pass: these are streamed",
+                hint="leave out --offload blocks",
+            )
+        self._vec = self.modulate_ahead([timesteps], y, guidance)[0] if vec is None else vec
+        try:
+            return super().forward(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        finally:
+            self._vec = None
+
+    def conditioning(self, timesteps: PerSample, y: Pooled, guidance: PerSample | None = None) -> Conditioning:
+        """As `Flux.conditioning`; inside `forward` it is the one whose modulations are known."""
+        return super().conditioning(timesteps, y, guidance) if self._vec is None else self._vec
+
+    def twin(self) -> "StreamedFlux":
+        """Another network with the same weights, slots of its own, and no hooks of others."""
+        return self._again()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("a streamed network cannot be copied: its weights come and go")
+
+
+def block_names(params: FluxParams) -> list[str]:
+    """The names of the blocks in depth order."""
+    double = [f"double_blocks.{number}" for number in range(params.depth)]
+    return double + [f"single_blocks.{number}" for number in range(params.depth_single_blocks)]
+
+
+class _Modulations:
+    """One streamed modulation layer and what it put out for the vectors that still live.
+
+    It takes the place of the layer's own `forward`: its weights are not there when the block is.
+    """
+
+    def __init__(self, stream: BlockStream, number: int, layer: nn.Module) -> None:
+        assert isinstance(layer, Modulation)
+        self._stream, self._number, self._layer = stream, number, layer
+        self._known: MutableMapping[Tensor, list[ModulationOut]] = WeakTensorKeyDictionary()
+        layer.forward = self.of  # type: ignore[method-assign]
+
+    def compute(self, vecs: Sequence[Conditioning]) -> None:
+        """Have the layer's weights once, and its output for each of the vectors."""
+        with self._stream.present(self._number):
+            for vec in vecs:
+                self._known[vec] = Modulation.forward(self._layer, vec)
+
+    def of(self, vec: Conditioning) -> list[ModulationOut]:
+        """The layer's output for a vector: by its identity, else computed now, which costs the weights' way."""
+        if vec not in self._known:
+            self.compute([vec])
+        return self._known[vec]
+
+
+class _Turns:
+    """The hooks of one block: its weights are there when it is called, and gone when it is done or has failed."""
+
+    def __init__(self, stream: BlockStream, number: int) -> None:
+        self._stream, self._number = stream, number
+        self._slot: Slot | None = None
+
+    def hang(self, block: nn.Module) -> None:
+        block.register_forward_pre_hook(self._before)
+        block.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, block: nn.Module, args: Any) -> None:
+        self._slot = self._stream.enter(self._number)
+
+    def _after(self, block: nn.Module, args: Any, output: Any) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._stream.leave(self._number, slot)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
