@@ -37,6 +37,8 @@ def check_words(declared: type | Callable[..., Any], arguments: Mapping[str, Any
     for name, value in arguments.items():
         words = _words(annotations[name])
         given = value if isinstance(value, Collection) and not isinstance(value, str) else [value]
+        if isinstance(value, bool) and bool in get_args(annotations[name]):
+            continue
         for word in given if words and value is not None else ():
             if word not in words:
                 near = nearest(str(word), words)

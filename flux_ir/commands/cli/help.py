@@ -71,7 +71,7 @@ def _bounds(flag: Flag) -> str:
 
 def _spelling(flag: Flag) -> str:
     if flag.kind is bool and not flag.optional:
-        return f"--[no]{flag.spelling}"
+        return f"--[no]{flag.spelling}" + (f" [{placeholder(flag)}]" if flag.choices else "")
     if flag.facts.positional:
         return placeholder(flag)
     return f"--{flag.spelling} {placeholder(flag)}".rstrip()

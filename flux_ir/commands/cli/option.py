@@ -82,7 +82,10 @@ def option(
 
 @dataclass(frozen=True)
 class Flag:
-    """One field of an `Options` dataclass, as a flag: `kind` is its type (of one element, where `many`)."""
+    """One field of an `Options` dataclass, as a flag: `kind` is its type (of one element, where `many`).
+
+    A switch, of kind bool, may have `choices`: words that it takes beside True and False.
+    """
 
     name: str
     kind: type
@@ -143,6 +146,8 @@ class Flag:
 
     def _read_one(self, text: str) -> Scalar:
         if self.kind is bool:
+            if text in self.choices:
+                return text
             if text.lower() not in _TRUTH:
                 raise ValueError(text)
             return _TRUTH[text.lower()]
@@ -151,9 +156,11 @@ class Flag:
         return self.kind(text)
 
     def _check_one(self, value: object) -> None:
+        if self.kind is bool and value in self.choices:
+            return
         if not _is_a(self.kind, value):
             raise self._wrong_type(value)
-        if self.choices and value not in self.choices:
+        if self.choices and self.kind is not bool and value not in self.choices:
             names = [str(choice) for choice in self.choices]
             near = nearest(str(value), names)
             raise FluxIRError(
@@ -187,6 +194,8 @@ class Flag:
 
     def _wrong_type(self, value: object) -> FluxIRError:
         wanted = f"{_MANY[self.kind]} separated by commas" if self.many else _ONE[self.kind]
+        if self.kind is bool and self.choices:
+            wanted = _either(["True", "False", *map(str, self.choices)])
         if self.optional and not self.facts.free_text:
             wanted += " or None"
         hints = {int: "write them like 0,2,5 or 0-3", str: f"write --{self.spelling} NAME,NAME"}
@@ -230,11 +239,18 @@ def command_line(options: Options, **changes: object) -> str:
 
 
 def _flag(name: str, annotation: Any, default: Any, facts: FlagFacts | None) -> Flag:
-    """Reads `X`, `X | None`, `tuple[X, ...]` and `tuple[X, ...] | None`, where X is a scalar type or a Literal."""
+    """Reads `X`, `X | None`, `tuple[X, ...]` and `tuple[X, ...] | None`, where X is a scalar type or a Literal.
+
+    And `bool | Literal[...]`: a switch that takes some words as well.
+    """
     if facts is None:
         raise TypeError(f"{name}: every field of an Options dataclass is declared with option(default, help=...)")
-    optional = get_origin(annotation) in (UnionType, Union) and NoneType in get_args(annotation)
-    inner = next(arm for arm in get_args(annotation) if arm is not NoneType) if optional else annotation
+    arms = get_args(annotation) if get_origin(annotation) in (UnionType, Union) else ()
+    words = next((get_args(arm) for arm in arms if get_origin(arm) is Literal), ())
+    if bool in arms and words:
+        return Flag(name, bool, many=False, optional=False, choices=words, default=default, facts=facts)
+    optional = NoneType in arms
+    inner = next(arm for arm in arms if arm is not NoneType) if optional else annotation
     many = get_origin(inner) is tuple
     element = get_args(inner)[0] if many else inner
     choices = get_args(element) if get_origin(element) is Literal else facts.choices

@@ -232,3 +232,38 @@ def test_an_output_folder_must_have_a_name_that_other_flags_can_take():
     assert Writing(folder=Path("a,b"), output_dir=Path("ab")).output_dir == Path("ab")
     with pytest.raises(FluxIRError, match=r"--output_dir must be a folder .* so without commas: got"):
         Writing(output_dir=Path("a,b"))
+
+
+@dataclass(frozen=True)
+class Placed(Options):
+    """A switch that takes words too."""
+
+    offload: bool | Literal["parts", "blocks"] = option(False, help="what waits elsewhere")
+    device: str | None = option(None, help="device")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], False),
+        (["--offload"], True),
+        (["--offload", "True"], True),
+        (["--offload=no"], False),
+        (["--nooffload"], False),
+        (["--offload", "blocks"], "blocks"),
+        (["--offload=parts", "--device", "cpu"], "parts"),
+        (["--offload", "--device", "cpu"], True),
+    ],
+)
+def test_a_switch_may_take_words(words, value):
+    assert parse(Placed, words, prog="place").offload == value
+    assert Placed(offload=value).offload == value
+    again = parse(Placed, shlex.split(command_line(Placed(offload=value))), prog="place")
+    assert again.offload == value
+
+
+def test_a_switch_that_takes_words_names_them():
+    with pytest.raises(FluxIRError, match="--offload must be True, False, parts or blocks: got 'layers'"):
+        parse(Placed, ["--offload", "layers"], prog="place")
+    with pytest.raises(FluxIRError, match="--offload must be True, False, parts or blocks: got 3"):
+        Placed(offload=3)
