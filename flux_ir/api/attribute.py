@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flux_ir.api.arguments import check_least
 from flux_ir.api.lens import CaptureResult
+from flux_ir.api.model_settings import PictureSettings, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.api.recorded_run import Recorded, check_run, recorded_run
 from flux_ir.api.steer import SteeringJob, SteerSettings, region_asked, settle, text_of
-from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
 from flux_ir.lens.decode import ROUNDING_DRIFT
 from flux_ir.models.compute_dtype import DtypeWord
@@ -64,7 +64,7 @@ AutoencoderGiven = str | Path | SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeSettings:
+class AttributeSettings(PictureSettings):
     """What an attribution is asked for; see `attribute`. None is settled by the run, the model, the machine."""
 
     run: str | Path | CaptureResult | None = None
@@ -72,11 +72,8 @@ class AttributeSettings:
     prompt: str | None = None
     prompt_embeds: str | Path | None = None
     model: str | Suite | None = None
+    """None: that of the run."""
     seed: int | None = None
-    width: int | None = None
-    height: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
     sae: tuple[AutoencoderGiven, ...] = ()
     sites: SiteNames | None = None
     steps: tuple[int, ...] | None = None
@@ -87,12 +84,6 @@ class AttributeSettings:
     candidates: int = 20
     controls: int = 20
     best: int = 8
-    device: str | None = None
-    multi_gpu: bool = False
-    offload: bool = False
-    dtype: DtypeWord = "auto"
-    checkpoint: str | Path | None = None
-    ae_checkpoint: str | Path | None = None
     batch_size: int = 8
     name: str | None = None
     output_dir: str | Path = "attributions"
@@ -203,7 +194,7 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
     sources, inside = sources_of(job), region_tokens(job, settings)
     check_counts(settings, sources)
     if recorded is not None:
-        check_run(recorded, job.suite, job.timesteps)
+        check_run(recorded, job.suite, job.picture.timesteps)
     identity = identity_of(job, settings, sources, inside, recorded)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     name = settings.name or f"{job.suite.spec.name}_{digest}"
@@ -220,17 +211,15 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
         painter = Painter(
             model,
             autoencoder,
-            job.grid,
-            job.timesteps,
-            job.guidance,
-            job.compute.dtype,
+            *job.picture,
+            job.machine.compute.dtype,
             meter=None,
             batch=settings.batch_size,
         )
         alone = {key: variant_of(job, text, [key]) for key in (*chosen.candidates, *chosen.controls)}
         made = make_missing(folder, painter, [variant_of(job, text, []), *alone.values()], progress)
         sites = [str(source.site) for source in sources]
-        asked = Asked(made[UNSTEERED], inside, job.grid, estimates, sites, len(steps_of(job)))
+        asked = Asked(made[UNSTEERED], inside, job.picture.grid, estimates, sites, len(steps_of(job)))
         removals = [asked.removal(key, made[v.row], chosen=key in chosen.candidates) for key, v in alone.items()]
         removals.sort(key=lambda removal: -removal.latent_inside)
         best = [(removal.sae, removal.feature) for removal in removals[: settings.best]]
@@ -278,7 +267,7 @@ def run_asked(settings: AttributeSettings) -> Recorded | None:
                 "--generation is one of a collection: got no --run", hint="--run captures/NAME names the collection"
             )
         return None
-    of_picture = ("prompt", "prompt_embeds", "seed", "width", "height", "num_steps", "guidance")
+    of_picture = ("prompt", "prompt_embeds", "seed", *settings.picture_choices())
     if given := [name for name in of_picture if getattr(settings, name) is not None]:
         raise FluxIRError(
             f"--run says everything about the picture: got --{given[0]} as well", hint="leave one of them out"
@@ -301,22 +290,21 @@ def steer_settings(settings: AttributeSettings, recorded: Recorded | None) -> St
         for sae, site in zip(settings.sae, sites, strict=True)
     ]
     model: str | Suite = settings.model or (recorded and recorded.model) or "flux-schnell"
-    same = ("device", "multi_gpu", "offload", "dtype", "checkpoint", "ae_checkpoint", "batch_size")
-    like = SteerSettings(model=model, edit=edits, **{name: getattr(settings, name) for name in same})
+    like = SteerSettings(model=model, edit=edits, batch_size=settings.batch_size, **settings.model_choices())
     if recorded is None:
-        of_picture = ("prompt", "prompt_embeds", "width", "height", "num_steps", "guidance")
-        return replace(like, seed=settings.seed or 0, **{name: getattr(settings, name) for name in of_picture})
+        like = replace(like, prompt=settings.prompt, prompt_embeds=settings.prompt_embeds, seed=settings.seed or 0)
+        return replace(like, **settings.picture_choices())
     name = model if isinstance(model, str) else model.spec.name
     if recorded.model is not None and recorded.model != name:
         raise FluxIRError(f"the run is one of {recorded.model}: got {name}", hint="leave --model out")
     run = recorded.sampling
     # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
     as_recorded: DtypeWord = "float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype
-    named = {} if isinstance(model, Suite) else recorded.files
+    files = {} if isinstance(model, Suite) else recorded.files
     return replace(
         like,
-        checkpoint=settings.checkpoint or named.get("transformer"),
-        ae_checkpoint=settings.ae_checkpoint or named.get("autoencoder"),
+        checkpoint=settings.checkpoint or files.get("transformer"),
+        ae_checkpoint=settings.ae_checkpoint or files.get("autoencoder"),
         prompt=run.prompt,
         seed=run.seed,
         width=run.width,
@@ -357,8 +345,8 @@ def region_tokens(job: SteeringJob, settings: AttributeSettings) -> Inside:
     """The image tokens of the region. Raises FluxIRError where it has none."""
     region = region_asked(settings.region, settings.mask, settings.above)
     if region is None:
-        return torch.ones(job.grid.tokens, dtype=torch.bool)
-    inside = torch.from_numpy(region.mask("img", job.grid.tokens, job.grid))
+        return torch.ones(job.picture.grid.tokens, dtype=torch.bool)
+    inside = torch.from_numpy(region.mask("img", job.picture.grid.tokens, job.picture.grid))
     if not inside.any():
         raise FluxIRError("the region has no token, so nothing in it can change", hint="lower --above, or leave it out")
     return inside
@@ -385,16 +373,10 @@ def identity_of(
     """What the numbers depend on, but for which features are removed: more of these may be asked for later."""
     states = recorded.states if recorded is not None else {}
     return {
-        "model": job.suite.spec.name,
-        "weights": weights_digest(job.suite.source, autoencoder=True),
+        **identity_of_pictures(job.suite, job.picture),
         "prompt": job.prompt if job.text is None else job.text.digest(),
         "seed": job.settings.seed,
         "states": {str(step): tensors_digest(state) for step, state in sorted(states.items())},
-        "size": list(job.grid),
-        "timesteps": job.timesteps,
-        "guidance": job.guidance,
-        "dtype": str(job.compute.dtype),
-        "device": torch.device(job.placement.transformer).type,
         "saes": [{"digest": source.digest, "site": str(source.site)} for source in sources],
         "steps": steps_of(job),
         "region": None if bool(inside.all()) else inside.nonzero().flatten().tolist(),
@@ -416,7 +398,7 @@ def find_states(
     """What every step began with: as the run kept it, else sampled. Raises FluxIRError for a run of other weights."""
     with phase(progress, "states"):
         stored = recorded.states if recorded is not None else {}
-        found = states_of(model, inputs_of(job, model, text), job.timesteps, job.guidance, stored)
+        found = states_of(model, inputs_of(job, model, text), job.picture.timesteps, job.picture.guidance, stored)
     if recorded is not None and not stored:
         notes.add("note: the run kept no whole states: they are sampled again from its seed")
     if not found.drift <= ROUNDING_DRIFT:
@@ -432,10 +414,9 @@ def find_states(
 
 def inputs_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> Inputs:
     """What the network is called with at the first step."""
-    noise = noise_for(
-        [job.settings.seed], job.grid.height, job.grid.width, model.img_in.weight.device, job.compute.dtype
-    )
-    return prepare(noise, text, job.grid.height, job.grid.width)
+    width, height = job.picture.grid
+    noise = noise_for([job.settings.seed], height, width, model.img_in.weight.device, job.machine.compute.dtype)
+    return prepare(noise, text, height, width)
 
 
 def estimate(
@@ -451,7 +432,7 @@ def estimate(
     """What removing each feature does to the region, to first order: one walk back through the sampler."""
     inputs = inputs_of(job, model, text)
     draws = signs(probes, inside, inputs.img.shape[2], seed=job.settings.seed)
-    walk = Walk(inputs, states, job.timesteps, job.guidance, sources, steps_of(job), inside)
+    walk = Walk(inputs, states, job.picture.timesteps, job.picture.guidance, sources, steps_of(job), inside)
     parts = follow(progress, "gradients", estimate_in_parts(model, walk, draws), total=-(-len(draws) // DRAWS_TOGETHER))
     return [joined(of_one) for of_one in zip(*parts, strict=True)]
 
@@ -520,4 +501,4 @@ def draw(
         f"{job.suite.spec.name}, seed {job.settings.seed}: without each feature, and how far that moves the latent "
         "in the outlined region"
     )
-    folder.draw(job.prompt, subtitle, shown, inside, job.grid)
+    folder.draw(job.prompt, subtitle, shown, inside, job.picture.grid)

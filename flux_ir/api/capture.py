@@ -12,21 +12,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run
-from flux_ir.api.models import check_settled, dtype_as_loaded, read_prompt_embeds, side_px
+from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, provenance_of
+from flux_ir.api.models import read_prompt_embeds
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import RunFolder, new_generation_id
 from flux_ir.lens.readout import image_outputs
-from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
-from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
-from flux_ir.models.placement import Placement, plan
-from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.recording.plan import CapturePlan
@@ -35,7 +32,6 @@ from flux_ir.recording.recorder import Recorder, TextRecorder, TextSink
 from flux_ir.recording.writer import CaptureWriter
 from flux_ir.sampling.generate import (
     OTHER_FAMILY,
-    check_size,
     check_steps,
     decode,
     noise_for,
@@ -44,42 +40,28 @@ from flux_ir.sampling.generate import (
     sample,
 )
 from flux_ir.sampling.image import MOST_EXIF_BYTES, jpeg_bytes
-from flux_ir.sampling.latents import image_ids
-from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_among
 from flux_ir.steering.apply import Steering, steered, steered_text
 from flux_ir.steering.edits import Edit, as_edits
-from flux_ir.steering.regions import Grid
 
 SEEDS = 2**31  # a seed that is drawn is below this; one that is asked for may be larger
 DEFAULT_PROMPT = "a beautiful landscape"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureSettings:
+class CaptureSettings(PictureSettings):
     """What a capture is asked for; see `capture`. What is None is settled by the model or the machine."""
 
     prompt: str | None = None
     prompt_embeds: str | Path | None = None
-    model: str | Suite = "flux-schnell"
-    width: int | None = None
-    height: int | None = None
     seed: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
     add_sampling_metadata: bool = True
     edit: str | Path | Edit | Sequence[Edit] | None = None
     sites: SiteNames | None = None
     steps: Iterable[int] | None = None
     should_decode_intermediates: bool = True
     lens: LensWord = "both"
-    device: str | None = None
-    multi_gpu: bool = False
-    offload: bool = False
-    dtype: DtypeWord = "auto"
-    checkpoint: str | Path | None = None
-    ae_checkpoint: str | Path | None = None
     output_dir: str | Path = "output"
 
     def to_json(self) -> dict[str, Any]:
@@ -101,15 +83,10 @@ class Job(NamedTuple):
     prompt: str
     text: TextEmbedding | None
     """None: the prompt is still to be encoded."""
-    placement: Placement
-    compute: ComputeDtype
-    width: int
-    height: int
+    machine: Machine
+    picture: SettledPicture
     seed: int
-    guidance: float
-    img_tokens: int
     txt_tokens: int
-    timesteps: list[float]
     sites: list[Site]
     """Those in the transformer."""
     text_sites: list[Site]
@@ -204,7 +181,7 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
     )
     metadata = describe(job, folder, timestamp)
     with folder.made():
-        suite = settings.model if isinstance(settings.model, Suite) else unloaded_suite(settings, job, progress)
+        suite = settings.suite(job.machine, progress, text=job.text is None)
         announce(job, folder, progress)
         # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
         with CaptureWriter(result.capture, planned_file(job, metadata)) as sink:
@@ -225,63 +202,38 @@ def settle(settings: CaptureSettings) -> Job:
     """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
     check_words(CaptureSettings, vars(settings))
     check_least(vars(settings))
-    spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
-    width, height = side_px(settings.width, spec), side_px(settings.height, spec)
-    check_size(height, width)
-    num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
-    img_tokens = image_ids(1, height, width).shape[1]
-    placement, compute = settle_machine(settings)
-    prompt, text = settle_text(settings, spec)
+    spec, picture, machine = settings.spec, settings.settle_picture(), settings.settle_machine()
+    prompt, text = settle_text(settings.prompt, settings.prompt_embeds, spec)
     check_text(settings, prompt)
     sites = choose_sites(settings, spec)
     return Job(
         spec=spec,
         prompt=prompt,
         text=text,
-        placement=placement,
-        compute=compute,
-        width=width,
-        height=height,
+        machine=machine,
+        picture=picture,
         seed=secrets.randbelow(SEEDS) if settings.seed is None else settings.seed,
-        guidance=spec.default_guidance if settings.guidance is None else settings.guidance,
-        img_tokens=img_tokens,
         txt_tokens=spec.text_tokens if text is None else text.txt.shape[1],
-        timesteps=get_schedule(num_steps, img_tokens, shift=spec.shifts_schedule),
         sites=[site for site in sites if not site.per_prompt],
         text_sites=[site for site in sites if site.per_prompt],
-        kept_steps=check_steps(settings.steps, num_steps),
-        steering=settle_edit(settings, spec, Grid(width, height), num_steps, text, placement),
+        kept_steps=check_steps(settings.steps, picture.num_steps),
+        steering=settle_edit(settings, spec, picture, text, machine),
     )
 
 
-def settle_machine(settings: CaptureSettings) -> tuple[Placement, ComputeDtype]:
-    """Where the model computes and in which dtype: as it was loaded, or as the settings and the devices say."""
-    device, multi_gpu, offload = settings.device, settings.multi_gpu, settings.offload
-    if isinstance(settings.model, Suite):
-        check_settled(
-            dtype=settings.dtype,
-            device=device,
-            multi_gpu=multi_gpu,
-            offload=offload,
-            checkpoint=settings.checkpoint,
-            ae_checkpoint=settings.ae_checkpoint,
-        )
-        return settings.model.placement, dtype_as_loaded(settings.model)
-    placement = plan(torch.cuda.device_count(), device=device, multi_gpu=multi_gpu, offload=offload)
-    return placement, choose_dtype(settings.dtype, placement.devices)
-
-
-def settle_text(settings: CaptureSettings, spec: ModelSpec) -> tuple[str, TextEmbedding | None]:
+def settle_text(
+    prompt: str | None, prompt_embeds: str | Path | None, spec: ModelSpec
+) -> tuple[str, TextEmbedding | None]:
     """The prompt, and its embedding if that is given as a file."""
-    if settings.prompt_embeds is None:
-        return DEFAULT_PROMPT if settings.prompt is None else settings.prompt, None
-    if settings.prompt is not None:
+    if prompt_embeds is None:
+        return DEFAULT_PROMPT if prompt is None else prompt, None
+    if prompt is not None:
         raise FluxIRError(
             "--prompt_embeds is what a prompt is encoded to: got --prompt as well",
             hint="leave one of them out; the file says which prompt it is of",
         )
-    given = read_prompt_embeds(settings.prompt_embeds, spec)
-    return given.prompt or f"the embeddings in {Path(settings.prompt_embeds).name}", given.text
+    given = read_prompt_embeds(prompt_embeds, spec)
+    return given.prompt or f"the embeddings in {Path(prompt_embeds).name}", given.text
 
 
 def check_text(settings: CaptureSettings, prompt: str) -> None:
@@ -303,17 +255,21 @@ def check_text(settings: CaptureSettings, prompt: str) -> None:
 def settle_edit(
     settings: CaptureSettings,
     spec: ModelSpec,
-    grid: Grid,
-    num_steps: int,
+    picture: SettledPicture,
     text: TextEmbedding | None,
-    placement: Placement,
+    machine: Machine,
 ) -> Steering | None:
     """The edits to make the run with."""
     if settings.edit is None:
         return None
-    txt_tokens, device = None if text is None else text.txt.shape[1], placement.transformer
-    edits = as_edits(settings.edit)
-    steering = Steering(edits, spec, grid=grid, num_steps=num_steps, txt_tokens=txt_tokens, device=device)
+    steering = Steering(
+        as_edits(settings.edit),
+        spec,
+        grid=picture.grid,
+        num_steps=picture.num_steps,
+        txt_tokens=None if text is None else text.txt.shape[1],
+        device=machine.placement.transformer,
+    )
     steering.check_encodes(encodes=text is None)
     return steering
 
@@ -336,26 +292,11 @@ def choose_sites(settings: CaptureSettings, spec: ModelSpec) -> list[Site]:
     return sites
 
 
-def unloaded_suite(settings: CaptureSettings, job: Job, progress: Watch) -> Suite:
-    """The model by its name: its files are found (or fetched) and checked, and none of its parts is loaded."""
-    source = locate_model(
-        job.spec,
-        settings.checkpoint,
-        settings.ae_checkpoint,
-        text=job.text is None,
-        announce=lambda text: progress(Note(text)),
-    )
-    return Suite(job.spec, source, job.placement, job.compute.dtype)
-
-
 def announce(job: Job, folder: RunFolder, progress: Watch) -> None:
     """Say that all questions are answered, and how: from here on it takes long."""
     progress(Begun(folder.generation_id))
-    where = f"{', '.join(job.placement.devices)} ({job.placement.reason})"
-    progress(Note(f"{job.spec.name} on {where}, {job.compute}, seed {job.seed}"))
-    if job.compute.warning is not None:
-        progress(Note(f"note: {job.compute.warning}"))
-    for note in job.steering.notes() if job.steering is not None else ():
+    progress(Note(f"{job.spec.name} on {job.machine}, seed {job.seed}"))
+    for note in job.machine.notes() + (job.steering.notes() if job.steering is not None else []):
         progress(Note(note))
 
 
@@ -364,13 +305,13 @@ def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
     return CapturePlan(
         flux=job.spec.flux,
         sites=job.sites,
-        timesteps=job.timesteps,
+        timesteps=job.picture.timesteps,
         txt_tokens=job.txt_tokens,
-        img_tokens=job.img_tokens,
-        guidance=job.guidance,
+        img_tokens=job.picture.grid.tokens,
+        guidance=job.picture.guidance,
         metadata=metadata,
         steps=job.kept_steps,
-        dtype=job.compute.dtype,
+        dtype=job.machine.compute.dtype,
         text_sites={site: job.spec.text_shape(site) for site in job.text_sites},
     )
 
@@ -397,15 +338,16 @@ def embed(suite: Suite, job: Job, progress: Watch, sink: TextSink) -> TextEmbedd
 
 def sample_recorded(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWriter, progress: Watch) -> PackedLatent:
     """Walk from noise to the finished latent, with every step that is kept recorded into `sink`."""
-    noise = noise_for([job.seed], job.height, job.width, job.placement.transformer, job.compute.dtype)
-    inputs = prepare(noise, text, job.height, job.width)
+    (width, height), machine = job.picture.grid, job.machine
+    noise = noise_for([job.seed], height, width, machine.placement.transformer, machine.compute.dtype)
+    inputs = prepare(noise, text, height, width)
     latent = inputs.img
     with ExitStack() as stack:
         model = stack.enter_context(suite.transformer())
         stack.enter_context(steered(model, [job.steering]))
         stack.enter_context(Recorder(model, job.sites, sink, steps=job.kept_steps))
-        steps = sample(model, inputs, job.timesteps, job.guidance)
-        for step in follow(progress, "sample", steps, total=len(job.timesteps) - 1):
+        steps = sample(model, inputs, job.picture.timesteps, job.picture.guidance)
+        for step in follow(progress, "sample", steps, total=job.picture.num_steps):
             latent = step.after  # only the last is kept: memory does not grow with the steps
     return latent
 
@@ -417,10 +359,10 @@ def save_picture(
 
     An autoencoder that the user named is tried on the latent: those of other families may have the same tensors.
     """
-    source = suite.source.autoencoder
+    source, (width, height) = suite.source.autoencoder, job.picture.grid
     with suite.autoencoder() as autoencoder:
         if source is not None and source.origin not in (PACKAGE, CACHE, HUB):
-            error = round_trip_error(autoencoder, latent, job.height, job.width)
+            error = round_trip_error(autoencoder, latent, height, width)
             if error > OTHER_FAMILY:
                 progress(
                     Note(
@@ -428,7 +370,7 @@ def save_picture(
                         f"of the picture it draws it makes latents that are {error:.0%} off the sampler's"
                     )
                 )
-        pixels = decode(autoencoder, latent, job.height, job.width, suite.dtype)
+        pixels = decode(autoencoder, latent, height, width, suite.dtype)
     with complete_file(path) as beside:
         beside.write_bytes(jpeg_bytes(pixels, model=job.spec.name, prompt=job.prompt if keep_prompt else None))
 
@@ -439,12 +381,12 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
         "generation_id": folder.generation_id,
         "model": job.spec.name,
         "prompt": job.prompt,
-        "width": job.width,
-        "height": job.height,
-        "num_steps": len(job.timesteps) - 1,
-        "timesteps": job.timesteps,
+        "width": job.picture.grid.width,
+        "height": job.picture.grid.height,
+        "num_steps": job.picture.num_steps,
+        "timesteps": job.picture.timesteps,
         "seed": job.seed,
-        "guidance": job.guidance,
+        "guidance": job.picture.guidance,
         "timestamp": timestamp,
     }
     if job.text is not None:
@@ -457,19 +399,10 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
 
 def provenance(job: Job, suite: Suite) -> dict[str, Any]:
     """What else the numbers depend on, for the JSON alone: versions, devices, precision, files."""
-    source = suite.source
-    text = {} if source.text is None else source.text._asdict()
-    weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
     return {
         "captured_steps": job.kept_steps,
         "sites": [str(site) for site in (*job.text_sites, *job.sites)],
-        "dtype": job.compute.name,
-        "dtype_reason": job.compute.reason,
-        "devices": {name: getattr(job.placement, name) for name in Placement.PARTS},
-        "offload": job.placement.offload,
-        "files": {
-            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
-        },
+        **provenance_of(suite, job.machine),
         "versions": versions("torch", "tokenizers"),
         "rounding": "blocks run in dtype; flow time and guidance are rounded to it before they are embedded; "
         "RMS norms, rotary angles and the autoencoder's latents are float32, its convolutions in dtype",

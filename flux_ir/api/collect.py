@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.models import check_settled, dtype_as_loaded, side_px
+from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.collection import Collection, CollectSettings, read_index
 from flux_ir.collecting.collector import Collector
@@ -24,16 +24,12 @@ from flux_ir.collecting.recipe import Recipe
 from flux_ir.collecting.storage import one_job_at, open_storage
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
-from flux_ir.models.placement import Placement, plan
-from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
-from flux_ir.sampling.generate import check_size
 from flux_ir.sites import SiteNames, sites_among
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.edits import Edit, as_edits
-from flux_ir.steering.regions import Grid
 
 NOTED_PROMPTS = 256
 
@@ -54,33 +50,23 @@ class Collected(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectArguments:
+class CollectArguments(PictureSettings):
     """The arguments of `collect`, which says what they mean."""
 
     prompts: str | Path | Sequence[str]
     sites: SiteNames
     output_dir: str | Path
-    model: str | Suite = "flux-schnell"
     max_prompts: int | None = None
     repeats: int = 1
     seed: int = 0
-    width: int | None = None
-    height: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
     edit: str | Path | Edit | Sequence[Edit] | None = None
     steps: Iterable[int] | None = None
     tokens_per_image: int | None = None
-    dtype: DtypeWord = "auto"
     store_dtype: StoreDtype = "bfloat16"
     save_images: bool = False
     save_latents: bool = False
     batch_size: int | None = None
     verify: Literal["checksums", "sizes"] = "checksums"
-    device: str | None = None
-    offload: bool = False
-    checkpoint: Path | None = None
-    ae_checkpoint: Path | None = None
 
 
 class CollectionJob(NamedTuple):
@@ -88,7 +74,7 @@ class CollectionJob(NamedTuple):
 
     settings: CollectSettings
     suite: Suite
-    compute: ComputeDtype
+    machine: Machine
     output_dir: str
 
 
@@ -166,9 +152,8 @@ def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> 
         job = settle_collection(arguments, ranks, progress)
         watch = progress if ranks.is_first else unwatched
         watch(Note(_opening(job, ranks)))
-        notes = [f"note: {job.compute.warning}"] if job.compute.warning else []
         edits = job.settings.recipe.edits
-        for note in notes + (edits.notes() if isinstance(edits, Steering) else []):
+        for note in job.machine.notes() + (edits.notes() if isinstance(edits, Steering) else []):
             watch(Note(note))
         storage = open_storage(job.output_dir, rank=ranks.rank)
         with one_job_at(storage, ranks):
@@ -212,29 +197,26 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
             f"--output_dir must name a folder or a URL: got {str(asked.output_dir)!r}",
             hint="write --output_dir captures/NAME",
         )
-    spec = asked.model.spec if isinstance(asked.model, Suite) else get_spec(asked.model)
-    width, height = side_px(asked.width, spec), side_px(asked.height, spec)
-    check_size(height, width)
+    spec, picture = asked.spec, asked.settle_picture()
     chosen = sites_among(asked.sites, spec.sites)
-    placement, compute = _settle_machine(asked, ranks)
-    num_steps = spec.default_steps if asked.num_steps is None else asked.num_steps
+    machine = asked.settle_machine(ranks=ranks)
     sites, to_the_end = tuple(site for site in chosen if not site.per_prompt), asked.save_images or asked.save_latents
     # Layers of the text encoders alone need no forward of the transformer: none is made before the first step recorded.
-    steps = range(num_steps if sites or to_the_end else 1) if asked.steps is None else asked.steps
+    steps = range(picture.num_steps if sites or to_the_end else 1) if asked.steps is None else asked.steps
     recipe = Recipe(
         spec=spec,
-        width=width,
-        height=height,
-        num_steps=num_steps,
-        guidance=spec.default_guidance if asked.guidance is None else asked.guidance,
+        width=picture.grid.width,
+        height=picture.grid.height,
+        num_steps=picture.num_steps,
+        guidance=picture.guidance,
         sites=sites,
         text_sites=tuple(site for site in chosen if site.per_prompt),
         steps=tuple(steps),
         stored_dtype=getattr(torch, asked.store_dtype),
-        network_dtype=compute.dtype,
+        network_dtype=machine.compute.dtype,
         tokens_per_image=asked.tokens_per_image,
         to_the_end=to_the_end,
-        edits=_edits(asked, spec, Grid(width, height), num_steps, placement),
+        edits=_edits(asked, spec, picture, machine),
     )
     _check_tokens(recipe)
     recipe.plan()  # it raises for steps that the schedule does not have
@@ -248,33 +230,15 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
         save_latents=asked.save_latents,
         verify=asked.verify,
     )
-    suite = asked.model if isinstance(asked.model, Suite) else _locate(asked, spec, placement, compute, ranks, progress)
-    return CollectionJob(settings, suite, compute, str(asked.output_dir))
+    suite = asked.suite(machine, progress if ranks.is_first else unwatched, autoencoder=asked.save_images)
+    return CollectionJob(settings, suite, machine, str(asked.output_dir))
 
 
-def _settle_machine(asked: CollectArguments, ranks: Ranks) -> tuple[Placement, ComputeDtype]:
-    """Where the model computes and in which dtype: as it was loaded, or as the arguments and the devices say."""
-    if isinstance(asked.model, Suite):
-        check_settled(
-            dtype=asked.dtype,
-            device=asked.device,
-            offload=asked.offload,
-            checkpoint=asked.checkpoint,
-            ae_checkpoint=asked.ae_checkpoint,
-        )
-        return asked.model.placement, dtype_as_loaded(asked.model)
-    # Everything on one device: the one that is named, or the GPU of this rank.
-    device = asked.device if ranks.world_size == 1 else str(ranks.device(asked.device))
-    placement = plan(torch.cuda.device_count(), device=device, offload=asked.offload)
-    return placement, choose_dtype(asked.dtype, placement.devices, ranks=ranks)
-
-
-def _edits(
-    asked: CollectArguments, spec: ModelSpec, grid: Grid, num_steps: int, placement: Placement
-) -> Steering | None:
+def _edits(asked: CollectArguments, spec: ModelSpec, picture: SettledPicture, machine: Machine) -> Steering | None:
     if asked.edit is None:
         return None
-    return Steering(as_edits(asked.edit), spec, grid=grid, num_steps=num_steps, device=placement.transformer)
+    edits, device = as_edits(asked.edit), machine.placement.transformer
+    return Steering(edits, spec, grid=picture.grid, num_steps=picture.num_steps, device=device)
 
 
 def _check_tokens(recipe: Recipe) -> None:
@@ -297,29 +261,6 @@ def _prompts(given: str | Path | Sequence[str]) -> list[str]:
     return [prompt.strip() for prompt in given]  # as they are read from a file
 
 
-def _locate(
-    asked: CollectArguments,
-    spec: ModelSpec,
-    placement: Placement,
-    compute: ComputeDtype,
-    ranks: Ranks,
-    progress: Watch,
-) -> Suite:
-    """The model by its name: its files are located, none of its parts is loaded."""
-
-    def announce(text: str) -> None:
-        progress(Note(text))
-
-    source = locate_model(
-        spec,
-        asked.checkpoint,
-        asked.ae_checkpoint,
-        autoencoder=asked.save_images,
-        announce=announce if ranks.is_first else None,
-    )
-    return Suite(spec, source, placement, compute.dtype)
-
-
 # ---- Progress and notes
 
 
@@ -333,7 +274,7 @@ def _opening(job: CollectionJob, ranks: Ranks) -> str:
     runs = "no step runs" if not recipe.sites and recipe.steps == (0,) else f"no step runs after {recipe.steps[-1]}"
     until = "all steps run" if recipe.to_the_end else runs
     work = f"generations {generations}, sites {len(recipe.sites) + len(recipe.text_sites)}, {until}"
-    return f"{recipe.spec.name} on {where}, {job.compute}: {work}"
+    return f"{recipe.spec.name} on {where}, {job.machine.compute}: {work}"
 
 
 def _follow_all_ranks(watch: Watch, stage: str, own: Iterable[object], ranks: Ranks, *, total: int) -> None:

@@ -19,20 +19,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flux_ir.api.arguments import check_words
+from flux_ir.api.model_settings import ModelSettings, PictureSettings
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
-from flux_ir.models.placement import plan
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import ModelPart, Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling import generate
 from flux_ir.sampling.denoise import Step
-from flux_ir.sampling.generate import Inputs, check_size, noise_for, prepare
-from flux_ir.sampling.latents import image_ids
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.generate import Inputs, noise_for, prepare
 from flux_ir.shapes import PackedLatent, Pixels
 
 # Names of the two tensors in a file of embeddings: ours are diffusers', and those of the reference code are read too.
@@ -61,14 +58,19 @@ def load_model(
     Raises FluxIRError for an unknown name, and for weights that are missing or do not fit.
     """
     check_words(load_model, {"parts": parts, "dtype": dtype})
-    spec = get_spec(name)
-    placement = plan(torch.cuda.device_count(), device=device, multi_gpu=multi_gpu, offload=offload)
-    compute = choose_dtype(dtype, placement.devices)
-    source = locate_model(spec, checkpoint, ae_checkpoint, announce=lambda text: progress(Note(text)))
-    progress(Note(f"{spec.name} on {', '.join(placement.devices)} ({placement.reason}), {compute}"))
-    if compute.warning is not None:
-        progress(Note(f"note: {compute.warning}"))
-    suite = Suite(spec, source, placement, compute.dtype)
+    settings = ModelSettings(
+        model=get_spec(name).name,
+        device=device,
+        multi_gpu=multi_gpu,
+        offload=offload,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+    )
+    machine = settings.settle_machine()
+    suite = settings.suite(machine, progress)
+    for note in (f"{suite.spec.name} on {machine}", *machine.notes()):
+        progress(Note(note))
     for part in follow(progress, "load", dict.fromkeys(parts), total=len(set(parts))):
         suite.load_part(part)
     return suite
@@ -110,17 +112,14 @@ def sample(
     Raises FluxIRError for a model that is only named, and for sizes that are no multiple of 16.
     """
     check_loaded(model)
-    spec = model.spec
-    width, height = side_px(width, spec), side_px(height, spec)
-    check_size(height, width)
+    settings = PictureSettings(model=model, width=width, height=height, num_steps=num_steps, guidance=guidance)
+    picture = settings.settle_picture()
     embedding = text if isinstance(text, TextEmbedding) else encode_prompt(model, text)
     prompts = embedding.txt.shape[0]
     seeds = list(range(seed, seed + prompts)) if isinstance(seed, int) else list(seed)
+    width, height = picture.grid
     noise = noise_for(seeds, height, width, model.placement.transformer, model.dtype)
-    inputs = prepare(noise, embedding, height, width)
-    num_steps = spec.default_steps if num_steps is None else num_steps
-    timesteps = get_schedule(num_steps, inputs.img.shape[1], shift=spec.shifts_schedule)
-    return _steps(model, inputs, timesteps, spec.default_guidance if guidance is None else guidance)
+    return _steps(model, prepare(noise, embedding, height, width), picture.timesteps, picture.guidance)
 
 
 def _steps(model: Suite, inputs: Inputs, timesteps: list[float], guidance: float) -> Iterator[Step]:
@@ -136,21 +135,15 @@ def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, heig
     """
     check_loaded(model)
     check_latent(latent)
-    width, height = side_px(width, model.spec), side_px(height, model.spec)
-    check_size(height, width)
-    tokens = image_ids(1, height, width).shape[1]
-    if latent.shape[1] != tokens:
+    grid = PictureSettings(model=model, width=width, height=height).settle_picture().grid
+    if latent.shape[1] != grid.tokens:
         raise FluxIRError(
-            f"a picture of {width} x {height} px has {tokens} image tokens: got a latent of {latent.shape[1]}",
+            f"a picture of {grid.width} x {grid.height} px has {grid.tokens} image tokens: got a latent of "
+            f"{latent.shape[1]}",
             hint="pass the width and height it was sampled with",
         )
     with model.autoencoder() as autoencoder:
-        return generate.decode(autoencoder, latent, height, width, model.dtype)
-
-
-def side_px(side: int | None, spec: ModelSpec) -> int:
-    """A side of a picture [px]: what was asked for, or the model's own."""
-    return spec.default_side_px if side is None else side
+        return generate.decode(autoencoder, latent, grid.height, grid.width, model.dtype)
 
 
 def check_loaded(model: object) -> None:
@@ -159,36 +152,6 @@ def check_loaded(model: object) -> None:
         raise FluxIRError(
             f"the model must be loaded: got {model!r}", hint='model = flux_ir.load_model("flux-tiny") loads one'
         )
-
-
-def check_settled(
-    *,
-    dtype: DtypeWord,
-    device: str | None,
-    offload: bool,
-    checkpoint: str | Path | None,
-    ae_checkpoint: str | Path | None,
-    multi_gpu: bool = False,
-) -> None:
-    """Raises FluxIRError if something is asked for that a loaded model has settled."""
-    asked = {
-        "dtype": dtype != "auto",
-        "device": device is not None,
-        "multi_gpu": multi_gpu,
-        "offload": offload,
-        "checkpoint": checkpoint is not None,
-        "ae_checkpoint": ae_checkpoint is not None,
-    }
-    if names := [name for name, is_asked in asked.items() if is_asked]:
-        raise FluxIRError(
-            f"a loaded model is used as it is: got {', '.join(names)} as well",
-            hint="pass them to load_model, or pass the model by its name",
-        )
-
-
-def dtype_as_loaded(model: Suite) -> ComputeDtype:
-    """The dtype a loaded model computes in."""
-    return ComputeDtype(model.dtype, "as the model was loaded")
 
 
 def check_latent(latent: object) -> None:

@@ -18,38 +18,32 @@ import torch
 from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.capture import CaptureSettings, settle_machine, settle_text
-from flux_ir.api.models import side_px
+from flux_ir.api.capture import settle_text
+from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import Placement
-from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.sampling.generate import check_size, check_steps
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import Site, SiteNames
 from flux_ir.steering.apply import Steering, steered_text
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
 from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, as_edits
 from flux_ir.steering.folder import SteeringFolder
 from flux_ir.steering.perceptual import Lpips, find_lpips
-from flux_ir.steering.regions import Grid, Region
+from flux_ir.steering.regions import Region
 from flux_ir.steering.settle import is_settled, settled, stand_in
 from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, tabulate
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerSettings:
+class SteerSettings(PictureSettings):
     """What a steering is asked for; see `steer`. What is None is settled by the model, the machine or the edit."""
 
     prompt: str | None = None
     prompt_embeds: str | Path | None = None
-    model: str | Suite = "flux-schnell"
     edit: str | Path | Edit | Sequence[Edit] | None = None
     sae: str | Path | None = None
     feature: tuple[int, ...] = ()
@@ -69,16 +63,6 @@ class SteerSettings:
     seed: int = 0
     seeds: int = 4
     controls: int = 20
-    width: int | None = None
-    height: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
-    device: str | None = None
-    multi_gpu: bool = False
-    offload: bool = False
-    dtype: DtypeWord = "auto"
-    checkpoint: str | Path | None = None
-    ae_checkpoint: str | Path | None = None
     batch_size: int = 8
     name: str | None = None
     output_dir: str | Path = "steering"
@@ -104,11 +88,8 @@ class SteeringJob(NamedTuple):
     prompt: str
     text: TextEmbedding | None
     """None: the prompt is still to be encoded."""
-    placement: Placement
-    compute: ComputeDtype
-    grid: Grid
-    timesteps: list[float]
-    guidance: float
+    machine: Machine
+    picture: SettledPicture
     edits: tuple[Edit, ...]
     """As they were given."""
     steering: Steering
@@ -226,10 +207,8 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
         painter = Painter(
             model,
             autoencoder,
-            job.grid,
-            job.timesteps,
-            job.guidance,
-            job.compute.dtype,
+            *job.picture,
+            job.machine.compute.dtype,
             meter=job.steering,
             batch=settings.batch_size,
         )
@@ -252,41 +231,24 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
     check_least(vars(settings))
     if not settings.strength:
         raise FluxIRError("a steering has at least one strength: got none", hint="--strength 0,1,2,4")
-    spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
-    grid = Grid(side_px(settings.width, spec), side_px(settings.height, spec))
-    check_size(grid.height, grid.width)
-    num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
-    timesteps = get_schedule(num_steps, grid.tokens, shift=spec.shifts_schedule)
-    check_steps(settings.steps, num_steps)
-    edits = edits_of(settings)
-    shared = ("prompt", "prompt_embeds", "model", "device", "multi_gpu", "offload", "dtype", "checkpoint")
-    like_a_capture = CaptureSettings(**{name: getattr(settings, name) for name in (*shared, "ae_checkpoint")})
-    placement, compute = settle_machine(like_a_capture)
-    prompt, text = settle_text(like_a_capture, spec)
+    spec, picture = settings.spec, settings.settle_picture()
+    check_steps(settings.steps, picture.num_steps)
+    edits, machine = edits_of(settings), settings.settle_machine()
+    prompt, text = settle_text(settings.prompt, settings.prompt_embeds, spec)
     empty = Steering(
         (),
         spec,
-        grid=grid,
-        num_steps=num_steps,
+        grid=picture.grid,
+        num_steps=picture.num_steps,
         txt_tokens=None if text is None else text.txt.shape[1],
-        device=placement.transformer,
+        device=machine.placement.transformer,
     )
     steering = empty.of([stand_in(edit, empty) for edit in edits])
     steering.check_encodes(encodes=text is None)
-    if isinstance(settings.model, Suite):
-        suite = settings.model
-    else:
-        source = locate_model(
-            spec,
-            settings.checkpoint,
-            settings.ae_checkpoint,
-            text=text is None,
-            announce=lambda line: progress(Note(line)),
-        )
-        suite = Suite(spec, source, placement, compute.dtype)
-    progress(Note(f"{spec.name} on {', '.join(placement.devices)} ({placement.reason}), {compute}"))
-    guidance = spec.default_guidance if settings.guidance is None else settings.guidance
-    return SteeringJob(settings, suite, prompt, text, placement, compute, grid, timesteps, guidance, edits, steering)
+    suite = settings.suite(machine, progress, text=text is None)
+    for note in (f"{spec.name} on {machine}", *machine.notes()):
+        progress(Note(note))
+    return SteeringJob(settings, suite, prompt, text, machine, picture, edits, steering)
 
 
 def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
@@ -368,7 +330,7 @@ def measured(job: SteeringJob, plain: TextEmbedding, progress: Watch) -> Steerin
             continue
         with phase(progress, "measure"):
             alone = job.steering.of([stand])
-            seed, times, guidance = job.settings.seed, job.timesteps, job.guidance
+            seed, times, guidance = job.settings.seed, job.picture.timesteps, job.picture.guidance
             edits.append(settled(edit, alone, job.suite, plain, seed=seed, timesteps=times, guidance=guidance))
     return job._replace(steering=job.steering.of(edits))
 
@@ -389,9 +351,9 @@ def texts_of(job: SteeringJob, plain: TextEmbedding) -> dict[float | None, TextE
 
 def neurons_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> dict[Site, tuple[int, Tensor]]:
     """The best aligned neuron of each site, under the conditioning at the middle of the schedule."""
-    device, dtype = model.img_in.weight.device, job.compute.dtype
-    middle = job.timesteps[(len(job.timesteps) - 1) // 2]
-    times, guidance = (torch.tensor([value], device=device, dtype=dtype) for value in (middle, job.guidance))
+    device, dtype = model.img_in.weight.device, job.machine.compute.dtype
+    middle = job.picture.timesteps[job.picture.num_steps // 2]
+    times, guidance = (torch.tensor([value], device=device, dtype=dtype) for value in (middle, job.picture.guidance))
     with torch.no_grad():
         vec = model.conditioning(times, text.y.to(device, dtype), guidance)
         return aligned_neurons(model, job.steering, vec)
@@ -447,7 +409,7 @@ def make_missing(
             activation=None if active is None else active.after,
             carried=None if active is None else active.carried,
             moved=None if active is None or then is None else moved(job.steering, active, then),
-            price=None if variant.row == UNSTEERED else price(made, baseline, inside, job.grid),
+            price=None if variant.row == UNSTEERED else price(made, baseline, inside, job.picture.grid),
         )
         folder.keep(run, made)
 
@@ -456,9 +418,9 @@ def measure_lpips(
     job: SteeringJob, folder: SteeringFolder, variants: Sequence[Variant], notes: list[str], progress: Watch
 ) -> list[Run]:
     """The numbers of all pictures, with LPIPS where the user has it; a note says why it is left out."""
-    lpips = find_lpips(job.placement.transformer, job.grid)
+    lpips = find_lpips(job.machine.placement.transformer, job.picture.grid)
     if isinstance(lpips, Lpips):
-        measured_now = folder.add_lpips(variants, lpips, job.steering.region_of_image(), job.grid)
+        measured_now = folder.add_lpips(variants, lpips, job.steering.region_of_image(), job.picture.grid)
         return list(follow(progress, "lpips", measured_now, total=len(variants)))
     runs = [folder.read(variant) for variant in variants]
     without = [run.price.lpips is None for run in runs if run.price is not None]
@@ -479,15 +441,9 @@ def measure_lpips(
 def identity_of(job: SteeringJob) -> dict[str, Any]:
     """What the pictures' bits depend on, but for seeds and strengths: any of these may be added later."""
     return {
-        "model": job.suite.spec.name,
-        "weights": weights_digest(job.suite.source, autoencoder=True),
+        **identity_of_pictures(job.suite, job.picture),
         "prompt": job.prompt if job.text is None else job.text.digest(),
         "edits": job.steering.described(with_strength=False),
-        "size": list(job.grid),
-        "timesteps": job.timesteps,
-        "guidance": job.guidance,
-        "dtype": str(job.compute.dtype),
-        "device": torch.device(job.placement.transformer).type,
     }
 
 

@@ -19,22 +19,17 @@ import torch
 from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.capture import CaptureSettings, settle_machine
-from flux_ir.api.models import side_px
+from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord
-from flux_ir.models.placement import Placement
-from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.folder import load_sae
-from flux_ir.sampling.generate import check_size, check_steps
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import Site, sites_among
 from flux_ir.steering.directions import tensors_digest
 from flux_ir.steering.dose import Made, Painter, Variant
@@ -55,14 +50,13 @@ from flux_ir.steering.transfer_folder import TransferFolder, picture_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferSettings:
+class TransferSettings(PictureSettings):
     """What a transfer is asked for; see `transfer`. What is None is settled by the model, the machine or the pairs."""
 
     prompt: str | None = None
     edited_prompt: str | None = None
     sae: tuple[str | Path | SparseAutoencoder, ...] = ()
     pairs: str | Path | None = None
-    model: str | Suite = "flux-schnell"
     k: tuple[int, ...] = (1, 2, 5, 10, 20, 40)
     strength: tuple[float, ...] = (0.5, 1.0, 2.0)
     values: Values = "spatial"
@@ -73,16 +67,6 @@ class TransferSettings:
     seed: int = 0
     seeds: int = 4
     controls: int = 1
-    width: int | None = None
-    height: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
-    device: str | None = None
-    multi_gpu: bool = False
-    offload: bool = False
-    dtype: DtypeWord = "auto"
-    checkpoint: str | Path | None = None
-    ae_checkpoint: str | Path | None = None
     batch_size: int = 8
     name: str | None = None
     output_dir: str | Path = "transfers"
@@ -108,11 +92,8 @@ class TransferJob(NamedTuple):
 
     settings: TransferSettings
     suite: Suite
-    placement: Placement
-    compute: ComputeDtype
-    grid: Grid
-    timesteps: list[float]
-    guidance: float
+    machine: Machine
+    picture: SettledPicture
     steps: list[int]
     saes: dict[Site, SparseAutoencoder]
     pairs: list[Pair]
@@ -237,10 +218,8 @@ def run_transfer(settings: TransferSettings, progress: Watch = unwatched) -> Tra
             painter = Painter(
                 model,
                 autoencoder,
-                job.grid,
-                job.timesteps,
-                job.guidance,
-                job.compute.dtype,
+                *job.picture,
+                job.machine.compute.dtype,
                 meter=None,
                 batch=settings.batch_size,
             )
@@ -261,32 +240,20 @@ def settle(settings: TransferSettings, progress: Watch) -> TransferJob:
     check_least(vars(settings))
     check_sweeps(settings)
     pairs = pairs_of(settings)
-    spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
-    grid = Grid(side_px(settings.width, spec), side_px(settings.height, spec))
-    check_size(grid.height, grid.width)
-    num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
-    steps = check_steps(settings.steps, num_steps)
-    shared = ("model", "device", "multi_gpu", "offload", "dtype", "checkpoint", "ae_checkpoint")
-    placement, compute = settle_machine(CaptureSettings(**{name: getattr(settings, name) for name in shared}))
-    check_regions(settings, pairs, grid)
-    saes = saes_of(settings, spec, placement)
+    spec, picture = settings.spec, settings.settle_picture()
+    steps, machine = check_steps(settings.steps, picture.num_steps), settings.settle_machine()
+    check_regions(settings, pairs, picture.grid)
+    saes = saes_of(settings, spec, machine.placement.transformer)
     texts = [str(site) for site in saes if site.stream == "txt"]
     if texts and any(pair.region is not None for pair in pairs):
         raise FluxIRError(
             f"a place on the picture is no region of text tokens: got an autoencoder of {texts[0]}",
             hint="leave out the region, or use autoencoders of image tokens",
         )
-    if isinstance(settings.model, Suite):
-        suite = settings.model
-    else:
-        source = locate_model(
-            spec, settings.checkpoint, settings.ae_checkpoint, announce=lambda line: progress(Note(line))
-        )
-        suite = Suite(spec, source, placement, compute.dtype)
-    progress(Note(f"{spec.name} on {', '.join(placement.devices)} ({placement.reason}), {compute}"))
-    guidance = spec.default_guidance if settings.guidance is None else settings.guidance
-    timesteps = get_schedule(num_steps, grid.tokens, shift=spec.shifts_schedule)
-    return TransferJob(settings, suite, placement, compute, grid, timesteps, guidance, steps, saes, pairs)
+    suite = settings.suite(machine, progress)
+    for note in (f"{spec.name} on {machine}", *machine.notes()):
+        progress(Note(note))
+    return TransferJob(settings, suite, machine, picture, steps, saes, pairs)
 
 
 def check_sweeps(settings: TransferSettings) -> None:
@@ -333,11 +300,11 @@ def check_regions(settings: TransferSettings, pairs: Sequence[Pair], grid: Grid)
             raise FluxIRError(f"{whose}the region has no token", hint="raise the mask, or lower --above")
 
 
-def saes_of(settings: TransferSettings, spec: ModelSpec, placement: Placement) -> dict[Site, SparseAutoencoder]:
+def saes_of(settings: TransferSettings, spec: ModelSpec, device: str) -> dict[Site, SparseAutoencoder]:
     """The autoencoders by their sites. Raises FluxIRError for those of another model, or of one site twice."""
     found: dict[Site, SparseAutoencoder] = {}
     for given in settings.sae:
-        sae = given if isinstance(given, SparseAutoencoder) else load_sae(given, device=placement.transformer)
+        sae = given if isinstance(given, SparseAutoencoder) else load_sae(given, device=device)
         if sae.config.model is not None and sae.config.model != spec.name:
             raise FluxIRError(
                 f"this autoencoder was trained on {sae.config.model}: it is no dictionary of {spec.name}",
@@ -429,7 +396,7 @@ def make_case(
     )
     write_json(folder.case(case.name) / "case.json", described(case, inside, where, difference))
     for row, made in ((ORIGINAL, before), (EDITED, after)):
-        scored = score(made, before, after, inside, job.grid)
+        scored = score(made, before, after, inside, job.picture.grid)
         folder.keep(TransferRun(case.name, case.pair_number, row, None, None, 0.0, 0, scored), row, made)
         yield
     missing = [setting for setting in wanted if not folder.has(case.name, setting.name)]
@@ -452,7 +419,7 @@ def make_case(
             used_units(difference, setting),
             setting.strength,
             setting.draw,
-            score(made, before, after, inside, job.grid),
+            score(made, before, after, inside, job.picture.grid),
         )
         folder.keep(run, setting.name, made)
         yield
@@ -464,12 +431,12 @@ def region_of_case(job: TransferJob, case: Case, original: Made, edited: Made) -
 
     Raises FluxIRError where the two pictures are the same in it.
     """
-    said = None
+    said, grid = None, job.picture.grid
     if case.pair.region is not None:
-        inside: Tensor | None = torch.from_numpy(case.pair.region.mask("img", job.grid.tokens, job.grid))
+        inside: Tensor | None = torch.from_numpy(case.pair.region.mask("img", grid.tokens, grid))
     else:
         pictures = (original.picture.numpy(), edited.picture.numpy())
-        judged = None if any(s.stream == "txt" for s in job.saes) else judged_region(case.pair, pictures, job.grid)
+        judged = None if any(s.stream == "txt" for s in job.saes) else judged_region(case.pair, pictures, grid)
         inside = None if judged is None else torch.from_numpy(judged[0])
         said = (
             "note: no region is named, so it is the whole picture, and there is no rest that could be left alone"
@@ -573,13 +540,13 @@ def notes_of(runs: Sequence[TransferRun], cases: int) -> list[str]:
 
 def identity_of(job: TransferJob) -> dict[str, Any]:
     """What the pictures' bits depend on, but for seeds, k and strengths: any of these may be added later."""
+    grid = job.picture.grid
 
     def region(pair: Pair) -> list[int] | None:
-        return None if pair.region is None else pair.region.mask("img", job.grid.tokens, job.grid).nonzero()[0].tolist()
+        return None if pair.region is None else pair.region.mask("img", grid.tokens, grid).nonzero()[0].tolist()
 
     return {
-        "model": job.suite.spec.name,
-        "weights": weights_digest(job.suite.source, autoencoder=True),
+        **identity_of_pictures(job.suite, job.picture),
         "pairs": [[pair.prompt, pair.edited_prompt, region(pair)] for pair in job.pairs],
         "autoencoders": {
             str(site): [sae.config.architecture, sae.config.k, tensors_digest(*sae.state_dict().values())]
@@ -587,11 +554,6 @@ def identity_of(job: TransferJob) -> dict[str, Any]:
         },
         "values": job.settings.values,
         "steps": job.steps,
-        "size": list(job.grid),
-        "timesteps": job.timesteps,
-        "guidance": job.guidance,
-        "dtype": str(job.compute.dtype),
-        "device": torch.device(job.placement.transformer).type,
     }
 
 

@@ -1,7 +1,7 @@
 """`flux-ir attribute`: which features a part of one picture owes most to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,8 @@ from flux_ir.commands.cli.shared import (
     PICTURE,
     WHERE,
     BatchOptions,
-    CheckpointOptions,
-    ComputeOptions,
     EmbeddedPromptOptions,
-    MultiGPUOptions,
-    OffloadOptions,
+    ModelOptions,
     PictureOptions,
     RegionOptions,
 )
@@ -32,10 +29,7 @@ class AttributeOptions(
     EmbeddedPromptOptions,
     PictureOptions,
     RegionOptions,
-    ComputeOptions,
-    MultiGPUOptions,
-    OffloadOptions,
-    CheckpointOptions,
+    ModelOptions,
     BatchOptions,
 ):
     """Say which features change a region of one picture most when they are removed.
@@ -90,7 +84,7 @@ def run(options: AttributeOptions) -> None:
     from flux_ir.api.attribute import AttributeSettings, run_attribution
     from flux_ir.commands.report import Report, peak_memory
 
-    settings = AttributeSettings(**{field.name: getattr(options, field.name) for field in fields(AttributeSettings)})
+    settings = AttributeSettings(**options.given(AttributeSettings))
     with Report() as report:
         done = run_attribution(settings, report.watch)
     for line in [*removal_table(done.table), "", *summary(done.agreement, done.together)]:

@@ -1,7 +1,7 @@
 """`flux-ir capture` (and `capture_sample.py`): sample a picture, record every block, show what each would draw."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from flux_ir.commands.cli.option import option
@@ -11,11 +11,8 @@ from flux_ir.commands.cli.shared import (
     LARGEST_SEED,
     PICTURE,
     READ,
-    CheckpointOptions,
-    ComputeOptions,
     EditOptions,
-    MultiGPUOptions,
-    OffloadOptions,
+    ModelOptions,
     PictureOptions,
     PlanOptions,
     PromptOptions,
@@ -32,11 +29,8 @@ class CaptureOptions(
     PictureOptions,
     StepOptions,
     ReadingOptions,
-    ComputeOptions,
-    MultiGPUOptions,
+    ModelOptions,
     EditOptions,
-    OffloadOptions,
-    CheckpointOptions,
     RunsOptions,
     PlanOptions,
 ):
@@ -77,7 +71,7 @@ def run(options: CaptureOptions) -> None:
     from flux_ir.commands.report import Report, peak_memory
 
     # A setting has the name of its flag; `plan` is a flag alone.
-    settings = CaptureSettings(**{field.name: getattr(options, field.name) for field in fields(CaptureSettings)})
+    settings = CaptureSettings(**options.given(CaptureSettings))
     if options.plan:
         from flux_ir.commands.planning import plan_capture
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -102,7 +102,7 @@ def run(options: CollectOptions) -> int:
     from flux_ir.api.collect import CollectArguments, run_collection
     from flux_ir.commands.report import Report
 
-    arguments = CollectArguments(**{field.name: getattr(options, field.name) for field in fields(CollectArguments)})
+    arguments = CollectArguments(**options.given(CollectArguments))
     if options.plan:
         from flux_ir.commands.planning import plan_collection
 

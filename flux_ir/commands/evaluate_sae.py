@@ -1,7 +1,7 @@
 """`flux-ir evaluate-sae`: how well autoencoders give back tokens they were not trained on, and what that does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -77,9 +77,7 @@ def run(options: EvaluateSAEOptions) -> None:
     from flux_ir.api.evaluate_sae import EvaluateSAESettings, draw_fronts, run_evaluation
     from flux_ir.commands.report import Report, peak_memory
 
-    settings = EvaluateSAESettings(
-        **{field.name: getattr(options, field.name) for field in fields(EvaluateSAESettings)}
-    )
+    settings = EvaluateSAESettings(**options.given(EvaluateSAESettings))
     with Report() as report:
         judged = run_evaluation(settings, report.watch)
     names = titles(judged)

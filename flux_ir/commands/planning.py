@@ -31,7 +31,6 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import counted, in_units
 from flux_ir.layout import RunFolder
 from flux_ir.lens.readout import image_outputs
-from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.tokenizer import load_tokenizer
@@ -58,10 +57,11 @@ def plan_capture(settings: CaptureSettings, options: Options) -> None:
     # The id and the time of a run are as long as these, and so is what the file says of them.
     metadata = describe(job, RunFolder(Path(settings.output_dir), "0" * 8), "00000000_000000")
     planned = planned_file(job, metadata)
-    total, steps = file_bytes(planned), len(job.timesteps) - 1
+    (width, height), steps = job.picture.grid, job.picture.num_steps
+    total = file_bytes(planned)
     _title(
         report,
-        f"plan: {job.spec.name}, {job.width} x {job.height} px, {len(planned.kept_steps)} of {steps} steps kept",
+        f"plan: {job.spec.name}, {width} x {height} px, {len(planned.kept_steps)} of {steps} steps kept",
     )
     _print(report, _size_rows(planned, 1, total))
     pictures = len(image_outputs(job.sites)) * len(planned.kept_steps) if settings.should_decode_intermediates else 0
@@ -69,10 +69,7 @@ def plan_capture(settings: CaptureSettings, options: Options) -> None:
     disk = disk_space_at(str(settings.output_dir))
     _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_disk_rows(disk)])
     check_disk(total, disk, flags="--sites or --steps")
-    source = locate_model(
-        job.spec, settings.checkpoint, settings.ae_checkpoint, text=job.text is None, announce=report.note
-    )
-    _check_weights(Suite(job.spec, source, job.placement, job.compute.dtype), report)
+    _check_weights(settings.suite(job.machine, report.watch, text=job.text is None), report)
     few = min(PACE_STEPS, steps)
     small = command_line(options, plan=False, num_steps=few, steps=None, should_decode_intermediates=False)
     _unknown(

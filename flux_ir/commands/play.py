@@ -1,7 +1,7 @@
 """`flux-ir play`: a local page with one model: pictures, the features of a patch, and sliders that turn them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from flux_ir.commands.cli.option import option
@@ -9,16 +9,13 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     MACHINE,
     READ,
-    CheckpointOptions,
-    ComputeOptions,
-    MultiGPUOptions,
-    OffloadOptions,
+    ModelOptions,
     PictureOptions,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlayOptions(PictureOptions, ComputeOptions, MultiGPUOptions, OffloadOptions, CheckpointOptions):
+class PlayOptions(PictureOptions, ModelOptions):
     """Serve a local page: type a prompt, click a patch for its features, turn them, and compare before with after.
 
     The page is on 127.0.0.1 alone, and no request leaves the machine. It needs gradio: pip install "flux-ir[play]".
@@ -47,7 +44,7 @@ def run(options: PlayOptions) -> None:
     from flux_ir.playing.server import run_play
     from flux_ir.playing.studio import PlaySettings
 
-    settings = PlaySettings(**{field.name: getattr(options, field.name) for field in fields(PlaySettings)})
+    settings = PlaySettings(**options.given(PlaySettings))
     with Report() as report:
         page = run_play(settings, report.watch)
     report.results.print(page.address)

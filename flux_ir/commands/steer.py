@@ -1,7 +1,7 @@
 """`flux-ir steer`: one prompt with a feature turned to several strengths, the price of each, and controls beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,12 +12,9 @@ from flux_ir.commands.cli.shared import (
     MACHINE,
     WHERE,
     BatchOptions,
-    CheckpointOptions,
-    ComputeOptions,
     EditedRunsOptions,
     EmbeddedPromptOptions,
-    MultiGPUOptions,
-    OffloadOptions,
+    ModelOptions,
     PictureOptions,
     RegionOptions,
 )
@@ -35,11 +32,8 @@ class SteerOptions(
     RegionOptions,
     EditedRunsOptions,
     PictureOptions,
-    ComputeOptions,
-    MultiGPUOptions,
-    OffloadOptions,
+    ModelOptions,
     BatchOptions,
-    CheckpointOptions,
 ):
     """Sample one prompt with an edit at several strengths, beside the unsteered pictures of the same noises.
 
@@ -113,7 +107,7 @@ def run(options: SteerOptions) -> None:
     from flux_ir.api.steer import SteerSettings, run_steering
     from flux_ir.commands.report import Report, peak_memory
 
-    given = {field.name: getattr(options, field.name) for field in fields(SteerSettings)}
+    given = options.given(SteerSettings)
     settings = SteerSettings(**given | {"gate": gate_of(options.gate), "weights": weights_of(options.weights)})
     with Report() as report:
         done = run_steering(settings, report.watch)

@@ -1,7 +1,7 @@
 """`flux-ir transfer`: one prompt's region in another prompt's picture, by features and other methods."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,11 +13,8 @@ from flux_ir.commands.cli.shared import (
     PICTURE,
     WHERE,
     BatchOptions,
-    CheckpointOptions,
-    ComputeOptions,
     EditedRunsOptions,
-    MultiGPUOptions,
-    OffloadOptions,
+    ModelOptions,
     PictureOptions,
 )
 
@@ -32,10 +29,7 @@ WHAT = "What is transferred"
 class TransferOptions(
     EditedRunsOptions,
     PictureOptions,
-    ComputeOptions,
-    MultiGPUOptions,
-    OffloadOptions,
-    CheckpointOptions,
+    ModelOptions,
     BatchOptions,
 ):
     """Turn one prompt's picture into another's in a region, from the same noise, by the features of autoencoders.
@@ -99,7 +93,7 @@ def run(options: TransferOptions) -> None:
     from flux_ir.api.transfer import TransferSettings, run_transfer
     from flux_ir.commands.report import Report, peak_memory
 
-    settings = TransferSettings(**{field.name: getattr(options, field.name) for field in fields(TransferSettings)})
+    settings = TransferSettings(**options.given(TransferSettings))
     with Report() as report:
         done = run_transfer(settings, report.watch)
     for line in (*transfer_table(done.table), *([""] if done.areas else []), *area_table(done.areas)):

@@ -1,7 +1,7 @@
 """`flux-ir visualize` (and `create_visualization.py`): films and sheets of what each block would have drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from flux_ir.commands.cli.option import flags, option
@@ -92,9 +92,7 @@ def run(options: VisualizeOptions) -> None:
     from flux_ir.api.visualize import VisualizationSettings, draw
     from flux_ir.commands.report import Report, host_memory
 
-    settings = VisualizationSettings(
-        **{field.name: getattr(options, field.name) for field in fields(VisualizationSettings)}
-    )
+    settings = VisualizationSettings(**options.given(VisualizationSettings))
     with Report() as report:
         drawn = draw(settings, report.watch)
     for path, reason in list(drawn.left_out.items())[:MOST_NAMED]:

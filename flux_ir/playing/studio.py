@@ -28,21 +28,19 @@ from PIL import Image
 from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.capture import CaptureSettings, settle_machine
-from flux_ir.api.models import load_model, side_px
+from flux_ir.api.model_settings import PictureSettings
+from flux_ir.api.models import load_model
 from flux_ir.api.progress import Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.lens.readout import velocity_at
-from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.playing.dictionaries import ActiveFeature, Dictionary, open_dictionaries
 from flux_ir.recording.recorder import Recorder, StepContext
 from flux_ir.sampling.denoise import clean_estimate, per_sample
-from flux_ir.sampling.generate import check_size, decode, noise_for, prepare, sample
+from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.latents import TOKEN_PX
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.shapes import Conditioning, PackedLatent
@@ -60,23 +58,12 @@ PlayKind = Literal["add", "clamp", "ablate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaySettings:
+class PlaySettings(PictureSettings):
     """What a page is asked for; see `flux_ir.play`. What is None is settled by the model or the machine."""
 
-    model: str | Suite = "flux-schnell"
     sae: tuple[str | Path, ...] | None = None
     features: tuple[str | Path, ...] | None = None
     port: int = 7860
-    width: int | None = None
-    height: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
-    device: str | None = None
-    multi_gpu: bool = False
-    offload: bool = False
-    dtype: DtypeWord = "auto"
-    checkpoint: str | Path | None = None
-    ae_checkpoint: str | Path | None = None
     output_dir: str | Path = "play"
 
 
@@ -121,9 +108,8 @@ class Studio:
     def __init__(self, suite: Suite, dictionaries: Sequence[Dictionary], settings: PlaySettings) -> None:
         spec = suite.spec
         self.suite, self.dictionaries, self.settings = suite, list(dictionaries), settings
-        self.grid = Grid(side_px(settings.width, spec), side_px(settings.height, spec))
-        self.num_steps = spec.default_steps if settings.num_steps is None else settings.num_steps
-        self.guidance = spec.default_guidance if settings.guidance is None else settings.guidance
+        picture = settings.settle_picture()
+        self.grid, self.num_steps, self.guidance = picture.grid, picture.num_steps, picture.guidance
         self.blocks = block_outputs(spec.flux.depth, spec.flux.depth_single_blocks)
         self.blocks = [site for site in self.blocks if site.stream != "txt"]
         self.folder, self.device = Path(settings.output_dir), suite.placement.transformer
@@ -340,8 +326,7 @@ class Studio:
         given |= {"width": self.grid.width, "height": self.grid.height} if self.grid != _own_grid(self.suite) else {}
         given |= {"num_steps": generation.num_steps} if generation.num_steps != spec.default_steps else {}
         given |= {"guidance": self.guidance} if self.guidance != spec.default_guidance else {}
-        for name in ("device", "checkpoint", "ae_checkpoint", "multi_gpu", "offload"):
-            given |= {name: value} if (value := getattr(settings, name)) else {}
+        given |= {name: value for name, value in settings.choices_made().items() if name != "dtype"}
         if settings.dtype != "auto" or isinstance(settings.model, Suite):
             given["dtype"] = str(self.suite.dtype).removeprefix("torch.")
         return [word for name, value in given.items() for word in _flag_words(name, value)]
@@ -386,18 +371,12 @@ def open_studio(settings: PlaySettings, progress: Watch = unwatched) -> Studio:
     """
     check_words(PlaySettings, {"dtype": settings.dtype})
     check_least({"num_steps": settings.num_steps})
-    spec = settings.model.spec if isinstance(settings.model, Suite) else get_spec(settings.model)
-    grid = Grid(side_px(settings.width, spec), side_px(settings.height, spec))
-    check_size(grid.height, grid.width)
-    shared = ("model", "device", "multi_gpu", "offload", "dtype", "checkpoint", "ae_checkpoint")
-    machine = {name: getattr(settings, name) for name in shared}
-    placement, _ = settle_machine(CaptureSettings(**machine))
-    dictionaries = open_dictionaries(settings.sae or (), settings.features or (), spec, grid, placement.transformer)
+    spec, grid, device = settings.spec, settings.settle_picture().grid, settings.settle_machine().placement.transformer
+    dictionaries = open_dictionaries(settings.sae or (), settings.features or (), spec, grid, device)
     if isinstance(settings.model, Suite):
         suite = settings.model
     else:
-        name = machine.pop("model")
-        suite = load_model(name, **machine, progress=progress)
+        suite = load_model(spec.name, **settings.model_choices(), progress=progress)
     return Studio(suite, dictionaries, settings)
 
 

@@ -129,10 +129,10 @@ def test_any_prompt_is_kept_as_it_was_typed(run, capsys, prompt):
 
 def test_defaults_are_those_of_the_model():
     job = settle(CaptureSettings())
-    assert (job.spec.name, job.width, job.height, len(job.timesteps) - 1) == ("flux-schnell", 256, 256, 4)
-    assert job.timesteps == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert (job.spec.name, *job.picture.grid, job.picture.num_steps) == ("flux-schnell", 256, 256, 4)
+    assert job.picture.timesteps == [1.0, 0.75, 0.5, 0.25, 0.0]
     job = settle(CaptureSettings(model="flux-dev", width=512, height=768))
-    assert (job.img_tokens, len(job.timesteps) - 1, len(job.sites)) == (1536, 50, 2 * 19 + 38)
-    assert job.timesteps[25] > 0.5  # shifted towards the noise
-    assert (job := settle(CaptureSettings(model="flux-tiny"))).width == job.height == 128
+    assert (job.picture.grid.tokens, job.picture.num_steps, len(job.sites)) == (1536, 50, 2 * 19 + 38)
+    assert job.picture.timesteps[25] > 0.5  # shifted towards the noise
+    assert (job := settle(CaptureSettings(model="flux-tiny"))).picture.grid == (128, 128)
     assert 0 <= job.seed < 2**31

@@ -214,6 +214,13 @@ class Options:
         for flag in flags(type(self)):
             flag.check(getattr(self, flag.name))
 
+    def given(self, settings: type) -> dict[str, Any]:
+        """The values that `settings`, a dataclass, takes of these: a setting has the name of its flag.
+
+        A setting without a flag keeps its default: no command of its work offers it.
+        """
+        return {field.name: getattr(self, field.name) for field in fields(settings) if hasattr(self, field.name)}
+
 
 def flags(options_type: type[Options]) -> list[Flag]:
     """The flags of a command: its own in the order they are declared, then those it shares with other commands."""

@@ -87,13 +87,6 @@ class EditedRunsOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiGPUOptions(Options):
-    """One process on several GPUs."""
-
-    multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EditOptions(Options):
     """What is changed while pictures are made."""
 
@@ -229,6 +222,13 @@ class CheckpointOptions(Options):
     ae_checkpoint: Path | None = option(
         None, help="the autoencoder's weights, likewise", group=MACHINE, default_text="likewise"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ComputeOptions, OffloadOptions, CheckpointOptions):
+    """How a model is loaded by one process: the fields of `api.model_settings.ModelSettings`."""
+
+    multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)

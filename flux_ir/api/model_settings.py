@@ -1,0 +1,176 @@
+"""Which model, from which files, on which devices, in which precision: all work that runs a model asks this alike.
+
+The settings of such work inherit these fields from `ModelSettings`, or from `PictureSettings` where pictures are
+sampled, and settle them here. A new choice is a field of one of these two, an argument of the public functions, and a
+flag in `commands.cli.shared`.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flux_ir.api.arguments import check_words
+from flux_ir.api.progress import Note, Watch
+from flux_ir.collecting.collection import weights_digest
+from flux_ir.distributed import Ranks
+from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
+from flux_ir.models.placement import Placement, plan
+from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.suite import Suite
+from flux_ir.sampling.generate import check_size
+from flux_ir.sampling.schedule import get_schedule
+from flux_ir.steering.regions import Grid
+
+
+class Machine(NamedTuple):
+    """Where a model computes, and in which dtype."""
+
+    placement: Placement
+    compute: ComputeDtype
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.placement.devices)} ({self.placement.reason}), {self.compute}"
+
+    def notes(self) -> list[str]:
+        """What a user must know of this choice."""
+        return [] if self.compute.warning is None else [f"note: {self.compute.warning}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model is run, and how: the arguments of `load_model`. What is None is settled by the machine."""
+
+    model: str | Suite | None = "flux-schnell"
+    """The name of one, or a loaded one, which has settled all that follows. None: that of the run or captures."""
+    dtype: DtypeWord = "auto"
+    device: str | None = None
+    multi_gpu: bool = False
+    offload: bool = False
+    checkpoint: str | Path | None = None
+    ae_checkpoint: str | Path | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What is known of the model. Raises FluxIRError for an unknown name."""
+        return self.model.spec if isinstance(self.model, Suite) else get_spec(str(self.model))
+
+    def model_choices(self) -> dict[str, Any]:
+        """All of these but the model itself, by name: `load_model` and other settings take them as arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(ModelSettings) if field.name != "model"}
+
+    def choices_made(self) -> dict[str, Any]:
+        """Those of them that differ from their defaults."""
+        defaults = ModelSettings().model_choices()
+        return {name: value for name, value in self.model_choices().items() if value != defaults[name]}
+
+    def settle_machine(self, *, recorded: torch.dtype | None = None, ranks: Ranks | None = None) -> Machine:
+        """Where the model computes and in which dtype: as it was loaded, or as the settings and the devices say.
+
+        `recorded` is the dtype of what is read again. Each of several `ranks` has the whole model on its own GPU.
+
+        Raises FluxIRError for words and devices that are unknown, and for what a loaded model has settled.
+        """
+        check_words(ModelSettings, self.model_choices())
+        if isinstance(self.model, Suite):
+            if made := self.choices_made():
+                raise FluxIRError(
+                    f"a loaded model is used as it is: got {', '.join(made)} as well",
+                    hint="pass them to load_model, or pass the model by its name",
+                )
+            return Machine(self.model.placement, ComputeDtype(self.model.dtype, "as the model was loaded"))
+        device = str(ranks.device(self.device)) if ranks is not None and ranks.world_size > 1 else self.device
+        placement = plan(torch.cuda.device_count(), device=device, multi_gpu=self.multi_gpu, offload=self.offload)
+        return Machine(placement, choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks))
+
+    def suite(self, machine: Machine, progress: Watch, *, text: bool = True, autoencoder: bool = True) -> Suite:
+        """The loaded model; or by its name: its files are found (or fetched) and checked, and no part is loaded.
+
+        Without `text` or `autoencoder` this part is not looked for.
+        """
+        if isinstance(self.model, Suite):
+            return self.model
+        source = locate_model(
+            self.spec,
+            self.checkpoint,
+            self.ae_checkpoint,
+            text=text,
+            autoencoder=autoencoder,
+            announce=lambda line: progress(Note(line)),
+        )
+        return Suite(self.spec, source, machine.placement, machine.compute.dtype)
+
+
+class SettledPicture(NamedTuple):
+    """What pictures are sampled with, nothing left open."""
+
+    grid: Grid
+    timesteps: list[float]
+    guidance: float
+
+    @property
+    def num_steps(self) -> int:
+        """Euler steps."""
+        return len(self.timesteps) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(ModelSettings):
+    """What pictures are sampled with, but for prompts and seeds. What is None is the model's own."""
+
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+
+    def picture_choices(self) -> dict[str, Any]:
+        """These without the model's, by name: other settings take them as arguments."""
+        of_model = {field.name for field in fields(ModelSettings)}
+        return {
+            field.name: getattr(self, field.name) for field in fields(PictureSettings) if field.name not in of_model
+        }
+
+    def settle_picture(self) -> SettledPicture:
+        """The model's own size [px], steps and guidance where nothing else is asked for.
+
+        Raises FluxIRError for sizes that are no multiple of 16.
+        """
+        spec = self.spec
+        width, height = (spec.default_side_px if side is None else side for side in (self.width, self.height))
+        check_size(height, width)
+        num_steps = spec.default_steps if self.num_steps is None else self.num_steps
+        grid = Grid(width, height)
+        timesteps = get_schedule(num_steps, grid.tokens, shift=spec.shifts_schedule)
+        return SettledPicture(grid, timesteps, spec.default_guidance if self.guidance is None else self.guidance)
+
+
+def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
+    """What the metadata of a run say of the model that made it: precision, devices, files."""
+    source = suite.source
+    text = {} if source.text is None else source.text._asdict()
+    weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
+    return {
+        "dtype": machine.compute.name,
+        "dtype_reason": machine.compute.reason,
+        "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS},
+        "offload": machine.placement.offload,
+        "files": {
+            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
+        },
+    }
+
+
+def identity_of_pictures(suite: Suite, picture: SettledPicture) -> dict[str, Any]:
+    """What the bits of every picture depend on, whatever it shows: the name of a folder of pictures follows from it."""
+    return {
+        "model": suite.spec.name,
+        "weights": weights_digest(suite.source, autoencoder=True),
+        "size": list(picture.grid),
+        "timesteps": picture.timesteps,
+        "guidance": picture.guidance,
+        "dtype": str(suite.dtype),
+        "device": torch.device(suite.placement.transformer).type,
+    }

@@ -1,0 +1,50 @@
+from inspect import signature
+
+import pytest
+import torch
+
+import flux_ir
+from flux_ir.api.capture import CaptureSettings
+from flux_ir.api.model_settings import Machine, ModelSettings, PictureSettings, identity_of_pictures
+from flux_ir.api.steer import SteerSettings
+from flux_ir.models.compute_dtype import ComputeDtype
+from flux_ir.models.placement import plan
+
+SAMPLING = [flux_ir.capture, flux_ir.steer, flux_ir.attribute, flux_ir.transfer, flux_ir.play]
+
+
+@pytest.mark.parametrize("function", [flux_ir.load_model, *SAMPLING], ids=lambda function: function.__name__)
+def test_every_choice_is_an_argument_of_all_functions_that_run_a_model(function):
+    arguments = {name: argument.default for name, argument in signature(function).parameters.items()}
+    choices = ModelSettings().model_choices()
+    if function is not flux_ir.load_model:
+        choices |= PictureSettings().picture_choices()
+    assert {name: arguments.get(name, "no argument") for name in choices} == choices
+
+
+def test_the_same_model_and_picture_are_asked_for_with_other_settings():
+    asked = CaptureSettings(device="cpu", dtype="float32", checkpoint="flux", width=64, num_steps=3)
+    same = SteerSettings(model=asked.model, **asked.model_choices(), **asked.picture_choices())
+    assert (same.model_choices(), same.picture_choices()) == (asked.model_choices(), asked.picture_choices())
+    assert asked.choices_made() == {"device": "cpu", "dtype": "float32", "checkpoint": "flux"}
+
+
+def test_what_was_recorded_in_float32_is_read_in_float32():
+    machine = ModelSettings(model="flux-tiny", device="cpu").settle_machine(recorded=torch.float32)
+    assert machine.compute.dtype == torch.float32
+
+
+def test_an_emulated_dtype_is_told_with_the_machine():
+    compute = ComputeDtype(torch.bfloat16, "as --dtype says", "bfloat16 is emulated")
+    assert Machine(plan(0), compute).notes() == ["note: bfloat16 is emulated"]
+    assert str(Machine(plan(0), compute)) == "cpu (no GPU is visible), bfloat16 (as --dtype says)"
+
+
+def test_pictures_of_another_size_guidance_or_dtype_are_others():
+    loaded = flux_ir.load_model("flux-tiny", parts=[], dtype="float32", device="cpu")
+    plain = PictureSettings(model=loaded)
+    known = identity_of_pictures(loaded, plain.settle_picture())
+    assert known == identity_of_pictures(loaded, PictureSettings(model=loaded, width=128, height=128).settle_picture())
+    for change in ({"width": 64}, {"guidance": 2.0}, {"num_steps": 3}):
+        other = identity_of_pictures(loaded, PictureSettings(model=loaded, **change).settle_picture())
+        assert other != known
