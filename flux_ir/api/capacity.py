@@ -12,6 +12,7 @@ from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.checkpoints.headers import read_entries
 from flux_ir.models.checkpoints.inspect import Part, blank_network
 from flux_ir.models.checkpoints.locate_text import EncoderSource
+from flux_ir.models.memory import streamed_bytes
 from flux_ir.models.placement import Placement
 from flux_ir.models.suite import Suite
 
@@ -53,6 +54,8 @@ def weights_bytes(suite: Suite) -> dict[str, int]:
     nothing, since their sizes stand in no header.
     """
     parts = {"transformer": _elements(suite, "transformer") * suite.dtype.itemsize}
+    if suite.placement.offload == "blocks":
+        parts["transformer"] = streamed_bytes(suite.spec.flux, suite.dtype)
     if suite.source.text is not None:
         parts["t5"] = _encoder_elements(suite.source.text.t5) * suite.dtype.itemsize
         parts["clip"] = _encoder_elements(suite.source.text.clip) * suite.dtype.itemsize
@@ -63,11 +66,12 @@ def weights_bytes(suite: Suite) -> dict[str, int]:
 
 def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_first: bool = False) -> None:
     """Raises FluxIRError if the weights alone are more than a device has. `encoders_go_first`: freed after use."""
-    for device in dict.fromkeys(["cpu", *placement.devices] if placement.offload else placement.devices):
+    waits = placement.offload != "none"
+    for device in dict.fromkeys(["cpu", *placement.devices] if waits else placement.devices):
         on_device = {part: size for part, size in parts.items() if _is_on(part, device, placement)}
         text = on_device.get("t5", 0) + on_device.get("clip", 0)
         needed = sum(on_device.values())
-        if placement.offload and device != "cpu":
+        if placement.offload == "blocks" or (waits and device != "cpu"):  # one part after the other
             needed = max(on_device.values(), default=0)
         elif encoders_go_first:
             needed = max(text, needed - text)
@@ -103,7 +107,7 @@ def _number_in(path: str, pattern: str = r"^(\d+)") -> int | None:
 
 
 def _is_on(part: str, device: str, placement: Placement) -> bool:
-    return (placement.offload and device == "cpu") or getattr(placement, part) == device
+    return (placement.offload != "none" and device == "cpu") or getattr(placement, part) == device
 
 
 def _elements(suite: Suite, part: Part) -> int:

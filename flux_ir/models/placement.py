@@ -4,7 +4,7 @@ One process, any number of devices. (Many processes for one job is another matte
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from flux_ir.errors import FluxIRError
 
@@ -20,18 +20,26 @@ SPREAD = {
 }
 MOST_GPUS = max(SPREAD)  # with more, the rest stay free
 
+Offload = Literal["none", "parts", "blocks"]
+"""Where weights wait: on their device; a whole part on the CPU until it is needed; or also the blocks of the
+transformer and of T5 in host memory or in their file, from where they come one after another (`streaming`)."""
+
 
 @dataclass(frozen=True)
 class Placement:
-    """The device of each part. With `offload` a part is on its device while it is needed, and on the CPU otherwise."""
+    """The device of each part, and where the weights wait that are not needed at the moment."""
 
     t5: str
     clip: str
     transformer: str
     ae_encoder: str
     ae_decoder: str
-    offload: bool
+    offload: Offload
     reason: str
+    vram_bytes: int | None = None
+    """What the transformer's device may be filled with; None: what is free there."""
+    memory_bytes: int | None = None
+    """What the process may take of host memory; None: as little as it can where blocks are streamed."""
 
     PARTS: ClassVar = ("t5", "clip", "transformer", "ae_encoder", "ae_decoder")
 
@@ -41,10 +49,17 @@ class Placement:
         return list(dict.fromkeys(getattr(self, part) for part in self.PARTS))
 
 
-def plan(num_gpus: int, *, device: str | None = None, multi_gpu: bool = False, offload: bool = False) -> Placement:
+def plan(
+    num_gpus: int,
+    *,
+    device: str | None = None,
+    multi_gpu: bool = False,
+    offload: bool | Literal["parts", "blocks"] = False,
+) -> Placement:
     """The placement for `num_gpus` visible GPUs. `device` None means the first GPU, or the CPU where there is none.
 
-    `multi_gpu` with fewer than two GPUs goes on with one device and says so in `reason`.
+    `multi_gpu` with fewer than two GPUs goes on with one device and says so in `reason`. `offload` True is `parts`
+    here; what is best for a model and a machine says `memory.best_offload`.
 
     Raises FluxIRError for `multi_gpu` together with `offload` or `device`, and for a GPU that is not there.
     """
@@ -58,16 +73,17 @@ def plan(num_gpus: int, *, device: str | None = None, multi_gpu: bool = False, o
         return _spread(num_gpus)
     single = _one_device(num_gpus, device)
     reason = _reason(num_gpus, single, chosen=device is not None, multi_gpu=multi_gpu)
-    if offload and single == "cpu":
-        reason += "; --offload has nothing to move without a GPU"
-    return Placement(single, single, single, single, single, offload=offload and single != "cpu", reason=reason)
+    waits: Offload = "none" if offload is False else "parts" if offload is True else offload
+    if waits == "parts" and single == "cpu":
+        waits, reason = "none", f"{reason}; --offload has nothing to move without a GPU"
+    return Placement(single, single, single, single, single, offload=waits, reason=reason)
 
 
 def _spread(num_gpus: int) -> Placement:
     numbers = SPREAD[min(num_gpus, MOST_GPUS)]
     t5, clip, transformer, ae_encoder, ae_decoder = (f"cuda:{number}" for number in numbers)
     return Placement(
-        t5, clip, transformer, ae_encoder, ae_decoder, offload=False, reason=f"--multi_gpu over {num_gpus} GPUs"
+        t5, clip, transformer, ae_encoder, ae_decoder, offload="none", reason=f"--multi_gpu over {num_gpus} GPUs"
     )
 
 

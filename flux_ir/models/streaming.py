@@ -97,6 +97,25 @@ class Slot:
             begin += _aligned(nbytes)
 
 
+class HostMemory:
+    """Keeps in host memory what is fetched, in the dtype it is asked for: the file is read once, in the first pass.
+
+    `pinned` pages can be copied to a GPU while it computes.
+    """
+
+    def __init__(self, fetch: Fetch, *, pinned: bool) -> None:
+        self._fetch, self._pinned = fetch, pinned
+        self._kept: dict[str, Tensor] = {}
+
+    def fetch(self, target: Tensor, name: str) -> None:
+        """Fill `target` from what is kept. On a GPU that is only queued, on the stream that is current."""
+        if name not in self._kept:
+            kept = torch.empty(target.shape, dtype=target.dtype, pin_memory=self._pinned)
+            self._fetch(kept, name)
+            self._kept[name] = kept
+        target.copy_(self._kept[name], non_blocking=self._pinned)
+
+
 class BlockStream:
     """Units whose weights are on a device in turns. `present` waits for one unit; the next ones are fetched meanwhile.
 

@@ -12,16 +12,21 @@ import torch
 from torch import nn
 
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
+from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, stream_flux
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.memory import resident_blocks, weights_budget
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.streaming import StreamedFlux
 from flux_ir.models.text import TextEncoder, load_clip, load_t5
 from flux_ir.sites import Site
 
 ModelPart = Literal["text", "transformer", "autoencoder"]
+
+
+LARGEST_USUAL_TOKENS = 4096 + 512  # a picture of 1024 px and the longest text
 
 
 class TextEncoders(NamedTuple):
@@ -35,11 +40,20 @@ class Suite:
     """The parts of one model. Each is loaded when it is first asked for; `load` brings all of them, one by one.
 
     `dtype` is that of the transformer and the text encoders. A part that `source` does not have cannot be asked for:
-    ValueError.
+    ValueError. `tokens`, of text and image together, are those that memory is kept free for where blocks are streamed.
     """
 
-    def __init__(self, spec: ModelSpec, source: ModelSource, placement: Placement, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: ModelSource,
+        placement: Placement,
+        dtype: torch.dtype,
+        *,
+        tokens: int = LARGEST_USUAL_TOKENS,
+    ) -> None:
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
+        self.tokens = tokens
         self._t5: TextEncoder | None = None
         self._clip: TextEncoder | None = None
         self._transformer: Flux | None = None
@@ -68,10 +82,14 @@ class Suite:
         return self.spec.sites
 
     def load(self) -> Iterator[ModelPart]:
-        """Load every part, yielding its name once it is there. Raises FluxIRError for weights that cannot be read."""
+        """Load every part, yielding its name once it is there. Raises FluxIRError for weights that cannot be read.
+
+        Where blocks are streamed only the transformer is: the others come when they are used.
+        """
         for part in self.parts:
-            self.load_part(part)
-            yield part
+            if part == "transformer" or self.placement.offload != "blocks":
+                self.load_part(part)
+                yield part
 
     def load_part(self, part: ModelPart) -> None:
         """Load one part, unless it is there already."""
@@ -95,6 +113,8 @@ class Suite:
         t5, clip = self._load_t5(), self._load_clip()
         with self._on(t5, self.placement.t5), self._on(clip, self.placement.clip):
             yield TextEncoders(t5, clip)
+        if self.placement.offload == "blocks":  # where memory is short, what has done its work goes
+            self.free_text_encoders()
 
     def free_text_encoders(self) -> None:
         """Lets go of both text encoders, and of the GPU memory they took. They are loaded again if asked for."""
@@ -121,7 +141,7 @@ class Suite:
 
     @contextmanager
     def _on(self, part: nn.Module, device: str) -> Iterator[None]:
-        if not self.placement.offload:
+        if self.placement.offload == "none" or isinstance(part, StreamedFlux):
             yield
             return
         try:
@@ -132,7 +152,7 @@ class Suite:
 
     def _home(self, device: str) -> str:
         """Where a part is loaded to, and waits until it is needed."""
-        return "cpu" if self.placement.offload else device
+        return device if self.placement.offload == "none" else "cpu"
 
     def _text_source(self) -> TextSource:
         if self.source.text is None:
@@ -169,9 +189,19 @@ class Suite:
 
     def _load_transformer(self) -> Flux:
         if self._transformer is None:
-            device = self._home(self.placement.transformer)
-            self._transformer = load_flux(self.spec, self.source.transformer, device, self.dtype)
+            if self.placement.offload == "blocks":
+                self._transformer = self._streamed()
+            else:
+                device = self._home(self.placement.transformer)
+                self._transformer = load_flux(self.spec, self.source.transformer, device, self.dtype)
         return self._transformer
+
+    def _streamed(self) -> StreamedFlux:
+        """The transformer with its blocks streamed, but for those that its device has room for."""
+        placement = self.placement
+        free = weights_budget(self.spec.flux, placement, self.dtype, tokens=self.tokens)
+        resident = resident_blocks(self.spec.flux, self.dtype, free)
+        return stream_flux(self.spec, self.source.transformer, placement.transformer, self.dtype, resident=resident)
 
     def _load_autoencoder(self) -> AutoEncoder:
         if self._autoencoder is None:

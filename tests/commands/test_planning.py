@@ -118,15 +118,15 @@ def test_a_full_disk_is_said_before_the_model_is_loaded(command, tmp_path, capsy
 
 def test_weights_that_are_larger_than_the_memory_are_refused(monkeypatch):
     monkeypatch.setattr(capacity, "free_memory", lambda device: {"cpu": 50, "cuda:0": 20}[device])
-    on_gpu = Placement(*["cuda:0"] * 5, offload=False, reason="")
+    on_gpu = Placement(*["cuda:0"] * 5, offload="none", reason="")
     parts = {"t5": 10, "clip": 2, "transformer": 15, "ae_decoder": 1}
     with pytest.raises(FluxIRError, match="the weights take 28 B on cuda:0, and 20 B are free") as raised:
         check_memory(parts, on_gpu)
     assert "--offload" in raised.value.hint
     check_memory(parts, on_gpu, encoders_go_first=True)  # 12, then 16
-    check_memory(parts, Placement(*["cuda:0"] * 5, offload=True, reason=""))  # one at a time
+    check_memory(parts, Placement(*["cuda:0"] * 5, offload="parts", reason=""))  # one at a time
     with pytest.raises(FluxIRError, match="on cpu"):
-        check_memory(parts | {"t5": 40}, Placement(*["cpu"] * 5, offload=False, reason=""))
+        check_memory(parts | {"t5": 40}, Placement(*["cpu"] * 5, offload="none", reason=""))
 
 
 def test_the_room_is_that_of_the_nearest_folder(tmp_path):

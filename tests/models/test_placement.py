@@ -50,10 +50,16 @@ def test_a_chosen_device_is_taken(device: str, placed: str) -> None:
 
 
 def test_offload_stays_on_one_gpu_and_means_nothing_on_a_cpu() -> None:
-    assert plan(2, offload=True).offload
+    assert plan(2, offload=True).offload == "parts"
+    assert plan(2).offload == "none"
     on_cpu = plan(0, offload=True)
-    assert not on_cpu.offload
+    assert on_cpu.offload == "none"
     assert "--offload" in on_cpu.reason
+
+
+def test_blocks_are_streamed_on_any_device() -> None:
+    assert plan(0, offload="blocks").offload == "blocks"
+    assert plan(1, offload="blocks").offload == "blocks"
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:", "cpu:0", ""])

@@ -1,6 +1,7 @@
 """A whole model on its devices: what is loaded when, and that offloaded parts always come back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def suite(packaged_folder, text_folders):
 
 
 def offloaded(device="cuda:3"):
-    return Placement(device, device, device, device, device, offload=True, reason="a test")
+    return Placement(device, device, device, device, device, offload="parts", reason="a test")
 
 
 def test_loading_tells_each_part_once_it_is_there(suite, tmp_path):
@@ -136,7 +137,7 @@ PARTS_OF = {
 def test_with_offload_parts_are_on_their_device_inside_the_block_alone(suite, part, fails):
     whole, moves = suite(plan(0)), []
     parts_of(whole, moves)
-    whole.placement = Placement("cuda:0", "cuda:1", "cuda:2", "cuda:5", "cuda:6", offload=True, reason="a test")
+    whole.placement = Placement("cuda:0", "cuda:1", "cuda:2", "cuda:5", "cuda:6", offload="parts", reason="a test")
     there = [(name, getattr(whole.placement, name)) for name in PARTS_OF[part]]
     back = [(name, "cpu") for name in reversed(PARTS_OF[part])]
 
@@ -216,3 +217,25 @@ def test_a_model_says_what_it_is_and_which_sites_it_has(suite):
         layers = encoders.t5.model.params.num_layers, encoders.clip.model.params.num_hidden_layers
     assert model.sites == [*text_sites(*layers), *all_sites(flux.depth, flux.depth_single_blocks)]
     assert repr(suite()) == "<flux-tiny: 2 double and 3 single blocks of width 64, float32 on cpu>"
+
+
+def test_streamed_blocks_give_the_bits_of_resident_ones_and_text_encoders_go(suite, tiny_inputs):
+    resident, streamed = suite(), suite(plan(0, offload="blocks"))
+    assert list(streamed.load()) == ["transformer"]
+    velocities = []
+    for model in (resident, streamed):
+        with model.text_encoders() as encoders:
+            text = encode(encoders.t5, encoders.clip, PROMPT)
+        inputs = tiny_inputs()._replace(txt=text.txt, txt_ids=torch.zeros(1, text.txt.shape[1], 3), y=text.y)
+        with model.transformer() as flux:
+            velocities.append(flux(*inputs))
+    assert torch.equal(*velocities)
+    assert streamed._t5 is None
+    assert all(parameter.is_meta for parameter in streamed.flux.double_blocks.parameters())
+
+
+def test_a_memory_limit_keeps_as_many_blocks_as_it_has_room_for(suite):
+    placement = replace(plan(0, offload="blocks"), memory_bytes=10**10)
+    flux = suite(placement).flux
+    there = [not next(block.parameters()).is_meta for block in (*flux.double_blocks, *flux.single_blocks)]
+    assert sum(there) == len(there) - 1  # one is always streamed

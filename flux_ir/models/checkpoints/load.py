@@ -4,7 +4,7 @@
 it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.streaming import HostMemory, StreamedFlux
 
 Network = TypeVar("Network", Flux, AutoEncoder)
 Advance = Callable[[int], None]
@@ -31,6 +32,25 @@ def load_flux(
 ) -> Flux:
     """The transformer, ready to run. `advance` is told the bytes read after each tensor (`source.nbytes` in all)."""
     return _filled(cast(Flux, _blank(spec, source, "transformer")), source, device, dtype, advance)
+
+
+def stream_flux(
+    spec: ModelSpec,
+    source: WeightSource,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    resident: Collection[int] = (),
+    in_memory: bool = False,
+) -> StreamedFlux:
+    """The transformer with its blocks streamed from the file; those that are `resident` stay.
+
+    `in_memory`: what is streamed is read once and waits in host memory, for a GPU in pinned pages.
+    """
+    fetch = Weights(_blank(spec, source, "transformer"), source).read_into
+    if in_memory:
+        fetch = HostMemory(fetch, pinned=torch.device(device).type == "cuda").fetch
+    return StreamedFlux(spec.flux, fetch, device, dtype, resident=resident)
 
 
 def load_autoencoder(
