@@ -26,6 +26,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.lens.decode import ROUNDING_DRIFT
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -129,7 +130,9 @@ def attribute(
     best: int = 8,
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
@@ -175,6 +178,8 @@ def attribute(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,

@@ -1,6 +1,5 @@
 """Whether it fits: the disk and the memory that are free, the memory that a model's weights take, and both checks."""
 
-import re
 import shutil
 from math import prod
 from pathlib import Path
@@ -12,7 +11,7 @@ from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.checkpoints.headers import read_entries
 from flux_ir.models.checkpoints.inspect import Part, blank_network
 from flux_ir.models.checkpoints.locate_text import EncoderSource
-from flux_ir.models.memory import streamed_bytes
+from flux_ir.models.memory import free_memory, streamed_bytes
 from flux_ir.models.placement import Placement
 from flux_ir.models.suite import Suite
 
@@ -81,29 +80,6 @@ def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_fir
                 f"it does not fit: the weights take {in_units(needed)} on {device}, and {in_units(free)} are free",
                 hint="try --offload, another --device, or a machine with more memory",
             )
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes that a device has left for this process; None where that is not known."""
-    if device != "cpu":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = _number_in("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB")
-    limits = [None if available is None else available * 1024]
-    # What a container may use at all (cgroup v2; files it has read count as used there), and what `ulimit -v` leaves.
-    limits.append(_number_in("/sys/fs/cgroup/memory.max"))
-    space = _number_in("/proc/self/limits", r"^Max address space\s+(\d+)")
-    taken = _number_in("/proc/self/status", r"^VmSize:\s+(\d+) kB")
-    limits.append(None if space is None or taken is None else max(0, space - taken * 1024))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _number_in(path: str, pattern: str = r"^(\d+)") -> int | None:
-    """The first number that matches in a small file; None if it is not there."""
-    try:
-        found = re.search(pattern, Path(path).read_text(), flags=re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) if found else None
 
 
 def _is_on(part: str, device: str, placement: Placement) -> bool:

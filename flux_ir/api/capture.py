@@ -23,6 +23,7 @@ from flux_ir.layout import RunFolder, new_generation_id
 from flux_ir.lens.readout import image_outputs
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
@@ -114,7 +115,9 @@ def capture(
     lens: LensWord = "both",
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
@@ -155,6 +158,8 @@ def capture(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,

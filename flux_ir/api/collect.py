@@ -25,6 +25,7 @@ from flux_ir.collecting.storage import one_job_at, open_storage
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.sites import SiteNames, sites_among
@@ -101,7 +102,9 @@ def collect(
     batch_size: int | None = None,
     verify: Literal["checksums", "sizes"] = "checksums",
     device: str | None = None,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     checkpoint: Path | None = None,
     ae_checkpoint: Path | None = None,
     progress: Watch = unwatched,
@@ -140,6 +143,8 @@ def collect(
         verify=verify,
         device=device,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,
     )

@@ -18,7 +18,8 @@ from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
-from flux_ir.models.placement import Placement, plan
+from flux_ir.models.memory import Limits, best_offload
+from flux_ir.models.placement import OffloadWord, Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sampling.generate import check_size
@@ -49,7 +50,10 @@ class ModelSettings:
     dtype: DtypeWord = "auto"
     device: str | None = None
     multi_gpu: bool = False
-    offload: bool = False
+    offload: OffloadWord = False
+    vram_gb: float | None = None
+    """What the GPU may be filled with, and `memory_gb` the host memory of this process; None: see `memory`."""
+    memory_gb: float | None = None
     checkpoint: str | Path | None = None
     ae_checkpoint: str | Path | None = None
 
@@ -84,7 +88,10 @@ class ModelSettings:
             return Machine(self.model.placement, ComputeDtype(self.model.dtype, "as the model was loaded"))
         device = str(ranks.device(self.device)) if ranks is not None and ranks.world_size > 1 else self.device
         placement = plan(torch.cuda.device_count(), device=device, multi_gpu=self.multi_gpu, offload=self.offload)
-        return Machine(placement, choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks))
+        compute = choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks)
+        vram, memory = (None if gb is None else int(gb * 10**9) for gb in (self.vram_gb, self.memory_gb))
+        limits = Limits(vram, memory)
+        return Machine(best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload), compute)
 
     def suite(self, machine: Machine, progress: Watch, *, text: bool = True, autoencoder: bool = True) -> Suite:
         """The loaded model; or by its name: its files are found (or fetched) and checked, and no part is loaded.

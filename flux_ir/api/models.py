@@ -24,6 +24,7 @@ from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import ModelPart, Suite
 from flux_ir.models.text import TextEmbedding, encode
@@ -43,7 +44,9 @@ def load_model(
     parts: Collection[ModelPart] = get_args(ModelPart),
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
@@ -63,6 +66,8 @@ def load_model(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,

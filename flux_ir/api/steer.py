@@ -24,6 +24,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling.generate import check_steps
@@ -131,7 +132,9 @@ def steer(
     guidance: float | None = None,
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
@@ -180,6 +183,8 @@ def steer(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from flux_ir.api.capacity import free_memory
 from flux_ir.api.curve_loggers import check_logger
 from flux_ir.api.progress import Note, Watch, unwatched
 from flux_ir.api.training_data import TrainingData, open_data
@@ -24,6 +23,7 @@ from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import FluxIRError, counted, in_units
 from flux_ir.models.compute_dtype import bfloat16_on
+from flux_ir.models.memory import free_memory
 from flux_ir.models.placement import plan
 from flux_ir.sae.architectures.config import HAS_K, Architecture, SAEConfig
 from flux_ir.sae.data.filters import SiteKey, sites_in_lockstep

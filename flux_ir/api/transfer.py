@@ -24,6 +24,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
@@ -149,7 +150,9 @@ def transfer(
     guidance: float | None = None,
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
@@ -193,6 +196,8 @@ def transfer(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,

@@ -4,14 +4,18 @@ What `--memory_gb` and `--vram_gb` leave for blocks that stay is reckoned with t
 Only `weights_budget` asks a GPU what is free.
 """
 
+import re
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.flux1.blocks import Modulation
 from flux_ir.models.flux1.transformer import Flux, FluxParams
-from flux_ir.models.placement import Placement
+from flux_ir.models.placement import OffloadWord, Placement
 from flux_ir.models.streaming import SLOTS, block_names, unit_of
 
 HOST_BASE_BYTES = 480_000_000
@@ -68,6 +72,73 @@ def streamed_bytes(params: FluxParams, dtype: torch.dtype, *, slots: int = SLOTS
     """Bytes of a streamed transformer's weights on its device, with no block that stays."""
     counts = elements(params)
     return (counts.outside + slots * counts.slot) * dtype.itemsize
+
+
+class Limits(NamedTuple):
+    """What may be taken of a GPU's memory and of the host's, in bytes; None: no limit was set."""
+
+    vram_bytes: int | None = None
+    memory_bytes: int | None = None
+
+
+def best_offload(
+    placement: Placement, params: FluxParams, dtype: torch.dtype, limits: Limits, asked: OffloadWord
+) -> Placement:
+    """The placement with the offloading that `asked` stands for on this machine, and with the limits.
+
+    True is the fastest that fits: all resident on a CPU, parts in turns on a GPU, else the blocks streamed. Limits
+    alone ask for the same.
+
+    Raises FluxIRError for limits below what a streamed transformer takes.
+    """
+    if limits == Limits() and asked is not True:
+        return placement
+    device, on_cpu = placement.transformer, placement.transformer == "cpu"
+    limit = limits.memory_bytes if on_cpu else limits.vram_bytes
+    base = HOST_BASE_BYTES if on_cpu else DEVICE_BASE_BYTES
+    free = free_memory(device) if limit is None else limit
+    least = base + streamed_bytes(params, dtype)
+    if limit is not None and limit < least:
+        flag = "--memory_gb" if on_cpu else "--vram_gb"
+        raise FluxIRError(
+            f"{flag} must be at least {least / 1e9:.1f} for this model in {str(dtype).removeprefix('torch.')}: "
+            f"got {limit / 1e9:g}",
+            hint="its largest block is on the device twice, one computing and one arriving",
+        )
+    offload, reason = placement.offload, placement.reason.partition("; --offload")[0]
+    if asked is True or asked is False:
+        whole = base + elements(params).total * dtype.itemsize
+        fits = free is None or whole <= free
+        offload = "blocks" if not fits else "none" if on_cpu else "parts"
+        verb = "fits" if fits else "does not fit"
+        where = "all of it stays" if offload == "none" else f"{offload} are offloaded"
+        reason += f"; the transformer {verb} into {in_units(free or whole)}, {where}"
+    return replace(
+        placement, offload=offload, reason=reason, vram_bytes=limits.vram_bytes, memory_bytes=limits.memory_bytes
+    )
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a device has left for this process; None where that is not known."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = _number_in("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB")
+    limits = [None if available is None else available * 1024]
+    # What a container may use at all (cgroup v2; files it has read count as used there), and what `ulimit -v` leaves.
+    limits.append(_number_in("/sys/fs/cgroup/memory.max"))
+    space = _number_in("/proc/self/limits", r"^Max address space\s+(\d+)")
+    taken = _number_in("/proc/self/status", r"^VmSize:\s+(\d+) kB")
+    limits.append(None if space is None or taken is None else max(0, space - taken * 1024))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _number_in(path: str, pattern: str = r"^(\d+)") -> int | None:
+    """The first number that matches in a small file; None if it is not there."""
+    try:
+        found = re.search(pattern, Path(path).read_text(), flags=re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def weights_budget(params: FluxParams, placement: Placement, dtype: torch.dtype, *, tokens: int) -> int:

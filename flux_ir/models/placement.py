@@ -20,6 +20,8 @@ SPREAD = {
 }
 MOST_GPUS = max(SPREAD)  # with more, the rest stay free
 
+OffloadWord = bool | Literal["parts", "blocks"]
+"""How offloading is asked for; True: what is best for the model and the machine."""
 Offload = Literal["none", "parts", "blocks"]
 """Where weights wait: on their device; a whole part on the CPU until it is needed; or also the blocks of the
 transformer and of T5 in host memory or in their file, from where they come one after another (`streaming`)."""
@@ -54,7 +56,7 @@ def plan(
     *,
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool | Literal["parts", "blocks"] = False,
+    offload: OffloadWord = False,
 ) -> Placement:
     """The placement for `num_gpus` visible GPUs. `device` None means the first GPU, or the CPU where there is none.
 

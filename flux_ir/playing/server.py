@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flux_ir.api.progress import Watch, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.placement import OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.playing.page import WEB, Page
 from flux_ir.playing.studio import PlaySettings, Studio, open_studio
@@ -78,7 +79,9 @@ def play(
     guidance: float | None = None,
     device: str | None = None,
     multi_gpu: bool = False,
-    offload: bool = False,
+    offload: OffloadWord = False,
+    vram_gb: float | None = None,
+    memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
@@ -106,6 +109,8 @@ def play(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        vram_gb=vram_gb,
+        memory_gb=memory_gb,
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,

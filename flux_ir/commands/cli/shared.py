@@ -197,9 +197,27 @@ class ComputeOptions(DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadOptions(Options):
-    """For GPUs with little memory."""
+    """For machines with little memory."""
 
-    offload: bool = option(False, help="keep each part on the GPU only while it is needed", group=MACHINE)
+    offload: bool | Literal["parts", "blocks"] = option(
+        False,
+        help="parts: on the GPU while they are needed; blocks: weights come block by block; True: what fits best",
+        group=MACHINE,
+    )
+    vram_gb: float | None = option(
+        None,
+        help="GPU memory to stay within where blocks are streamed",
+        unit="GB",
+        default_text="what is free",
+        group=MACHINE,
+    )
+    memory_gb: float | None = option(
+        None,
+        help="host memory to stay within where blocks are streamed",
+        unit="GB",
+        default_text="as little as can be",
+        group=MACHINE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
