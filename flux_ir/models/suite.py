@@ -193,7 +193,8 @@ class Suite:
                 self._transformer = self._streamed()
             else:
                 device = self._home(self.placement.transformer)
-                self._transformer = load_flux(self.spec, self.source.transformer, device, self.dtype)
+                source = self.source
+                self._transformer = load_flux(self.spec, source.transformer, device, self.dtype, loras=source.loras)
         return self._transformer
 
     def _streamed(self) -> StreamedFlux:
@@ -201,7 +202,14 @@ class Suite:
         placement = self.placement
         free = weights_budget(self.spec.flux, placement, self.dtype, tokens=self.tokens)
         resident = resident_blocks(self.spec.flux, self.dtype, free)
-        return stream_flux(self.spec, self.source.transformer, placement.transformer, self.dtype, resident=resident)
+        return stream_flux(
+            self.spec,
+            self.source.transformer,
+            placement.transformer,
+            self.dtype,
+            loras=self.source.loras,
+            resident=resident,
+        )
 
     def _load_autoencoder(self) -> AutoEncoder:
         if self._autoencoder is None:

@@ -1,4 +1,5 @@
 """From a name to weights: `locate` says in which order sources are asked, `inspect` what a file is, `load` loads it.
 
-Text encoders have `locate_text` and `pretrained`. Below: `keymap` (names of diffusers), `headers`, `paths`, `hub`.
+Text encoders have `locate_text` and `pretrained`, and what is merged into a transformer has `lora`. Below:
+`keymap` (names of diffusers), `headers`, `paths`, `hub`.
 """

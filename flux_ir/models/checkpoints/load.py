@@ -1,10 +1,10 @@
 """Weights into networks: strictly, tensor by tensor, from memory-mapped files straight to their device and dtype.
 
 `locate` has found the files and `inspect` has checked that they fit; loading a network of 24 GB needs no second copy of
-it.
+it. LoRAs are merged here, into each weight before it is rounded to its dtype: whoever reads weights has merged ones.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -14,6 +14,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
+from flux_ir.models.checkpoints.lora.read import LoRA, changes_of, merge
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.streaming import HostMemory, StreamedFlux
@@ -28,10 +29,15 @@ def load_flux(
     device: torch.device | str,
     dtype: torch.dtype,
     *,
+    loras: Sequence[LoRA] = (),
     advance: Advance | None = None,
 ) -> Flux:
-    """The transformer, ready to run. `advance` is told the bytes read after each tensor (`source.nbytes` in all)."""
-    return _filled(cast(Flux, _blank(spec, source, "transformer")), source, device, dtype, advance)
+    """The transformer with its LoRAs merged, ready to run.
+
+    `advance` is told the bytes read after each tensor (`source.nbytes` in all).
+    """
+    network = cast(Flux, _blank(spec, source, "transformer"))
+    return _filled(network, Weights(network, source, loras), device, dtype, advance)
 
 
 def stream_flux(
@@ -40,14 +46,17 @@ def stream_flux(
     device: torch.device | str,
     dtype: torch.dtype,
     *,
+    loras: Sequence[LoRA] = (),
     resident: Collection[int] = (),
     in_memory: bool = False,
 ) -> StreamedFlux:
     """The transformer with its blocks streamed from the file; those that are `resident` stay.
 
+    LoRAs are merged whenever a block is read from the file: at every step, unless it is `resident` or `in_memory`.
+
     `in_memory`: what is streamed is read once and waits in host memory, for a GPU in pinned pages.
     """
-    fetch = Weights(_blank(spec, source, "transformer"), source).read_into
+    fetch = Weights(_blank(spec, source, "transformer"), source, loras).read_into
     if in_memory:
         fetch = HostMemory(fetch, pinned=torch.device(device).type == "cuda").fetch
     return StreamedFlux(spec.flux, fetch, device, dtype, resident=resident)
@@ -62,7 +71,8 @@ def load_autoencoder(
     advance: Advance | None = None,
 ) -> AutoEncoder:
     """The autoencoder, ready to run; float32 as it is published."""
-    return _filled(cast(AutoEncoder, _blank(spec, source, "autoencoder")), source, device, dtype, advance)
+    network = cast(AutoEncoder, _blank(spec, source, "autoencoder"))
+    return _filled(network, Weights(network, source), device, dtype, advance)
 
 
 def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEncoder:
@@ -72,10 +82,10 @@ def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEnco
 
 
 class Weights:
-    """The weights of one network, by their names in it; each is read when it is asked for."""
+    """The weights of one network, by their names in it, with LoRAs merged; each is read when it is asked for."""
 
-    def __init__(self, network: Flux | AutoEncoder, source: WeightSource) -> None:
-        self._source = source
+    def __init__(self, network: Flux | AutoEncoder, source: WeightSource, loras: Sequence[LoRA] = ()) -> None:
+        self._source, self._loras = source, loras
         self._layout = layout_parts(source.layout, network)
 
     def nbytes(self, name: str) -> int:
@@ -84,17 +94,22 @@ class Weights:
 
     def read_into(self, target: Tensor, name: str) -> None:
         """Fill `target`, which has the shape of the weight, on its device and in its dtype."""
-        self._layout[name].fill(target, map(read_tensor, self._entries(name)))
+        if not changes_of(name, self._loras):
+            self._layout[name].fill(target, map(read_tensor, self._entries(name)))
+            return
+        merged = torch.empty(target.shape, dtype=torch.float32)
+        self._layout[name].fill(merged, map(read_tensor, self._entries(name)))
+        merge(merged, name, self._loras)
+        target.copy_(merged)  # the only rounding
 
     def _entries(self, name: str) -> list[TensorEntry]:
         return [self._source.entries[part] for part in self._layout[name].names]
 
 
 def _filled(
-    network: Network, source: WeightSource, device: torch.device | str, dtype: torch.dtype, advance: Advance | None
+    network: Network, weights: Weights, device: torch.device | str, dtype: torch.dtype, advance: Advance | None
 ) -> Network:
     """The network with its weights in place of the meta tensors it was built of."""
-    weights = Weights(network, source)
     state: dict[str, Tensor] = {}
     for name, blank in network.state_dict().items():
         state[name] = torch.empty(blank.shape, device=device, dtype=dtype)

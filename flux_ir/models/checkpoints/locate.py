@@ -14,6 +14,7 @@ from flux_ir.models.checkpoints import hub
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, holds, inspect
 from flux_ir.models.checkpoints.locate_text import EncoderSource, TextSource, download_encoder, encoder_on_disk
+from flux_ir.models.checkpoints.lora.read import LoRA, Paths, Strengths, read_loras
 from flux_ir.models.checkpoints.paths import (
     CACHE,
     COMPONENT_FOLDERS,
@@ -43,6 +44,8 @@ class ModelSource(NamedTuple):
     """None: not asked for."""
     text: TextSource | None
     """None: not asked for."""
+    loras: tuple[LoRA, ...] = ()
+    """Merged into the transformer, in this order."""
 
 
 def locate_model(
@@ -50,15 +53,19 @@ def locate_model(
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
     *,
+    lora: Paths = None,
+    lora_strength: Strengths = None,
     autoencoder: bool = True,
     text: bool = True,
     announce: Announce | None = None,
 ) -> ModelSource:
     """All parts of the model, without its autoencoder or its text encoders if these are not needed.
 
+    `lora` is merged into the transformer: one path or several, with one strength for all or one for each (None: 1).
     Everything on disk is found and checked first, so a mistake shows before any download. `announce` is told of
     downloads, and at the end which file was taken for each part.
     """
+    loras = read_loras(spec, lora, lora_strength, announce)
     transformer = _transformer_on_disk(spec, checkpoint)
     ae = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
     t5, clip = (encoder_on_disk(spec, name, checkpoint, announce) if text else None for name in ("t5", "clip"))
@@ -71,6 +78,7 @@ def locate_model(
         if text
         else None,
         transformer=transformer or _download(spec, "transformer", announce),
+        loras=loras,
     )
     parts: dict[str, WeightSource | EncoderSource | None] = {
         "transformer": source.transformer,
