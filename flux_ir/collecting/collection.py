@@ -15,6 +15,7 @@ the settings: how many processes or threads made them, and how often they were i
 Next: `collector`, which does the work.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -330,12 +331,18 @@ def publish_json(storage: Storage, value: Any, name: str) -> None:
 
 
 def weights_digest(source: ModelSource, *, autoencoder: bool) -> str:
-    """16 hex digits that stand for the content of the model's files; those of the autoencoder only if it is used."""
+    """16 hex digits that stand for the content of the model's files; those of the autoencoder only if it is used.
+
+    LoRAs count with their content, whatever they are called, and their strengths, in their order; without one, or at
+    strength 0, the digits are those of the files alone.
+    """
     parts = [source.transformer, *([source.autoencoder] if source.autoencoder and autoencoder else [])]
     files = {entry.file for part in parts for entry in part.entries.values()}
     for encoder in source.text or ():
         files |= set(encoder.files())
-    return files_digest(files)
+    digest = files_digest(files)
+    loras = [(lora.sha256, lora.strength) for lora in source.loras if lora.strength]
+    return hashlib.sha256(repr([digest, *loras]).encode()).hexdigest()[:16] if loras else digest
 
 
 def versions_of(device: torch.device) -> dict[str, str]:

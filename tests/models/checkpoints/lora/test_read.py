@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.load import Weights, load_flux
+from flux_ir.models.checkpoints.load import Weights, load_flux, stream_flux
 from flux_ir.models.checkpoints.lora.read import read_lora, read_loras
 from flux_ir.models.registry import get_spec
 from tests.models.checkpoints.lora.layouts import (
@@ -117,6 +117,14 @@ def test_weights_are_merged_wherever_they_are_read_into(base):
     target = torch.empty(base.flux.state_dict()[name].shape)
     weights.read_into(target, name)
     assert torch.equal(target, load_flux(base.spec, base.source, "cpu", torch.float32, loras=loras).state_dict()[name])
+
+
+def test_streamed_blocks_are_those_of_the_loaded_network(base, tiny_inputs):
+    loras = read_loras(base.spec, kohya(draw_factors(base.flux), base.flux, base.path("lora")))
+    loaded = load_flux(base.spec, base.source, "cpu", torch.float32, loras=loras)
+    streamed = stream_flux(base.spec, base.source, "cpu", torch.float32, loras=loras)
+    with torch.no_grad():
+        assert torch.equal(streamed(*tiny_inputs()), loaded(*tiny_inputs()))
 
 
 # ---- What files say of their scale
