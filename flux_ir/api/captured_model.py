@@ -1,32 +1,16 @@
 """The autoencoder, the activations and the model behind a folder of features, for the stages that need them again."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from flux_ir.api.progress import Note, Watch
+from flux_ir.api.model_settings import Machine, ModelSettings
+from flux_ir.api.progress import Watch
 from flux_ir.api.score_features import open_scoring
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.scoring import Scoring
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
-from flux_ir.models.placement import Placement
-from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """Which model is run again, from which files, and how."""
-
-    name: str | None
-    """None: the one that was captured."""
-    dtype: DtypeWord
-    checkpoint: str | Path | None
-    ae_checkpoint: str | Path | None
-    device: str | None
 
 
 def scoring_of(folder: FeatureFolder, device: torch.device, progress: Watch) -> Scoring:
@@ -52,8 +36,8 @@ def scoring_of(folder: FeatureFolder, device: torch.device, progress: Watch) -> 
 
 def captured_model(
     folder: FeatureFolder,
-    choice: ModelChoice,
-    placement: Placement,
+    settings: ModelSettings,
+    machine: Machine,
     *,
     without: str,
     autoencoder: bool = True,
@@ -64,15 +48,7 @@ def captured_model(
 
     Raises FluxIRError where neither says which one it is: `without` is the flag that does without a model.
     """
-    name = choice.name or folder.settings.model
+    name = settings.model or folder.settings.model
     if name is None:
         raise FluxIRError("the captures do not say which model they are of", hint=f"name it with --model, or {without}")
-    source = locate_model(
-        get_spec(name),
-        choice.checkpoint,
-        choice.ae_checkpoint,
-        autoencoder=autoencoder,
-        text=text,
-        announce=lambda line: progress(Note(line)),
-    )
-    return Suite(get_spec(name), source, placement, choose_dtype(choice.dtype, placement.devices).dtype)
+    return replace(settings, model=name).suite(machine, progress, text=text, autoencoder=autoencoder)

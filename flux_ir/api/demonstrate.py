@@ -20,9 +20,9 @@ import torch
 
 from flux_ir.activations.blocks import SampledSource, Sampling
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.captured_model import ModelChoice, captured_model, scoring_of
+from flux_ir.api.captured_model import captured_model, scoring_of
+from flux_ir.api.model_settings import ModelSettings, SettledPicture, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
 from flux_ir.errors import FluxIRError
 from flux_ir.features.effect import why_not_run
@@ -32,7 +32,6 @@ from flux_ir.files import read_json, versions, write_json
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import plan
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Stream
@@ -79,7 +78,7 @@ class Demonstrated(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemonstrateSettings:
+class DemonstrateSettings(ModelSettings):
     """Which features, on what, how far. Raises FluxIRError for what contradicts itself."""
 
     feature: tuple[int, ...]
@@ -92,7 +91,8 @@ class DemonstrateSettings:
     controls: int
     seed: int | None
     batch_size: int
-    model: ModelChoice
+    model: str | None = None
+    """None: the one that was captured."""
 
     def __post_init__(self) -> None:
         check_least(vars(self), controls=1, number=1)
@@ -146,7 +146,11 @@ def demonstrate(
         controls=controls,
         seed=seed,
         batch_size=batch_size,
-        model=ModelChoice(name=model, dtype=dtype, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint, device=device),
+        model=model,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+        device=device,
     )
     folder = open_features(features)
     folder.check_done("score")
@@ -201,9 +205,9 @@ class _Demonstrating:
         self.path = folder.path / FOLDER
         self.stream: Stream = "img" if "img" in folder.streams else folder.streams[0]
         self.notes: list[str] = []
-        self.placement = plan(torch.cuda.device_count(), device=settings.model.device)
-        self.scoring: Scoring = scoring_of(folder, torch.device(self.placement.transformer), progress)
-        if (why := why_not_run(folder, self.scoring.source, settings.model.name)) is not None:
+        self.machine = settings.settle_machine()
+        self.scoring: Scoring = scoring_of(folder, torch.device(self.machine.placement.transformer), progress)
+        if (why := why_not_run(folder, self.scoring.source, settings.model)) is not None:
             raise FluxIRError(
                 f"features of {folder.path} cannot be turned: {why}", hint="--model names the model, where it can run"
             )
@@ -214,7 +218,7 @@ class _Demonstrating:
         """The pictures of one feature after the other, its numbers and strips, then what all have in common."""
         folder, settings = self.folder, self.settings
         suite = captured_model(
-            folder, settings.model, self.placement, without="collect with flux-ir collect", progress=self.progress
+            folder, settings, self.machine, without="collect with flux-ir collect", progress=self.progress
         )
         scenes = {feature: self._scenes(feature, suite) for feature in self.chosen}
         lpips = self._lpips([one.grid for some in scenes.values() for one in some])
@@ -235,8 +239,11 @@ class _Demonstrating:
         found = ranked(found)
         with phase(self.progress, "sheets"):
             sheets = draw_overview(self.path, about, found)
-        recorded = {name: value for name, value in vars(settings).items() if name != "model"}
-        said = recorded | {"scores": folder.settings.digest, "model": suite.spec.name, "dtype": str(suite.dtype)}
+        said = settings.other_choices() | {
+            "scores": folder.settings.digest,
+            "model": suite.spec.name,
+            "dtype": str(suite.dtype),
+        }
         numbers, table = write_numbers(self.path, said, found, versions("torch"))
         after = [stage for stage in ("score", "examples") if stage in folder.stages]
         folder.mark_done("demonstrate", said, after=after)
@@ -312,25 +319,20 @@ class _Demonstrating:
     def _scene(self, feature: int, sampling: Sampling, suite: Suite) -> _SceneJob:
         folder, sae = self.folder, self.scoring.sae
         edit = Edit(sae=folder.sae, feature=feature, sites=folder.settings.site if sae.config.site is None else None)
+        picture = SettledPicture(Grid(sampling.width, sampling.height), list(sampling.timesteps), sampling.guidance)
         steering = Steering(
             [edit],
             suite.spec,
-            grid=Grid(sampling.width, sampling.height),
-            num_steps=len(sampling.timesteps) - 1,
-            device=self.placement.transformer,
+            grid=picture.grid,
+            num_steps=picture.num_steps,
+            device=self.machine.placement.transformer,
             loaded={str(folder.sae): sae},
         )
         identity = {
-            "model": suite.spec.name,
-            "weights": weights_digest(suite.source, autoencoder=True),
+            **identity_of_pictures(suite, picture),
             "prompt": sampling.prompt,
             "edits": steering.described(with_strength=False),
             "maximum": float(self.maxima[feature]),
-            "size": list(steering.grid),
-            "timesteps": list(sampling.timesteps),
-            "guidance": sampling.guidance,
-            "dtype": str(suite.dtype),
-            "device": torch.device(self.placement.transformer).type,
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         kept = SteeringFolder(self.path / "pictures" / f"{feature}_{digest}", identity, [edit])
@@ -380,7 +382,7 @@ class _Demonstrating:
 
     def _lpips(self, grids: Sequence[Grid]) -> Lpips | None:
         """One distance for all: LPIPS where the user has it, and the smallest picture is large enough."""
-        lpips = find_lpips(self.placement.transformer, min(grids, key=min))
+        lpips = find_lpips(self.machine.placement.transformer, min(grids, key=min))
         if isinstance(lpips, str):
             self._note(lpips)
             return None

@@ -14,7 +14,8 @@ from PIL import Image
 
 from flux_ir.activations.blocks import SampledSource
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.captured_model import ModelChoice, captured_model, scoring_of
+from flux_ir.api.captured_model import captured_model, scoring_of
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
@@ -32,7 +33,6 @@ from flux_ir.files import complete_file
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import Placement, plan
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Site, Stream
 from flux_ir.visualize.feature_sheet import SheetPicture, draw_feature_sheet
@@ -57,7 +57,7 @@ class DrawnFeatures(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawSettings:
+class DrawSettings(ModelSettings):
     """Which features, and how they are drawn. Raises FluxIRError for numbers out of range."""
 
     numbers: tuple[int, ...] | None
@@ -74,7 +74,8 @@ class DrawSettings:
     strength: float
     batch_size: int
     seed: int
-    model: ModelChoice
+    model: str | None = None
+    """None: the one that was captured."""
 
     def __post_init__(self) -> None:
         check_least(vars(self))
@@ -142,7 +143,11 @@ def draw_features(
         strength=strength,
         batch_size=batch_size,
         seed=seed,
-        model=ModelChoice(name=model, dtype=dtype, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint, device=device),
+        model=model,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+        device=device,
     )
     folder = open_features(features)
     for stage in ("score", "examples"):
@@ -157,8 +162,8 @@ class Drawing:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.stream: Stream = "img" if "img" in folder.streams else folder.streams[0]
         self.chosen = choose(folder, self.stream, settings)
-        self.placement: Placement = plan(torch.cuda.device_count(), device=settings.model.device)
-        self.device = torch.device(self.placement.transformer)
+        self.machine = settings.settle_machine()
+        self.device = torch.device(self.machine.placement.transformer)
 
     def run(self) -> DrawnFeatures:
         """Neighbours, then what each feature draws, then the sheets, which show both."""
@@ -209,11 +214,11 @@ class Drawing:
         folder, settings = self.folder, self.settings
         if not settings.draws or not self.chosen.features:
             return {}
-        if (why := why_not_run(folder, scoring.source, settings.model.name)) is not None:
+        if (why := why_not_run(folder, scoring.source, settings.model)) is not None:
             self.progress(Note(f"note: {why}, so nothing is drawn by it"))
             return {}
         assert isinstance(scoring.source, SampledSource)
-        suite = captured_model(folder, settings.model, self.placement, without="--draws False", progress=self.progress)
+        suite = captured_model(folder, settings, self.machine, without="--draws False", progress=self.progress)
         sampling = scoring.source.sampling(0)
         canvas = Canvas(
             width=sampling.width,
@@ -412,5 +417,4 @@ def _panels(path: Path | None) -> list[SheetPicture]:
 
 def _recorded(settings: DrawSettings) -> dict[str, Any]:
     """The settings that what is drawn depends on, as JSON has them."""
-    recorded = {name: value for name, value in asdict(settings).items() if name != "model"}
-    return recorded | {"dtype": settings.model.dtype}
+    return settings.other_choices() | {"dtype": settings.dtype}

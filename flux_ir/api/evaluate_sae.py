@@ -17,6 +17,7 @@ import torch
 
 from flux_ir.activations.source import TokenSource, open_source
 from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.splicing import Splicer, recorded_dtype
 from flux_ir.errors import FluxIRError
@@ -54,7 +55,7 @@ BASELINE_NAMES = {"pca": "PCA", "random": "random directions", "itda": "data poi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSAESettings:
+class EvaluateSAESettings(ModelSettings):
     """The arguments of `evaluate_sae`, which says what they mean."""
 
     sae: tuple[Path, ...]
@@ -71,10 +72,6 @@ class EvaluateSAESettings:
     splice_batch: int = 4
     model: str | None = None
     batch_tokens: int = 4096
-    device: str | None = None
-    dtype: DtypeWord = "auto"
-    checkpoint: str | Path | None = None
-    ae_checkpoint: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_words(EvaluateSAESettings, vars(self))
@@ -253,15 +250,11 @@ class Judge:
         settings = self.settings
         if self._splicer is None:
             self._splicer = Splicer(
-                settings.model or self.source.model,
+                ModelSettings(model=settings.model or self.source.model, **settings.model_choices()),
                 recorded_dtype(data),
                 steps=settings.splice_steps,
                 batch_size=settings.splice_batch,
                 pictures=settings.splice and settings.pictures,
-                device=settings.device,
-                dtype=settings.dtype,
-                checkpoint=settings.checkpoint,
-                ae_checkpoint=settings.ae_checkpoint,
                 progress=self.progress,
             )
         return self._splicer

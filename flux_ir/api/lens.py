@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from flux_ir.api.arguments import check_words
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
@@ -21,9 +20,8 @@ from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, load_flux
 from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
-from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
+from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
@@ -111,11 +109,9 @@ def read_lens(
         recorded=recorded_path(made_with, "autoencoder"),
         announce=announce,
     )
-    placement = plan(torch.cuda.device_count(), device=device)
-    compute = choose_dtype(dtype, placement.devices, recorded=capture.dtype)
-    announce(f"{spec.name} on {placement.transformer} ({placement.reason}), {compute}")
-    if compute.warning is not None:
-        announce(f"note: {compute.warning}")
+    placement, compute = machine = ModelSettings(device=device, dtype=dtype).settle_machine(recorded=capture.dtype)
+    for note in (f"{spec.name} on {machine}", *machine.notes()):
+        announce(note)
     if compute.dtype != capture.dtype:
         recorded = str(capture.dtype).removeprefix("torch.")
         announce(f"note: the capture is {recorded}: its last block gives the sampler's next state but for rounding")

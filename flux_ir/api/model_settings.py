@@ -66,6 +66,11 @@ class ModelSettings:
         """All of these but the model itself, by name: `load_model` and other settings take them as arguments."""
         return {field.name: getattr(self, field.name) for field in fields(ModelSettings) if field.name != "model"}
 
+    def other_choices(self) -> dict[str, Any]:
+        """What these settings hold beside the model and these choices, by name."""
+        of_model = {field.name for field in fields(ModelSettings)}
+        return {name: value for name, value in vars(self).items() if name not in of_model}
+
     def choices_made(self) -> dict[str, Any]:
         """Those of them that differ from their defaults."""
         defaults = ModelSettings().model_choices()

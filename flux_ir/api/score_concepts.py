@@ -18,15 +18,13 @@ from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.evaluate_sae import load_for
 from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.score_features import folder_path
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import versions, write_json
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
-from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.held_out import evaluation_data_of, filters_of
 from flux_ir.sae.evaluation.plots import number_grid
@@ -322,10 +320,9 @@ class _ConceptScoring:
                 "the model is run again for what flux-ir collect made: these captures do not say how they were made",
                 hint="leave --run_model out",
             )
-        spec = get_spec(source.model)
-        dtype = choose_dtype("auto", self.placement.devices, recorded=source.sampling(0).dtype)
-        located = locate_model(spec, None, None, autoencoder=False, announce=lambda text: self.progress(Note(text)))
-        suite = Suite(spec, located, self.placement, dtype.dtype)
+        model = ModelSettings(model=source.model, device=self.settings.device)
+        machine = model.settle_machine(recorded=source.sampling(0).dtype)
+        suite = model.suite(machine, self.progress, autoencoder=False)
         return lambda part: run_neurons(part, suite)
 
     def _set(self, name: str, labels: Labels) -> dict[str, Any]:

@@ -24,16 +24,13 @@ from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.evaluate_sae import load_for
 from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.demo.captions import CaptionPart, part_of
 from flux_ir.demo.scenes import Scene, parse_caption
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.files import versions, write_json
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import plan
-from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.encoders import encode
@@ -185,9 +182,9 @@ class _Scoring:
         self.settings, self.progress, self.stack = settings, progress, stack
         self.source = open_source(settings.captures)
         self.sampling = self._sampling()
-        self.placement = plan(torch.cuda.device_count(), device=settings.device)
-        self.spec = get_spec(str(self.source.model))
-        self.dtype = choose_dtype("auto", self.placement.devices, recorded=self.sampling.dtype).dtype
+        self.model = ModelSettings(model=self.source.model, device=settings.device)
+        self.machine, self.spec = self.model.settle_machine(recorded=self.sampling.dtype), self.model.spec
+        self.placement, self.dtype = self.machine.placement, self.machine.compute.dtype
         progress(Note(f"on {self.placement.transformer} ({self.placement.reason})"))
         self.subjects = [self._subject(folder) for folder in settings.sae]
         self.sites = sorted({subject.site for subject in self.subjects})
@@ -399,8 +396,7 @@ class _Scoring:
 
     @cached_property
     def _suite(self) -> Suite:
-        located = locate_model(self.spec, None, None, announce=lambda line: self.progress(Note(line)))
-        return Suite(self.spec, located, self.placement, self.dtype)
+        return self.model.suite(self.machine, self.progress)
 
     @cached_property
     def _model(self) -> Flux:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from flux_ir.activations.blocks import SampledSource
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.captured_model import ModelChoice, captured_model, scoring_of
+from flux_ir.api.captured_model import captured_model, scoring_of
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.collecting.embeddings import embed_prompts
@@ -44,7 +45,6 @@ from flux_ir.features.selection import Ranked, Selection, make_lists, write_list
 from flux_ir.features.significance import q_values
 from flux_ir.models.clip import load_picture_tower, locate_clip, read_preprocessing
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.placement import plan
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.formats import load_any, weights_file
@@ -57,7 +57,7 @@ Columns = dict[Stream, dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectSettings:
+class SelectSettings(ModelSettings):
     """What is computed, and how. Raises FluxIRError for numbers out of range."""
 
     clip: str | None
@@ -71,7 +71,8 @@ class SelectSettings:
     examples_each: int
     significance: float
     seed: int
-    model: ModelChoice
+    model: str | None = None
+    """None: the one that was captured."""
 
     def __post_init__(self) -> None:
         check_least(vars(self))
@@ -130,7 +131,11 @@ def select_features(
         examples_each=examples_each,
         significance=significance,
         seed=seed,
-        model=ModelChoice(name=model, dtype=dtype, checkpoint=checkpoint, ae_checkpoint=ae_checkpoint, device=device),
+        model=model,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        ae_checkpoint=ae_checkpoint,
+        device=device,
     )
     folder = open_features(features)
     folder.check_done("score")
@@ -143,8 +148,8 @@ class Selecting:
     def __init__(self, folder: FeatureFolder, settings: SelectSettings, progress: Watch) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.selection = Selection(folder)
-        self.placement = plan(torch.cuda.device_count(), device=settings.model.device)
-        self.device = torch.device(self.placement.transformer)
+        self.machine = settings.settle_machine()
+        self.device = torch.device(self.machine.placement.transformer)
         self.scoring = scoring_of(folder, self.device, progress)
         self.sides = None if settings.contrast is None else sides_of(folder.images, settings.contrast)
         if settings.region is not None:
@@ -329,7 +334,7 @@ class Selecting:
     def _effect(self) -> None:
         """The effect on the velocity: one forward and `SIGN_VECTORS` gradients at each step of each generation."""
         folder, settings, source = self.folder, self.settings, self.scoring.source
-        if (why := why_not_run(folder, source, settings.model.name)) is not None:
+        if (why := why_not_run(folder, source, settings.model)) is not None:
             self.progress(Note(f"note: {why}, so effects are not measured"))
             return
         assert isinstance(source, SampledSource)
@@ -339,7 +344,7 @@ class Selecting:
             "weights": weights_digest(suite.source, autoencoder=False),
             "images": images,
             "sign_vectors": SIGN_VECTORS,
-            "dtype": settings.model.dtype,
+            "dtype": settings.dtype,
             "seed": settings.seed,
         }
         if self.selection.has("effect", depends_on):
@@ -363,8 +368,8 @@ class Selecting:
     def _model(self, *, autoencoder: bool, text: bool) -> Suite:
         return captured_model(
             self.folder,
-            self.settings.model,
-            self.placement,
+            self.settings,
+            self.machine,
             without="--effect_images 0",
             autoencoder=autoencoder,
             text=text,

@@ -7,19 +7,15 @@ Each held-out generation runs from its own prompt, seed and settings, so that no
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux_ir.activations.blocks import SampledSource, Sampling
+from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, phase
 from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
-from flux_ir.models.placement import plan
-from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.data.held_out import EvaluationData
@@ -45,41 +41,28 @@ class Splicer:
 
     def __init__(
         self,
-        model: str | None,
+        model: ModelSettings,
         recorded: torch.dtype,
         *,
         steps: tuple[int, ...] | None,
         batch_size: int,
         pictures: bool,
-        device: str | None,
-        dtype: DtypeWord,
-        checkpoint: str | Path | None,
-        ae_checkpoint: str | Path | None,
         progress: Watch,
     ) -> None:
-        if model is None:
+        if model.model is None:
             raise FluxIRError("the captures do not say which model they are of", hint="name it with --model")
-        self.spec = get_spec(model)
+        self.model, self.spec = model, model.spec
         self.steps, self.batch_size, self.pictures, self.progress = steps, batch_size, pictures, progress
-        self.checkpoint, self.ae_checkpoint = checkpoint, ae_checkpoint
-        self.placement = plan(torch.cuda.device_count(), device=device)
-        self.compute = choose_dtype(dtype, self.placement.devices, recorded=recorded)
+        self.machine = model.settle_machine(recorded=recorded)
         self._embedded: dict[str, EmbeddedPrompt] = {}
 
     @cached_property
     def suite(self) -> Suite:
         """The model's parts."""
-        source = locate_model(
-            self.spec,
-            self.checkpoint,
-            self.ae_checkpoint,
-            autoencoder=self.pictures,
-            announce=lambda text: self.progress(Note(text)),
-        )
-        self.progress(Note(f"{self.spec.name} computes in {self.compute}"))
-        if self.compute.warning is not None:
-            self.progress(Note(f"note: {self.compute.warning}"))
-        return Suite(self.spec, source, self.placement, self.compute.dtype)
+        suite = self.model.suite(self.machine, self.progress, autoencoder=self.pictures)
+        for note in (f"{self.spec.name} computes in {self.machine.compute}", *self.machine.notes()):
+            self.progress(Note(note))
+        return suite
 
     def check(self, data: EvaluationData) -> Site:
         """The site of these tokens. Raises FluxIRError, before anything is loaded, if it cannot be spliced."""
@@ -108,11 +91,11 @@ class Splicer:
             batches = list(self._batches(runs))
             for batch in follow(self.progress, f"splice {site}", batches, total=len(batches)):
                 self._add(meter, batch)
-        return as_json(meter.result(), runs=len(runs), steps=steps, dtype=self.compute.name)
+        return as_json(meter.result(), runs=len(runs), steps=steps, dtype=self.machine.compute.name)
 
     def _add(self, meter: SpliceMeter, runs: list[Sampling]) -> None:
         first = runs[0]
-        device, dtype = self.placement.transformer, self.compute.dtype
+        device, dtype = self.machine.placement.transformer, self.machine.compute.dtype
         noise = noise_for([run.seed for run in runs], first.height, first.width, device, dtype)
         parts = zip(*(self._embedded[run.prompt].text for run in runs), strict=True)
         inputs = prepare(noise, TextEmbedding(*map(torch.cat, parts)), first.height, first.width)

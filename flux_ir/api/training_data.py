@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import TokenBlock, TokenSource, run_of
 from flux_ir.activations.source import open_source
+from flux_ir.api.model_settings import PictureSettings
+from flux_ir.api.progress import unwatched
 from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.collecting.collection import CollectSettings, weights_digest
 from flux_ir.collecting.live import live_blocks
@@ -19,9 +21,6 @@ from flux_ir.collecting.prompts import prompts_digest, read_prompts
 from flux_ir.collecting.recipe import Recipe
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.compute_dtype import choose_dtype
-from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sae.architectures.initialise import normalisation_of
@@ -316,18 +315,18 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     prompts = read_prompts(given) if isinstance(given, Path) else list(given)
     sites = match_sites(settings.site, all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
     sites = [site for site in _of_stream(list(sites), settings) if site is not None]
-    placement = plan(torch.cuda.device_count(), device=str(ranks.device(settings.device)))
-    compute = choose_dtype("auto", placement.devices, ranks=ranks)
+    model = PictureSettings(model=settings.model, device=settings.device)
+    machine, picture = model.settle_machine(ranks=ranks), model.settle_picture()
     recipe = Recipe(
         spec=spec,
-        width=spec.default_side_px,
-        height=spec.default_side_px,
-        num_steps=spec.default_steps,
-        guidance=spec.default_guidance,
+        width=picture.grid.width,
+        height=picture.grid.height,
+        num_steps=picture.num_steps,
+        guidance=picture.guidance,
         sites=tuple(sites),
-        steps=tuple(check_steps(settings.steps, spec.default_steps)),
+        steps=tuple(check_steps(settings.steps, picture.num_steps)),
         stored_dtype=torch.bfloat16,
-        network_dtype=compute.dtype,
+        network_dtype=machine.compute.dtype,
     )
     split = split_prompts(prompts, settings.held_out)
     training = [prompt for prompt in prompts if split.has("training", "", prompt)]
@@ -337,8 +336,7 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     shape = recipe.plan()
     # With --max_tokens far more repeats than needed, one token each: activations are made only as they are read.
     repeats = settings.repeats or -(-(settings.max_tokens or 1) // len(training))
-    model_files = locate_model(spec, None, None, autoencoder=False)
-    suite = Suite(spec, model_files, placement, compute.dtype)
+    suite = model.suite(machine, unwatched, autoencoder=False)
     filters = _filters(settings)
     most_tokens = min(MEASURED_TOKENS, settings.max_tokens or MEASURED_TOKENS) * len(sites)
     job = CollectSettings(recipe=recipe, prompts=training, repeats=repeats)
@@ -359,8 +357,8 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
         widths={site: shape.shape(site)[2] for site in sites},
         described={
             "model": spec.name,
-            "weights": weights_digest(model_files, autoencoder=False),
-            "dtype": compute.name,
+            "weights": weights_digest(suite.source, autoencoder=False),
+            "dtype": machine.compute.name,
             "guidance": recipe.guidance,
             "prompts": len(prompts),
             "prompts_sha256": prompts_digest(prompts),
