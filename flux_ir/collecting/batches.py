@@ -19,6 +19,7 @@ from flux_ir.collecting.prompts import WorkItem
 from flux_ir.collecting.recipe import Recipe, recorded_bytes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.streaming import StreamedFlux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
 from flux_ir.sampling.denoise import StateNotFiniteError
@@ -189,10 +190,13 @@ def _try(model: Flux, recipe: Recipe, batch: int) -> None:
 def replicas(network: Flux, count: int) -> "SimpleQueue[Flux]":
     """The network once per thread: all share its weights, and each has modules of its own to hook.
 
-    Hooks belong to modules: two threads that record at one module would record each other's batches.
+    Hooks belong to modules: two threads that record at one module would record each other's batches. A network whose
+    weights are streamed is there once: threads wait for it, and while one computes the next weights are read.
     """
     networks: SimpleQueue[Flux] = SimpleQueue()
     networks.put(network)
+    if isinstance(network, StreamedFlux):
+        return networks
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     for _ in range(count - 1):
         networks.put(copy.deepcopy(network, dict(shared)))

@@ -158,6 +158,19 @@ def weights_budget(params: FluxParams, placement: Placement, dtype: torch.dtype,
     return free - activation_bytes(params, tokens, dtype)
 
 
+def waits_in_memory(params: FluxParams, placement: Placement, dtype: torch.dtype, resident: int) -> bool:
+    """Whether the blocks that a GPU has no room for wait in host memory: if that has room for them, else in the file.
+
+    For a CPU they always wait in the file: what it reads again is in the page cache while there is room.
+    """
+    if placement.transformer == "cpu":
+        return False
+    depth = params.depth + params.depth_single_blocks
+    needed = HOST_BASE_BYTES + elements(params).total * dtype.itemsize * (depth - resident) // depth
+    free = placement.memory_bytes or free_memory("cpu")
+    return free is None or needed <= free
+
+
 def resident_blocks(params: FluxParams, dtype: torch.dtype, free_bytes: int, *, slots: int = SLOTS) -> list[int]:
     """The blocks that may stay on a device with so many bytes for weights, spread evenly over the depth.
 

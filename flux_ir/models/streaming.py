@@ -245,13 +245,6 @@ class StreamedFlux(Flux):
             super().__init__(params)
         self.requires_grad_(requires_grad=False).eval()
         streamed = [name for number, name in enumerate(block_names(params)) if number not in frozenset(resident)]
-        for name, blank in self.named_parameters():
-            if not name.startswith(tuple(f"{block}." for block in streamed)):
-                value = torch.empty(blank.shape, device=device, dtype=dtype)
-                fetch(value, name)
-                path, _, leaf = name.rpartition(".")
-                self.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
         modulations = [
             path
             for name in streamed
@@ -260,6 +253,7 @@ class StreamedFlux(Flux):
         ]
         units = [unit_of(self, name) for name in modulations]
         units += [unit_of(self, name, without=Modulation) for name in streamed]
+        fill_the_rest(self, units, fetch, device, dtype)
         # After the modulations come the blocks, and after the last block the first one: of the next step.
         successor = [*range(1, len(units)), len(modulations)]
         self.stream = BlockStream(units, successor, fetch, device, dtype, slots=slots, watch=watch)
@@ -317,6 +311,43 @@ class StreamedFlux(Flux):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError("a streamed network cannot be copied: its weights come and go")
+
+
+def stream_blocks(
+    network: nn.Module,
+    blocks: Sequence[str],
+    fetch: Fetch,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    without: type[nn.Module] | None = None,
+    slots: int = SLOTS,
+    watch: Watch | None = None,
+) -> BlockStream:
+    """Have these modules of a network on the meta device streamed, in this order; all others are filled and stay.
+
+    `without`: modules of this kind inside the blocks stay as well, such as those that are used outside of them.
+    """
+    units = [unit_of(network, name, without=without) for name in blocks]
+    fill_the_rest(network, units, fetch, device, dtype)
+    successor = [(number + 1) % len(units) for number in range(len(units))]
+    stream = BlockStream(units, successor, fetch, device, dtype, slots=slots, watch=watch)
+    for number, name in enumerate(blocks):
+        _Turns(stream, number).hang(network.get_submodule(name))
+    return stream
+
+
+def fill_the_rest(
+    network: nn.Module, units: Sequence[Unit], fetch: Fetch, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Fill every parameter of a network on the meta device that is in none of the units."""
+    come_and_go = {weight.name for unit in units for weight in unit.weights}
+    for name, blank in list(network.named_parameters()):
+        if name not in come_and_go:
+            value = torch.empty(blank.shape, device=device, dtype=dtype)
+            fetch(value, name)
+            path, _, leaf = name.rpartition(".")
+            network.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def block_names(params: FluxParams) -> list[str]:

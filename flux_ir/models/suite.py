@@ -16,7 +16,7 @@ from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, stream_
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.memory import resident_blocks, weights_budget
+from flux_ir.models.memory import resident_blocks, waits_in_memory, weights_budget
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.streaming import StreamedFlux
@@ -209,6 +209,7 @@ class Suite:
             self.dtype,
             loras=self.source.loras,
             resident=resident,
+            in_memory=waits_in_memory(self.spec.flux, placement, self.dtype, len(resident)),
         )
 
     def _load_autoencoder(self) -> AutoEncoder:

@@ -1,10 +1,21 @@
 """What weights and tokens take, held against real networks and the published numbers."""
 
+from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 import torch
 
-from flux_ir.models.memory import elements, resident_blocks, streamed_bytes, weights_budget
+from flux_ir.errors import FluxIRError
+from flux_ir.models.memory import (
+    Limits,
+    best_offload,
+    elements,
+    resident_blocks,
+    streamed_bytes,
+    waits_in_memory,
+    weights_budget,
+)
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import MODELS
 
@@ -43,3 +54,30 @@ def test_blocks_stay_as_far_as_there_is_room_and_are_spread(tiny_flux):
 def test_without_a_limit_a_cpu_keeps_nothing(tiny_flux):
     params = MODELS["flux-schnell"].flux
     assert weights_budget(params, plan(0, offload="blocks"), torch.bfloat16, tokens=512) == 0
+
+
+def test_blocks_wait_in_host_memory_for_a_gpu_if_there_is_room():
+    params, dtype = MODELS["flux-schnell"].flux, torch.bfloat16
+    on_gpu = replace(plan(1, offload="blocks"), memory_bytes=30 * 10**9)
+    assert waits_in_memory(params, on_gpu, dtype, 0)
+    small = replace(on_gpu, memory_bytes=8 * 10**9)
+    assert not waits_in_memory(params, small, dtype, 0)
+    assert waits_in_memory(params, small, dtype, 50)
+    assert not waits_in_memory(params, replace(plan(0), memory_bytes=10**12), dtype, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory_gb", "offload"),
+    [(False, None, "none"), (True, 60, "none"), (True, 10, "blocks"), (False, 10, "blocks"), ("blocks", 60, "blocks")],
+)
+def test_what_fits_best_is_chosen(asked, memory_gb, offload):
+    limits = Limits(None, None if memory_gb is None else memory_gb * 10**9)
+    placement = best_offload(plan(0, offload=asked), MODELS["flux-schnell"].flux, torch.bfloat16, limits, asked)
+    assert placement.offload == offload
+    assert placement.memory_bytes == limits.memory_bytes
+
+
+def test_too_small_a_limit_is_refused():
+    limits = Limits(None, 10**9)
+    with pytest.raises(FluxIRError, match=r"--memory_gb must be at least 1.5 for this model in bfloat16: got 1"):
+        best_offload(plan(0), MODELS["flux-schnell"].flux, torch.bfloat16, limits, asked=False)
