@@ -1,17 +1,11 @@
-"""Collections as training data, on this machine or at a URL.
-
-A shard is complete or absent, so an unfinished collection is read as far as it is. From a URL, all headers are fetched
-when the collection is opened, and a whole shard when it is first read; it stays on the local disk, in bounded space,
-for the next epoch and the next run.
-"""
+"""The shards of a collection as training data, wherever they are: `collection` opens them."""
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -29,14 +23,10 @@ from flux_ir.activations.blocks import (
     steered_runs,
     token_positions,
 )
-from flux_ir.activations.downloads import CACHE_BYTES, Downloads
-from flux_ir.activations.remote import open_filesystem
 from flux_ir.activations.shards import (
     POSITIONS_KEY,
     ShardFile,
-    parse_shard,
     parse_site_key,
-    read_shard,
     scale_key,
     site_key,
     state_key,
@@ -48,18 +38,12 @@ from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.sites import Site, as_site, nearest_names
 
-CACHE_FOLDER = "FLUX_IR_CACHE"
-"""The variable that names the folder for what is fetched; without it ~/.cache/flux_ir."""
-MAX_CACHE_BYTES = "FLUX_IR_CACHE_BYTES"
-"""The variable that bounds what is kept of one collection [bytes]; without it 64 GB."""
 CLIP_IMAGE, CLIP_TEXT = "clip.image", "clip.text"
 """What a collection of CLIP's activations holds: they have no site and no step."""
 
 STATISTICS = "stats.safetensors"
 """The file of a collection that is no shard."""
 
-_SETTINGS, _SHARDS = "collection.json", "shards"
-_HEADER_BYTES = 2**17  # fetched at first: nearly all headers fit
 _POSITIONS = 64  # shards whose token positions are remembered
 
 
@@ -334,93 +318,12 @@ class _Generations(Sequence[Generation]):
         return Generation(shard.metadata["ids"][row], shard.metadata["prompts"][row] or "", shard.path)
 
 
-def is_collection(folder: Path) -> bool:
-    """Whether `flux-ir collect` or `collect-clip` has been at work in this folder."""
-    return (folder / _SETTINGS).is_file() or (folder / _SHARDS).is_dir()
-
-
 def is_layer(name: str) -> bool:
     """Whether this is the name of a layer of a text encoder, `t5.12`."""
     try:
         return Site.parse(name).per_prompt
     except FluxIRError:
         return False
-
-
-def open_collection(folder: Path, *, key: str | None = None) -> ShardSource:
-    """The generations of a collection that are finished. Raises FluxIRError for an old one, and one without any."""
-    path = folder / _SETTINGS
-    settings = path.read_bytes() if path.is_file() else b""
-    _check_version(str(folder), settings, old=(folder / "groups").is_dir())
-    shards = [read_shard(file) for file in sorted((folder / _SHARDS).glob("*.safetensors"))]
-    return _source(str(folder), shards, settings, key, None)
-
-
-def open_remote_collection(url: str, *, key: str | None = None) -> ShardSource:
-    """The finished generations of a collection at a URL that fsspec has a filesystem for.
-
-    Raises FluxIRError if there is no collection, or a package is missing.
-    """
-    filesystem, root = open_filesystem(url)
-    try:
-        settings: bytes = filesystem.cat_file(f"{root}/{_SETTINGS}")
-    except FileNotFoundError as error:
-        raise FluxIRError(f"there is no collection at {url}: no {_SETTINGS}", hint="check the address") from error
-    except Exception as error:  # every filesystem has its own for missing rights
-        raise FluxIRError(
-            f"cannot read {url}: {str(error) or type(error).__name__}", hint="check the address and the credentials"
-        ) from error
-    _check_version(url, settings, old=False)
-    # By its settings too: another collection at the same address must not be taken for this one.
-    cache = _cache_folder() / hashlib.sha256(url.encode() + b"\n" + settings).hexdigest()[:16]
-    downloads = Downloads(filesystem, root, cache / "files", max_bytes=_max_bytes())
-    return _source(url, list(_remote_shards(filesystem, root)), settings, key, downloads.fetch)
-
-
-def _source(
-    where: str,
-    shards: Sequence[ShardFile],
-    settings: bytes,
-    key: str | None,
-    fetch: Callable[[str], Path] | None,
-) -> ShardSource:
-    if not shards:
-        raise FluxIRError(
-            f"the collection {where} holds no finished shard yet", hint="let flux-ir collect go on for a while"
-        )
-    if key is None and CLIP_IMAGE in shards[0].tensors:
-        key = CLIP_IMAGE
-    if key is not None and key not in shards[0].tensors:
-        raise FluxIRError(f"the collection {where} holds no {key}", hint=f"it holds {_listed(shards[0].tensors)}")
-    return ShardSource(shards, settings=settings, key=key, fetch=fetch)
-
-
-def _remote_shards(filesystem: Any, root: str) -> Iterator[ShardFile]:
-    """The headers of all shards, by their paths within the collection."""
-    start = len(root.rstrip("/")) + 1
-    found = filesystem.find(f"{root}/{_SHARDS}", detail=True)
-    paths = [path for path in sorted(found) if path.endswith(".safetensors")]
-    ends = [min(_HEADER_BYTES, found[path]["size"]) for path in paths]
-    for path, head in zip(paths, filesystem.cat_ranges(paths, 0, ends) if paths else [], strict=True):
-        length = 8 + int.from_bytes(head[:8], "little")
-        if len(head) < length <= found[path]["size"]:
-            head = filesystem.cat_file(path, 0, length)
-        yield parse_shard(Path(PurePosixPath(path[start:])), head, found[path]["size"])
-
-
-def _check_version(where: str, settings: bytes, *, old: bool) -> None:
-    """Raises FluxIRError for a collection of the layout before shards."""
-    try:
-        version = json.loads(settings).get("version") if settings else None
-    except (ValueError, AttributeError) as error:
-        raise FluxIRError(
-            f"{where}/{_SETTINGS} is no description of a collection: {error}", hint="run flux-ir collect again there"
-        ) from error
-    if version == 1 or old:
-        raise FluxIRError(
-            f"{where} is an old collection, with a file for every generation: this program reads shards",
-            hint=f"convert it: flux-ir convert-collection --captures {where} --output_dir NEW",
-        )
 
 
 def _check_same(first: ShardFile, other: ShardFile) -> None:
@@ -430,7 +333,7 @@ def _check_same(first: ShardFile, other: ShardFile) -> None:
         {key: (str(tensor.dtype).removeprefix("torch."), *tensor.shape[1:]) for key, tensor in shard.tensors.items()}
         for shard in (first, other)
     ]
-    names = (_listed(tensors[0]), _listed(tensors[1]))
+    names = (listed(tensors[0]), listed(tensors[1]))
     differences: list[tuple[str, Any, Any]] = [("model", *model), ("sites and steps", *names)]
     differences += [(f"form of {key}", tensors[0][key], tensors[1].get(key)) for key in tensors[0]]
     for word, one, another in differences:
@@ -442,20 +345,7 @@ def _check_same(first: ShardFile, other: ShardFile) -> None:
             )
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
+    """The first of some names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _cache_folder() -> Path:
-    folder = os.environ.get(CACHE_FOLDER)
-    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "flux_ir"
-
-
-def _max_bytes() -> int:
-    text = os.environ.get(MAX_CACHE_BYTES, "")
-    if text and not (text.isdecimal() and int(text) > 0):
-        raise FluxIRError(
-            f"{MAX_CACHE_BYTES} must be a number of bytes: got {text!r}", hint="such as 64000000000 for 64 GB"
-        )
-    return int(text) if text else CACHE_BYTES

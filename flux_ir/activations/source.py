@@ -9,17 +9,10 @@ from pathlib import Path
 from flux_ir.activations.arrays import ArraySource, open_safetensors
 from flux_ir.activations.blocks import Generation, TokenBlock, TokenRun, TokenSource
 from flux_ir.activations.captures import CaptureSource
+from flux_ir.activations.collection import is_collection, open_collection, open_remote_collection
 from flux_ir.activations.exported import ExportedSource, is_exported, npy_generations, safetensors_generation
 from flux_ir.activations.remote import as_url
-from flux_ir.activations.shard_source import (
-    CLIP_IMAGE,
-    CLIP_TEXT,
-    STATISTICS,
-    is_collection,
-    is_layer,
-    open_collection,
-    open_remote_collection,
-)
+from flux_ir.activations.shard_source import CLIP_IMAGE, CLIP_TEXT, STATISTICS, is_layer
 from flux_ir.activations.shards import FORMAT
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import folders_with_captures, is_run_folder, newest_capture

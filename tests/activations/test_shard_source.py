@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_ir.activations.blocks import NoisySource
-from flux_ir.activations.shard_source import CACHE_FOLDER, MAX_CACHE_BYTES
+from flux_ir.activations.collection import CACHE_FOLDER, MAX_CACHE_BYTES
 from flux_ir.activations.shards import ShardLayout, ShardTensor, ShardWriter
 from flux_ir.activations.source import TokenSource, open_source
 from flux_ir.activations.spans import Memory
@@ -220,7 +220,7 @@ def test_blocks_read_from_a_url_are_those_of_the_folder(uploaded, tmp_path):
 
 
 def test_headers_longer_than_what_is_fetched_at_first_are_read(uploaded, monkeypatch):
-    monkeypatch.setattr("flux_ir.activations.shard_source._HEADER_BYTES", 100)
+    monkeypatch.setattr("flux_ir.activations.collection._HEADER_BYTES", 100)
     url, folder = uploaded
     assert open_source(url).identity == open_source(folder).identity
 
