@@ -16,36 +16,28 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import binomtest
 from torch import Tensor
 
-from flux_ir.activations.blocks import SampledSource, Sampling, TokenSource
-from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.evaluate_sae import load_for
-from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
+from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result
 from flux_ir.api.model_settings import ModelSettings
 from flux_ir.api.progress import Note, Watch, follow, unwatched
-from flux_ir.demo.captions import CaptionPart, part_of
-from flux_ir.demo.scenes import Scene, parse_caption
+from flux_ir.api.steering_captures import SteeringCaptures
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.files import versions, write_json
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.encoders import encode
-from flux_ir.sae.data.held_out import evaluation_data_of
 from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.dose import Painter, neuron_outputs, text_neuron_outputs, windows
 from flux_ir.steering.regions import Grid
-from flux_ir.studies.candidates import Candidates, DirectionRow, Subject, is_text
-from flux_ir.studies.caption_words import CONCEPTS, ConceptKind, caption_labels
-from flux_ir.studies.causal import Laboratory, Outcome, Ready, Trial, editing_tasks, search
-from flux_ir.studies.concepts import limited
-from flux_ir.studies.labels import Labels
+from flux_ir.studies.candidates import Candidates, DirectionRow
+from flux_ir.studies.caption_words import CONCEPTS, ConceptKind
+from flux_ir.studies.causal import Laboratory, Scenes, Trial, search
 from flux_ir.tables import write_rows
 
 SteeringRow = DirectionRow | Literal["ceiling"]
@@ -68,8 +60,6 @@ DOSES = (0.25, 0.5, 1.0, 2.0)
 BATCH = 16
 """Pictures made together: their last bits are others than alone, which no count feels."""
 _FORMAT = 2  # of the kept rows: one that is computed in another way has another
-_PICK: CaptionPart = "A"  # no caption is in two parts
-_REPORT: CaptionPart = "C"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,54 +170,18 @@ class _Scoring:
 
     def __init__(self, settings: ScoreSteeringSettings, progress: Watch, stack: ExitStack) -> None:
         self.settings, self.progress, self.stack = settings, progress, stack
-        self.source = open_source(settings.captures)
-        self.sampling = self._sampling()
+        self.captures = SteeringCaptures(settings.captures, settings.output_dir / JUDGED, settings.max_tokens, progress)
+        self.source, self.sampling = self.captures.source, self.captures.sampling
         self.model = ModelSettings(model=self.source.model, device=settings.device)
         self.machine, self.spec = self.model.settle_machine(recorded=self.sampling.dtype), self.model.spec
         self.placement, self.dtype = self.machine.placement, self.machine.compute.dtype
         progress(Note(f"on {self.placement.transformer} ({self.placement.reason})"))
-        self.subjects = [self._subject(folder) for folder in settings.sae]
-        self.sites = sorted({subject.site for subject in self.subjects})
+        device = torch.device(self.placement.transformer)
+        self.subjects = [self.captures.subject(folder, device) for folder in settings.sae]
         first = settings.sae[0].resolve().name
         self.folder = settings.output_dir / (
             settings.name or (first if len(settings.sae) == 1 else f"{first}_and_more")
         )
-
-    def _sampling(self) -> Sampling:
-        """How the captures were sampled: edits are made in the same way."""
-        if self.source.model is None or not isinstance(self.source, SampledSource):
-            raise FluxIRError(
-                "edits are made as the captures were: these do not say how they were sampled",
-                hint="collect with flux-ir collect --save_images",
-            )
-        first = self.source.sampling(0)
-        steps = len(first.timesteps) - 1
-        if list(self.source.steps) != list(range(steps)):
-            raise FluxIRError(
-                f"a mean difference is of every step: these captures have {', '.join(map(str, self.source.steps))} of "
-                f"{steps} steps",
-                hint=f"collect with --steps {','.join(map(str, range(steps)))}",
-            )
-        fresh = [one.prompt for one in self.source.generations if part_of(one.prompt) == _REPORT]
-        if fresh:
-            raise FluxIRError(
-                f"the captures must share no caption with the scenes that are counted: got {fresh[0]!r}",
-                hint=f"python -m flux_ir.demo.captions --part {_PICK} prints captions to pick with",
-            )
-        return first
-
-    def _subject(self, folder: Path) -> Subject:
-        loaded = load_for(folder, self.source, None, self.progress)
-        site = Site.parse(str(loaded.config.site))
-        if site.stream is None and site.kind != "t5":  # of a whole single block patch 0 is not token 0
-            raise FluxIRError(
-                f"regions are of image tokens, or of words: {folder} is of {site}",
-                hint="use an autoencoder of double.3.img, single.3.img, double.0.txt or t5.1, for example",
-            )
-        source = self._source(site)
-        data = evaluation_data_of(loaded, source, held_out=0.0)
-        sae = loaded.folded().requires_grad_(False).to(torch.device(self.placement.transformer))
-        return Subject(folder, sae, site, data.filters.steps_of(source.steps))
 
     def run(self) -> ScoredSteering:
         """Every row of every concept; rows of earlier runs are read from their files."""
@@ -265,7 +219,7 @@ class _Scoring:
 
     def _concept(self, kind: ConceptKind, concept: str) -> dict[str, Any]:
         """The rows of a concept, and the doses and windows of the better of its features and sets."""
-        scenes = _Scenes(self, kind, concept)
+        scenes = self._scenes(kind, concept)
         rows: dict[str, Any] = {}
         for row in DIRECTION_ROWS:
             rows[row] = self._kept(kind, concept, row, {}, partial(self._row, row, scenes))
@@ -278,15 +232,27 @@ class _Scoring:
         rows["scenes"] = {"used": self.settings.tasks, "looked_at": looked}
         return rows
 
-    def _ceiling(self, scenes: "_Scenes") -> dict[str, Any]:
-        return {"found": None, "candidates": 0, **_counted(self.laboratory.ceiling(scenes.fresh))}
+    def _scenes(self, kind: ConceptKind, concept: str) -> Scenes:
+        settings = self.settings
+        return Scenes(
+            lambda: self.laboratory,
+            kind,
+            concept,
+            seed=settings.seed,
+            to_search=settings.search_tasks,
+            to_count=settings.tasks,
+            few=settings.small_tasks,
+        )
 
-    def _row(self, row: DirectionRow, scenes: "_Scenes") -> dict[str, Any]:
+    def _ceiling(self, scenes: Scenes) -> dict[str, Any]:
+        return {"found": None, "candidates": 0, **self.laboratory.ceiling(scenes.fresh).counted()}
+
+    def _row(self, row: DirectionRow, scenes: Scenes) -> dict[str, Any]:
         candidates = self.candidates.of(row, scenes.kind, scenes.concept)
         trial, found = search(self.laboratory.outcomes, candidates, self.settings.strength, scenes.known)
         outcome = self.laboratory.outcomes(scenes.fresh, [trial])[0]
         chosen = {"candidate": trial.candidate.name, "strength": trial.strength, "rule": trial.rule}
-        return {"found": round(found, 4), "candidates": len(candidates), **chosen, **_counted(outcome)}
+        return {"found": round(found, 4), "candidates": len(candidates), **chosen, **outcome.counted()}
 
     def _trial(self, row: Mapping[str, Any], kind: ConceptKind, concept: str) -> Trial:
         """The trial that a row has kept."""
@@ -296,25 +262,25 @@ class _Scoring:
                     return Trial(candidate, row["strength"], row["rule"])
         raise ValueError(f"no candidate is called {row['candidate']}")
 
-    def _doses(self, scenes: "_Scenes", row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _doses(self, scenes: Scenes, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         trial = self._trial(row, scenes.kind, scenes.concept)
         trials = [trial._replace(strength=share * trial.strength) for share in DOSES]
         found = self.laboratory.outcomes(scenes.few, trials)
-        return [{"strength": one.strength, **_counted(outcome)} for one, outcome in zip(trials, found, strict=True)]
+        return [{"strength": one.strength, **outcome.counted()} for one, outcome in zip(trials, found, strict=True)]
 
-    def _windows(self, scenes: "_Scenes", row: Mapping[str, Any]) -> dict[str, Any]:
+    def _windows(self, scenes: Scenes, row: Mapping[str, Any]) -> dict[str, Any]:
         trial, steps = self._trial(row, scenes.kind, scenes.concept), len(self.sampling.timesteps) - 1
         subject = next(one for one in self.subjects if one.folder == trial.candidate.edits[0].sae)
         if subject.site.per_prompt:
             return {}  # a prompt is encoded once: no step
         return {
-            name: _counted(self.laboratory.outcomes(scenes.few, [trial], list(some))[0])
+            name: self.laboratory.outcomes(scenes.few, [trial], list(some))[0].counted()
             for name, some in windows(steps).items()
         }
 
     def _others(self, kind: ConceptKind, concept: str, others: Mapping[str, Any]) -> dict[str, float]:
         """How often the features of other concepts put this one there: by their concept."""
-        scenes = _Scenes(self, kind, concept)
+        scenes = self._scenes(kind, concept)
         shares = {}
         for other, rows in others.items():
             row = rows["feature"]
@@ -330,40 +296,15 @@ class _Scoring:
     @cached_property
     def candidates(self) -> Candidates:
         """What a search has to choose from."""
-        settings = self.settings
+        settings, captures = self.settings, self.captures
         return Candidates(
-            self._source, self._labels, self.subjects, settings.candidates, settings.controls, self._neuron_outputs
+            captures.of_site,
+            captures.labels,
+            self.subjects,
+            settings.candidates,
+            settings.controls,
+            self._neuron_outputs,
         )
-
-    def _source(self, site: Site) -> TokenSource:
-        """The tokens of a site: layers of the text encoders are opened by their names."""
-        return open_source(f"{self.settings.captures}/{site}") if site.per_prompt else self.source
-
-    def _labels(self, site: Site) -> Labels:
-        """What a site's tokens are held against."""
-        return self._labels_of_words if is_text(site) else self._labels_of_patches
-
-    @cached_property
-    def _labels_of_patches(self) -> Labels:
-        site = next(site for site in self.sites if not is_text(site))
-        judged, most = self.settings.output_dir / JUDGED, self.settings.max_tokens
-        return labels_of(self.source, "captures", None, judged, most, site, self.progress)
-
-    @cached_property
-    def _labels_of_words(self) -> Labels:
-        site = next(site for site in self.sites if is_text(site))
-        scenes = [self._scene(one.prompt) for one in self.source.generations]
-        tokens = self._source(site).tokens(site)
-        return limited(caption_labels(scenes, tokens), self.settings.max_tokens // tokens, seed=0)
-
-    def _scene(self, prompt: str) -> Scene:
-        try:
-            return parse_caption(prompt)
-        except ValueError as error:
-            raise FluxIRError(
-                f"the words of these captures are known of captions of flux-tiny's world alone: got {prompt!r}",
-                hint=f"python -m flux_ir.demo.captions --part {_PICK} prints such captions",
-            ) from error
 
     # ---- The model, loaded when the first picture is made
 
@@ -455,61 +396,6 @@ class _Scoring:
         """The settings that a row depends on."""
         names = ("tasks", "search_tasks", "small_tasks", "candidates", "controls", "seed", "max_tokens")
         return {name: getattr(self.settings, name) for name in names} | {"strength": list(self.settings.strength)}
-
-
-class _Scenes:
-    """The scenes of one concept whose unsteered picture is right: those to search on, and fresh ones to count on."""
-
-    def __init__(self, scoring: _Scoring, kind: ConceptKind, concept: str) -> None:
-        self.scoring, self.kind, self.concept = scoring, kind, concept
-
-    @cached_property
-    def known(self) -> list[Ready]:
-        """Scenes to search on."""
-        return self._found(_PICK, self.scoring.settings.search_tasks)[0]
-
-    @cached_property
-    def fresh(self) -> list[Ready]:
-        """Scenes to count on, of captions that no search has seen."""
-        return self._fresh[0]
-
-    @property
-    def few(self) -> list[Ready]:
-        """Some of them, for what is counted many times."""
-        return self.fresh[: self.scoring.settings.small_tasks]
-
-    @property
-    def looked(self) -> int:
-        """How many unsteered pictures it took to find them."""
-        return self._fresh[1]
-
-    @cached_property
-    def _fresh(self) -> tuple[list[Ready], int]:
-        return self._found(_REPORT, self.scoring.settings.tasks)
-
-    def _found(self, part: CaptionPart, number: int) -> tuple[list[Ready], int]:
-        tasks = editing_tasks(self.kind, self.concept, part, self.scoring.settings.seed)
-        found, looked = self.scoring.laboratory.unsteered(tasks, number, most=4 * number + 32)
-        if len(found) < number:
-            raise FluxIRError(
-                f"{number} scenes of {self.concept} with a right unsteered picture are needed: {len(found)} of the "
-                f"first {looked} have one",
-                hint="lower --tasks, or look at the pictures: the model may be another than flux-tiny",
-            )
-        return found, looked
-
-
-def _counted(outcome: Outcome) -> dict[str, Any]:
-    """Shares of scenes; the interval of the joint one is Wilson's, 95 %."""
-    joint = outcome.joint
-    low, high = binomtest(int(joint.sum()), len(joint)).proportion_ci(method="wilson")
-    return {
-        "tasks": len(joint),
-        "joint": round(float(joint.mean()), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
-        "changed": round(float(outcome.changed.mean()), 4),
-        "kept": round(float(outcome.kept.mean()), 4),
-    }
 
 
 # ---- The report

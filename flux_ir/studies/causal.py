@@ -10,15 +10,18 @@ that of text tokens from the caption.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count, product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.stats import binomtest
 
 from flux_ir.demo.captions import CaptionPart, part_of
 from flux_ir.demo.judge import Verdict, compare, find_objects, match_objects
 from flux_ir.demo.scenes import Scene, parse_caption, scene_at
+from flux_ir.errors import FluxIRError
 from flux_ir.models.text import TextEmbedding
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.dose import Painter, Variant
@@ -28,6 +31,8 @@ from flux_ir.studies.caption_words import ConceptKind, words_of
 from flux_ir.studies.judged import PATCH_PX, covered_px
 from flux_ir.studies.labels import TextLevel
 
+PICK: CaptionPart = "A"  # no caption is in two parts
+REPORT: CaptionPart = "C"
 RegionRule = Literal["mask", "wide", "all"] | TextLevel
 """Of the image: mask: patches of which the object covers a part; wide: these and their neighbours; all: every patch. Of
 a background: patches that no object covers whole; those that no object touches; every patch. A move has no region. Of
@@ -93,6 +98,18 @@ class Outcome(NamedTuple):
     def joint(self) -> Bool[np.ndarray, "*tasks"]:
         """Success: both."""
         return np.asarray(self.changed & self.kept)  # of one task it would be a number
+
+    def counted(self) -> dict[str, Any]:
+        """Shares of tasks; the interval of the joint one is Wilson's, 95 %."""
+        joint = self.joint
+        low, high = binomtest(int(joint.sum()), len(joint)).proportion_ci(method="wilson")
+        return {
+            "tasks": len(joint),
+            "joint": round(float(joint.mean()), 4),
+            "interval": [round(float(low), 4), round(float(high), 4)],
+            "changed": round(float(self.changed.mean()), 4),
+            "kept": round(float(self.kept.mean()), 4),
+        }
 
 
 def outcome(picture: np.ndarray, task: EditingTask) -> Outcome:
@@ -269,3 +286,58 @@ def search(
         order = sorted(range(len(trials)), key=lambda i: (*-scores[i], abs(trials[i].strength), i))[:keep]
         trials, scores = [trials[i] for i in order], scores[order]
     return trials[0], float(scores[0, 0] / len(tasks))
+
+
+class Scenes:
+    """The scenes of one concept whose unsteered picture is right: those to search on, and fresh ones to count on."""
+
+    def __init__(
+        self,
+        laboratory: Callable[[], Laboratory],
+        kind: ConceptKind,
+        concept: str,
+        *,
+        seed: int,
+        to_search: int,
+        to_count: int,
+        few: int,
+    ) -> None:
+        """`laboratory` is asked for when the first picture is made: until then nothing is loaded."""
+        self.kind, self.concept = kind, concept
+        self._laboratory, self._seed = laboratory, seed
+        self._to_search, self._to_count, self._few = to_search, to_count, few
+
+    @cached_property
+    def known(self) -> list[Ready]:
+        """Scenes to search on."""
+        return self._found(PICK, self._to_search)[0]
+
+    @property
+    def fresh(self) -> list[Ready]:
+        """Scenes to count on, of captions that no search has seen."""
+        return self._fresh[0]
+
+    @property
+    def few(self) -> list[Ready]:
+        """Some of them, for what is counted many times."""
+        return self.fresh[: self._few]
+
+    @property
+    def looked(self) -> int:
+        """How many unsteered pictures it took to find them."""
+        return self._fresh[1]
+
+    @cached_property
+    def _fresh(self) -> tuple[list[Ready], int]:
+        return self._found(REPORT, self._to_count)
+
+    def _found(self, part: CaptionPart, number: int) -> tuple[list[Ready], int]:
+        tasks = editing_tasks(self.kind, self.concept, part, self._seed)
+        found, looked = self._laboratory().unsteered(tasks, number, most=4 * number + 32)
+        if len(found) < number:
+            raise FluxIRError(
+                f"{number} scenes of {self.concept} with a right unsteered picture are needed: {len(found)} of the "
+                f"first {looked} have one",
+                hint="lower --tasks, or look at the pictures: the model may be another than flux-tiny",
+            )
+        return found, looked
