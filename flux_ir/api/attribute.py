@@ -20,8 +20,8 @@ from flux_ir.api.arguments import check_least
 from flux_ir.api.lens import CaptureResult
 from flux_ir.api.model_settings import PictureSettings, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
-from flux_ir.api.recorded_run import Recorded, check_run, recorded_run
-from flux_ir.api.steer import SteeringJob, SteerSettings, region_asked, settle, text_of
+from flux_ir.api.recorded_run import Recorded, as_recorded, check_run, recorded_run
+from flux_ir.api.steer import SteeringJob, SteerSettings, settle, text_of
 from flux_ir.errors import FluxIRError
 from flux_ir.lens.decode import ROUNDING_DRIFT
 from flux_ir.models.compute_dtype import DtypeWord
@@ -42,12 +42,14 @@ from flux_ir.steering.attribution import (
     estimate_in_parts,
     joined,
     signs,
+    sources_of,
     states_of,
 )
 from flux_ir.steering.attribution_folder import AttributionFolder, removal_name
-from flux_ir.steering.directions import Features, tensors_digest
+from flux_ir.steering.directions import tensors_digest
 from flux_ir.steering.dose import Made, Painter, Variant
 from flux_ir.steering.edits import Edit
+from flux_ir.steering.regions import given_region
 from flux_ir.steering.removals import (
     UNSTEERED,
     Agreement,
@@ -59,7 +61,6 @@ from flux_ir.steering.removals import (
     agreement,
     choose,
 )
-from flux_ir.visualize.sheet import SheetColumn
 
 AutoencoderGiven = str | Path | SparseAutoencoder
 
@@ -196,7 +197,7 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
     recorded = run_asked(settings)
     job = settle(steer_settings(settings, recorded), progress)
     check_steps(settings.steps, job.steering.num_steps)
-    sources, inside = sources_of(job), region_tokens(job, settings)
+    sources, inside = sources_of(job.steering), region_tokens(job, settings)
     check_counts(settings, sources)
     if recorded is not None:
         check_run(recorded, job.suite, job.picture.timesteps)
@@ -235,7 +236,8 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
     how_many = {name: getattr(settings, name) for name in ("candidates", "controls", "best")}
     folder.write({"prompt": job.prompt, **how_many}, removals, agreed, together)
     with phase(progress, "sheet"):
-        draw(folder, job, removals[: settings.best], at_once.row, together, inside)
+        whose, grid, several = f"{job.suite.spec.name}, seed {job.settings.seed}", job.picture.grid, len(sources) > 1
+        folder.draw(job.prompt, whose, removals[: settings.best], at_once.row, together, inside, grid, several=several)
     return Attributed(
         folder.path,
         removals,
@@ -299,46 +301,7 @@ def steer_settings(settings: AttributeSettings, recorded: Recorded | None) -> St
     if recorded is None:
         like = replace(like, prompt=settings.prompt, prompt_embeds=settings.prompt_embeds, seed=settings.seed or 0)
         return replace(like, **settings.picture_choices())
-    name = model if isinstance(model, str) else model.spec.name
-    if recorded.model is not None and recorded.model != name:
-        raise FluxIRError(f"the run is one of {recorded.model}: got {name}", hint="leave --model out")
-    run = recorded.sampling
-    # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
-    as_recorded: DtypeWord = "float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype
-    files = {} if isinstance(model, Suite) else recorded.files
-    return replace(
-        like,
-        checkpoint=settings.checkpoint or files.get("transformer"),
-        ae_checkpoint=settings.ae_checkpoint or files.get("autoencoder"),
-        prompt=run.prompt,
-        seed=run.seed,
-        width=run.width,
-        height=run.height,
-        num_steps=len(run.timesteps) - 1,
-        guidance=run.guidance,
-        dtype=settings.dtype if isinstance(model, Suite) else as_recorded,
-    )
-
-
-def sources_of(job: SteeringJob) -> list[Source]:
-    """The autoencoders, read. Raises FluxIRError for one of a text encoder, at several sites, or named twice."""
-    sources = []
-    for ready in job.steering.ready:
-        assert isinstance(ready.direction, Features)  # a removal of features
-        sites = list(ready.weights)
-        if len(sites) > 1:
-            raise FluxIRError(
-                f"an autoencoder is at one site: got {', '.join(map(str, sites))}", hint="name one of them with --sites"
-            )
-        if sites[0].per_prompt:
-            raise FluxIRError(
-                f"{sites[0]} is computed once per prompt: removals are estimated at sites of the transformer",
-                hint="flux-ir steer --kind ablate removes features of a text encoder",
-            )
-        sources.append(Source(ready.direction.sae, sites[0], ready.direction.digest()))
-    if len({(source.site, source.digest) for source in sources}) < len(sources):
-        raise FluxIRError("an autoencoder is named twice, and its features would count twice", hint="name it once")
-    return sources
+    return as_recorded(like, recorded)
 
 
 def steps_of(job: SteeringJob) -> list[int]:
@@ -348,7 +311,7 @@ def steps_of(job: SteeringJob) -> list[int]:
 
 def region_tokens(job: SteeringJob, settings: AttributeSettings) -> Inside:
     """The image tokens of the region. Raises FluxIRError where it has none."""
-    region = region_asked(settings.region, settings.mask, settings.above)
+    region = given_region(settings.region, settings.mask, settings.above)
     if region is None:
         return torch.ones(job.picture.grid.tokens, dtype=torch.bool)
     inside = torch.from_numpy(region.mask("img", job.picture.grid.tokens, job.picture.grid))
@@ -478,32 +441,3 @@ def make_missing(
     for made in follow(progress, "pictures", painter.make(missing), total=len(missing)) if missing else ():
         folder.keep(made)
     return {variant.row: folder.read(variant) for variant in variants}
-
-
-def draw(
-    folder: AttributionFolder,
-    job: SteeringJob,
-    best: Sequence[Removal],
-    at_once: str,
-    together: Together,
-    inside: Inside,
-) -> None:
-    """The sheet of the best removals."""
-    several = len(job.steering.edits) > 1
-    shown = [
-        (
-            removal_name(removal.sae, removal.feature),
-            SheetColumn(
-                f"{f'{removal.site} ' if several else ''}{removal.feature}: {removal.latent_inside:.2f}",
-                str(removal.feature),
-            ),
-        )
-        for removal in best
-    ]
-    if len(best) > 1:
-        shown.append((at_once, SheetColumn(f"all {len(best)}: {together.effect_of_sum:.2f}", "all")))
-    subtitle = (
-        f"{job.suite.spec.name}, seed {job.settings.seed}: without each feature, and how far that moves the latent "
-        "in the outlined region"
-    )
-    folder.draw(job.prompt, subtitle, shown, inside, job.picture.grid)

@@ -1,14 +1,17 @@
 """A run that is gone through again: how it was made, what it kept of its states, and whether these weights made it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flux_ir.activations.blocks import SampledSource, Sampling
 from flux_ir.activations.source import open_source
 from flux_ir.api.lens import CaptureResult, capture_file
+from flux_ir.api.steer import SteerSettings
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
@@ -87,6 +90,32 @@ def _named_files(capture: Path | None) -> dict[str, Path]:
     files = read_json(beside).get("files", {}) if capture.suffix == ".pt" and beside.is_file() else {}
     named = {part: said for part, said in files.items() if said["origin"] not in (PACKAGE, CACHE, HUB)}
     return {part: Path(named[part]["path"]) for part in ("transformer", "autoencoder") if part in named}
+
+
+def as_recorded(settings: SteerSettings, recorded: Recorded) -> SteerSettings:
+    """The same settings for the picture of this run. Raises FluxIRError for a run of another model."""
+    model, run = settings.model, recorded.sampling
+    name = model.spec.name if isinstance(model, Suite) else model
+    if recorded.model is not None and recorded.model != name:
+        raise FluxIRError(f"the run is one of {recorded.model}: got {name}", hint="leave --model out")
+    picture = replace(
+        settings,
+        prompt=run.prompt,
+        seed=run.seed,
+        width=run.width,
+        height=run.height,
+        num_steps=len(run.timesteps) - 1,
+        guidance=run.guidance,
+    )
+    if isinstance(model, Suite):
+        return picture
+    return replace(
+        picture,
+        checkpoint=settings.checkpoint or recorded.files.get("transformer"),
+        ae_checkpoint=settings.ae_checkpoint or recorded.files.get("autoencoder"),
+        # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
+        dtype="float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype,
+    )
 
 
 def check_run(recorded: Recorded, suite: Suite, timesteps: Sequence[float]) -> None:

@@ -34,7 +34,7 @@ from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved
 from flux_ir.steering.edits import Edit, EditKind, Gate, Unit, as_edits
 from flux_ir.steering.folder import SteeringFolder
 from flux_ir.steering.perceptual import Lpips, find_lpips
-from flux_ir.steering.regions import Region
+from flux_ir.steering.regions import given_region
 from flux_ir.steering.settle import is_settled, settled, stand_in
 from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run, tabulate
 
@@ -278,7 +278,7 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
                 f"--edit says everything about the edit: got --{given[0]} as well", hint="change it in the file"
             )
         return as_edits(settings.edit)
-    region = region_asked(settings.region, settings.mask, settings.above)
+    region = given_region(settings.region, settings.mask, settings.above)
     return (
         Edit(
             kind=settings.kind,
@@ -295,22 +295,6 @@ def edits_of(settings: SteerSettings) -> tuple[Edit, ...]:
             weights=settings.weights,
         ),
     )
-
-
-def region_asked(rectangle: tuple[int, ...] | None, mask: str | Path | None, above: float) -> Region | None:
-    """The region that flags say. Raises FluxIRError for two of them, and for a rectangle without four sides."""
-    if rectangle is not None and mask is not None:
-        raise FluxIRError("a region is a rectangle or a mask: got --region and --mask", hint="leave one of them out")
-    if rectangle is not None:
-        if len(rectangle) != 4:
-            raise FluxIRError(
-                f"--region is left,top,right,bottom in px: got {len(rectangle)} numbers",
-                hint="--region 0,0,64,128 is the left half of a picture of 128 x 128 px",
-            )
-        return Region(rectangle=rectangle)
-    if mask is None:
-        return None
-    return Region(**{"map" if Path(mask).suffix == ".npy" else "image": mask}, above=above)  # type: ignore[arg-type]
 
 
 # ---- The pictures

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
@@ -25,17 +22,16 @@ from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import OffloadWord
-from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
-from flux_ir.sae.files.folder import load_sae
 from flux_ir.sampling.generate import check_steps
-from flux_ir.sites import Site, sites_among
+from flux_ir.sites import Site
+from flux_ir.steering.dictionaries import saes_by_site
 from flux_ir.steering.directions import tensors_digest
-from flux_ir.steering.dose import Made, Painter, Variant
-from flux_ir.steering.pairs import Pair, cases_of, given_region, judged_region, read_pairs
-from flux_ir.steering.regions import Grid
+from flux_ir.steering.dose import Painter, Variant
+from flux_ir.steering.pairs import Case, Pair, cases_of, read_pairs, region_of_case
+from flux_ir.steering.regions import Grid, given_region
 from flux_ir.steering.tradeoff import (
     EDITED,
     ORIGINAL,
@@ -43,11 +39,12 @@ from flux_ir.steering.tradeoff import (
     TransferRow,
     TransferRun,
     areas,
+    notes_of,
     score,
     tabulate_transfers,
 )
-from flux_ir.steering.transfer import METHODS, SWEPT, Chosen, Difference, Method, Reach, Values, compare_runs
-from flux_ir.steering.transfer_folder import TransferFolder, picture_name
+from flux_ir.steering.transfer import METHODS, SWEPT, Difference, Reach, Values, compare_runs
+from flux_ir.steering.transfer_folder import Setting, TransferFolder, described_case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,33 +95,6 @@ class TransferJob(NamedTuple):
     steps: list[int]
     saes: dict[Site, SparseAutoencoder]
     pairs: list[Pair]
-
-
-class Setting(NamedTuple):
-    """One point of a method."""
-
-    method: Method
-    k: int | None
-    strength: float
-    draw: int = 0
-
-    @property
-    def name(self) -> str:
-        """The name of its picture's files."""
-        return picture_name(*self)
-
-
-class Case(NamedTuple):
-    """One pair with one noise."""
-
-    pair_number: int
-    pair: Pair
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return f"pair_{self.pair_number}_seed_{self.seed}"
 
 
 def transfer(
@@ -214,7 +184,7 @@ def run_transfer(settings: TransferSettings, progress: Watch = unwatched) -> Tra
     identity = identity_of(job)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     folder = TransferFolder(Path(settings.output_dir) / (settings.name or f"{job.suite.spec.name}_{digest}"), identity)
-    cases = [Case(*case) for case in cases_of(job.pairs, settings.seed, settings.seeds)]
+    cases = list(cases_of(job.pairs, settings.seed, settings.seeds))
     wanted = settings_of(job)
     missing = [case for case in cases if not is_complete(folder, case, wanted)]
     if missing:
@@ -248,7 +218,7 @@ def settle(settings: TransferSettings, progress: Watch) -> TransferJob:
     spec, picture = settings.spec, settings.settle_picture()
     steps, machine = check_steps(settings.steps, picture.num_steps), settings.settle_machine()
     check_regions(settings, pairs, picture.grid)
-    saes = saes_of(settings, spec, machine.placement.transformer)
+    saes = saes_by_site(settings.sae, spec, machine.placement.transformer)
     texts = [str(site) for site in saes if site.stream == "txt"]
     if texts and any(pair.region is not None for pair in pairs):
         raise FluxIRError(
@@ -305,37 +275,6 @@ def check_regions(settings: TransferSettings, pairs: Sequence[Pair], grid: Grid)
             raise FluxIRError(f"{whose}the region has no token", hint="raise the mask, or lower --above")
 
 
-def saes_of(settings: TransferSettings, spec: ModelSpec, device: str) -> dict[Site, SparseAutoencoder]:
-    """The autoencoders by their sites. Raises FluxIRError for those of another model, or of one site twice."""
-    found: dict[Site, SparseAutoencoder] = {}
-    for given in settings.sae:
-        sae = given if isinstance(given, SparseAutoencoder) else load_sae(given, device=device)
-        if sae.config.model is not None and sae.config.model != spec.name:
-            raise FluxIRError(
-                f"this autoencoder was trained on {sae.config.model}: it is no dictionary of {spec.name}",
-                hint=f"--model {sae.config.model}, or an autoencoder of {spec.name}",
-            )
-        if sae.config.site is None:
-            raise FluxIRError("this autoencoder does not say of which site it is", hint="train it with a site")
-        (site,) = sites_among(sae.config.site, spec.sites)
-        if site.per_prompt:
-            raise FluxIRError(
-                f"what is transferred is computed while a picture is sampled: {site} is computed once per prompt",
-                hint="use an autoencoder of a block of the transformer",
-            )
-        if site in found:
-            raise FluxIRError(f"one autoencoder for each site: got two of {site}", hint="leave one of them out")
-        hidden = spec.flux.hidden_size
-        width = int(hidden * spec.flux.mlp_ratio) if site.part == "neurons" else hidden
-        if sae.config.d_in != width:
-            raise FluxIRError(
-                f"the tokens of {site} of {spec.name} are {width} wide: this autoencoder is of {sae.config.d_in}",
-                hint=f"use an autoencoder that was trained on {site} of {spec.name}",
-            )
-        found[site] = sae
-    return {site: found[site] for site in sorted(found)}
-
-
 # ---- The pictures
 
 
@@ -383,7 +322,8 @@ def make_case(
         for row, prompt in ((ORIGINAL, case.pair.prompt), (EDITED, case.pair.edited_prompt))
     )
     before, after = painter.make([original, edited])
-    inside, where = region_of_case(job, case, before, after)
+    judge = all(site.stream != "txt" for site in job.saes)
+    inside, where = region_of_case(case, before, after, job.picture.grid, judge=judge)
     if where is not None:
         progress(Note(f"{case.name}: {where}"))
     reach = Reach(inside, frozenset(job.steps))
@@ -399,7 +339,7 @@ def make_case(
         key=f"{case.pair.prompt}\n{case.pair.edited_prompt}\n{case.seed}",
         values=settings.values,
     )
-    write_json(folder.case(case.name) / "case.json", described(case, inside, where, difference))
+    write_json(folder.case(case.name) / "case.json", described_case(case, inside, where, difference))
     for row, made in ((ORIGINAL, before), (EDITED, after)):
         scored = score(made, before, after, inside, job.picture.grid)
         folder.keep(TransferRun(case.name, case.pair_number, row, None, None, 0.0, 0, scored), row, made)
@@ -431,60 +371,12 @@ def make_case(
     yield from [None] * (len(wanted) - len(missing))
 
 
-def region_of_case(job: TransferJob, case: Case, original: Made, edited: Made) -> tuple[Tensor | None, str | None]:
-    """The region's image tokens (None: the whole picture), and a sentence on it where nobody named it.
-
-    Raises FluxIRError where the two pictures are the same in it.
-    """
-    said, grid = None, job.picture.grid
-    if case.pair.region is not None:
-        inside: Tensor | None = torch.from_numpy(case.pair.region.mask("img", grid.tokens, grid))
-    else:
-        pictures = (original.picture.numpy(), edited.picture.numpy())
-        judged = None if any(s.stream == "txt" for s in job.saes) else judged_region(case.pair, pictures, grid)
-        inside = None if judged is None else torch.from_numpy(judged[0])
-        said = (
-            "note: no region is named, so it is the whole picture, and there is no rest that could be left alone"
-            if judged is None
-            else f"the region is where the judge finds {judged[1]}: {counted(int(judged[0].sum()), 'token')}"
-        )
-    alike = original.latent == edited.latent if inside is None else (original.latent == edited.latent)[inside]
-    if bool(alike.all()):
-        raise FluxIRError(
-            f"the two prompts must give pictures that differ in the region: those of {case.name} do not",
-            hint="move the region, or change the edited prompt",
-        )
-    return inside, said
-
-
 def used_units(difference: Difference, setting: Setting) -> int | None:
     """How many units of each kind a point has moved, of the kind that has more."""
     if setting.k is None:
         return None
     chosen = difference.chosen[setting.method, setting.draw].first(setting.k)
     return max(len(chosen.subtracted), len(chosen.added))
-
-
-def described(case: Case, inside: Tensor | None, where: str | None, difference: Difference) -> dict[str, Any]:
-    """What was transferred in this case, as JSON can say it."""
-
-    def units(chosen: Chosen) -> dict[str, Any]:
-        return {
-            name: [[str(unit.site), unit.number, unit.share] for unit in getattr(chosen, name)]
-            for name in ("subtracted", "added")
-        }
-
-    return {
-        "prompt": case.pair.prompt,
-        "edited_prompt": case.pair.edited_prompt,
-        "seed": case.seed,
-        "region": None if inside is None else inside.nonzero().flatten().tolist(),
-        "where": where,
-        "units": {
-            method if method != "random" else f"random_{draw}": units(chosen)
-            for (method, draw), chosen in difference.chosen.items()
-        },
-    }
 
 
 # ---- What is written
@@ -525,22 +417,6 @@ def written(
         folder.draw_pictures(title, labels, rows)
     curve = folder.curve if drawn else None
     return Transferred(folder.path, rows, dominated, folder.numbers, folder.table, curve, folder.sheet, notes)
-
-
-def notes_of(runs: Sequence[TransferRun], cases: int) -> list[str]:
-    """Where there were fewer units than k."""
-    notes = []
-    for method in SWEPT:
-        short = [run for run in runs if run.method == method and run.k is not None and (run.used or 0) < run.k]
-        if short:
-            k, least = max(run.k or 0 for run in short), min(run.used or 0 for run in short)
-            count = len({run.case for run in short})
-            what = "neurons" if method == "neurons" else "features"
-            notes.append(
-                f"note: k {k} is more {what} than differ in the region ({method}: {counted(count, 'run')} of {cases}, "
-                f"{least} at the least): what there is is moved"
-            )
-    return notes
 
 
 def identity_of(job: TransferJob) -> dict[str, Any]:

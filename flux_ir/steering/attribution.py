@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from flux_ir.collecting.batches import borrowed, replicas
+from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.intervention import Change, Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
@@ -26,6 +27,8 @@ from flux_ir.sampling.denoise import euler_step, per_sample
 from flux_ir.sampling.generate import Inputs
 from flux_ir.shapes import PackedLatent, Tokens
 from flux_ir.sites import Site
+from flux_ir.steering.apply import Steering
+from flux_ir.steering.directions import Features
 from flux_ir.threads import in_order
 
 Draws = Float[Tensor, "probes tokens packed"]
@@ -186,6 +189,27 @@ class Source(NamedTuple):
     site: Site
     digest: str
     """16 hex digits that stand for its weights."""
+
+
+def sources_of(steering: Steering) -> list[Source]:
+    """The autoencoders, read. Raises FluxIRError for one of a text encoder, at several sites, or named twice."""
+    sources = []
+    for ready in steering.ready:
+        assert isinstance(ready.direction, Features)  # a removal of features
+        sites = list(ready.weights)
+        if len(sites) > 1:
+            raise FluxIRError(
+                f"an autoencoder is at one site: got {', '.join(map(str, sites))}", hint="name one of them with --sites"
+            )
+        if sites[0].per_prompt:
+            raise FluxIRError(
+                f"{sites[0]} is computed once per prompt: removals are estimated at sites of the transformer",
+                hint="flux-ir steer --kind ablate removes features of a text encoder",
+            )
+        sources.append(Source(ready.direction.sae, sites[0], ready.direction.digest()))
+    if len({(source.site, source.digest) for source in sources}) < len(sources):
+        raise FluxIRError("an autoencoder is named twice, and its features would count twice", hint="name it once")
+    return sources
 
 
 class Walk(NamedTuple):

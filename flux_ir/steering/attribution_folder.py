@@ -107,9 +107,34 @@ class AttributionFolder:
         write_rows(self.table, [{name: row[name] for name in row if name != "by_step"} for row in rows])
 
     def draw(
-        self, title: str, subtitle: str, shown: Sequence[tuple[str, SheetColumn]], inside: Inside, grid: Grid
+        self,
+        title: str,
+        whose: str,
+        best: Sequence[Removal],
+        at_once: str,
+        together: Together,
+        inside: Inside,
+        grid: Grid,
+        *,
+        several: bool,
     ) -> None:
-        """The unsteered picture with its region, then each picture of `shown`; and below, where they differ."""
+        """The unsteered picture with its region, then those of the best removals, alone and `at_once`.
+
+        Below each is where it differs from the unsteered one. `several`: with more than one autoencoder.
+        """
+        shown = [
+            (
+                removal_name(removal.sae, removal.feature),
+                SheetColumn(
+                    f"{f'{removal.site} ' if several else ''}{removal.feature}: {removal.latent_inside:.2f}",
+                    str(removal.feature),
+                ),
+            )
+            for removal in best
+        ]
+        if len(best) > 1:
+            shown.append((at_once, SheetColumn(f"all {len(best)}: {together.effect_of_sum:.2f}", "all")))
+        subtitle = f"{whose}: without each feature, and how far that moves the latent in the outlined region"
         with Image.open(self.picture(UNSTEERED)) as opened:
             unsteered = np.asarray(opened.convert("RGB"))
         region = self.picture("region")

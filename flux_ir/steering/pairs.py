@@ -7,16 +7,19 @@ A pair names its region, or (flux-tiny's world) the judge finds it: where the ob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
+from torch import Tensor
 
 from flux_ir.demo.judge import find_objects, match_objects
 from flux_ir.demo.scenes import parse_caption
-from flux_ir.errors import FluxIRError, nearest
+from flux_ir.errors import FluxIRError, counted, nearest
 from flux_ir.sampling.latents import TOKEN_PX
-from flux_ir.steering.regions import Grid, Mask, Region
+from flux_ir.steering.dose import Made
+from flux_ir.steering.regions import Grid, Mask, Region, given_region
 from flux_ir.tables import read_rows
 
 FIELDS = ("prompt", "edited_prompt", "region", "mask", "above", "seed")
@@ -81,24 +84,6 @@ def _pair(cells: dict[str, Any], folder: Path) -> Pair:
     return Pair(prompt=cells["prompt"], edited_prompt=cells["edited_prompt"], region=region, seed=seed)
 
 
-def given_region(rectangle: object, mask: str | Path | None, above: float) -> Region | None:
-    """The region as people give it: left, top, right, bottom [px], or a file. Raises FluxIRError for anything else."""
-    if rectangle is not None and mask is not None:
-        raise FluxIRError("a region is a rectangle or a mask: got both", hint="leave one of them out")
-    if rectangle is not None:
-        sides = list(rectangle) if isinstance(rectangle, list | tuple) else []
-        if len(sides) != 4 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
-            raise FluxIRError(
-                f"a region is left, top, right, bottom in px, whole numbers: got {rectangle!r}",
-                hint="0,0,64,128 is the left half of a picture of 128 x 128 px",
-            )
-        return Region(rectangle=tuple(sides))
-    if mask is not None:
-        is_map = Path(mask).suffix == ".npy"
-        return Region(map=mask, above=above) if is_map else Region(image=mask, above=above)
-    return None
-
-
 # ---- Where two pictures of flux-tiny's world differ
 
 
@@ -136,9 +121,52 @@ def _differ(thing: Any, other: Any) -> bool:
     return (thing.words, thing.place) != (other.words, other.place)
 
 
-def cases_of(pairs: list[Pair], seed: int, seeds: int) -> Iterator[tuple[int, Pair, int]]:
-    """Every pair with each of its noises: its number (from 1), itself, the noise's seed."""
+class Case(NamedTuple):
+    """One pair with one noise."""
+
+    pair_number: int
+    pair: Pair
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"pair_{self.pair_number}_seed_{self.seed}"
+
+
+def cases_of(pairs: list[Pair], seed: int, seeds: int) -> Iterator[Case]:
+    """Every pair, numbered from 1, with each of its noises."""
     for number, pair in enumerate(pairs, start=1):
         first = seed if pair.seed is None else pair.seed
         for noise in range(first, first + seeds):
-            yield number, pair, noise
+            yield Case(number, pair, noise)
+
+
+def region_of_case(
+    case: Case, original: Made, edited: Made, grid: Grid, *, judge: bool
+) -> tuple[Tensor | None, str | None]:
+    """The region's image tokens (None: the whole picture), and a sentence on it where nobody named it.
+
+    With `judge` it is where the judge sees a difference.
+
+    Raises FluxIRError where the two pictures are the same in it.
+    """
+    said = None
+    if case.pair.region is not None:
+        inside: Tensor | None = torch.from_numpy(case.pair.region.mask("img", grid.tokens, grid))
+    else:
+        pictures = (original.picture.numpy(), edited.picture.numpy())
+        judged = judged_region(case.pair, pictures, grid) if judge else None
+        inside = None if judged is None else torch.from_numpy(judged[0])
+        said = (
+            "note: no region is named, so it is the whole picture, and there is no rest that could be left alone"
+            if judged is None
+            else f"the region is where the judge finds {judged[1]}: {counted(int(judged[0].sum()), 'token')}"
+        )
+    alike = original.latent == edited.latent if inside is None else (original.latent == edited.latent)[inside]
+    if bool(alike.all()):
+        raise FluxIRError(
+            f"the two prompts must give pictures that differ in the region: those of {case.name} do not",
+            hint="move the region, or change the edited prompt",
+        )
+    return inside, said

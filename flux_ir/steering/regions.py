@@ -183,3 +183,21 @@ def region_of(given: object) -> Region | None:
         )
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Region(**values)
+
+
+def given_region(rectangle: object, mask: str | Path | None, above: float) -> Region | None:
+    """The region as people give it: left, top, right, bottom [px], or a file. Raises FluxIRError for anything else."""
+    if rectangle is not None and mask is not None:
+        raise FluxIRError("a region is a rectangle or a mask: got both", hint="leave one of them out")
+    if rectangle is not None:
+        sides = list(rectangle) if isinstance(rectangle, list | tuple) else []
+        if len(sides) != 4 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+            raise FluxIRError(
+                f"a region is left, top, right, bottom in px, whole numbers: got {rectangle!r}",
+                hint="0,0,64,128 is the left half of a picture of 128 x 128 px",
+            )
+        return Region(rectangle=tuple(sides))
+    if mask is not None:
+        is_map = Path(mask).suffix == ".npy"
+        return Region(map=mask, above=above) if is_map else Region(image=mask, above=above)
+    return None

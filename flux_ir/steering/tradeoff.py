@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
+from flux_ir.errors import counted
 from flux_ir.steering.dose import Made, price
 from flux_ir.steering.regions import Grid
 from flux_ir.steering.table import Estimate, estimate
+from flux_ir.steering.transfer import SWEPT
 
 ORIGINAL, EDITED = "original", "edited"
 """The pictures of the two prompts by themselves."""
@@ -242,3 +244,19 @@ def as_table(rows: Iterable[TransferRow]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def notes_of(runs: Sequence[TransferRun], cases: int) -> list[str]:
+    """Where there were fewer units than k."""
+    notes = []
+    for method in SWEPT:
+        short = [run for run in runs if run.method == method and run.k is not None and (run.used or 0) < run.k]
+        if short:
+            k, least = max(run.k or 0 for run in short), min(run.used or 0 for run in short)
+            count = len({run.case for run in short})
+            what = "neurons" if method == "neurons" else "features"
+            notes.append(
+                f"note: k {k} is more {what} than differ in the region ({method}: {counted(count, 'run')} of {cases}, "
+                f"{least} at the least): what there is is moved"
+            )
+    return notes

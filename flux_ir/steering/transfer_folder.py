@@ -6,16 +6,19 @@ A picture's numbers are written after it, so a picture that has them is complete
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
-from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, read_json, versions, write_json
 from flux_ir.sae.evaluation.plots import TradeoffPoint, tradeoff
 from flux_ir.steering.dose import Made
+from flux_ir.steering.folder import claim
+from flux_ir.steering.pairs import Case
 from flux_ir.steering.table import Estimate
 from flux_ir.steering.tradeoff import EDITED, ORIGINAL, Area, TransferRow, TransferRun, as_table
+from flux_ir.steering.transfer import Chosen, Difference, Method
 from flux_ir.tables import write_rows
 from flux_ir.visualize.sheet import SheetColumn, SheetRow, draw_sheet
 
@@ -40,16 +43,7 @@ class TransferFolder:
         self.path, self.identity = path, dict(identity)
         self.numbers, self.table, self.curve = path / "transfer.json", path / "transfer.csv", path / "pareto.png"
         self.sheet = path / "pictures.png"
-        known = path / "identity.json"
-        if not known.is_file():
-            write_json(known, self.identity)
-            return
-        there = read_json(known)
-        if differing := [name for name, value in self.identity.items() if there.get(name) != value]:
-            raise FluxIRError(
-                f"{path} holds a transfer that differs in {', '.join(differing)}",
-                hint="choose another --name, or leave it out: the name then follows from the settings",
-            )
+        claim(path, identity, "a transfer")
 
     def case(self, case: str) -> Path:
         """The folder of one pair and noise."""
@@ -137,6 +131,20 @@ class TransferFolder:
         draw_sheet(title, f"the best point of each method; {said}", columns, lines, self.sheet)
 
 
+class Setting(NamedTuple):
+    """One point of a method."""
+
+    method: Method
+    k: int | None
+    strength: float
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its picture's files."""
+        return picture_name(*self)
+
+
 def picture_name(method: str, k: int | None, strength: float, draw: int = 0) -> str:
     """The name of a picture's files."""
     return "_".join(
@@ -146,6 +154,28 @@ def picture_name(method: str, k: int | None, strength: float, draw: int = 0) -> 
             f"strength_{strength:g}",
         ]
     )
+
+
+def described_case(case: Case, inside: Tensor | None, where: str | None, difference: Difference) -> dict[str, Any]:
+    """What was transferred in this case, as JSON can say it."""
+
+    def units(chosen: Chosen) -> dict[str, Any]:
+        return {
+            name: [[str(unit.site), unit.number, unit.share] for unit in getattr(chosen, name)]
+            for name in ("subtracted", "added")
+        }
+
+    return {
+        "prompt": case.pair.prompt,
+        "edited_prompt": case.pair.edited_prompt,
+        "seed": case.seed,
+        "region": None if inside is None else inside.nonzero().flatten().tolist(),
+        "where": where,
+        "units": {
+            method if method != "random" else f"random_{draw}": units(chosen)
+            for (method, draw), chosen in difference.chosen.items()
+        },
+    }
 
 
 def row_as_json(row: TransferRow) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_an_edited_run_is_refused(sae, tmp_path):
 WRONG = [
     ({"sae": ()}, "an attribution is to the features of an autoencoder: got none"),
     ({"region": (0, 0, 200, 16)}, "a rectangle lies within the picture of 128 x 128 px"),
-    ({"region": (0, 0, 16)}, "--region is left,top,right,bottom in px: got 3 numbers"),
+    ({"region": (0, 0, 16)}, "a region is left, top, right, bottom in px"),
     ({"region": LEFT, "mask": "a.png"}, "a region is a rectangle or a mask"),
     ({"steps": (2,)}, "--steps counts from 0 to 1 with 2 steps: got 2"),
     ({"candidates": 65}, "there are 64 features: got --candidates 65"),

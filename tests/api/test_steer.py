@@ -125,7 +125,7 @@ def test_layers_of_the_text_encoders_can_be_edited(tmp_path):
 WRONG = [
     ({"feature": 64}, "this autoencoder has the features 0 to 63: got 64"),
     ({"region": (0, 0, 200, 16)}, "a rectangle lies within the picture of 128 x 128 px"),
-    ({"region": (0, 0, 16)}, "--region is left,top,right,bottom in px: got 3 numbers"),
+    ({"region": (0, 0, 16)}, "a region is left, top, right, bottom in px"),
     ({"region": (0, 0, 16, 16), "mask": "a.png"}, "a region is a rectangle or a mask"),
     ({"steps": (3,)}, "--steps counts from 0 to 2 with 3 steps: got 3"),
     ({"strength": ()}, "a steering has at least one strength"),
