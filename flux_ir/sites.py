@@ -1,8 +1,9 @@
 """Places in the networks whose output can be recorded, by name: one grammar for flags, file keys and plots.
 
 `double.18.img` is the image output of double block 18, `single.9` text and image behind single block 9, `single.9.img`
-its image half; a last word names a part of the block (`double.18.img.mlp`). `t5.12` and `clip.7` are the outputs of
-layers of the text encoders. Those run once for a prompt: their sites have no step. `recording.recorder` records both.
+its image half; a last word names a part of the block (`double.18.img.mlp`). A model that is given a reference picture
+(Kontext) has its tokens too: `double.18.cond`, `single.9.cond`. `t5.12` and `clip.7` are the outputs of layers of the
+text encoders. Those run once for a prompt: their sites have no step. `recording.recorder` records all of them.
 """
 
 import difflib
@@ -17,16 +18,18 @@ from flux_ir.errors import FluxIRError
 
 Kind = Literal["t5", "clip", "double", "single"]
 Stream = Literal["img", "txt"]
+SiteStream = Literal["img", "txt", "cond"]
+"""`cond`: the tokens of a reference picture, which stand behind those of the image."""
 Part = Literal["attn", "mlp", "neurons", "update", "out"]
 
 # In the order sites sort by. None is the whole: both streams of a single block, the block's own output.
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _PER_PROMPT: tuple[Kind, ...] = ("t5", "clip")
-_STREAMS: dict[Kind, tuple[Stream | None, ...]] = {
+_STREAMS: dict[Kind, tuple[SiteStream | None, ...]] = {
     "t5": (None,),
     "clip": (None,),
-    "double": ("img", "txt"),
-    "single": (None, "img", "txt"),
+    "double": ("img", "txt", "cond"),
+    "single": (None, "img", "txt", "cond"),
 }
 _PARTS: dict[Kind, tuple[Part | None, ...]] = {
     "t5": (None,),
@@ -35,9 +38,10 @@ _PARTS: dict[Kind, tuple[Part | None, ...]] = {
     "single": (None, "neurons", "update", "out"),
 }
 _GRAMMAR = re.compile(
-    r"(?P<kind>t5|clip|double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt))?(\.(?P<part>attn|mlp|neurons|update|out))?"
+    r"(?P<kind>t5|clip|double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt|cond))?(\.(?P<part>attn|mlp|neurons|update|out))?"
 )
 _HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.img, single.9.out, t5.12 or clip.7"
+_COND_HINT = "leave it out; flux-dev-kontext takes a --reference_image"
 _PER_PROMPT_HINT = "it is recorded once per prompt: by `capture` and `collect` with such --sites, or a TextRecorder"
 
 
@@ -51,7 +55,7 @@ class Site:
 
     kind: Kind
     block: int
-    stream: Stream | None = None
+    stream: SiteStream | None = None
     """None: text and image together, which only single blocks have; or there is one stream, as in text encoders."""
     part: Part | None = None
     """None: the block's output. attn, mlp, out: before the gate; neurons: after the activation; update: the block's
@@ -89,8 +93,11 @@ class Site:
 
     @property
     def whole(self) -> "Site":
-        """The site this one is half of; itself, unless it is one stream of a single block."""
-        return replace(self, stream=None) if self.kind == "single" else self
+        """The site this one is half of; itself, unless it is the image or the text of a single block.
+
+        The tokens of a reference picture are no part of a whole: `single.9` is text and image.
+        """
+        return replace(self, stream=None) if self.kind == "single" and self.stream != "cond" else self
 
     def __lt__(self, other: "Site") -> bool:
         return self._depth_order() < other._depth_order()
@@ -115,14 +122,18 @@ def as_site(site: str | Site) -> Site:
     return Site.parse(site) if isinstance(site, str) else site
 
 
-def all_sites(depth: int, depth_single_blocks: int) -> list[Site]:
-    """Every site of a transformer with so many double and single blocks, in depth order."""
+def all_sites(depth: int, depth_single_blocks: int, *, cond: bool = False) -> list[Site]:
+    """Every site of a transformer with so many double and single blocks, in depth order.
+
+    `cond`: also those of the tokens of a reference picture, for models that take one.
+    """
     blocks: dict[Kind, int] = {"double": depth, "single": depth_single_blocks}
     return [
         Site(kind, block, stream, part)
         for kind in blocks
         for block in range(blocks[kind])
         for stream in _STREAMS[kind]
+        if cond or stream != "cond"
         for part in _PARTS[kind]
     ]
 
@@ -140,7 +151,8 @@ def block_outputs(depth: int, depth_single_blocks: int) -> list[Site]:
 def check_sites(sites: Iterable[Site], depth: int, depth_single_blocks: int) -> None:
     """Raises FluxIRError for the first site a transformer of this depth does not have, naming the nearest."""
     available = all_sites(depth, depth_single_blocks)
-    unknown = next(iter(sorted(set(sites) - set(available))), None)
+    every = all_sites(depth, depth_single_blocks, cond=True)
+    unknown = next(iter(sorted(set(sites) - set(every))), None)
     if unknown is not None:
         if unknown.per_prompt:
             raise FluxIRError(f"{unknown} is a site of a text encoder, not of the transformer", hint=_PER_PROMPT_HINT)
@@ -156,7 +168,7 @@ def sites_of(sites: SiteNames, depth: int, depth_single_blocks: int) -> list[Sit
     Raises FluxIRError for a site the transformer does not have, and for a pattern that matches nothing.
     """
     chosen: list[Site] = []
-    available = all_sites(depth, depth_single_blocks)
+    available = all_sites(depth, depth_single_blocks, cond=True)
     for name in (sites,) if isinstance(sites, str | Site) else sites:
         chosen += [name] if isinstance(name, Site) else match_sites(site_names(name), available)
     check_sites(chosen, depth, depth_single_blocks)
@@ -178,8 +190,8 @@ def match_sites(patterns: Iterable[str], available: Sequence[Site]) -> list[Site
     """The available sites that match any of the shell patterns (`double.*.img`, `single.3?`, `*.update`), by depth.
 
     A pattern that matches a site of a single block whole does not match its two halves as well: they are views of it.
-    Halves are matched by patterns that name them (`single.*.img`), and so are layers of the text encoders (`t5.*`):
-    `*` stands for the transformer.
+    Halves are matched by patterns that name them (`single.*.img`), and so are the tokens of a reference picture
+    (`*.cond`) and layers of the text encoders (`t5.*`): `*` stands for text and image in the transformer.
 
     Raises FluxIRError for a pattern that matches nothing, naming the nearest sites.
     """
@@ -188,12 +200,17 @@ def match_sites(patterns: Iterable[str], available: Sequence[Site]) -> list[Site
 
 
 def _matching(pattern: str, available: Sequence[Site]) -> set[Site]:
-    names_text = pattern.startswith(_PER_PROMPT)
-    found = {site for site in available if site.per_prompt == names_text and fnmatchcase(str(site), pattern)}
+    names_text, names_cond = pattern.startswith(_PER_PROMPT), ".cond" in pattern
+    named = [site for site in available if site.per_prompt == names_text and (names_cond or site.stream != "cond")]
+    found = {site for site in named if fnmatchcase(str(site), pattern)}
     if not found and names_text and not any(site.per_prompt for site in available):
         raise FluxIRError(f"{pattern!r} names sites of a text encoder, not of the transformer", hint=_PER_PROMPT_HINT)
     if not found:
-        nearest = nearest_names(pattern, map(str, available))
+        if names_cond and not any(site.stream == "cond" for site in available):
+            raise FluxIRError(
+                f"{pattern!r} names tokens of a reference picture, which this model takes none of", hint=_COND_HINT
+            )
+        nearest = nearest_names(pattern, map(str, named))
         raise FluxIRError(f"no site of this model matches {pattern!r}", hint=f"the nearest are {nearest}")
     return {site for site in found if site.whole == site or site.whole not in found}
 

@@ -219,6 +219,14 @@ def steered_runs(file: Path) -> FluxIRError:
     )
 
 
+def pictured_runs(file: Path) -> FluxIRError:
+    """What is raised for generations made from pictures: running them again from noise alone gives something else."""
+    return FluxIRError(
+        f"{file} was made with --init_image or --reference_image, and would be run again without",
+        hint="use captures that were made without them",
+    )
+
+
 def floats(values: Tensor, scale: Tensor | None) -> Tensor:
     """Stored values as bfloat16, float16 or float32."""
     values = dequantised(values, scale)
@@ -241,14 +249,15 @@ def run_of(block: TokenBlock, tokens: range | None) -> TokenRun:
 
 def token_positions(site: Site, txt_tokens: int, img_positions: Tensor | None, tokens: int) -> Tensor:
     """The position of each of a site's `tokens` in its own stream: int32. `txt_tokens` are those of the whole text."""
-    leading = {"img": 0, "txt": tokens, None: txt_tokens}[site.stream]
-    img = torch.arange(tokens - leading, dtype=torch.int32) if img_positions is None else img_positions
+    leading = {"img": 0, "cond": 0, "txt": tokens, None: txt_tokens}[site.stream]
+    chosen = None if site.stream == "cond" else img_positions  # places are chosen among those of the image
+    img = torch.arange(tokens - leading, dtype=torch.int32) if chosen is None else chosen
     return torch.cat([torch.arange(leading, dtype=torch.int32), img[: tokens - leading]])
 
 
 def leading_txt(site: Site, txt_tokens: int) -> int:
     """How many leading tokens of a site are text, where the whole text has `txt_tokens`."""
-    return 0 if site.stream == "img" else txt_tokens
+    return 0 if site.stream in ("img", "cond") else txt_tokens
 
 
 def required_site(site: SiteName, what: str) -> Site:

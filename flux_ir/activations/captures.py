@@ -19,6 +19,7 @@ from flux_ir.activations.blocks import (
     TokenRun,
     leading_txt,
     not_said,
+    pictured_runs,
     required_site,
     run_of,
     steered_runs,
@@ -120,6 +121,8 @@ class CaptureSource:
         metadata = capture.metadata
         if "edits" in metadata:
             raise steered_runs(capture.path)
+        if metadata.keys() & {"init_image", "reference_image"}:
+            raise pictured_runs(capture.path)
         if "prompt_embeds" in metadata:
             raise FluxIRError(
                 f"{capture.path} was made from embeddings of a prompt, which it does not hold: it cannot be run again",

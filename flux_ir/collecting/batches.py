@@ -67,7 +67,7 @@ class RecordedBatch(NamedTuple):
             self.items[i],
             self.used_txt[i],
             {of: value[i : i + 1] for of, value in self.values.items()},
-            {step: StepContext(img[i : i + 1], y[i : i + 1], txt) for step, (img, y, txt) in self.contexts.items()},
+            {step: at._replace(img=at.img[i : i + 1], y=at.y[i : i + 1]) for step, at in self.contexts.items()},
             None if self.latent is None else self.latent[i : i + 1],
         )
 
@@ -99,7 +99,7 @@ def record_batch(
     on_host: dict[tuple[int | None, Site], Tensor] = {of: _to_host(value) for of, value in sink.values.items()}
     for site in recipe.text_sites:
         on_host[None, site] = torch.cat([one.layers[site] for one in embedded])
-    contexts = {step: StepContext(_to_host(img), _to_host(y), txt) for step, (img, y, txt) in sink.contexts.items()}
+    contexts = {step: at._replace(img=_to_host(at.img), y=_to_host(at.y)) for step, at in sink.contexts.items()}
     finished = _to_host(latent) if recipe.to_the_end and latent is not None else None
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the copies to pinned memory were only begun

@@ -49,7 +49,7 @@ class AttributeOptions(
     )
     model: str | None = option(  # type: ignore[assignment]  # a run says it
         None,
-        help="flux-schnell, flux-dev, flux-dev-krea or flux-tiny",
+        help="flux-schnell, flux-dev, flux-dev-krea, flux-dev-kontext or flux-tiny",
         group=PICTURE,
         default_text="the run's, or flux-schnell",
     )

@@ -114,6 +114,11 @@ def settings_of(
     config = sae.config
     streams: tuple[Stream, ...] = ("img",)
     if site is not None:
+        if site.stream == "cond":
+            raise FluxIRError(
+                f"features are scored on tokens of the image or the text: got {site}",
+                hint="name a site such as double.3.img",
+            )
         streams = ("img", "txt") if site.stream is None else (site.stream,)
     return FeatureSettings(
         weights=weights,

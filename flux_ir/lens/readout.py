@@ -53,7 +53,9 @@ def velocity_at(model: Flux, block_output: Tokens, vec: Conditioning, *, txt_tok
 def image_outputs(sites: Sequence[Site]) -> list[Site]:
     """The sites among these that a lens can read: image outputs of blocks, one per block, in depth order."""
     outputs = [
-        site for site in sorted(set(sites)) if site.part is None and site.stream != "txt" and not site.per_prompt
+        site
+        for site in sorted(set(sites))
+        if site.part is None and site.stream in ("img", None) and not site.per_prompt
     ]
     return [site for site in outputs if site.whole == site or site.whole not in outputs]
 

@@ -57,13 +57,20 @@ class ModelSpec:
     """The folder in the package that holds every file of the model; None: not shipped."""
     sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Hex digest of each shipped file, by its path in `assets`."""
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height [px] that reference pictures are fitted to; empty: the model takes no reference picture."""
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether a reference picture can be given, whose tokens stand behind those of the image (Kontext)."""
+        return bool(self.reference_sizes)
 
     @property
     def sites(self) -> list[Site]:
         """Every site: of the text encoders, then of the transformer, in depth order."""
         return [
             *text_sites(self.t5_layers, self.clip_layers),
-            *all_sites(self.flux.depth, self.flux.depth_single_blocks),
+            *all_sites(self.flux.depth, self.flux.depth_single_blocks, cond=self.takes_reference),
         ]
 
     def text_shape(self, site: Site) -> tuple[int, int]:
@@ -133,6 +140,24 @@ _KREA = replace(
     transformer_env=("FLUX_KREA_DEV", "FLUX_KREA", "FLUX_MODEL"),
 )
 
+# Sizes of about one megapixel that Kontext was trained on, in steps of 16 px: from tall to wide.
+_KONTEXT_SIZES = (
+    *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
+    (1024, 1024),
+    *((1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)),
+)
+
+_KONTEXT = replace(
+    _DEV,
+    name="flux-dev-kontext",
+    repo_id="black-forest-labs/FLUX.1-Kontext-dev",
+    transformer_file="flux1-kontext-dev.safetensors",
+    transformer_env=("FLUX_KONTEXT_DEV", "FLUX_KONTEXT", "FLUX_MODEL"),
+    default_steps=30,
+    default_side_px=1024,
+    reference_sizes=_KONTEXT_SIZES,
+)
+
 _SCHNELL = replace(
     _DEV,
     name="flux-schnell",
@@ -146,7 +171,7 @@ _SCHNELL = replace(
     licence="Apache-2.0",
 )
 
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (_SCHNELL, _DEV, _KREA)}
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (_SCHNELL, _DEV, _KREA, _KONTEXT)}
 """The published models. The facts of those in the package stand beside their weights and are read on demand."""
 PACKAGED_MODELS: dict[str, Path] = {"flux-tiny": ASSETS / "flux-tiny"}
 """Models that ship in the package, and their folders."""
@@ -202,4 +227,5 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
         gated=False,
         assets=folder,
         sha256=provenance["files"],
+        reference_sizes=tuple((width, height) for width, height in facts.get("reference_sizes", ())),
     )

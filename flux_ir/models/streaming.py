@@ -22,7 +22,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.blocks import Modulation, ModulationOut
 from flux_ir.models.flux1.transformer import Flux, FluxParams
-from flux_ir.shapes import Conditioning, Context, ImgIds, PackedLatent, PerSample, Pooled, TxtIds, Velocity
+from flux_ir.shapes import (
+    CondIds,
+    Conditioning,
+    CondLatent,
+    Context,
+    ImgIds,
+    PackedLatent,
+    PerSample,
+    Pooled,
+    TxtIds,
+    Velocity,
+)
 
 Fetch = Callable[[Tensor, str], None]
 """Fills a tensor with the weight of this name."""
@@ -284,6 +295,8 @@ class StreamedFlux(Flux):
         timesteps: PerSample,
         y: Pooled,
         guidance: PerSample | None = None,
+        cond: CondLatent | None = None,
+        cond_ids: CondIds | None = None,
         vec: Conditioning | None = None,
     ) -> Velocity:
         """As `Flux.forward`. `vec`: what `modulate_ahead` gave for this step; None: it is called for this step alone.
@@ -297,7 +310,7 @@ class StreamedFlux(Flux):
             )
         self._vec = self.modulate_ahead([timesteps], y, guidance)[0] if vec is None else vec
         try:
-            return super().forward(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+            return super().forward(img, img_ids, txt, txt_ids, timesteps, y, guidance, cond, cond_ids)
         finally:
             self._vec = None
 

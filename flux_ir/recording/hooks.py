@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from inspect import signature
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,6 +25,15 @@ NOT_CALLED = (
 
 
 Entered = TypeVar("Entered", bound="Hooked")  # not Self: the tests' shape checks cannot see what it stands for
+
+
+class TokenCounts(NamedTuple):
+    """How many tokens each stream of a forward has."""
+
+    txt: int
+    img: int
+    cond: int
+    """Those of a reference picture; 0: there is none."""
 
 
 class Hooked(ABC):
@@ -63,18 +72,21 @@ class Hooked(ABC):
 class StepHooks(Hooked):
     """Hooks on sites of a transformer, step by step: one forward is one step, counted from 0 when they are hung.
 
-    `steps` are those in which the hooks do something (None: all): in these every site must come.
+    `steps` are those in which the hooks do something (None: all): in these every site must come. `first_step` is the
+    number of the first forward: not 0 where a picture is begun with, and the steps before it are not run.
     """
 
-    def __init__(self, model: Flux, sites: Iterable[Site], steps: Collection[int] | None) -> None:
+    def __init__(self, model: Flux, sites: Iterable[Site], steps: Collection[int] | None, first_step: int = 0) -> None:
         self.model, self.sites = model, tuple(sites)
         self.steps = None if steps is None else frozenset(steps)
-        self._step, self._txt_tokens, self._active = -1, 0, False
+        self.first_step = first_step
+        self._step, self._active = first_step - 1, False
+        self._tokens = TokenCounts(0, 0, 0)
         self._to_come: set[Site] = set()
 
     def _hang(self, hooks: ExitStack) -> None:
         check_not_compiled(self.model, self.sites)
-        self._step, self._active = -1, False
+        self._step, self._active = self.first_step - 1, False
         self._to_come.clear()
         hooks.callback(self.model.register_forward_pre_hook(self._next_step, with_kwargs=True).remove)
 
@@ -84,17 +96,28 @@ class StepHooks(Hooked):
         self._step += 1
         self._active = self.steps is None or self._step in self.steps
         if self._active:
-            # The halves of a single block are told apart by the text's length, which only the forward knows.
+            # The streams of a block's output are told apart by their lengths, which only the forward knows.
             given = forward_arguments(model, args, kwargs)
-            self._txt_tokens = given["txt"].shape[1]
+            cond = given.get("cond")
+            self._tokens = TokenCounts(
+                given["txt"].shape[1], given["img"].shape[1], 0 if cond is None else cond.shape[1]
+            )
+            self._check_cond()
             self._begin_step(given)
             self._to_come = set(self.sites)
+
+    def _check_cond(self) -> None:
+        if not self._tokens.cond and (sites := [site for site in self.sites if site.stream == "cond"]):
+            raise FluxIRError(
+                f"{named(sites)} is of a reference picture, and the model is run without one",
+                hint="pass a reference picture, or leave the site out",
+            )
 
     def _begin_step(self, given: dict[str, Any]) -> None:
         """Called before an active step, with what the forward is given by name."""
 
     def _check_end(self) -> None:
-        if self._step < 0:
+        if self._step < self.first_step:
             raise FluxIRError(f"the {self.name} saw no forward of its model while it was entered", hint=NOT_CALLED)
 
     @abstractmethod
@@ -146,7 +169,8 @@ def forward_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def module_of(site: Site) -> str:
     """The name of the module whose call shows this site: its output, or output - input for an update."""
-    block, stream = f"{site.kind}_blocks.{site.block}", site.stream
+    block = f"{site.kind}_blocks.{site.block}"
+    stream = "txt" if site.stream == "txt" else "img"  # a reference's tokens run with those of the image
     match site.kind, site.part:
         case _, None | "update":
             return block
@@ -166,14 +190,23 @@ def stream_of(site: Site, output: Any) -> Tensor:
     """The tensor of a module's output that the site is in: double blocks put out a pair, image first."""
     if not isinstance(output, tuple):
         return output
-    return output[0] if site.stream == "img" else output[1]
+    return output[1] if site.stream == "txt" else output[0]
 
 
-def rows_of(site: Site, tokens: int, txt_tokens: int) -> slice:
-    """Which of the rows of `stream_of` are the site's: the half of one stream, in a single block."""
-    if site.whole == site:
-        return slice(0, tokens)
-    return slice(0, txt_tokens) if site.stream == "txt" else slice(txt_tokens, tokens)
+def rows_of(site: Site, tokens: TokenCounts) -> slice:
+    """Which of the rows of `stream_of` are the site's: text, then image, then a reference picture in a single block;
+    image, then reference in the image stream of a double block.
+    """
+    first = tokens.txt if site.kind == "single" else 0
+    match site.stream:
+        case "txt":
+            return slice(0, tokens.txt)
+        case "img":
+            return slice(first, first + tokens.img)
+        case "cond":
+            return slice(first + tokens.img, first + tokens.img + tokens.cond)
+        case None:
+            return slice(0, tokens.txt + tokens.img)
 
 
 def block_input(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -45,10 +45,10 @@ TextChange = Callable[[Tokens], Tokens]
 class Intervention(StepHooks):
     """Puts `edit(value, step)` where a site computed `value`, in every forward of `model` while its `with` lasts.
 
-    One forward is one step, counted from 0; `steps` are the steps to change (None: all). The keys of `edits` are sites,
-    as `Site` or as text, which may be a pattern; a site that several keys name is edited by one after the other. All
-    sites can be written: a part of a block before its gate (`attn`, `mlp`, `neurons`, `out`), what the block adds
-    (`update`), what it puts out, and one half of these in single blocks.
+    One forward is one step, counted from `first_step`; `steps` are the steps to change (None: all). The keys of `edits`
+    are sites, as `Site` or as text, which may be a pattern; a site that several keys name is edited by one after the
+    other. All sites can be written: a part of a block before its gate (`attn`, `mlp`, `neurons`, `out`), what the block
+    adds (`update`), what it puts out, and one half of these in single blocks.
 
     An edit that gives back what it got changes no bit. No hook is left behind, whatever raises.
 
@@ -60,7 +60,12 @@ class Intervention(StepHooks):
     name = "intervention"
 
     def __init__(
-        self, model: Flux | Suite, edits: Mapping[str | Site, Change], *, steps: Collection[int] | None = None
+        self,
+        model: Flux | Suite,
+        edits: Mapping[str | Site, Change],
+        *,
+        steps: Collection[int] | None = None,
+        first_step: int = 0,
     ) -> None:
         flux = model.flux if isinstance(model, Suite) else model
         params = flux.params
@@ -73,7 +78,7 @@ class Intervention(StepHooks):
             check_edit(site, edit)
         # A block's update and its output are changed by one module's hooks: the update is a part of the output.
         self.edits = sorted(pairs, key=lambda pair: pair[0].part != "update")
-        super().__init__(flux, [site for site, _ in self.edits], steps)
+        super().__init__(flux, [site for site, _ in self.edits], steps, first_step)
 
     def _hang(self, hooks: ExitStack) -> None:
         super()._hang(hooks)
@@ -91,7 +96,7 @@ class Intervention(StepHooks):
                 return output
             self._to_come.discard(site)
             current = stream_of(site, output)
-            rows = rows_of(site, current.shape[1], self._txt_tokens)
+            rows = rows_of(site, self._tokens)
             if site.part == "update":
                 before = block_input(site, args, kwargs)[:, rows]
                 part = self._edited_update(site, edit, before, current[:, rows])
@@ -104,7 +109,7 @@ class Intervention(StepHooks):
                 part = torch.cat([current[:, : rows.start], part, current[:, rows.stop :]], dim=1)
             if not isinstance(output, tuple):
                 return part
-            return (part, output[1]) if site.stream == "img" else (output[0], part)
+            return (output[0], part) if site.stream == "txt" else (part, output[1])
 
         return change
 

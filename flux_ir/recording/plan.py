@@ -57,6 +57,8 @@ class CapturePlan:
     values of that dtype are taken, and kept bit for bit."""
     text_sites: Mapping[Site, tuple[int, int]] = field(default_factory=dict)
     """Layers of the text encoders, kept once and not per step: tokens and width of each."""
+    cond_tokens: int = 0
+    """Tokens of a reference picture. They are kept at sites that name them (`double.3.cond`) and nowhere else."""
 
     def __post_init__(self) -> None:
         num_steps = len(self.timesteps) - 1
@@ -70,6 +72,11 @@ class CapturePlan:
         if not self.sites and not self.text_sites:
             raise FluxIRError("a capture needs at least one site: got none", hint="leave --sites out for every block")
         check_sites(self.sites, self.flux.depth, self.flux.depth_single_blocks)
+        if not self.cond_tokens and (of_cond := [site for site in self.sites if site.stream == "cond"]):
+            raise FluxIRError(
+                f"{min(of_cond)} is of a reference picture, and this run has none",
+                hint="pass a reference picture, or leave the site out",
+            )
         if self.rounds and self.dtype not in ROUNDED:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROUNDED)
             raise FluxIRError(f"activations are rounded to one of {names}: got {self.dtype}", hint="pass another dtype")
@@ -128,7 +135,9 @@ class CapturePlan:
     def _shape(self, site: Site, img_tokens: int) -> Shape:
         if site.per_prompt:
             return self.batch, *self.text_sites[site]
-        tokens = {"img": img_tokens, "txt": self.txt_tokens, None: self.txt_tokens + img_tokens}[site.stream]
+        whole = self.txt_tokens + img_tokens
+        streams = {"img": img_tokens, "txt": self.txt_tokens, "cond": self.cond_tokens, None: whole}
+        tokens = streams[site.stream]
         width = self.flux.hidden_size
         return self.batch, tokens, int(width * self.flux.mlp_ratio) if site.part == "neurons" else width
 
@@ -214,7 +223,7 @@ def tensor_keys(name: TensorName, step_index: int | None, pairs: Collection[str]
             keys = ("text_scales", str(site)) if site.per_prompt else ("scales", str(site), step_index)
         case Site() if name.per_prompt:
             keys = ("text_sites", str(name))
-        case Site(kind="double", part=None) if _block(name) in pairs:
+        case Site(kind="double", part=None, stream="img" | "txt") if _block(name) in pairs:
             keys = ("double_blocks", _block(name), step_index, 0 if name.stream == "img" else 1)
         case Site(kind="single", stream=None, part=None):
             keys = ("single_blocks", _block(name), step_index)
@@ -243,7 +252,7 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
             "timestep_pairs": [(plan.timesteps[step], plan.timesteps[step + 1]) for step in steps],
             "guidance": plan.guidance,
         },
-        "metadata": {**plan.metadata, "captured_steps": list(steps), "sites": names},
+        "metadata": {**plan.metadata, **_token_map(plan), "captured_steps": list(steps), "sites": names},
         "sites": {},
     }
     text, scales = bool(plan.text_sites), plan.scales
@@ -260,6 +269,13 @@ def contents(plan: CapturePlan, make: Callable[[Shape, torch.dtype], Any]) -> di
     if not file["sites"]:
         del file["sites"]
     return file
+
+
+def _token_map(plan: CapturePlan) -> dict[str, Any]:
+    """How many tokens each stream has, where a reference picture is one of them."""
+    if not plan.cond_tokens:
+        return {}
+    return {"tokens": {"txt": plan.txt_tokens, "img": plan.img_tokens, "cond": plan.cond_tokens}}
 
 
 def _put(file: dict[str, Any], keys: Sequence[str | int], value: Any) -> None:
@@ -293,7 +309,7 @@ def stored_sites(file: Mapping[str, Any]) -> list[Site]:
 
 
 def _is_half_of_a_pair(site: Site, sites: Collection[Site]) -> bool:
-    if site.kind != "double" or site.part is not None:
+    if site.kind != "double" or site.part is not None or site.stream == "cond":
         return False
     return all(Site("double", site.block, stream) in sites for stream in ("img", "txt"))
 
@@ -325,6 +341,12 @@ def pieces_of_context(plan: CapturePlan, step: int, context: StepContext) -> lis
             f"step {step} must have {plan.txt_tokens} text tokens, as planned: got {context.txt_tokens}",
             hint="plan the capture with the text this prompt is encoded to",
         )
+    if context.cond_tokens != plan.cond_tokens:
+        raise FluxIRError(
+            f"step {step} must have {plan.cond_tokens} tokens of a reference picture, as planned: "
+            f"got {context.cond_tokens}",
+            hint="plan the capture with the reference picture it is made with",
+        )
     dtype = plan.of_context
     _check(plan, step, "img_state", context.img, plan.full_img_shape, dtype)
     _check(plan, step, "y", context.y, plan.y_shape, dtype)
@@ -340,7 +362,7 @@ def pieces_of_site(plan: CapturePlan, step: int | None, site: Site, value: Tenso
     if site.per_prompt and site not in plan.text_sites:
         raise not_planned(step, site)
     _check(plan, step, site, value, plan.full_shape(site), plan.dtype)
-    if not site.per_prompt and site.stream != "txt":
+    if not site.per_prompt and site.stream in ("img", None):
         value = _picked(plan, value, leading=plan.txt_tokens if site.stream is None else 0)
     if not plan.scales:
         return [Piece(site, rounded(value, plan.dtype))]

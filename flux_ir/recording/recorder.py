@@ -32,11 +32,15 @@ from flux_ir.sites import Site, SiteNames, as_site, nearest_names, sites_among, 
 
 
 class StepContext(NamedTuple):
-    """What a step began with: the packed state before it, the pooled text, and how many tokens the text has."""
+    """What a step began with: the packed state before it, the pooled text, and how many tokens the text has.
+
+    `cond_tokens` are those of a reference picture.
+    """
 
     img: PackedLatent
     y: Pooled
     txt_tokens: int
+    cond_tokens: int = 0
 
 
 @runtime_checkable
@@ -131,7 +135,8 @@ def until_recorded(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 class Recorder(StepHooks):
-    """Records the sites of every forward of `model` while its `with` lasts: one forward is one step, counted from 0.
+    """Records the sites of every forward of `model` while its `with` lasts: one forward is one step, counted from 0,
+    or from `first_step` where the sampler begins with a picture.
 
     `sites` are given as `Site` or as text, which may hold patterns (`double.*.img`).
 
@@ -158,12 +163,13 @@ class Recorder(StepHooks):
         *,
         steps: Collection[int] | None = None,
         stop_early: bool = False,
+        first_step: int = 0,
     ) -> None:
         flux = model.flux if isinstance(model, Suite) else model
         chosen = sites_of(sites, flux.params.depth, flux.params.depth_single_blocks)
         if stop_early and not steps:
             raise ValueError("stop_early needs the steps to record: it stops at the last of them")
-        super().__init__(flux, chosen, steps)
+        super().__init__(flux, chosen, steps, first_step)
         self.sink: Sink = MemorySink() if sink is None else sink
         self._last_step = max(steps) if stop_early and steps else None
 
@@ -190,7 +196,7 @@ class Recorder(StepHooks):
         self._stop_if_complete()  # without sites the last step has nothing to compute
 
     def _begin_step(self, given: dict[str, Any]) -> None:
-        self.sink.begin_step(self._step, StepContext(given["img"], given["y"], self._txt_tokens))
+        self.sink.begin_step(self._step, StepContext(given["img"], given["y"], self._tokens.txt, self._tokens.cond))
 
     def _stop_if_complete(self) -> None:
         if self._step == self._last_step and not self._to_come:
@@ -202,8 +208,8 @@ class Recorder(StepHooks):
         value = stream_of(site, output)
         if site.part == "update":
             value = value - block_input(site, args, kwargs)
-        rows = rows_of(site, value.shape[1], self._txt_tokens)
-        self.sink.write(self._step, site, value if site.whole == site else value[:, rows])
+        rows = rows_of(site, self._tokens)
+        self.sink.write(self._step, site, value if rows == slice(0, value.shape[1]) else value[:, rows])
         self._to_come.discard(site)
         self._stop_if_complete()
 

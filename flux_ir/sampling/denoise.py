@@ -11,7 +11,7 @@ from torch import nn
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.streaming import StreamedFlux
-from flux_ir.shapes import Conditioning, Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
+from flux_ir.shapes import Conditioning, CondLatent, Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
 
 
 class Step(NamedTuple):
@@ -64,31 +64,36 @@ def denoise(
     y: Pooled,
     timesteps: list[float],
     guidance: float,
+    *,
+    cond: CondLatent | None = None,
+    cond_ids: PositionIds | None = None,
+    first_step: int = 0,
 ) -> Iterator[Step]:
-    """Walk `img` from `timesteps[0]` to the last of them, one model call and one yielded `Step` per pair of times.
+    """Walk `img` from `timesteps[first_step]` to the last, one model call and one yielded `Step` per pair of times.
 
-    `guidance` is the distilled guidance strength; models without a guidance input never see it.
+    `guidance` is the distilled guidance strength; models without a guidance input never see it. `cond` are the tokens
+    of a reference picture, the same at every step.
 
     Raises StateNotFiniteError for a state that is not finite, naming the first step and block that made it so. On a GPU
     that may be one step late, so that nothing waits for it; the last step is not yielded before its state is known.
     """
-    times = list(pairwise(timesteps))
+    times = list(pairwise(timesteps))[first_step:]
     checks: list[_FinitenessCheck] = []  # of states that are not known to be finite yet: two at most
     strength = per_sample(guidance, img)
     # Weights that are streamed come once for what needs nothing but the times.
     ahead: list[Conditioning] = []
     if isinstance(model, StreamedFlux):
         ahead = model.modulate_ahead([per_sample(time, img) for time, _ in times], y, strength)
-    for number, (t_curr, t_prev) in enumerate(times):
-        known = {"vec": ahead[number]} if ahead else {}
-        velocity = model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, strength, **known)
+    for number, (t_curr, t_prev) in enumerate(times, start=first_step):
+        known = {"vec": ahead[number - first_step]} if ahead else {}
+        velocity = model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, strength, cond, cond_ids, **known)
         after = euler_step(img, velocity, t_curr, t_prev)
         step = Step(number, t_curr, t_prev, img, velocity, after)
         checks.append(_FinitenessCheck(step))
         # On a GPU the newest check waits for the next turn, but for the last step's: asking now would stall the device.
-        while checks and (len(checks) > 1 or not checks[0].is_late or number == len(times) - 1):
+        while checks and (len(checks) > 1 or not checks[0].is_late or number == len(timesteps) - 2):
             if not (check := checks.pop(0)).is_finite():
-                raise _not_finite(model, check.step, img_ids, txt, txt_ids, y, guidance)
+                raise _not_finite(model, check.step, img_ids, txt, txt_ids, y, guidance, cond, cond_ids)
         yield step
         img = after
 
@@ -131,6 +136,8 @@ def _not_finite(
     txt_ids: PositionIds,
     y: Pooled,
     guidance: float,
+    cond: CondLatent | None,
+    cond_ids: PositionIds | None,
 ) -> StateNotFiniteError:
     """What to say of a step whose state is not finite: it is computed once more, every block watched.
 
@@ -143,11 +150,14 @@ def _not_finite(
             module.register_forward_hook(_watch(name.replace("_blocks", "")))
     img = step.before
     inputs = {"the state before it": img, "the text's embedding from T5": txt, "the text's embedding from CLIP": y}
+    if cond is not None:
+        inputs["the latent of the reference picture"] = cond
     try:
         for name, value in inputs.items():
             if not value.isfinite().all():
                 raise _FirstNotFinite(name)
-        twin(img, img_ids, txt, txt_ids, per_sample(step.t_curr, img), y, per_sample(guidance, img))
+        at = per_sample(step.t_curr, img), y, per_sample(guidance, img)
+        twin(img, img_ids, txt, txt_ids, *at, cond, cond_ids)
         whose = "nothing of the network by itself: something that changes it while it runs did this"
     except _FirstNotFinite as found:
         whose = str(found)

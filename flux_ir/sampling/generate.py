@@ -17,8 +17,8 @@ from flux_ir.models.compute_dtype import choose_dtype
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.denoise import Step, denoise
-from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, text_ids, unpack
-from flux_ir.shapes import Context, Latent, PackedLatent, Pixels, Pooled, PositionIds
+from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, reference_ids, text_ids, unpack
+from flux_ir.shapes import CondLatent, Context, Image, Latent, PackedLatent, Pixels, Pooled, PositionIds
 from flux_ir.threads import in_order
 
 
@@ -30,6 +30,24 @@ class Inputs(NamedTuple):
     txt: Context
     txt_ids: PositionIds
     y: Pooled
+    cond: CondLatent | None = None
+    """The tokens of a reference picture, for models that take one: the same at every step."""
+    cond_ids: PositionIds | None = None
+
+    def with_reference(self, cond: CondLatent, height: int, width: int) -> "Inputs":
+        """The same with the packed latent of a reference picture of this size [px], the same one for every prompt."""
+        batch = self.img.shape[0]
+        ids = reference_ids(batch, height, width).to(self.img.device)
+        return self._replace(cond=cond.to(self.img).expand(batch, -1, -1), cond_ids=ids)
+
+    def begun_with(self, picture: PackedLatent, t: float) -> "Inputs":
+        """The same begun with a picture's packed latent: (1 - t) picture + t noise, for a schedule entered at time t.
+
+        At t = 1 it is the noise, bit for bit.
+        """
+        if t == 1:
+            return self
+        return self._replace(img=t * self.img + (1 - t) * picture.to(self.img))
 
 
 def check_size(height: int, width: int) -> None:
@@ -43,13 +61,21 @@ def check_size(height: int, width: int) -> None:
     )
 
 
-def check_steps(steps: Iterable[int] | None, num_steps: int) -> list[int]:
-    """The steps to keep, in order, each once. Raises FluxIRError for one that the schedule does not have."""
-    chosen = sorted(set(range(num_steps) if steps is None else steps))
+def check_steps(steps: Iterable[int] | None, num_steps: int, first_step: int = 0) -> list[int]:
+    """The steps to keep, in order, each once. Raises FluxIRError for one that the schedule does not have, or that is
+    before the first one that is run.
+    """
+    chosen = sorted(set(range(first_step, num_steps) if steps is None else steps))
     if beyond := [step for step in chosen if not 0 <= step < num_steps]:
         raise FluxIRError(
             f"--steps counts from 0 to {num_steps - 1} with {num_steps} steps: got {', '.join(map(str, beyond))}",
             hint="choose other --steps or more --num_steps",
+        )
+    if before := [step for step in chosen if step < first_step]:
+        raise FluxIRError(
+            f"begun with a picture, the run has the steps from {first_step} to {num_steps - 1}: "
+            f"got {', '.join(map(str, before))} in --steps",
+            hint="choose later ones, or more --strength",
         )
     return chosen
 
@@ -76,9 +102,13 @@ def prepare(noise: Latent, text: TextEmbedding, height: int, width: int) -> Inpu
     )
 
 
-def sample(model: Flux, inputs: Inputs, timesteps: list[float], guidance: float) -> Iterator[Step]:
-    """The steps from noise to picture. The last step's `after` is the finished packed latent."""
-    return denoise(model, *inputs, timesteps, guidance)
+def sample(
+    model: Flux, inputs: Inputs, timesteps: list[float], guidance: float, *, first_step: int = 0
+) -> Iterator[Step]:
+    """The steps from noise (or `first_step`) to picture. The last one's `after` is the finished packed latent."""
+    img, img_ids, txt, txt_ids, y, cond, cond_ids = inputs
+    args = img, img_ids, txt, txt_ids, y, timesteps, guidance
+    return denoise(model, *args, cond=cond, cond_ids=cond_ids, first_step=first_step)
 
 
 def decode(
@@ -103,6 +133,24 @@ def _decode_together(autoencoder: AutoEncoder, dtype: torch.dtype, latents: Late
     latents = latents.contiguous(memory_format=torch.channels_last)
     with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
         return to_pixels(autoencoder.decode(latents))
+
+
+def encode(autoencoder: AutoEncoder, pixels: Pixels) -> PackedLatent:
+    """Pictures, uint8 [batch, height, width, 3], as packed latents: the twin of `decode`.
+
+    The mean of each latent, so that a picture always gives the same one. In float32, as the published sampler does.
+    """
+    device = autoencoder.encoder.conv_in.weight.device
+    pictures = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(device)
+    if device.type == "cpu":
+        side = partial(_encode_together, autoencoder)
+        return pack(side_by_side(side, pictures, pixels.shape[1] * pixels.shape[2]))
+    return pack(_encode_together(autoencoder, pictures))
+
+
+@torch.no_grad()
+def _encode_together(autoencoder: AutoEncoder, pictures: Image) -> Latent:
+    return autoencoder.encode(pictures)
 
 
 _MIDDLE = 16  # latent pixels along each side: 128 px

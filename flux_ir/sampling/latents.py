@@ -46,10 +46,17 @@ def unpack(packed: PackedLatent, height: int, width: int) -> Latent:
 def image_ids(batch: int, height: int, width: int) -> PositionIds:
     """Positions of the image tokens, float32 [batch, tokens, 3]: 0, row, column."""
     rows, columns = latent_side(height) // PATCH, latent_side(width) // PATCH
-    ids = torch.zeros(rows, columns, 3)  # the first axis is not used by FLUX.1: it is 0 for text, too
+    ids = torch.zeros(rows, columns, 3)  # the first axis tells reference pictures apart: it is 0 for text, too
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]
     return repeat(ids, "h w axes -> b (h w) axes", b=batch)
+
+
+def reference_ids(batch: int, height: int, width: int) -> PositionIds:
+    """Positions of the tokens of a reference picture, float32 [batch, tokens, 3]: 1, row, column."""
+    ids = image_ids(batch, height, width)
+    ids[..., 0] = 1
+    return ids
 
 
 def text_ids(batch: int, txt_tokens: int) -> PositionIds:

@@ -76,8 +76,10 @@ def states_of(
 
 
 def _velocity(model: Flux, inputs: Inputs, t_curr: float, guidance: float) -> Tensor:
-    img, img_ids, txt, txt_ids, y = inputs
-    return model(img, img_ids, txt, txt_ids, per_sample(t_curr, img), y, per_sample(guidance, img))
+    img, img_ids, txt, txt_ids, y, cond, cond_ids = inputs
+    at = per_sample(t_curr, img), y, per_sample(guidance, img)
+    velocity: Tensor = model(img, img_ids, txt, txt_ids, *at, cond, cond_ids)
+    return velocity
 
 
 # ---- Back through the sampler

@@ -33,13 +33,15 @@ class Recording:
     capture: Capture
 
 
-def start(model, batch=1, num_steps=4):
+def start(model, batch=1, num_steps=4, *, reference=False):
     """Random inputs for the sampler, and its times."""
     draw, params = torch.Generator().manual_seed(3), model.params
     txt = torch.randn(batch, TXT_TOKENS, params.context_in_dim, generator=draw)
     y = torch.randn(batch, params.vec_in_dim, generator=draw)
     noise = noise_for(list(range(batch)), HEIGHT, WIDTH, "cpu", model.dtype)
     inputs = prepare(noise, TextEmbedding(txt.to(model.dtype), y.to(model.dtype)), HEIGHT, WIDTH)
+    if reference:  # of 2 x 4 tokens, beside 12 of the image and 7 of the text
+        inputs = inputs.with_reference(torch.randn(1, 8, params.in_channels, generator=draw), 32, 64)
     return inputs, get_schedule(num_steps, inputs.img.shape[1])
 
 
@@ -47,8 +49,8 @@ def start(model, batch=1, num_steps=4):
 def record(tmp_path):
     """Walks from noise to image with a capture file listening."""
 
-    def walk(model, sites=None, *, kept=None, batch=1):
-        inputs, times = start(model, batch)
+    def walk(model, sites=None, *, kept=None, batch=1, reference=False, first_step=0):
+        inputs, times = start(model, batch, reference=reference)
         blocks = model.params.depth, model.params.depth_single_blocks
         chosen = block_outputs(*blocks) if sites is None else match_sites(sites, all_sites(*blocks))
         planned = CapturePlan(
@@ -62,10 +64,12 @@ def record(tmp_path):
             steps=kept,
             dtype=model.dtype,
             batch=batch,
+            cond_tokens=8 if reference else 0,
         )
         path = tmp_path / f"capture_{len(list(tmp_path.iterdir()))}.pt"
-        with CaptureWriter(path, planned) as sink, Recorder(model, chosen, sink, steps=planned.kept_steps):
-            steps = list(sample(model, inputs, times, GUIDANCE))
+        recorder = {"steps": planned.kept_steps, "first_step": first_step}
+        with CaptureWriter(path, planned) as sink, Recorder(model, chosen, sink, **recorder):
+            steps = list(sample(model, inputs, times, GUIDANCE, first_step=first_step))
         return Recording(model, steps, load_capture(path))
 
     return walk
@@ -78,8 +82,10 @@ def read(recording, step):
 @BOTH_DTYPES
 @BOTH_KINDS
 @pytest.mark.parametrize("batch", [1, 3])
-def test_last_block_readout_equals_the_sampler_step(record, tiny_flux, dtype, guidance, batch):
-    recording = record(tiny_flux(guidance=guidance, dtype=dtype), batch=batch)
+@pytest.mark.parametrize("reference", [False, True])
+def test_last_block_readout_equals_the_sampler_step(record, tiny_flux, dtype, guidance, batch, reference):
+    """Also where the tokens of a reference picture stand behind those of the image: a lens reads none of them."""
+    recording = record(tiny_flux(guidance=guidance, dtype=dtype), batch=batch, reference=reference)
     for step in recording.steps:
         readings = read(recording, step.number)
         assert torch.equal(readings[LAST].velocity, step.velocity)
@@ -87,6 +93,15 @@ def test_last_block_readout_equals_the_sampler_step(record, tiny_flux, dtype, gu
         others = [reading for site, reading in readings.items() if site != LAST]
         assert len(others) == 4
         assert not any(torch.equal(reading.euler, step.after) for reading in others)
+
+
+@BOTH_DTYPES
+def test_a_run_from_a_later_step_on_is_read_by_the_numbers_of_the_whole_schedule(record, tiny_flux, dtype):
+    recording = record(tiny_flux(dtype=dtype), kept=[2, 3], first_step=2)
+    assert recording.capture.steps == [step.number for step in recording.steps] == [2, 3]
+    for step in recording.steps:
+        assert recording.capture.context(step.number).t_curr == step.t_curr
+        assert torch.equal(read(recording, step.number)[LAST].euler, step.after)
 
 
 @BOTH_DTYPES

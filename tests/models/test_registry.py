@@ -26,6 +26,7 @@ def parameters(spec, part):
         ("flux-schnell", 11_891_178_560, 776),
         ("flux-dev", 11_901_408_320, 780),
         ("flux-dev-krea", 11_901_408_320, 780),
+        ("flux-dev-kontext", 11_901_408_320, 780),
     ],
 )
 def test_transformers_have_the_size_of_the_published_ones(name, count, tensors):
@@ -47,7 +48,8 @@ def test_default_model_comes_first_and_flux_tiny_is_among_the_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "shifts", "text_tokens"), [("flux-schnell", 4, False, 256), ("flux-dev", 50, True, 512)]
+    ("name", "steps", "shifts", "text_tokens"),
+    [("flux-schnell", 4, False, 256), ("flux-dev", 50, True, 512), ("flux-dev-kontext", 30, True, 512)],
 )
 def test_sampling_facts_are_those_of_the_reference(name, steps, shifts, text_tokens):
     spec = get_spec(name)
@@ -58,6 +60,16 @@ def test_variables_of_one_model_come_before_the_general_ones():
     for spec in MODELS.values():
         assert spec.transformer_env.index("FLUX_MODEL") == len(spec.transformer_env) - 1
         assert spec.autoencoder_env == ("FLUX_AE", "AE")
+
+
+def test_only_models_that_take_a_reference_have_sites_of_its_tokens(packaged_folder):
+    taking = {name for name in model_names() if get_spec(name).takes_reference}
+    assert taking == {"flux-dev-kontext"}
+    for name in model_names():
+        assert any(site.stream == "cond" for site in get_spec(name).sites) == (name in taking)
+    facts = json.loads((packaged_folder / "params.json").read_text())
+    (packaged_folder / "params.json").write_text(json.dumps(facts | {"reference_sizes": [[64, 32], [32, 64]]}))
+    assert packaged_spec("flux-tiny", packaged_folder).reference_sizes == ((64, 32), (32, 64))
 
 
 def test_unknown_model_is_an_error_with_the_nearest_name():

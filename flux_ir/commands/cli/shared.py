@@ -21,7 +21,9 @@ _OF_THE_MODEL = "the model's own"
 class PictureOptions(Options):
     """What is sampled, but for its prompt and its noise."""
 
-    model: str = option("flux-schnell", help="flux-schnell, flux-dev, flux-dev-krea or flux-tiny", group=PICTURE)
+    model: str = option(
+        "flux-schnell", help="flux-schnell, flux-dev, flux-dev-krea, flux-dev-kontext or flux-tiny", group=PICTURE
+    )
     width: int | None = option(
         None, help="width", unit="px", group=PICTURE, multiple_of=16, minimum=16, default_text=_OF_THE_MODEL
     )

@@ -19,7 +19,19 @@ from flux_ir.models.flux1.blocks import (
     SingleStreamBlock,
     timestep_embedding,
 )
-from flux_ir.shapes import Conditioning, Context, ImgIds, ImgTokens, PackedLatent, PerSample, Pooled, TxtIds, Velocity
+from flux_ir.shapes import (
+    CondIds,
+    Conditioning,
+    CondLatent,
+    Context,
+    ImgIds,
+    ImgTokens,
+    PackedLatent,
+    PerSample,
+    Pooled,
+    TxtIds,
+    Velocity,
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,17 @@ class Flux(nn.Module):
         timesteps: PerSample,
         y: Pooled,
         guidance: PerSample | None = None,
+        cond: CondLatent | None = None,
+        cond_ids: CondIds | None = None,
     ) -> Velocity:
+        """The velocity of the image tokens. `cond` are the tokens of a reference picture (Kontext): they stand behind
+        the image's in every block, are never noised, and have no velocity.
+        """
+        img_tokens = img.shape[1]
+        if cond is not None:
+            if cond_ids is None:
+                raise FluxIRError("the tokens of a reference picture need their positions", hint="pass cond_ids")
+            img, img_ids = torch.cat([img, cond], dim=1), torch.cat([img_ids, cond_ids], dim=1)
         vec = self.conditioning(timesteps, y, guidance)
         # Once for all blocks, which see the same positions: text, then image, as they stand in every joint attention.
         rotation = rotary_table(torch.cat([txt_ids, img_ids], dim=1), self.params.axes_dim, self.params.theta)
@@ -131,4 +153,6 @@ class Flux(nn.Module):
         x = torch.cat([txt, img], dim=1)
         for single_block in self.single_blocks:
             x = single_block(x, vec, rotation)
-        return self.read_out(x[:, txt.shape[1] :], vec)
+        # Of the image tokens alone, as a lens reads them: more rows could round in another way.
+        first = txt.shape[1]
+        return self.read_out(x[:, first : first + img_tokens], vec)

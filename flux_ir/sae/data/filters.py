@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flux_ir.activations.blocks import TokenBlock, TokenRun, TokenSource
 from flux_ir.errors import FluxIRError
-from flux_ir.sites import Site, Stream, match_sites, nearest_names
+from flux_ir.sites import Site, SiteStream, Stream, match_sites, nearest_names
 
 SiteKey = Site | None
 """A site, or None for the one array of a source that knows no sites."""
@@ -144,7 +144,7 @@ def choose_sites(source: TokenSource, patterns: Sequence[str]) -> list[SiteKey]:
 
 def sites_in_lockstep(sites: Sequence[SiteKey], filters: Filters) -> list[list[SiteKey]]:
     """The sites in groups that have the same tokens, and so can share batches: image, text, and both."""
-    groups: dict[Stream | None, list[SiteKey]] = {}
+    groups: dict[SiteStream | None, list[SiteKey]] = {}
     for site in sites:
         half = filters.half(site)
         groups.setdefault(half.stream if half else None, []).append(site)
