@@ -146,8 +146,8 @@ class BlockStream:
     ) -> None:
         self.units, self._successor, self._fetch = units, successor, fetch
         self.device, self.watch = torch.device(device), watch
-        nbytes = max(unit.nbytes(dtype) for unit in units)
-        self._free = deque(Slot(number, nbytes, self.device, dtype) for number in range(slots))
+        self._dtype, self._slots = dtype, slots
+        self._free: deque[Slot] | None = None  # made when they are needed: who only reads out needs no block
         self._coming: deque[tuple[int, Slot, Future[None]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._copies: torch.cuda.Stream | None = None
@@ -175,7 +175,7 @@ class BlockStream:
         try:
             arriving.result()
         except BaseException:
-            self._free.append(slot)
+            self.free.append(slot)
             raise
         if slot.filled is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.filled)
@@ -192,21 +192,29 @@ class BlockStream:
         if slot.freed is not None:
             slot.freed.record(torch.cuda.current_stream(self.device))
         self._tell("free", number, slot)
-        self._free.append(slot)
+        self.free.append(slot)
         self._fetch_from(self._successor[self._coming[-1][0] if self._coming else number])
 
     def close(self) -> None:
         """Stop fetching and give the memory back."""
         self._forget_coming()
         self._thread.shutdown()
-        self._free.clear()
+        self._free = deque()
+
+    @property
+    def free(self) -> "deque[Slot]":
+        """The slots that nothing is in and nothing comes to."""
+        if self._free is None:
+            nbytes = max(unit.nbytes(self._dtype) for unit in self.units)
+            self._free = deque(Slot(number, nbytes, self.device, self._dtype) for number in range(self._slots))
+        return self._free
 
     def _fetch_from(self, number: int) -> None:
         """Ask for the unit, if it does not come already, and for those after it, as far as there are free slots."""
         if self._coming:
             number = self._successor[self._coming[-1][0]]
-        while self._free:
-            slot = self._free.popleft()
+        while self.free:
+            slot = self.free.popleft()
             self._tell("fetch", number, slot)
             self._coming.append((number, slot, self._thread.submit(self._fill, self.units[number], slot)))
             number = self._successor[number]
@@ -227,7 +235,7 @@ class BlockStream:
         while self._coming:
             _, slot, arriving = self._coming.popleft()
             arriving.exception()  # waits; what went wrong with a unit that nobody asked for does not matter
-            self._free.append(slot)
+            self.free.append(slot)
 
     def _tell(self, event: Event, number: int, slot: Slot) -> None:
         if self.watch is not None:

@@ -191,6 +191,17 @@ def test_a_state_that_is_not_finite_names_its_block(resident, state, tiny_inputs
         steps_of(streamed, tiny_inputs())
 
 
+def test_reading_out_needs_no_block(resident, state, tiny_inputs):
+    log: list[str] = []
+    streamed = StreamedFlux(resident.params, late(state, log=log), "cpu", torch.float32)
+    inputs = tiny_inputs(guidance=2.0)
+    vec = streamed.conditioning(inputs.timesteps, inputs.y, inputs.guidance)
+    tokens = torch.randn(1, 12, 64)
+    assert torch.equal(streamed.read_out(tokens, vec), resident.read_out(tokens, vec))
+    assert not [name for name in log if "_blocks." in name]
+    assert streamed.stream._free is None
+
+
 def test_units_hold_every_parameter_once(resident):
     names = block_names(resident.params)
     held = [weight.name for name in names for weight in unit_of(resident, name).weights]
@@ -200,7 +211,8 @@ def test_units_hold_every_parameter_once(resident):
 def test_memory_is_that_of_the_slots(resident):
     units = [unit_of(resident, name) for name in block_names(resident.params)]
     stream = BlockStream(units, [1, 2, 3, 4, 0], late(resident.state_dict()), "cpu", torch.float32, slots=2)
-    slots = list(stream._free)
+    assert stream._free is None  # not before a block is asked for
+    slots = list(stream.free)
     assert len(slots) == 2
     largest = max(unit.nbytes(torch.float32) for unit in units)
     assert all(slot._memory.nbytes == largest for slot in slots)
