@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.streaming import BlockStream, StreamedFlux, block_names, unit_of
+from flux_ir.models.streaming import BlockStream, HostMemory, StreamedFlux, block_names, unit_of
 from flux_ir.recording.intervention import Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.denoise import StateNotFiniteError, denoise
@@ -46,14 +46,19 @@ def steps_of(model, inputs, guidance=3.0):
     return list(denoise(model, img, img_ids, txt, txt_ids, y, [1.0, 0.7, 0.4, 0.0], guidance))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [(), (0,), (1, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("slots", [2, 3])
-def test_every_step_has_the_bits_of_resident_weights(tiny_flux, tiny_inputs, dtype, kept, slots):
+def test_every_step_has_the_bits_of_resident_weights(tiny_flux, tiny_inputs, device, dtype, kept, slots):
     resident = tiny_flux(guidance=True, dtype=dtype)
     fetch = late(resident.state_dict(), seconds=0.0005)
-    streamed = StreamedFlux(resident.params, fetch, "cpu", dtype, resident=kept, slots=slots)
+    if device == "cuda":
+        fetch = HostMemory(fetch, pinned=True).fetch
+    streamed = StreamedFlux(resident.params, fetch, device, dtype, resident=kept, slots=slots)
     inputs = tiny_inputs(dtype=dtype, batch=2)
+    inputs = type(inputs)(*(None if value is None else value.to(device) for value in inputs))
+    resident.to(device)
     for ours, theirs in zip(steps_of(streamed, inputs), steps_of(resident, inputs), strict=True):
         assert torch.equal(ours.velocity, theirs.velocity)
         assert torch.equal(ours.after, theirs.after)
