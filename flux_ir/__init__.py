@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flux_ir.api.find_examples import find_examples
     from flux_ir.api.label_features import label_features
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
-    from flux_ir.api.models import decode, encode_prompt, load_model, sample
+    from flux_ir.api.models import decode, encode, encode_prompt, load_model, sample
     from flux_ir.api.probe import Probed, probe
     from flux_ir.api.progress import Begun, Note, Progress
     from flux_ir.api.score_concepts import ScoredConcepts, score_concepts
@@ -65,6 +65,7 @@ _MODULES = {
     "decode": "flux_ir.api.models",
     "demonstrate": "flux_ir.api.demonstrate",
     "Demonstrated": "flux_ir.api.demonstrate",
+    "encode": "flux_ir.api.models",
     "encode_prompt": "flux_ir.api.models",
     "draw_features": "flux_ir.api.draw_features",
     "DrawnFeatures": "flux_ir.api.draw_features",
@@ -164,6 +165,7 @@ __all__ = [
     "decode",
     "demonstrate",
     "draw_features",
+    "encode",
     "encode_prompt",
     "evaluate_sae",
     "explore",

@@ -102,6 +102,10 @@ class RunFolder:
         """The numbers that go with the decoded pictures."""
         return self.intermediates / "lens.json"
 
+    def given_picture(self, name: str) -> Path:
+        """A picture that the run was given, as it was encoded: `init_image` or `reference_image`."""
+        return self.intermediates / f"{name}.png"
+
     def image(self, index: int = 0) -> Path:
         """The picture itself."""
         return self.path / _image(index)

@@ -217,7 +217,9 @@ def run_attribution(settings: AttributeSettings, progress: Watch = unwatched) ->
         painter = Painter(
             model,
             autoencoder,
-            *job.picture,
+            job.picture.grid,
+            job.picture.timesteps,
+            job.picture.guidance,
             job.machine.compute.dtype,
             meter=None,
             batch=settings.batch_size,

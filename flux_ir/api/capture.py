@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run
-from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, provenance_of
+from flux_ir.api.model_settings import BegunPictureSettings, Machine, SettledPicture, provenance_of
 from flux_ir.api.models import read_prompt_embeds
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
@@ -41,6 +41,7 @@ from flux_ir.sampling.generate import (
     sample,
 )
 from flux_ir.sampling.image import MOST_EXIF_BYTES, jpeg_bytes
+from flux_ir.sampling.pictures import PictureGiven
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site, SiteNames, block_outputs, site_names, sites_among
 from flux_ir.steering.apply import Steering, steered, steered_text
@@ -51,7 +52,7 @@ DEFAULT_PROMPT = "a beautiful landscape"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureSettings(PictureSettings):
+class CaptureSettings(BegunPictureSettings):
     """What a capture is asked for; see `capture`. What is None is settled by the model or the machine."""
 
     prompt: str | None = None
@@ -74,6 +75,7 @@ class CaptureSettings(PictureSettings):
             "sites": None if self.sites is None else list(site_names(self.sites)),
             "steps": None if self.steps is None else list(self.steps),
             "edit": None if self.edit is None else str(self.edit) if isinstance(self.edit, str | Path) else "given",
+            **self.given_as_json(),
         }
 
 
@@ -107,6 +109,10 @@ def capture(
     seed: int | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    init_image: PictureGiven | None = None,
+    strength: float | None = None,
+    reference_image: PictureGiven | None = None,
+    keep_reference_size: bool = False,
     add_sampling_metadata: bool = True,
     edit: str | Path | Edit | Sequence[Edit] | None = None,
     sites: SiteNames | None = None,
@@ -133,6 +139,12 @@ def capture(
     the run is steered, and what is recorded is what the edits made of it. `lens` says what is decoded
     (`should_decode_intermediates` False: nothing).
 
+    `init_image` is a picture to begin with: its file, a picture of Pillow, or pixels as `decode` gives them. Only the
+    last `strength` of the steps are run (None: 0.6), and keep their numbers and times; at 1 nothing of it is left. It
+    has the size of the run and is never scaled or cut. `reference_image` is a picture that models such as
+    flux-dev-kontext are told beside the prompt. It is fitted to a size they were trained on, unless
+    `keep_reference_size`; its tokens have sites of their own (`double.3.cond`).
+
     `model` is the name of one: `device`, `multi_gpu`, `offload` and `dtype` say where and in which precision,
     `checkpoint` and `ae_checkpoint` where the weights are. Or it is a loaded `Suite`, which has settled all of these;
     it is not loaded again and stays as it is.
@@ -149,6 +161,10 @@ def capture(
         seed=seed,
         num_steps=num_steps,
         guidance=guidance,
+        init_image=init_image,
+        strength=strength,
+        reference_image=reference_image,
+        keep_reference_size=keep_reference_size,
         add_sampling_metadata=add_sampling_metadata,
         edit=edit,
         sites=sites,
@@ -193,6 +209,9 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
             load(suite, job, progress)
             text = job.text or embed(suite, job, progress, sink)
             latent = sample_recorded(suite, job, text, sink, progress)
+        for name, given in job.picture.given.given().items():
+            with complete_file(folder.given_picture(name)) as beside:
+                given.image().save(beside, "PNG")
         write_json(result.metadata, metadata | {"options": settings.to_json(), **provenance(job, suite)})
         with phase(progress, "picture"):
             save_picture(job, suite, latent, result.picture, progress, keep_prompt=settings.add_sampling_metadata)
@@ -221,7 +240,7 @@ def settle(settings: CaptureSettings) -> Job:
         txt_tokens=spec.text_tokens if text is None else text.txt.shape[1],
         sites=[site for site in sites if not site.per_prompt],
         text_sites=[site for site in sites if site.per_prompt],
-        kept_steps=check_steps(settings.steps, picture.num_steps),
+        kept_steps=check_steps(settings.steps, picture.num_steps, picture.first_step),
         steering=settle_edit(settings, spec, picture, text, machine),
     )
 
@@ -272,6 +291,7 @@ def settle_edit(
         spec,
         grid=picture.grid,
         num_steps=picture.num_steps,
+        first_step=picture.first_step,
         txt_tokens=None if text is None else text.txt.shape[1],
         device=machine.placement.transformer,
     )
@@ -301,7 +321,9 @@ def announce(job: Job, folder: RunFolder, progress: Watch) -> None:
     """Say that all questions are answered, and how: from here on it takes long."""
     progress(Begun(folder.generation_id))
     progress(Note(f"{job.spec.name} on {job.machine}, seed {job.seed}"))
-    for note in job.machine.notes() + (job.steering.notes() if job.steering is not None else []):
+    for note in job.machine.notes() + job.picture.given.notes(job.picture.timesteps):
+        progress(Note(note))
+    for note in job.steering.notes() if job.steering is not None else ():
         progress(Note(note))
 
 
@@ -318,6 +340,7 @@ def planned_file(job: Job, metadata: dict[str, Any]) -> CapturePlan:
         steps=job.kept_steps,
         dtype=job.machine.compute.dtype,
         text_sites={site: job.spec.text_shape(site) for site in job.text_sites},
+        cond_tokens=job.picture.given.cond_tokens,
     )
 
 
@@ -342,17 +365,20 @@ def embed(suite: Suite, job: Job, progress: Watch, sink: TextSink) -> TextEmbedd
 
 
 def sample_recorded(suite: Suite, job: Job, text: TextEmbedding, sink: CaptureWriter, progress: Watch) -> PackedLatent:
-    """Walk from noise to the finished latent, with every step that is kept recorded into `sink`."""
+    """Walk from noise, or a picture, to the finished latent, with every step that is kept recorded into `sink`."""
     (width, height), machine = job.picture.grid, job.machine
     noise = noise_for([job.seed], height, width, machine.placement.transformer, machine.compute.dtype)
-    inputs = prepare(noise, text, height, width)
+    inputs, first_step = prepare(noise, text, height, width), job.picture.first_step
+    if job.picture.given.given():
+        with suite.autoencoder() as autoencoder:
+            inputs = job.picture.given.encoded(autoencoder, job.picture.timesteps).put_into(inputs)
     latent = inputs.img
     with ExitStack() as stack:
         model = stack.enter_context(suite.transformer())
-        stack.enter_context(steered(model, [job.steering]))
-        stack.enter_context(Recorder(model, job.sites, sink, steps=job.kept_steps))
-        steps = sample(model, inputs, job.picture.timesteps, job.picture.guidance)
-        for step in follow(progress, "sample", steps, total=job.picture.num_steps):
+        stack.enter_context(steered(model, [job.steering], first_step=first_step))
+        stack.enter_context(Recorder(model, job.sites, sink, steps=job.kept_steps, first_step=first_step))
+        steps = sample(model, inputs, job.picture.timesteps, job.picture.guidance, first_step=first_step)
+        for step in follow(progress, "sample", steps, total=job.picture.num_steps - first_step):
             latent = step.after  # only the last is kept: memory does not grow with the steps
     return latent
 
@@ -397,6 +423,7 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
     if job.text is not None:
         # A digest: the embedding itself is not kept, and a reader must know that the prompt does not lead to it again.
         metadata["prompt_embeds"] = job.text.digest()
+    metadata |= job.picture.given.described(job.picture.timesteps)
     if job.steering is not None:
         metadata["edits"] = job.steering.described(with_strength=True)
     return metadata

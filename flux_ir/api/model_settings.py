@@ -23,6 +23,7 @@ from flux_ir.models.placement import OffloadWord, Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import Suite
 from flux_ir.sampling.generate import check_size
+from flux_ir.sampling.pictures import PictureGiven, RunPictures, settle_pictures
 from flux_ir.sampling.schedule import get_schedule
 from flux_ir.steering.regions import Grid
 
@@ -122,11 +123,18 @@ class SettledPicture(NamedTuple):
     grid: Grid
     timesteps: list[float]
     guidance: float
+    given: RunPictures = RunPictures()
+    """The pictures that a run begins with, or refers to."""
 
     @property
     def num_steps(self) -> int:
-        """Euler steps."""
+        """Euler steps of the whole schedule."""
         return len(self.timesteps) - 1
+
+    @property
+    def first_step(self) -> int:
+        """The first of them that is run: not 0 where a run begins with a picture."""
+        return self.given.first_step(self.num_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +158,62 @@ class PictureSettings(ModelSettings):
 
         Raises FluxIRError for sizes that are no multiple of 16.
         """
-        spec = self.spec
-        width, height = (spec.default_side_px if side is None else side for side in (self.width, self.height))
+        spec, given = self.spec, self.settle_given()
+        width, height = given.side_px(self.width, self.height, spec)
         check_size(height, width)
         num_steps = spec.default_steps if self.num_steps is None else self.num_steps
         grid = Grid(width, height)
         timesteps = get_schedule(num_steps, grid.tokens, shift=spec.shifts_schedule)
-        return SettledPicture(grid, timesteps, spec.default_guidance if self.guidance is None else self.guidance)
+        guidance = spec.default_guidance if self.guidance is None else self.guidance
+        return SettledPicture(grid, timesteps, guidance, given)
+
+    def settle_given(self) -> RunPictures:
+        """The pictures that the work is given: none, but for work that takes some."""
+        return RunPictures()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenPictureSettings(PictureSettings):
+    """The same for work that may begin with a picture, or refer to one."""
+
+    init_image: PictureGiven | None = None
+    """What the run begins with, in the size of the run. None: noise alone."""
+    reference_image: PictureGiven | None = None
+    """What models such as flux-dev-kontext are told beside the prompt."""
+    keep_reference_size: bool = False
+    """Whether `reference_image` keeps its size; if not, it is fitted to one that the model was trained on."""
+
+    @property
+    def strength_flag(self) -> str:
+        """The name of the field that says how much of the schedule is run on `init_image`."""
+        return "strength"
+
+    def given_as_json(self) -> dict[str, Any]:
+        """The pictures as plain JSON values: each by the path of its file."""
+        pictures = {name: getattr(self, name) for name in ("init_image", "reference_image")}
+        return {
+            name: "given" if picture is not None and not isinstance(picture, str | Path) else picture and str(picture)
+            for name, picture in pictures.items()
+        }
+
+    def settle_given(self) -> RunPictures:
+        """The pictures, read and fitted. Raises FluxIRError for what cannot be done with them."""
+        return settle_pictures(
+            self.spec,
+            init_image=self.init_image,
+            strength=getattr(self, self.strength_flag),
+            reference_image=self.reference_image,
+            keep_reference_size=self.keep_reference_size,
+            flag=self.strength_flag,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BegunPictureSettings(GivenPictureSettings):
+    """The same with how much of the schedule is run on `init_image`, where `strength` means nothing else."""
+
+    strength: float | None = None
+    """Above 0 to 1. None: 0.6."""
 
 
 def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
@@ -183,6 +240,7 @@ def identity_of_pictures(suite: Suite, picture: SettledPicture) -> dict[str, Any
         "size": list(picture.grid),
         "timesteps": picture.timesteps,
         "guidance": picture.guidance,
+        **picture.given.identity(),
         "dtype": str(suite.dtype),
         "device": torch.device(suite.placement.transformer).type,
     }

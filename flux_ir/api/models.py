@@ -19,18 +19,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flux_ir.api.arguments import check_words
-from flux_ir.api.model_settings import ModelSettings, PictureSettings
+from flux_ir.api.model_settings import BegunPictureSettings, ModelSettings, PictureSettings, SettledPicture
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
+from flux_ir.models import text as text_models
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import OffloadWord
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import ModelPart, Suite
-from flux_ir.models.text import TextEmbedding, encode
+from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling import generate
 from flux_ir.sampling.denoise import Step
-from flux_ir.sampling.generate import Inputs, noise_for, prepare
+from flux_ir.sampling.generate import Inputs, check_size, noise_for, prepare
+from flux_ir.sampling.pictures import PictureGiven, read_given
 from flux_ir.shapes import PackedLatent, Pixels
 
 # Names of the two tensors in a file of embeddings: ours are diffusers', and those of the reference code are read too.
@@ -92,7 +94,7 @@ def encode_prompt(model: Suite, prompt: str | Sequence[str], *, save_to: str | P
     check_loaded(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     with model.text_encoders() as encoders:
-        embedding = encode(encoders.t5, encoders.clip, prompts)
+        embedding = text_models.encode(encoders.t5, encoders.clip, prompts)
     if save_to is not None:
         save_prompt_embeds(embedding, save_to, prompt=prompts[0] if len(prompts) == 1 else None)
     return embedding
@@ -107,6 +109,10 @@ def sample(
     height: int | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    init_image: PictureGiven | None = None,
+    strength: float | None = None,
+    reference_image: PictureGiven | None = None,
+    keep_reference_size: bool = False,
 ) -> Iterator[Step]:
     """The Euler steps from noise to picture, one model call each: `step.before`, `step.velocity`, `step.after`.
 
@@ -114,23 +120,63 @@ def sample(
     together, each from its own noise: `seed` is one number, from which they count up, or one for each. Sizes are in px;
     None is the model's own size, number of steps or guidance. Latents are packed: [batch, tokens, 4 x channels].
 
+    With `init_image` only the last `strength` of the steps are run, and keep their numbers: pass the first of them to
+    `Recorder` and `Intervention` as `first_step`, which counts from 0 else. The four last arguments are those of
+    `capture`.
+
     Raises FluxIRError for a model that is only named, and for sizes that are no multiple of 16.
     """
     check_loaded(model)
-    settings = PictureSettings(model=model, width=width, height=height, num_steps=num_steps, guidance=guidance)
+    settings = BegunPictureSettings(
+        model=model,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=guidance,
+        init_image=init_image,
+        strength=strength,
+        reference_image=reference_image,
+        keep_reference_size=keep_reference_size,
+    )
     picture = settings.settle_picture()
     embedding = text if isinstance(text, TextEmbedding) else encode_prompt(model, text)
     prompts = embedding.txt.shape[0]
     seeds = list(range(seed, seed + prompts)) if isinstance(seed, int) else list(seed)
     width, height = picture.grid
     noise = noise_for(seeds, height, width, model.placement.transformer, model.dtype)
-    return _steps(model, prepare(noise, embedding, height, width), picture.timesteps, picture.guidance)
+    inputs = prepare(noise, embedding, height, width)
+    if picture.given.given():
+        with model.autoencoder() as autoencoder:
+            inputs = picture.given.encoded(autoencoder, picture.timesteps).put_into(inputs)
+    return _steps(model, inputs, picture)
 
 
-def _steps(model: Suite, inputs: Inputs, timesteps: list[float], guidance: float) -> Iterator[Step]:
+def _steps(model: Suite, inputs: Inputs, picture: SettledPicture) -> Iterator[Step]:
     # A generator of its own, so that `sample` raises when it is called and not when its first step is asked for.
     with model.transformer() as flux:
-        yield from generate.sample(flux, inputs, timesteps, guidance)
+        yield from generate.sample(flux, inputs, picture.timesteps, picture.guidance, first_step=picture.first_step)
+
+
+def encode(model: Suite, picture: PictureGiven | Sequence[PictureGiven]) -> PackedLatent:
+    """Pictures as packed latents, [batch, tokens, 4 x channels]: the twin of `decode`.
+
+    A picture is a file, a picture of Pillow, or pixels as `decode` gives them: uint8 [batch, height, width, 3]. The
+    latent is the mean one, so that a picture always has the same. It can be compared with the steps of `sample`.
+
+    Raises FluxIRError for a model that is only named, and for pictures whose sides are no multiples of 16 or differ.
+    """
+    check_loaded(model)
+    given: Sequence[PictureGiven] = [picture] if isinstance(picture, PictureGiven) else picture
+    if isinstance(picture, Tensor) and picture.ndim == 4:
+        given = [picture[row : row + 1] for row in range(len(picture))]
+    pictures = [read_given(one, "picture") for one in given]
+    if len(sizes := {(one.width, one.height) for one in pictures}) != 1:
+        raise FluxIRError(
+            f"pictures that are encoded together have one size: got {len(sizes)}", hint="encode them one by one"
+        )
+    check_size(pictures[0].height, pictures[0].width)
+    with model.autoencoder() as autoencoder:
+        return generate.encode(autoencoder, torch.cat([one.pixels for one in pictures]))
 
 
 def decode(model: Suite, latent: PackedLatent, *, width: int | None = None, height: int | None = None) -> Pixels:

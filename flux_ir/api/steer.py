@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.capture import settle_text
-from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, identity_of_pictures
+from flux_ir.api.model_settings import GivenPictureSettings, Machine, SettledPicture, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
@@ -28,6 +28,7 @@ from flux_ir.models.placement import OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling.generate import check_steps
+from flux_ir.sampling.pictures import EncodedPictures, PictureGiven
 from flux_ir.sites import Site, SiteNames
 from flux_ir.steering.apply import Steering, steered_text
 from flux_ir.steering.dose import Made, Painter, Variant, aligned_neurons, moved, price, random_directions, windows
@@ -40,7 +41,7 @@ from flux_ir.steering.table import EDIT, NEURON, RANDOM, UNSTEERED, DoseRow, Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerSettings(PictureSettings):
+class SteerSettings(GivenPictureSettings):
     """What a steering is asked for; see `steer`. What is None is settled by the model, the machine or the edit."""
 
     prompt: str | None = None
@@ -64,9 +65,15 @@ class SteerSettings(PictureSettings):
     seed: int = 0
     seeds: int = 4
     controls: int = 20
+    init_strength: float | None = None
     batch_size: int = 8
     name: str | None = None
     output_dir: str | Path = "steering"
+
+    @property
+    def strength_flag(self) -> str:
+        """The name of the strength of `init_image`: `strength` is that of the edit."""
+        return "init_strength"
 
 
 class Steered(NamedTuple):
@@ -130,6 +137,10 @@ def steer(
     height: int | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    init_image: PictureGiven | None = None,
+    init_strength: float | None = None,
+    reference_image: PictureGiven | None = None,
+    keep_reference_size: bool = False,
     device: str | None = None,
     multi_gpu: bool = False,
     offload: OffloadWord = False,
@@ -149,6 +160,9 @@ def steer(
     `vector` alone) and the other fields of one: `region` is left, top, right, bottom in px, `mask` a picture or a .npy
     map that is `above` a threshold where the edit holds. `controls` random directions move every token as far, and so
     does the best aligned neuron; at the largest strength the edit is also made in each third of the steps alone.
+
+    `init_image`, `init_strength` and `reference_image` are as `init_image`, `strength` and so on of `capture`: then
+    a given picture is steered, and the unsteered ones are begun with it, too.
 
     Goes into a folder below `output_dir`, named by `name` or by the settings; the same call again goes on with what is
     there. Raises FluxIRError for what a user can mend, before a weight is loaded where that is possible.
@@ -180,6 +194,10 @@ def steer(
         height=height,
         num_steps=num_steps,
         guidance=guidance,
+        init_image=init_image,
+        init_strength=init_strength,
+        reference_image=reference_image,
+        keep_reference_size=keep_reference_size,
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
@@ -199,7 +217,8 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
     """The same, with its settings in one object."""
     job = settle(settings, progress)
     plain = text_of(job, progress)
-    job = measured(job, plain, progress)
+    given = given_of(job)
+    job = measured(job, plain, given, progress)
     identity = identity_of(job)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     name = settings.name or f"{job.suite.spec.name}_{digest}"
@@ -212,10 +231,13 @@ def run_steering(settings: SteerSettings, progress: Watch = unwatched) -> Steere
         painter = Painter(
             model,
             autoencoder,
-            *job.picture,
+            job.picture.grid,
+            job.picture.timesteps,
+            job.picture.guidance,
             job.machine.compute.dtype,
             meter=job.steering,
             batch=settings.batch_size,
+            given=given,
         )
         variants = variants_of(job, texts, neurons_of(job, model, texts[None]))
         make_missing(job, folder, painter, variants, progress)
@@ -237,7 +259,7 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
     if not settings.strength:
         raise FluxIRError("a steering has at least one strength: got none", hint="--strength 0,1,2,4")
     spec, picture = settings.spec, settings.settle_picture()
-    check_steps(settings.steps, picture.num_steps)
+    check_steps(settings.steps, picture.num_steps, picture.first_step)
     edits, machine = edits_of(settings), settings.settle_machine()
     prompt, text = settle_text(settings.prompt, settings.prompt_embeds, spec)
     empty = Steering(
@@ -245,13 +267,14 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
         spec,
         grid=picture.grid,
         num_steps=picture.num_steps,
+        first_step=picture.first_step,
         txt_tokens=None if text is None else text.txt.shape[1],
         device=machine.placement.transformer,
     )
     steering = empty.of([stand_in(edit, empty) for edit in edits])
     steering.check_encodes(encodes=text is None)
     suite = settings.suite(machine, progress, text=text is None)
-    for note in (f"{spec.name} on {machine}", *machine.notes()):
+    for note in (f"{spec.name} on {machine}", *machine.notes(), *picture.given.notes(picture.timesteps)):
         progress(Note(note))
     return SteeringJob(settings, suite, prompt, text, machine, picture, edits, steering)
 
@@ -308,7 +331,15 @@ def text_of(job: SteeringJob, progress: Watch) -> TextEmbedding:
         return encode(encoders.t5, encoders.clip, [job.prompt])
 
 
-def measured(job: SteeringJob, plain: TextEmbedding, progress: Watch) -> SteeringJob:
+def given_of(job: SteeringJob) -> EncodedPictures:
+    """The latents of the pictures that every run begins with, or refers to."""
+    if not job.picture.given.given():
+        return EncodedPictures()
+    with job.suite.autoencoder() as autoencoder:
+        return job.picture.given.encoded(autoencoder, job.picture.timesteps)
+
+
+def measured(job: SteeringJob, plain: TextEmbedding, given: EncodedPictures, progress: Watch) -> SteeringJob:
     """The job with every edit in numbers: steering prompts and presences are measured in a run of the first noise."""
     if all(map(is_settled, job.edits)):
         return job
@@ -320,7 +351,8 @@ def measured(job: SteeringJob, plain: TextEmbedding, progress: Watch) -> Steerin
         with phase(progress, "measure"):
             alone = job.steering.of([stand])
             seed, times, guidance = job.settings.seed, job.picture.timesteps, job.picture.guidance
-            edits.append(settled(edit, alone, job.suite, plain, seed=seed, timesteps=times, guidance=guidance))
+            run = settled(edit, alone, job.suite, plain, seed=seed, timesteps=times, guidance=guidance, given=given)
+            edits.append(run)
     return job._replace(steering=job.steering.of(edits))
 
 
@@ -368,7 +400,7 @@ def variants_of(
             seeds = list(job.seeds) if row == NEURON else [job.seeds[number % len(job.seeds)]]
             variants += [Variant(row, strength, seed, plain, steering.along(along)) for seed in seeds]
     strongest = max(settings.strength, key=abs)
-    for row, steps in windows(job.steering.num_steps).items():
+    for row, steps in windows(job.steering.num_steps, job.steering.first_step).items():
         steering = doses[strongest].at_steps(steps)
         variants += [Variant(row, strongest, seed, texts[strongest], steering) for seed in job.seeds]
     return variants

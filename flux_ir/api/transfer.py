@@ -193,7 +193,9 @@ def run_transfer(settings: TransferSettings, progress: Watch = unwatched) -> Tra
             painter = Painter(
                 model,
                 autoencoder,
-                *job.picture,
+                job.picture.grid,
+                job.picture.timesteps,
+                job.picture.guidance,
                 job.machine.compute.dtype,
                 meter=None,
                 batch=settings.batch_size,

@@ -12,8 +12,8 @@ from flux_ir.commands.cli.shared import (
     PICTURE,
     READ,
     EditOptions,
+    GivenPictureOptions,
     ModelOptions,
-    PictureOptions,
     PlanOptions,
     PromptOptions,
     ReadingOptions,
@@ -26,7 +26,7 @@ from flux_ir.commands.lens import lens_files
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions(
     PromptOptions,
-    PictureOptions,
+    GivenPictureOptions,
     StepOptions,
     ReadingOptions,
     ModelOptions,
@@ -52,6 +52,12 @@ class CaptureOptions(
         group=PICTURE,
         maximum=LARGEST_SEED,
         default_text="drawn at random and recorded",
+    )
+    strength: float | None = option(
+        None,
+        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
+        group=PICTURE,
+        default_text="0.6",
     )
     add_sampling_metadata: bool = option(True, help="write the prompt into the picture's EXIF data", group=PICTURE)
 

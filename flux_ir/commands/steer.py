@@ -10,12 +10,13 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     COMPARED,
     MACHINE,
+    PICTURE,
     WHERE,
     BatchOptions,
     EditedRunsOptions,
     EmbeddedPromptOptions,
+    GivenPictureOptions,
     ModelOptions,
-    PictureOptions,
     RegionOptions,
 )
 from flux_ir.errors import FluxIRError
@@ -31,7 +32,7 @@ class SteerOptions(
     EmbeddedPromptOptions,
     RegionOptions,
     EditedRunsOptions,
-    PictureOptions,
+    GivenPictureOptions,
     ModelOptions,
     BatchOptions,
 ):
@@ -42,6 +43,12 @@ class SteerOptions(
     LPIPS is installed (pip install lpips) it joins the price.
     """
 
+    init_strength: float | None = option(
+        None,
+        help="with --init_image: the share of the steps that is run, above 0 to 1",
+        group=PICTURE,
+        default_text="0.6",
+    )
     sae: Path | None = option(None, help="the folder of an autoencoder", group=WHAT, default_text="none")
     feature: tuple[int, ...] = option((), help="one of its features, or several", group=WHAT, default_text="none")
     steering_prompt: str | None = option(

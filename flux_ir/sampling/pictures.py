@@ -19,7 +19,7 @@ from flux_ir.models.registry import ModelSpec
 from flux_ir.sampling.generate import Inputs, check_size, encode
 from flux_ir.sampling.latents import TOKEN_PX, image_ids
 from flux_ir.sampling.schedule import first_step
-from flux_ir.shapes import Pixels
+from flux_ir.shapes import CondLatent, PackedLatent, Pixels
 
 PictureGiven = str | Path | Image.Image | Tensor
 """A file, a picture of Pillow, or pixels uint8 [1, height, width, 3] as `decode` gives them."""
@@ -177,7 +177,7 @@ class RunPictures(NamedTuple):
                 f"from t {timesteps[first]:.3g}"
             )
             if first == 0:
-                notes.append("note: all steps are run, so nothing of --init_image is left: lower --strength keeps more")
+                notes.append("note: all steps are run, so nothing of --init_image is left: a lower strength keeps more")
         if self.reference_given is not None and self.reference is not None:
             notes.append(
                 f"note: the reference picture of {self.reference_given} is fitted to {self.reference.size}, "
@@ -186,7 +186,7 @@ class RunPictures(NamedTuple):
         return notes
 
     def described(self, timesteps: Sequence[float]) -> dict[str, Any]:
-        """What the metadata of the run say of them: nothing, where there are none."""
+        """What the metadata of the run say of them, by the names of the arguments; nothing, where there are none."""
         said: dict[str, Any] = {}
         if self.init is not None:
             first = self.first_step(len(timesteps) - 1)
@@ -196,30 +196,63 @@ class RunPictures(NamedTuple):
             said["reference_image"] = self.reference.described()
         return said
 
-    def put_into(self, inputs: Inputs, autoencoder: AutoEncoder, timesteps: Sequence[float]) -> Inputs:
-        """The inputs of the first step that is run, with the pictures in them."""
+    def identity(self) -> dict[str, Any]:
+        """What the bits of a run depend on: nothing, where there are no pictures."""
+        digests: dict[str, Any] = {name: picture.digest() for name, picture in self.given().items()}
+        return digests if self.init is None else digests | {"strength": self.strength}
+
+    def given(self) -> dict[str, GivenPicture]:
+        """Those that there are, by the names of the arguments."""
+        pictures = {"init_image": self.init, "reference_image": self.reference}
+        return {name: picture for name, picture in pictures.items() if picture is not None}
+
+    def encoded(self, autoencoder: AutoEncoder, timesteps: Sequence[float]) -> "EncodedPictures":
+        """Their latents, for a run of this schedule."""
+        first = self.first_step(len(timesteps) - 1)
+        return EncodedPictures(
+            first,
+            timesteps[first],
+            None if self.init is None else encode(autoencoder, self.init.pixels),
+            self.reference,
+            None if self.reference is None else encode(autoencoder, self.reference.pixels),
+        )
+
+
+class EncodedPictures(NamedTuple):
+    """The latents of a run's pictures, and where in the schedule it begins with them."""
+
+    first_step: int = 0
+    t: float = 1.0
+    init: PackedLatent | None = None
+    reference: GivenPicture | None = None
+    cond: CondLatent | None = None
+
+    def put_into(self, inputs: Inputs) -> Inputs:
+        """The inputs of the first step that is run, with the pictures in them: the same ones for every prompt."""
         if self.init is not None:
-            t = timesteps[self.first_step(len(timesteps) - 1)]
-            inputs = inputs.begun_with(encode(autoencoder, self.init.pixels), t)
-        if self.reference is not None:
-            cond = encode(autoencoder, self.reference.pixels)
-            inputs = inputs.with_reference(cond, self.reference.height, self.reference.width)
+            inputs = inputs.begun_with(self.init, self.t)
+        if self.reference is not None and self.cond is not None:
+            inputs = inputs.with_reference(self.cond, self.reference.height, self.reference.width)
         return inputs
 
 
 def settle_pictures(
     spec: ModelSpec,
     *,
-    init_image: PictureGiven | None,
-    strength: float | None,
-    reference_image: PictureGiven | None,
-    keep_reference_size: bool,
+    init_image: PictureGiven | None = None,
+    strength: float | None = None,
+    reference_image: PictureGiven | None = None,
+    keep_reference_size: bool = False,
+    flag: str = "strength",
 ) -> RunPictures:
-    """The pictures of a run of this model. Raises FluxIRError for what cannot be done with them."""
+    """The pictures of a run of this model. Raises FluxIRError for what cannot be done with them.
+
+    `flag` is the name of `strength` in messages.
+    """
     if init_image is None and strength is not None:
         raise FluxIRError(
-            f"--strength says how much of a picture is changed: got {strength:g}, and no --init_image",
-            hint="pass the --init_image as well, or leave --strength out",
+            f"--{flag} says how much of a picture is changed: got {strength:g}, and no --init_image",
+            hint=f"pass the --init_image as well, or leave --{flag} out",
         )
     if reference_image is None and keep_reference_size:
         raise FluxIRError("--keep_reference_size is of a --reference_image: got none", hint="leave it out")
@@ -230,7 +263,7 @@ def settle_pictures(
         )
     init = None if init_image is None else read_given(init_image, "init_image")
     strength = DEFAULT_STRENGTH if strength is None else strength
-    first_step(1, strength)  # raises for a strength that is none
+    first_step(1, strength, flag)  # raises for a strength that is none
     if reference_image is None:
         return RunPictures(init, strength)
     given = read_given(reference_image, "reference_image")

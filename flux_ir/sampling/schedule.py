@@ -35,15 +35,15 @@ def get_schedule(
     return times.tolist()
 
 
-def first_step(num_steps: int, strength: float) -> int:
+def first_step(num_steps: int, strength: float, flag: str = "strength") -> int:
     """The step that a run begins with which is given a picture: of `num_steps`, the last `strength` are run, rounded
     up. Steps keep the numbers they have without a picture, so that a number stands for one flow time.
 
-    Raises FluxIRError unless 0 < strength <= 1.
+    Raises FluxIRError unless 0 < strength <= 1; `flag` is its name in messages.
     """
     if not 0 < strength <= 1:
         raise FluxIRError(
-            f"--strength must be above 0 and at most 1: got {strength:g}",
+            f"--{flag} must be above 0 and at most 1: got {strength:g}",
             hint="1 keeps nothing of the picture; 0 would be the picture itself, decoded from its own latent",
         )
     return math.floor(round(num_steps * (1 - strength), 6))  # 10 (1 - 0.9) is 1, and not a little less

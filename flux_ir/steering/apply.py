@@ -26,7 +26,7 @@ from flux_ir.recording.intervention import Change, Intervention, TextChange, Tex
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.folder import load_sae
 from flux_ir.shapes import Pooled, Tokens
-from flux_ir.sites import Site, sites_among
+from flux_ir.sites import Site, Stream, sites_among
 from flux_ir.steering.directions import Direction, Features, Rows, Vector, read_vector, tensors_digest
 from flux_ir.steering.edits import POOLED, Edit
 from flux_ir.steering.regions import Grid
@@ -170,11 +170,12 @@ class Steering:
         *,
         grid: Grid,
         num_steps: int,
+        first_step: int = 0,
         txt_tokens: int | None = None,
         device: torch.device | str = "cpu",
         loaded: dict[str, SparseAutoencoder] | None = None,
     ) -> None:
-        self.spec, self.grid, self.num_steps = spec, grid, num_steps
+        self.spec, self.grid, self.num_steps, self.first_step = spec, grid, num_steps, first_step
         self.txt_tokens = spec.text_tokens if txt_tokens is None else txt_tokens
         self.device = torch.device(device)
         self.loaded = {} if loaded is None else loaded
@@ -208,8 +209,10 @@ class Steering:
             masks = [edit.inside(site, self.txt_tokens, self.tokens(site)) for site in edit.weights]
             if all(mask is not None and not mask.any() for mask in masks):
                 notes.append(f"note: edit {number} changes nothing: its region has no token")
-            if not any(edit.edit.schedule or [1]) or not edit.steps & set(range(self.num_steps)):
-                notes.append(f"note: edit {number} changes nothing: it has no step of this schedule")
+            if not any(edit.edit.schedule or [1]) or not edit.steps:
+                notes.append(f"note: edit {number} changes nothing: it has none of the steps that are run")
+            elif before := sorted(set(edit.edit.steps or ()) & set(range(self.first_step))):
+                notes.append(f"note: edit {number} names steps that are not run: {', '.join(map(str, before))}")
         return notes
 
     def at(self, strength: float, number: int | None = None) -> "Steering":
@@ -227,6 +230,7 @@ class Steering:
             self.spec,
             grid=self.grid,
             num_steps=self.num_steps,
+            first_step=self.first_step,
             txt_tokens=self.txt_tokens,
             device=self.device,
             loaded=self.loaded,
@@ -280,7 +284,7 @@ class Steering:
 
     def during(self, model: Flux) -> AbstractContextManager[None]:
         """While it lasts, every picture that `model` makes is steered."""
-        return steered(model, [self])
+        return steered(model, [self], first_step=self.first_step)
 
     def during_text(self, encoders: TextEncoders) -> AbstractContextManager[None]:
         """While it lasts, every prompt is encoded with the edits of the text encoders."""
@@ -300,6 +304,7 @@ class Steering:
         self._check_sites(edit, sites, direction, trained_site)
         self._check_steps(edit, sites)
         ready = ReadyEdit(edit, direction, _weights(edit, sites), grid=self.grid, num_steps=self.num_steps)
+        ready.steps = ready.steps & frozenset(range(self.first_step, self.num_steps))
         # What cannot be is told now, not in the middle of a run.
         for site in sites:
             ready.inside(site, self.txt_tokens, self.tokens(site))
@@ -380,7 +385,17 @@ class Steering:
         """How many tokens a site has."""
         if site.per_prompt:
             return self.spec.text_shape(site)[0]
-        return {"img": self.grid.tokens, "txt": self.txt_tokens, None: self.grid.tokens + self.txt_tokens}[site.stream]
+        whole = self.grid.tokens + self.txt_tokens
+        return {"img": self.grid.tokens, "txt": self.txt_tokens, None: whole}[self._of_the_picture(site)]
+
+    @staticmethod
+    def _of_the_picture(site: Site) -> Stream | None:
+        if site.stream == "cond":
+            raise FluxIRError(
+                f"edits are at tokens of the picture or the text: got {site}, of a reference picture",
+                hint="flux_ir.Intervention changes any site",
+            )
+        return site.stream
 
 
 def _weights(edit: Edit, sites: Sequence[Site]) -> dict[Site, float]:
@@ -414,11 +429,12 @@ def edited_pooled(edit: Edit, y: Pooled) -> Pooled:
 
 
 @contextmanager
-def steered(model: Flux, rows: Sequence[PictureEdits | None]) -> Iterator[None]:
+def steered(model: Flux, rows: Sequence[PictureEdits | None], *, first_step: int = 0) -> Iterator[None]:
     """While the `with` lasts, every picture of a batch is steered by its own entry of `rows`, or all by the only one.
 
-    None leaves its picture alone. Where several edits of a picture are at one site, they hold in the order stated.
-    Every picture is changed by itself, so that its bits do not depend on the batch.
+    The first forward is step `first_step`. None leaves its picture alone. Where several edits of a picture are at one
+    site, they hold in the order stated. Every picture is changed by itself, so that its bits do not depend on the
+    batch.
     """
     every: list[Sequence[SiteEdit]] = [[] if row is None else row.ready for row in rows]
     txt_tokens = next((row.txt_tokens for row in rows if row is not None), 0)
@@ -429,7 +445,7 @@ def steered(model: Flux, rows: Sequence[PictureEdits | None]) -> Iterator[None]:
             if sites:
                 edit_rows = partial(_edited_rows, edits, txt_tokens)
                 changes: dict[str | Site, Change] = {site: partial(edit_rows, site) for site in sorted(sites)}
-                stack.enter_context(Intervention(model, changes))
+                stack.enter_context(Intervention(model, changes, first_step=first_step))
         yield
 
 

@@ -22,6 +22,7 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare, sample
 from flux_ir.sampling.latents import TOKEN_PX
+from flux_ir.sampling.pictures import EncodedPictures
 from flux_ir.shapes import Tokens
 from flux_ir.sites import Site
 from flux_ir.steering.apply import PictureEdits, ReadyEdit, Steering, steered
@@ -84,6 +85,8 @@ class Painter(NamedTuple):
     cpu_batch: int = 1
     """Pictures each thread of a CPU makes together. More than 1 is faster where pictures are only counted: each has
     other last bits than by itself."""
+    given: EncodedPictures = EncodedPictures()
+    """The pictures that every run begins with, or refers to."""
 
     def make(self, variants: Sequence[Variant]) -> Iterator[Made]:
         """The pictures, in the order of the variants."""
@@ -107,8 +110,13 @@ class Painter(NamedTuple):
         inputs = self._inputs(network, variants)
         meters = [Meter(self.meter) for _ in variants] if self.meter is not None else []
         steering = [variant.steering for variant in variants]
-        with measuring(network, meters, "before"), steered(network, steering), measuring(network, meters, "behind"):
-            *_, last = sample(network, inputs, list(self.timesteps), self.guidance)
+        first = self.given.first_step
+        with (
+            measuring(network, meters, "before", first_step=first),
+            steered(network, steering, first_step=first),
+            measuring(network, meters, "behind", first_step=first),
+        ):
+            *_, last = sample(network, inputs, list(self.timesteps), self.guidance, first_step=first)
         pictures = decode(self.autoencoder, last.after, self.grid.height, self.grid.width, self.dtype)
         activities: list[Activity | None] = [meter.activity() for meter in meters]
         activities = activities or [None] * len(variants)
@@ -119,7 +127,7 @@ class Painter(NamedTuple):
         device = network.img_in.weight.device
         noise = noise_for([v.seed for v in variants], self.grid.height, self.grid.width, device, self.dtype)
         text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(v.text for v in variants), strict=True)))
-        return prepare(noise, text, self.grid.height, self.grid.width)
+        return self.given.put_into(prepare(noise, text, self.grid.height, self.grid.width))
 
 
 def in_batches(variants: Sequence[Variant], size: int) -> list[Sequence[Variant]]:
@@ -169,7 +177,7 @@ class Meter:
         return Activity(behind, carried, others)
 
 
-def measuring(network: Flux, meters: Sequence[Meter], when: str) -> Intervention:
+def measuring(network: Flux, meters: Sequence[Meter], when: str, *, first_step: int = 0) -> Intervention:
     """While its `with` lasts each meter reads its row of the batch. It gives every value back: no bit changes."""
 
     def read(site: Site, value: Tokens, step: int) -> Tokens:
@@ -178,7 +186,7 @@ def measuring(network: Flux, meters: Sequence[Meter], when: str) -> Intervention
         return value
 
     sites = sorted({site for meter in meters for site in meter.sites})
-    return Intervention(network, {site: partial(read, site) for site in sites})
+    return Intervention(network, {site: partial(read, site) for site in sites}, first_step=first_step)
 
 
 def own_maxima(edit: ReadyEdit) -> Tensor:
@@ -314,8 +322,8 @@ def text_neuron_outputs(encoders: TextEncoders, site: Site) -> Float[Tensor, "d 
 WINDOWS = ("early", "middle", "late")
 
 
-def windows(num_steps: int) -> dict[str, range]:
-    """The thirds of the schedule, by name; with fewer than three steps, as many of them as there are steps."""
-    edges = [round(num_steps * third / 3) for third in range(4)]
+def windows(num_steps: int, first_step: int = 0) -> dict[str, range]:
+    """The thirds of the steps that are run, by name; of fewer than three steps, as many as there are steps."""
+    edges = [first_step + round((num_steps - first_step) * third / 3) for third in range(4)]
     named = {name: range(edges[i], edges[i + 1]) for i, name in enumerate(WINDOWS)}
     return {name: steps for name, steps in named.items() if len(steps)}

@@ -16,6 +16,7 @@ from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.recording.recorder import MemorySink, Recorder, TextRecorder
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import noise_for, prepare, sample
+from flux_ir.sampling.pictures import EncodedPictures
 from flux_ir.sites import Site
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.edits import Edit
@@ -46,13 +47,14 @@ def settled(
     seed: int,
     timesteps: Sequence[float],
     guidance: float,
+    given: EncodedPictures = EncodedPictures(),  # noqa: B008 (it cannot be changed)
 ) -> Edit:
-    """The edit in numbers. `steering` holds its stand-in alone; `text` and `seed` are those of the picture.
+    """The edit in numbers. `steering` holds its stand-in alone; `text`, `seed` and `given` are those of the picture.
 
     A steering prompt is sampled from the same noise; its code is the mean over the tokens of its autoencoder's site, at
     each step, and over the prompt's own tokens in a text encoder.
     """
-    run = _Run(suite, steering, seed, list(timesteps), guidance)
+    run = _Run(suite, steering, seed, list(timesteps), guidance, given)
     if edit.prompt is not None:
         sae = steering.sae_of(edit)
         edit = _of_vector(edit, sae, run.code_of(edit.prompt, sae))
@@ -70,17 +72,26 @@ def _of_vector(edit: Edit, sae: SparseAutoencoder, vector: Tensor) -> Edit:
 class _Run:
     """One unsteered run of some prompt, listened to."""
 
-    def __init__(self, suite: Suite, steering: Steering, seed: int, timesteps: list[float], guidance: float) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        steering: Steering,
+        seed: int,
+        timesteps: list[float],
+        guidance: float,
+        given: EncodedPictures,
+    ) -> None:
         self.suite, self.steering, self.seed, self.timesteps, self.guidance = suite, steering, seed, timesteps, guidance
+        self.given = given
 
     @torch.no_grad()
     def record(self, text: TextEmbedding, sites: Sequence[Site]) -> MemorySink:
         """What these sites put out at every step."""
         grid, device = self.steering.grid, self.suite.placement.transformer
         noise = noise_for([self.seed], grid.height, grid.width, device, self.suite.dtype)
-        inputs = prepare(noise, text, grid.height, grid.width)
-        with self.suite.transformer() as model, Recorder(model, sites) as recorder:
-            for _ in sample(model, inputs, self.timesteps, self.guidance):
+        inputs, first = self.given.put_into(prepare(noise, text, grid.height, grid.width)), self.given.first_step
+        with self.suite.transformer() as model, Recorder(model, sites, first_step=first) as recorder:
+            for _ in sample(model, inputs, self.timesteps, self.guidance, first_step=first):
                 pass
         assert isinstance(recorder.sink, MemorySink)
         return recorder.sink
@@ -98,8 +109,9 @@ class _Run:
             tokens = recorder.sink.read(site)[0, :used]
             return sae.encode(tokens.float()).mean(dim=0) @ sae.W_dec
         sink = self.record(text, [site])
-        steps = range(len(self.timesteps) - 1)
-        return torch.stack([sae.encode(sink.read(site, step)[0].float()).mean(dim=0) @ sae.W_dec for step in steps])
+        steps = range(self.given.first_step, len(self.timesteps) - 1)
+        codes = [sae.encode(sink.read(site, step)[0].float()).mean(dim=0) @ sae.W_dec for step in steps]
+        return torch.stack([torch.zeros_like(codes[0])] * self.given.first_step + codes)
 
     def presence(self, text: TextEmbedding) -> tuple[float, ...]:
         """The share of each site, by depth, in the mean cosine of the direction with the region's tokens."""
@@ -109,7 +121,7 @@ class _Run:
         for site in sorted(edit.weights):
             inside = edit.inside(site, self.steering.txt_tokens, self.steering.tokens(site))
             means = []
-            for step in sorted(edit.steps):
+            for step in sorted(edit.steps & set(range(self.given.first_step, len(self.timesteps) - 1))):
                 tokens = sink.read(site, step)[0].float()
                 tokens = tokens if inside is None else tokens[inside]
                 direction = edit.direction.rows(step).sum(dim=0, keepdim=True)

@@ -38,8 +38,7 @@ def pixels(width, height, seed=0):
 
 
 def settled(spec="flux-tiny", **given):
-    asked = {"init_image": None, "strength": None, "reference_image": None, "keep_reference_size": False}
-    return settle_pictures(get_spec(spec), **{**asked, **given})
+    return settle_pictures(get_spec(spec), **given)
 
 
 # ---- Which steps are run
@@ -78,7 +77,7 @@ def test_steps_keep_their_numbers_and_times(tiny_flux):
 def test_at_strength_1_nothing_of_the_picture_is_left(tiny_flux, tiny_autoencoder, dtype):
     flux, times = tiny_flux(dtype=dtype), get_schedule(3, 15)
     pictures = settled(init_image=pixels(WIDTH, HEIGHT), strength=1.0)
-    inputs = pictures.put_into(start(flux), tiny_autoencoder(), times)
+    inputs = pictures.encoded(tiny_autoencoder(), times).put_into(start(flux))
     *_, plain = sample(flux, start(flux), times, 2.5)
     *_, begun = sample(flux, inputs, times, 2.5, first_step=pictures.first_step(3))
     assert torch.equal(plain.after, begun.after)
@@ -90,7 +89,7 @@ def test_the_less_strength_the_nearer_the_picture_that_is_begun_with(tiny_flux, 
     away = []
     for strength in (0.2, 0.5, 1.0):
         pictures = settled(init_image=pixels(WIDTH, HEIGHT), strength=strength)
-        inputs = pictures.put_into(start(flux), autoencoder, times)
+        inputs = pictures.encoded(autoencoder, times).put_into(start(flux))
         away.append(float((inputs.img - latent).norm()))
     assert away == sorted(away)
 

@@ -40,6 +40,29 @@ class PictureOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenPictureOptions(PictureOptions):
+    """What is sampled, where it may begin with a picture or refer to one."""
+
+    init_image: Path | None = option(
+        None,
+        help="a picture to begin with, in the size of the run: image to image",
+        group=PICTURE,
+        default_text="noise alone",
+        elsewhere=("image", "img", "init_img"),
+    )
+    reference_image: Path | None = option(
+        None,
+        help="a picture that flux-dev-kontext is told beside the prompt",
+        group=PICTURE,
+        default_text="none",
+        elsewhere=("img_cond_path", "image_ref"),
+    )
+    keep_reference_size: bool = option(
+        False, help="do not fit the reference picture to a size the model was trained on", group=PICTURE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptOptions(Options):
     """A prompt, by itself."""
 
