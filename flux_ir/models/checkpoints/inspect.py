@@ -14,6 +14,7 @@ import torch
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints import variants
 from flux_ir.models.checkpoints.headers import TensorEntry, plain_weights, read_entries
 from flux_ir.models.checkpoints.keymap import Parts, diffusers_parts
 from flux_ir.models.checkpoints.paths import RECORDED
@@ -60,7 +61,6 @@ _ADAPTERS = {
     "controlnet": "a ControlNet",
     "dora_scale": "a DoRA",
 }
-_VARIANTS = {128: "the Canny and Depth variants take 128", 384: "the Fill variant takes 384"}
 _LATENTS = {4: "as those of Stable Diffusion and SDXL have", 32: "as those of FLUX.2 have"}
 _NAMES_SHOWN = 3
 
@@ -176,11 +176,16 @@ def _check_family(spec: ModelSpec, source: WeightSource) -> None:
     found, wanted = _family_in_file(source), _family_of_spec(spec)
     if found == wanted:
         return
+    if (variant := variants.of_channels(found.img_channels)) is not None:
+        raise FluxIRError(
+            f"{_named(source.path, source.origin)} is not {spec.name}: it is {variant.name} "
+            f"({found.img_channels} latent channels, not {wanted.img_channels})",
+            hint=f"use {variant.instead}",
+        )
     if found.hidden_size != wanted.hidden_size:
         reason = f"its hidden size is {found.hidden_size}, not {wanted.hidden_size}"
     elif found.img_channels != wanted.img_channels:
-        note = f" ({_VARIANTS[found.img_channels]})" if found.img_channels in _VARIANTS else ""
-        reason = f"it takes {found.img_channels} latent channels, not {wanted.img_channels}{note}"
+        reason = f"it takes {found.img_channels} latent channels, not {wanted.img_channels}"
     elif found.guidance:
         reason = "it has guidance_in, as only the guidance-distilled dev family has"
     else:
@@ -263,6 +268,8 @@ def _description(names: list[str]) -> str:
         return f"{adapters[0]}, which is not a whole network"
     if other := _other_transformer(names):
         return f"the transformer of {other}"
+    if beside := variants.beside_networks(names):
+        return beside
     for part in ("transformer", "autoencoder"):
         if _layout_and_prefix(part, names):
             return f"a FLUX {part}"

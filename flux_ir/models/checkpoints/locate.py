@@ -30,6 +30,7 @@ from flux_ir.models.checkpoints.paths import (
     verified,
     weight_names,
 )
+from flux_ir.models.checkpoints.variants import check_folder
 from flux_ir.models.registry import ModelSpec
 
 _DIFFUSERS_FILES = weight_names("diffusion_pytorch_model")
@@ -169,6 +170,8 @@ def _argument(
 
 def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
     """The file (or index of shards) a path stands for: itself, or what lies in the folder."""
+    if part == "transformer":
+        check_folder(spec, named)
     if named.path.is_file():
         return named.path
     found = _in_folder(spec, part, named.path) or first_file(named.path, _DIFFUSERS_FILES)

@@ -77,8 +77,9 @@ def test_error_names_the_models_that_the_file_looks_like(tmp_path, save):
 def test_variants_with_other_inputs_are_told_by_their_channels(tmp_path, tiny_spec, flux_state, save):
     flux_state["img_in.weight"] = torch.zeros(64, 384)
     path = save(flux_state, tmp_path / "fill.safetensors")
-    with pytest.raises(FluxIRError, match=r"takes 384 latent channels, not 64 \(the Fill variant"):
+    with pytest.raises(FluxIRError, match=r"is FLUX\.1 Fill, .* \(384 latent channels, not 64\)") as error:
         inspect(tiny_spec(), "transformer", path, "--checkpoint")
+    assert "--init_image" in error.value.hint
 
 
 def test_weights_of_another_size_are_refused(tmp_path, tiny_spec, flux_state, save):
