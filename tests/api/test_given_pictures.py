@@ -284,6 +284,23 @@ def test_films_and_the_explorer_of_a_run_with_a_reference_are_made(referring, tm
     flux_ir.explore(done.generation_id, output_dir=tmp_path)
 
 
+def test_tokens_of_a_reference_are_activations_like_others(referring, tmp_path):
+    done, _ = referring
+    source = open_source(done.capture)
+    block = source.read(0, "double.1.cond", 1)
+    assert torch.equal(block.values, flux_ir.read_capture(done).read("double.1.cond", 1)[0])
+    assert block.positions.tolist() == list(range(8))
+    assert block.txt_tokens == 0
+    image = source.read(0, "single.7", 1)
+    assert len(image.positions) == image.txt_tokens + 64
+    small = {"expansion": 1, "k": 4, "batch_tokens": 4, "held_out": 0, "device": "cpu", "output_dir": tmp_path}
+    *_, last = flux_ir.train_sae(done.capture, site="double.1.cond", **small)
+    (trained,) = last.finished
+    assert last.tokens == 2 * 8  # steps, tokens
+    with pytest.raises(FluxIRError, match=r"tokens of the image or the text: got double\.1\.cond"):
+        flux_ir.score_features(trained.folder, done.capture, output_dir=tmp_path / "features")
+
+
 def test_samples_with_a_reference_are_those_of_the_capture_and_others_without(referring, kontext, picture):
     done, _ = referring
     asked = {"seed": 3, "num_steps": 2, "width": 128, "height": 128}

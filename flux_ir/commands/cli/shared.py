@@ -45,7 +45,7 @@ class GivenPictureOptions(PictureOptions):
 
     init_image: Path | None = option(
         None,
-        help="a picture to begin with, in the size of the run: image to image",
+        help="a picture to begin with (image to image): the run has its size",
         group=PICTURE,
         default_text="noise alone",
         elsewhere=("image", "img", "init_img"),
