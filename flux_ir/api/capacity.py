@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError, in_units
-from flux_ir.models.checkpoints.headers import read_entries
 from flux_ir.models.checkpoints.inspect import Part, blank_network
 from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.memory import free_memory, streamed_bytes
@@ -91,8 +90,4 @@ def _elements(suite: Suite, part: Part) -> int:
 
 
 def _encoder_elements(source: EncoderSource) -> int:
-    files = [file for file in source.files() if file.suffix != ".bin"]
-    entries = [item for file in files for item in read_entries(file).items() if item[0].startswith(source.prefix)]
-    return sum(
-        prod(entry.shape) for name, entry in entries if not name.removeprefix(source.prefix).startswith(_LEFT_OUT)
-    )
+    return sum(prod(entry.shape) for name, entry in source.entries.items() if not name.startswith(_LEFT_OUT))

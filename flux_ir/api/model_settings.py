@@ -16,7 +16,9 @@ from flux_ir.api.progress import Note, Watch
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.inspect import WeightSource
 from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.memory import Limits, best_offload
 from flux_ir.models.placement import OffloadWord, Placement, plan
@@ -226,10 +228,14 @@ def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
         "dtype_reason": machine.compute.reason,
         "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS},
         "offload": machine.placement.offload,
-        "files": {
-            part: {"path": str(file.path.absolute()), "origin": file.origin} for part, file in weights.items() if file
-        },
+        "files": {part: _described(file) for part, file in weights.items() if file},
     }
+
+
+def _described(file: WeightSource | EncoderSource) -> dict[str, Any]:
+    """A file of weights, what led to it and, for weights that were widened, how many are stored as what."""
+    kinds = file.stored_as
+    return {"path": str(file.path.absolute()), "origin": file.origin} | ({"stored_as": kinds} if kinds else {})
 
 
 def identity_of_pictures(suite: Suite, picture: SettledPicture) -> dict[str, Any]:

@@ -1,18 +1,16 @@
 """What stands in safetensors files, read from their headers alone: a few hundred kilobytes, however large the file.
 
 A safetensors file is 8 bytes of header length, the header (JSON: dtype, shape and place of every tensor), and the bytes
-of the tensors. A set of shards has an index beside it that says which file holds which tensor. float8 weights may have
-a scale beside them. `read_tensor` reads one tensor. Next: `inspect`.
+of the tensors. A set of shards has an index beside it that says which file holds which tensor. `read_tensor` reads one
+tensor, in whatever way its entry says. Next: `formats`, which reads quantised weights and GGUF files; `inspect`.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,21 +19,35 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}(?P<suffix>(?:\.\w+)?\.(?:safetensors|bin))")
-# What the format calls the types that hold weights as they are. All others hold codes of some quantisation.
-_PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# ComfyUI's names, the older and the newer, for what a layer's `weight` is to be multiplied with.
-_SCALES = ("scale_weight", "weight_scale")
-# What stands beside scaled weights and does not change them: how a GPU may round what it multiplies them with.
-_BESIDE_SCALES = ("scale_input", "input_scale", "comfy_quant")
-_SCALED_MARK = "scaled_fp8"
+PLAIN: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""What files call the types that hold weights as they are. All others hold codes of some quantisation."""
+GGUF_START = b"GGUF"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit: anything above is another kind of file
+
+
+class Encoding(Protocol):
+    """How a weight that does not stand in its file as plain numbers becomes numbers."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    def decode(self) -> Tensor:
+        """Reads the weight: its numbers in float32, in the shape of its entry."""
 
 
 class TensorEntry(NamedTuple):
     """One tensor of a file, unread: where it is, under which name, and how large. `dtype` as the format spells it.
 
-    `offset`: the byte of the file that its values begin at. `scale`: the tensor that the values are to be multiplied
-    with, one factor in all or one for each row.
+    `offset`: the byte of the file that its values begin at. `encoding`: how they are read; None: they are plain. An
+    encoded weight has the shape of its numbers, and in `nbytes` all that stands beside it, such as its scales.
     """
 
     file: Path
@@ -44,18 +56,7 @@ class TensorEntry(NamedTuple):
     dtype: str
     nbytes: int
     offset: int = 0
-    scale: "TensorEntry | None" = None
-
-
-def read_entries(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor by name, of one safetensors file or of all the shards of an index.
-
-    Raises FluxIRError for a file that cannot be read, is cut short or of another kind, and for a missing shard.
-    """
-    try:
-        return read_index(path) if is_index(path) else read_header(path)
-    except OSError as error:
-        raise FluxIRError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+    encoding: Encoding | None = None
 
 
 def is_index(path: Path) -> bool:
@@ -63,57 +64,41 @@ def is_index(path: Path) -> bool:
     return path.name.endswith(".json")
 
 
-def plain_weights(entries: Mapping[str, TensorEntry], where: str, *, hint: str) -> dict[str, TensorEntry]:
-    """The weights among the tensors of a file, each joined with the scale that stands beside it.
-
-    Raises FluxIRError for tensors of types that hold no plain weights, and for scales of other shapes than one factor
-    in all or one for each row. `where` names the file there.
-    """
-    weights: dict[str, TensorEntry] = {}
-    for name, entry in entries.items():
-        layer, _, leaf = name.rpartition(".")
-        scaled = entries.get(f"{layer}.weight")
-        if leaf == _SCALED_MARK or (leaf in (*_SCALES, *_BESIDE_SCALES) and scaled is not None):
-            continue
-        scale = None
-        if leaf == "weight":
-            scale = next((entries[f"{layer}.{s}"] for s in _SCALES if f"{layer}.{s}" in entries), None)
-        weights[name] = entry._replace(scale=scale)
-    coded = {name: entry.dtype for name, entry in weights.items() if entry.dtype not in _PLAIN}
-    if coded:
-        counts = " and ".join(f"{count} tensors of type {dtype}" for dtype, count in Counter(coded.values()).items())
-        raise FluxIRError(
-            f"{where} holds quantised weights, and only plain ones can be read: {counts}, first {next(iter(coded))}",
-            hint=hint,
-        )
-    for name, entry in weights.items():
-        if (scale := entry.scale) and (scale.dtype not in _PLAIN or not _is_scale(scale.shape, entry.shape)):
-            raise FluxIRError(
-                f"{where} holds scaled weights, and their scales must be one number or one for each row: the scale of "
-                f"{name} {entry.shape} is {scale.dtype} {scale.shape}",
-                hint=hint,
-            )
-    return weights
-
-
-def _is_scale(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
-    return prod(shape) == 1 or shape in ((of[0],), (of[0], *(1 for _ in of[1:])))
-
-
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor as a view of its file, mapped for itself alone: freeing it gives its pages back at once.
+    """The numbers of a tensor: in float32 if they were encoded, else a view of the file, which is mapped for it alone.
 
-    With a scale it is their product in float32. Raises FluxIRError for a file that can no longer be read.
+    Freeing a view gives its pages back at once. Raises FluxIRError for a file that can no longer be read.
     """
+    if entry.encoding is not None:
+        return entry.encoding.decode()
     try:
+        if starts_as_gguf(entry.file):
+            return mapped_bytes(entry).view(PLAIN[entry.dtype]).reshape(entry.shape)
         with safe_open(entry.file, framework="pt") as file:
             values: Tensor = file.get_tensor(entry.name)
     except (SafetensorError, OSError) as error:
-        raise FluxIRError(f"{entry.file} cannot be read: {error}", hint="download it again") from error
-    if entry.scale is None:
-        return values
-    scale = read_tensor(entry.scale).to(torch.float32)
-    return values.to(torch.float32) * scale.reshape(-1, *(1 for _ in entry.shape[1:]))
+        raise _gone(entry.file, str(error)) from error
+    return values
+
+
+def mapped_bytes(entry: TensorEntry) -> Tensor:
+    """The bytes of a tensor in its file, uint8, mapped as in `read_tensor`."""
+    try:
+        # "c" is copy on write: PyTorch warns of memory that it must not write to.
+        array = np.memmap(entry.file, np.uint8, "c", entry.offset, (entry.nbytes,))
+    except (OSError, ValueError) as error:  # ValueError: the file has become shorter
+        raise _gone(entry.file, str(error)) from error
+    return torch.from_numpy(array)
+
+
+def starts_as_gguf(path: Path) -> bool:
+    """Whether a file is one of GGUF, which llama.cpp and ComfyUI-GGUF write."""
+    with path.open("rb") as file:
+        return file.read(len(GGUF_START)) == GGUF_START
+
+
+def _gone(path: Path, problem: str) -> FluxIRError:
+    return FluxIRError(f"{path} cannot be read: {problem}", hint="download it again")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -121,6 +106,23 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     # By hand, not with `safe_open`: it refuses a whole file for one type it does not know, where the name of the
     # tensor is what tells people which quantisation they have, and it says neither how many bytes are missing of a
     # download that was cut short nor that the file is a web page or a pointer of Git LFS.
+    header, data = _header(path)
+    size = path.stat().st_size
+    entries = {name: _entry(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
+    expected = data + sum(entry.nbytes for entry in entries.values())
+    if size < expected:
+        raise truncated(path, size, expected)
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the writer of a safetensors file says of it, by keywords of its own; of a GGUF file nothing."""
+    said = {} if starts_as_gguf(path) else _header(path)[0].get("__metadata__", {})
+    return said if isinstance(said, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the byte behind it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -128,14 +130,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if len(start) < 8 or not 2 <= header_bytes <= _MAX_HEADER_BYTES:
             raise _not_safetensors(path, start)
         if size < 8 + header_bytes:
-            raise _truncated(path, size, 8 + header_bytes)
-        header = _parse_header(path, file.read(header_bytes))
-    data = 8 + header_bytes
-    entries = {name: _entry(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
-    expected = 8 + header_bytes + sum(entry.nbytes for entry in entries.values())
-    if size < expected:
-        raise _truncated(path, size, expected)
-    return entries
+            raise truncated(path, size, 8 + header_bytes)
+        return _parse_header(path, file.read(header_bytes)), 8 + header_bytes
 
 
 def read_index(path: Path) -> dict[str, TensorEntry]:
@@ -208,7 +204,8 @@ def _entry(path: Path, name: str, value: Any, data: int) -> TensorEntry:
         raise _not_safetensors(path, name.encode()) from error
 
 
-def _truncated(path: Path, size: int, expected: int) -> FluxIRError:
+def truncated(path: Path, size: int, expected: int) -> FluxIRError:
+    """The fault of a file that ends before its header says."""
     return FluxIRError(
         f"{path} is cut short: it has {size:,} bytes and its header promises {expected:,}", hint="download it again"
     )
@@ -219,15 +216,12 @@ def _not_safetensors(path: Path, start: bytes) -> FluxIRError:
         return FluxIRError(
             f"{path} is a Git LFS pointer, not the weights themselves", hint="fetch the file with `git lfs pull`"
         )
-    if start[:4] == b"GGUF":
-        return FluxIRError(
-            f"{path} holds quantised weights (GGUF), and only plain ones can be read",
-            hint="pass a .safetensors file of bfloat16, float16 or float8 weights",
-        )
     kind = f"it starts with {start!r}"
+    if start[:4] == GGUF_START:
+        kind = "it is one of GGUF, which cannot be read here"
     if start[:2] == b"PK" or start[:1] == b"\x80":
         kind = "it is a pickle, as torch.save writes, and might run code"
     return FluxIRError(
         f"{path} is not a safetensors file ({kind})",
-        hint="only .safetensors and .sft files and diffusers folders of them can be read",
+        hint="only .safetensors, .sft and .gguf files and diffusers folders of them can be read",
     )

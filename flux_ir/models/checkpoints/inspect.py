@@ -15,7 +15,15 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints import variants
-from flux_ir.models.checkpoints.headers import TensorEntry, plain_weights, read_entries
+from flux_ir.models.checkpoints.formats.refused import READABLE
+from flux_ir.models.checkpoints.formats.weights import (
+    join_weights,
+    read_entries,
+    refuse_unreadable,
+    stored_as,
+    weight_names,
+)
+from flux_ir.models.checkpoints.headers import TensorEntry
 from flux_ir.models.checkpoints.keymap import Parts, diffusers_parts
 from flux_ir.models.checkpoints.paths import RECORDED
 from flux_ir.models.flux1.transformer import Flux
@@ -74,12 +82,17 @@ class WeightSource:
     layout: Layout
     origin: str
     entries: Mapping[str, TensorEntry] = field(repr=False)
-    """Every tensor of the network by its name in this layout, without prefix."""
+    """Every weight of the network by its name in this layout, without prefix: its shape, and how it becomes numbers."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that loading will read."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def stored_as(self) -> dict[str, int]:
+        """How many weights are stored as what, for those that become wider when they are loaded."""
+        return stored_as(self.entries)
 
 
 def blank_network(spec: ModelSpec, part: Part) -> Flux | AutoEncoder:
@@ -101,7 +114,9 @@ def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSourc
     """
     stored = read_entries(path)
     found = _layout_and_prefix(part, stored)
+    hint = f"{_remedy(spec, origin)}, in {READABLE}"
     if found is None:
+        refuse_unreadable(stored, _named(path, origin), hint=hint)
         raise _wrong_part(spec, part, path, origin, stored)
     _check_other_transformer(spec, part, path, origin, stored)
     layout, prefix = found
@@ -110,8 +125,7 @@ def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSourc
         for name, entry in stored.items()
         if (prefix and name.startswith(prefix)) or not name.startswith(_ALL_PREFIXES)
     }
-    hint = f"{_remedy(spec, origin)}, in bfloat16, float16 or float8"
-    source = WeightSource(part, path, layout, origin, plain_weights(own, _named(path, origin), hint=hint))
+    source = WeightSource(part, path, layout, origin, join_weights(own, _named(path, origin), hint=hint))
     if part == "transformer":
         _check_family(spec, source)
     else:
@@ -147,7 +161,7 @@ def _other_transformer(names: Iterable[str]) -> str | None:
 
 
 def _layout_and_prefix(part: Part, names: Iterable[str]) -> tuple[Layout, str] | None:
-    present = set(names)
+    present = weight_names(names)
     for (marked, layout), mark in _MARKS.items():
         for prefix in _PREFIXES[part]:
             if marked == part and prefix + mark in present:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints import hub
+from flux_ir.models.checkpoints.formats.weights import widened
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, holds, inspect
 from flux_ir.models.checkpoints.locate_text import EncoderSource, TextSource, download_encoder, encoder_on_disk
@@ -34,7 +35,7 @@ from flux_ir.models.checkpoints.variants import check_folder
 from flux_ir.models.registry import ModelSpec
 
 _DIFFUSERS_FILES = weight_names("diffusion_pytorch_model")
-_SUFFIXES = ("*.safetensors", "*.sft")
+_SUFFIXES = ("*.safetensors", "*.sft", "*.gguf")
 
 
 class ModelSource(NamedTuple):
@@ -101,6 +102,8 @@ def _announce(announce: Announce | None, parts: Mapping[str, WeightSource | Enco
     for name, part in parts.items():
         if part is not None and part.origin != PACKAGE:
             announce(f"{name}: {part.path} (from {part.origin})")
+            if kinds := part.stored_as:
+                announce(f"{name}: {widened(kinds, len(part.entries))}")
 
 
 def locate_transformer(
@@ -184,7 +187,7 @@ def _weight_file(spec: ModelSpec, part: Part, named: NamedPath) -> Path:
     if len(candidates) == 1:
         return candidates[0]
     names = ", ".join(file.name for file in candidates[:3])
-    problem = f"{len(candidates)} files that it may be ({names})" if candidates else "no safetensors file"
+    problem = f"{len(candidates)} files that it may be ({names})" if candidates else "no safetensors or GGUF file"
     single, diffusers = _possible_names(spec, part)[0], _possible_names(spec, part)[2]
     raise FluxIRError(
         f"{named.origin} must lead to the {part} of {spec.name}: the folder {named.path} has {problem}",

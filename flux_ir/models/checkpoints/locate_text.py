@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
 from flux_ir.models.checkpoints import hub
-from flux_ir.models.checkpoints.headers import is_index, read_entries, shards
+from flux_ir.models.checkpoints.formats.weights import read_entries, stored_as, weight_names
+from flux_ir.models.checkpoints.headers import TensorEntry, is_index, shards
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.paths import (
     CACHE,
@@ -25,7 +26,7 @@ from flux_ir.models.checkpoints.paths import (
     shards_present,
     verified,
 )
-from flux_ir.models.checkpoints.pretrained import CONFIG_FILE, WEIGHTS, read_config
+from flux_ir.models.checkpoints.pretrained import CONFIG_FILE, WEIGHTS, read_config, weight_entries, weights_file
 from flux_ir.models.registry import ModelSpec
 
 Encoder = Literal["t5", "clip"]
@@ -38,12 +39,16 @@ _FOLDERS: dict[Encoder, tuple[tuple[str, str], ...]] = {
     "t5": (("text_encoder_2", "tokenizer_2"), ("t5", "t5")),
     "clip": (("text_encoder", "tokenizer"), ("clip", "clip")),
 }
+_WHAT = "the text encoder"
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "spiece.model", "vocab.json", "merges.txt")
 
 # ---- Single files: weights without a configuration or a tokenizer
 
-_FILES: dict[Encoder, str] = {"t5": "t5xxl*", "clip": "clip_l*"}
+_FILES: dict[Encoder, tuple[str, ...]] = {
+    "t5": ("t5xxl*.safetensors", "t5xxl*.sft", "t5*xxl*.gguf"),
+    "clip": ("clip_l*.safetensors", "clip_l*.sft", "clip_l*.gguf"),
+}
 _FILE_FOLDERS = (".", "text_encoders", "clip")
 _INSIDE: dict[Encoder, str] = {"t5": "text_encoders.t5xxl.transformer.", "clip": "text_encoders.clip_l.transformer."}
 """What stands before the names of a text encoder in a file that holds a whole model."""
@@ -98,9 +103,19 @@ class EncoderSource(NamedTuple):
 
     def files(self) -> list[Path]:
         """The files that hold the weights."""
-        weights = first_file(self.path, WEIGHTS) if self.path.is_dir() else self.path
-        assert weights is not None
+        weights = weights_file(self.path, _WHAT)
         return [file for file in shards(weights) if file.is_file()] if is_index(weights) else [weights]
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """The weights of the file by their names there, without prefix, unread. Pickles have no header: none."""
+        weights = weights_file(self.path, _WHAT)
+        return {} if ".bin" in weights.suffixes else weight_entries(weights, self.prefix, what=_WHAT)
+
+    @property
+    def stored_as(self) -> dict[str, int]:
+        """How many weights are stored as what, for those that become wider when they are loaded."""
+        return stored_as(self.entries)
 
 
 class TextSource(NamedTuple):
@@ -165,10 +180,7 @@ def _beside(spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Annou
     folder = model_folder(named.path)
     if found := _encoder_in(folder, encoder):
         return _complete(spec, encoder, EncoderSource(*found, named.origin))
-    pattern = _FILES[encoder]
-    files = [
-        f for sub in _FILE_FOLDERS for end in ("safetensors", "sft") for f in (folder / sub).glob(f"{pattern}.{end}")
-    ]
+    files = [file for sub in _FILE_FOLDERS for pattern in _FILES[encoder] for file in (folder / sub).glob(pattern)]
     if files:  # the largest has lost least
         file = max(files, key=lambda file: (file.stat().st_size, file.name))
         return _single_file(spec, encoder, file, named.origin, announce)
@@ -194,7 +206,7 @@ def _single_file(
 
 def _prefix(encoder: Encoder, file: Path) -> str | None:
     """What stands before the names of the encoder's tensors in this file; None: it holds no such encoder."""
-    names = read_entries(file)
+    names = weight_names(read_entries(file))
     return next((prefix for prefix in ("", _INSIDE[encoder]) if prefix + _MARKS[encoder] in names), None)
 
 

@@ -7,15 +7,18 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
-from flux_ir.models.checkpoints.headers import TensorEntry, is_index, plain_weights, read_entries, read_tensor
+from flux_ir.models.checkpoints.formats.refused import READABLE
+from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries
+from flux_ir.models.checkpoints.headers import TensorEntry, is_index, read_tensor
 from flux_ir.models.checkpoints.paths import first_file, weight_names
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -25,6 +28,15 @@ CONFIG_FILE = "config.json"
 WEIGHTS = (*weight_names("model"), "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where a folder of transformers may have its weights, the first that is there counts."""
 _NAMES_SHOWN = 3
+_READ_METHODS = ("bitsandbytes", "quanto")
+"""Ways to quantise that folders of transformers name, and of which weights can be read, as `formats` finds them."""
+
+
+class Stored(NamedTuple):
+    """One tensor of a file, unread."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 def load_pretrained(
@@ -47,18 +59,18 @@ def load_pretrained(
     in errors.
 
     Raises FluxIRError for files that are broken, lack weights, or have some that the network has no place for, and for
-    quantised ones.
+    such as are quantised in a way that cannot be read.
     """
     state = _named_as_in_the_network(
-        _state(_weights(path, what), prefix, what=what), aliases, left_out, path, what=what
+        _state(weights_file(path, what), prefix, what=what), aliases, left_out, path, what=what
     )
     with torch.device("meta"):  # names and shapes, no memory
         network = kind(params)
     _check(network, state, path, what=what)
     # Into memory of its own: a weight that is only mapped would change, or end the process, with its file.
-    loaded = {name: torch.empty(tensor.shape, device=device, dtype=dtype) for name, tensor in state.items()}
-    for name, tensor in state.items():
-        loaded[name].copy_(tensor)
+    loaded = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in state.items()}
+    for name, stored in state.items():
+        loaded[name].copy_(stored.read())
     network.load_state_dict(loaded, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -73,7 +85,7 @@ def read_params(
     FluxIRError for another type of model, and for a value that `kind` does not take.
     """
     if config is None:
-        config = read_config(_weights(path, what).parent, what=what)
+        config = read_config(weights_file(path, what).parent, what=what)
     own = config.get(section, config)
     shape: Any = kind  # a dataclass, which its type variable does not say
     values = {field.name: own[field.name] for field in fields(shape) if own.get(field.name) is not None}
@@ -89,25 +101,31 @@ def read_params(
 
 
 def read_config(folder: Path, *, what: str) -> dict[str, Any]:
-    """The configuration of the model in a folder. Raises FluxIRError if there is none, or if its weights are quantised.
-
-    A quantised model of transformers needs the program that quantised it, and gives other numbers than the plain one.
+    """The configuration of the model in a folder. Raises FluxIRError if there is none, or if it names a way to quantise
+    of which weights cannot be read.
     """
     config = read_json(folder / CONFIG_FILE)
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise FluxIRError(
-            f"{what} in {folder} is quantised ({method}), and only plain weights can be read",
-            hint="take the folder of the original model, in bfloat16, float16 or float32",
-        )
+        if method not in _READ_METHODS:
+            raise FluxIRError(
+                f"{what} in {folder} is quantised by {method}, which cannot be read", hint=f"take it in {READABLE}"
+            )
     return config
 
 
 def weight_entries(path: Path, prefix: str, *, what: str) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file or index whose names start with `prefix`, by the rest of their names."""
     own = {name.removeprefix(prefix): e for name, e in read_entries(path).items() if name.startswith(prefix)}
-    hint = "take one in bfloat16, float16, float32 or float8"
-    return plain_weights(own, f"{what} in {path}", hint=hint)
+    return join_weights(own, f"{what} in {path}", hint=f"take it in {READABLE}")
+
+
+def weights_file(path: Path, what: str) -> Path:
+    """The file or index of the weights: `path` itself, or the one of its folder. Raises FluxIRError if it has none."""
+    weights = first_file(path, WEIGHTS) if path.is_dir() else path
+    if weights is None:
+        raise unreadable(path, f"no weights ({', '.join(WEIGHTS[:2])})", what=what)
+    return weights
 
 
 def unreadable(path: Path, problem: str, *, what: str) -> FluxIRError:
@@ -116,15 +134,22 @@ def unreadable(path: Path, problem: str, *, what: str) -> FluxIRError:
     return FluxIRError(f"{what} in {path} cannot be read: {problem}", hint=again)
 
 
-def _state(weights: Path, prefix: str, *, what: str) -> dict[str, Tensor]:
-    """Every tensor of the file or index, mapped from it where its format allows that."""
+def _state(weights: Path, prefix: str, *, what: str) -> dict[str, Stored]:
+    """Every weight of the file or index. One is read at a time: together, decoded, they might not fit into memory."""
     if ".bin" not in weights.suffixes:
         entries = weight_entries(weights, prefix, what=what)
-        return {name: read_tensor(entry) for name, entry in entries.items()}
-    if not is_index(weights):
-        return _unpickled(weights, what=what)
-    named: dict[str, str] = read_json(weights, required=("weight_map",))["weight_map"]
-    parts = {file: _unpickled(weights.parent / file, what=what) for file in sorted(set(named.values()))}
+        return {name: Stored(entry.shape, partial(read_tensor, entry)) for name, entry in entries.items()}
+    tensors = _unpickled(weights, what=what) if not is_index(weights) else _unpickled_parts(weights, what=what)
+    return {name: Stored(tuple(tensor.shape), partial(_itself, tensor)) for name, tensor in tensors.items()}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _unpickled_parts(index: Path, *, what: str) -> dict[str, Tensor]:
+    named: dict[str, str] = read_json(index, required=("weight_map",))["weight_map"]
+    parts = {file: _unpickled(index.parent / file, what=what) for file in sorted(set(named.values()))}
     return {name: parts[file][name] for name, file in named.items() if name in parts[file]}
 
 
@@ -138,13 +163,6 @@ def _unpickled(file: Path, *, what: str) -> dict[str, Tensor]:
     return state
 
 
-def _weights(path: Path, what: str) -> Path:
-    weights = first_file(path, WEIGHTS) if path.is_dir() else path
-    if weights is None:
-        raise unreadable(path, f"no weights ({', '.join(WEIGHTS[:2])})", what=what)
-    return weights
-
-
 def _check_type(field: Field[Any], value: Any) -> None:
     """Raises FluxIRError for a value of another type than the field's: JSON may have anything there."""
     allowed: Any = int | float if field.type is float else field.type
@@ -153,22 +171,22 @@ def _check_type(field: Field[Any], value: Any) -> None:
 
 
 def _named_as_in_the_network(
-    state: Mapping[str, Tensor], aliases: Mapping[str, str], left_out: tuple[str, ...], path: Path, *, what: str
-) -> dict[str, Tensor]:
+    state: Mapping[str, Stored], aliases: Mapping[str, str], left_out: tuple[str, ...], path: Path, *, what: str
+) -> dict[str, Stored]:
     """The tensors by the network's own names. Raises FluxIRError for two different ones that would have one name."""
-    named: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    named: dict[str, Stored] = {}
+    for name, stored in state.items():
         alias = next((alias for alias in aliases if name.startswith(alias)), "")
         own = aliases.get(alias, "") + name.removeprefix(alias)
         if own.startswith(left_out) or own.endswith(".position_ids"):  # positions count up: they are no weights
             continue
-        if own in named and not torch.equal(named[own], tensor):
+        if own in named and not torch.equal(named[own].read(), stored.read()):
             raise unreadable(path, f"it has two different tensors for {own}, one as {name}", what=what)
-        named[own] = tensor
+        named[own] = stored
     return named
 
 
-def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, *, what: str) -> None:
+def _check(network: nn.Module, state: Mapping[str, Stored], path: Path, *, what: str) -> None:
     """Raises FluxIRError unless the tensors are those of the network, with its shapes."""
     blank = network.state_dict()
     faults = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.formats.refused import READABLE
 from flux_ir.models.checkpoints.inspect import inspect
 from flux_ir.models.checkpoints.keymap import to_diffusers
 from flux_ir.models.registry import MODELS
@@ -209,4 +210,4 @@ def test_quantised_weights_are_called_so_before_their_shapes_are_looked_at(tmp_p
         FluxIRError, match=r"holds quantised weights, .* 1 tensors of type U8, first img_in.weight"
     ) as error:
         inspect(tiny_spec(), "transformer", path, "--checkpoint")
-    assert error.value.hint == "pass the weights of flux-schnell with --checkpoint, in bfloat16, float16 or float8"
+    assert error.value.hint == f"pass the weights of flux-schnell with --checkpoint, in {READABLE}"

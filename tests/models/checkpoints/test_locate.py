@@ -118,7 +118,7 @@ def test_single_file_may_be_sharded(tmp_path, tiny_spec, tiny_flux, save_sharded
 
 def test_folder_with_several_files_or_none_asks_for_the_file(tmp_path, tiny_spec, tiny_flux, save):
     (tmp_path / "own").mkdir()
-    with pytest.raises(FluxIRError, match=r"the folder .*own has no safetensors file") as error:
+    with pytest.raises(FluxIRError, match=r"the folder .*own has no safetensors or GGUF file") as error:
         locate_transformer(tiny_spec(), tmp_path / "own")
     assert "flux1-schnell.safetensors or transformer/" in error.value.hint
     for name in ("a", "b"):

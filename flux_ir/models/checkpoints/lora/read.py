@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError, counted
-from flux_ir.models.checkpoints.headers import TensorEntry, plain_weights, read_entries, read_tensor
+from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries
+from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.lora import names
 from flux_ir.models.checkpoints.lora.changes import Layer, change
@@ -177,7 +178,7 @@ def lora_file(path: str | Path) -> Path:
 
 
 def _plain(file: Path) -> dict[str, TensorEntry]:
-    stored = plain_weights(read_entries(file), str(file), hint="take the LoRA in bfloat16, float16 or float32")
+    stored = join_weights(read_entries(file), str(file), hint="take the LoRA in bfloat16, float16 or float32")
     if not stored:
         raise FluxIRError(f"{file} holds no tensors", hint="download it again")
     return stored
