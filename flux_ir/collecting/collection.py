@@ -45,6 +45,7 @@ from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
 from flux_ir.files import versions
 from flux_ir.models.checkpoints.locate import ModelSource
+from flux_ir.models.quantisation import CODES_VERSION
 from flux_ir.recording.statistics import write_statistics
 
 COLLECTION, INDEX, CHECKSUM = "collection.json", "index.jsonl", "stats.sha256"
@@ -333,16 +334,18 @@ def publish_json(storage: Storage, value: Any, name: str) -> None:
 def weights_digest(source: ModelSource, *, autoencoder: bool) -> str:
     """16 hex digits that stand for the content of the model's files; those of the autoencoder only if it is used.
 
-    LoRAs count with their content, whatever they are called, and their strengths, in their order; without one, or at
-    strength 0, the digits are those of the files alone.
+    LoRAs count with their content, whatever they are called, and their strengths, in their order, and the method that
+    blocks are quantised with; without, or at strength 0, the digits are those of the files alone.
     """
     parts = [source.transformer, *([source.autoencoder] if source.autoencoder and autoencoder else [])]
     files = {entry.file for part in parts for entry in part.entries.values()}
     for encoder in source.text or ():
         files |= set(encoder.files())
     digest = files_digest(files)
-    loras = [(lora.sha256, lora.strength) for lora in source.loras if lora.strength]
-    return hashlib.sha256(repr([digest, *loras]).encode()).hexdigest()[:16] if loras else digest
+    changes: list[tuple[str, float]] = [(lora.sha256, lora.strength) for lora in source.loras if lora.strength]
+    if source.quantize is not None:
+        changes.append((source.quantize, CODES_VERSION))
+    return hashlib.sha256(repr([digest, *changes]).encode()).hexdigest()[:16] if changes else digest
 
 
 def versions_of(device: torch.device) -> dict[str, str]:

@@ -16,6 +16,7 @@ from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.flux1.blocks import Modulation
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.placement import OffloadWord, Placement
+from flux_ir.models.quantisation import Method, Waits, codes_bytes
 from flux_ir.models.streaming import SLOTS, block_names, unit_of
 
 HOST_BASE_BYTES = 480_000_000
@@ -74,6 +75,13 @@ def streamed_bytes(params: FluxParams, dtype: torch.dtype, *, slots: int = SLOTS
     return (counts.outside + slots * counts.slot) * dtype.itemsize
 
 
+def quantised_bytes(params: FluxParams, dtype: torch.dtype, method: Method) -> int:
+    """Bytes of a quantised transformer with all its codes on its device, what is not quantised, and the slots."""
+    return (
+        streamed_bytes(params, dtype) + codes_bytes(params, method) + sum(elements(params).modulations) * dtype.itemsize
+    )
+
+
 class Limits(NamedTuple):
     """What may be taken of a GPU's memory and of the host's, in bytes; None: no limit was set."""
 
@@ -82,12 +90,18 @@ class Limits(NamedTuple):
 
 
 def best_offload(
-    placement: Placement, params: FluxParams, dtype: torch.dtype, limits: Limits, asked: OffloadWord
+    placement: Placement,
+    params: FluxParams,
+    dtype: torch.dtype,
+    limits: Limits,
+    asked: OffloadWord,
+    *,
+    quantize: Method | None = None,
 ) -> Placement:
     """The placement with the offloading that `asked` stands for on this machine, and with the limits.
 
     True is the fastest that fits: all resident on a CPU, parts in turns on a GPU, else the blocks streamed. Limits
-    alone ask for the same.
+    alone ask for the same. `quantize`: how the blocks are kept, if not in the compute dtype.
 
     Raises FluxIRError for limits below what a streamed transformer takes.
     """
@@ -107,7 +121,10 @@ def best_offload(
         )
     offload, reason = placement.offload, placement.reason.partition("; --offload")[0]
     if asked is True or asked is False:
-        whole = base + elements(params).total * dtype.itemsize
+        total = (
+            elements(params).total * dtype.itemsize if quantize is None else quantised_bytes(params, dtype, quantize)
+        )
+        whole = base + total
         fits = free is None or whole <= free
         offload = "blocks" if not fits else "none" if on_cpu else "parts"
         verb = "fits" if fits else "does not fit"
@@ -169,6 +186,21 @@ def waits_in_memory(params: FluxParams, placement: Placement, dtype: torch.dtype
     needed = HOST_BASE_BYTES + elements(params).total * dtype.itemsize * (depth - resident) // depth
     free = placement.memory_bytes or free_memory("cpu")
     return free is None or needed <= free
+
+
+def where_codes_wait(
+    params: FluxParams, placement: Placement, dtype: torch.dtype, method: Method, *, tokens: int
+) -> Waits:
+    """Where the codes of a quantised transformer wait: on its GPU, if nothing is offloaded and there is room; else in
+    host memory, if that has room; else in their file. For a CPU always in the file, whose pages are in the page cache.
+    """
+    if placement.transformer == "cpu":
+        return "file"
+    needed = quantised_bytes(params, dtype, method)
+    if placement.offload == "none" and needed <= weights_budget(params, placement, dtype, tokens=tokens):
+        return "device"
+    free = placement.memory_bytes or free_memory("cpu")
+    return "pinned" if free is None or HOST_BASE_BYTES + needed <= free else "file"
 
 
 def resident_blocks(params: FluxParams, dtype: torch.dtype, free_bytes: int, *, slots: int = SLOTS) -> list[int]:

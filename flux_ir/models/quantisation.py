@@ -21,6 +21,9 @@ from flux_ir.models.streaming import block_names, unit_of
 Method = Literal["nf4", "int8", "fp8"]
 Codes = Mapping[str, Tensor]
 """What stands for one weight: `codes`, and the numbers that they are multiplied with."""
+Waits = Literal["file", "pinned", "device"]
+"""Where codes wait until a block needs them: in their file, which is mapped (its pages are in the page cache while
+there is room), in pinned host memory, or on the device that computes."""
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # QLoRA (Dettmers et al., 2023), appendix E: NormalFloat, the quantiles of a normal distribution, scaled to [-1, 1].
@@ -42,6 +45,8 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+CODES_VERSION = 1
+"""Another one where the same weights would get other codes, or another file of them."""
 BLOCK = 64
 """Neighbouring weights that share one scale in NF4: their largest absolute value."""
 SCALES = 256

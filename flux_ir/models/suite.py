@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, stream_flux
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
+from flux_ir.models.checkpoints.quantised import stream_quantised
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.memory import resident_blocks, waits_in_memory, weights_budget
+from flux_ir.models.memory import resident_blocks, waits_in_memory, weights_budget, where_codes_wait
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.streaming import StreamedFlux
@@ -41,6 +43,7 @@ class Suite:
 
     `dtype` is that of the transformer and the text encoders. A part that `source` does not have cannot be asked for:
     ValueError. `tokens`, of text and image together, are those that memory is kept free for where blocks are streamed.
+    `announce` is told of what takes long and happens once.
     """
 
     def __init__(
@@ -51,9 +54,10 @@ class Suite:
         dtype: torch.dtype,
         *,
         tokens: int = LARGEST_USUAL_TOKENS,
+        announce: Announce | None = None,
     ) -> None:
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
-        self.tokens = tokens
+        self.tokens, self._announce = tokens, announce
         self._t5: TextEncoder | None = None
         self._clip: TextEncoder | None = None
         self._transformer: Flux | None = None
@@ -189,7 +193,7 @@ class Suite:
 
     def _load_transformer(self) -> Flux:
         if self._transformer is None:
-            if self.placement.offload == "blocks":
+            if self.placement.offload == "blocks" or self.source.quantize is not None:
                 self._transformer = self._streamed()
             else:
                 device = self._home(self.placement.transformer)
@@ -198,18 +202,32 @@ class Suite:
         return self._transformer
 
     def _streamed(self) -> StreamedFlux:
-        """The transformer with its blocks streamed, but for those that its device has room for."""
-        placement = self.placement
-        free = weights_budget(self.spec.flux, placement, self.dtype, tokens=self.tokens)
-        resident = resident_blocks(self.spec.flux, self.dtype, free)
+        """The transformer with its blocks streamed, but for those that its device has room for.
+
+        If they are quantised, all come from their codes, which a GPU has room for where it has none for the blocks.
+        """
+        source, placement, params = self.source, self.placement, self.spec.flux
+        if (method := source.quantize) is not None:
+            return stream_quantised(
+                self.spec,
+                source.transformer,
+                method,
+                placement.transformer,
+                self.dtype,
+                loras=source.loras,
+                waits=where_codes_wait(params, placement, self.dtype, method, tokens=self.tokens),
+                announce=self._announce,
+            )
+        free = weights_budget(params, placement, self.dtype, tokens=self.tokens)
+        resident = resident_blocks(params, self.dtype, free)
         return stream_flux(
             self.spec,
-            self.source.transformer,
+            source.transformer,
             placement.transformer,
             self.dtype,
-            loras=self.source.loras,
+            loras=source.loras,
             resident=resident,
-            in_memory=waits_in_memory(self.spec.flux, placement, self.dtype, len(resident)),
+            in_memory=waits_in_memory(params, placement, self.dtype, len(resident)),
         )
 
     def _load_autoencoder(self) -> AutoEncoder:

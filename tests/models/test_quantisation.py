@@ -25,7 +25,7 @@ ROWS, COLUMNS = 50, 330  # 16,500 weights: neither whole blocks of 64 nor whole 
 def weight():
     """Rows of very unequal size, and one of zeros."""
     draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(ROWS, COLUMNS, generator=draw) * torch.logspace(-3, 1, ROWS)[:, None]
+    weight = torch.randn(ROWS, COLUMNS, generator=draw) * torch.logspace(-1, 1, ROWS)[:, None]
     weight[7] = 0
     return weight
 

@@ -32,6 +32,7 @@ from flux_ir.models.checkpoints.paths import (
     weight_names,
 )
 from flux_ir.models.checkpoints.variants import check_folder
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec
 
 _DIFFUSERS_FILES = weight_names("diffusion_pytorch_model")
@@ -48,6 +49,8 @@ class ModelSource(NamedTuple):
     """None: not asked for."""
     loras: tuple[LoRA, ...] = ()
     """Merged into the transformer, in this order."""
+    quantize: Method | None = None
+    """How its blocks are quantised once that is done; None: they are not."""
 
 
 def locate_model(
