@@ -26,7 +26,7 @@ from flux_ir.threads import in_order
 Made = TypeVar("Made")
 
 CHUNK = 32
-"""Prompts per call on a GPU; the last call is filled up with empty prompts."""
+"""Prompts per call on a GPU, where the last call is filled up with empty prompts, and of a T5 that is streamed."""
 
 
 class EmbeddedPrompt(NamedTuple):
@@ -119,7 +119,8 @@ def _embedded(
 ) -> Iterator[Made]:
     """Embeds all prompts, a chunk at a time; yields what `then(prompts of the chunk, their embeddings)` returns.
 
-    In order; on a CPU a chunk is one prompt, and `then` runs in the thread that embedded it.
+    In order; on a CPU a chunk is one prompt, and `then` runs in the thread that embedded it. A T5 that is streamed
+    takes its prompts one by one inside each block, in one thread: they have the same bits, and its weights come once.
     """
     if not prompts:
         return
@@ -131,10 +132,12 @@ def _embedded(
                 yield then(chunk, _embed_chunk(encoders, chunk, outputs, fill_to=CHUNK))
             return
 
-        def embed(prompt: str) -> Made:
-            return then([prompt], _embed_chunk(encoders, [prompt], outputs))
+        def embed(chunk: Sequence[str]) -> Made:
+            return then(chunk, _embed_chunk(encoders, chunk, outputs))
 
-        yield from in_order(embed, prompts, torch.get_num_threads(), torch_threads=1)
+        size, threads = (CHUNK, 1) if encoders.t5.streamed else (1, torch.get_num_threads())
+        chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        yield from in_order(embed, chunks, threads, torch_threads=1)
 
 
 def _embed_chunk(

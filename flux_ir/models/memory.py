@@ -127,9 +127,11 @@ def best_offload(
         whole = base + total
         fits = free is None or whole <= free
         offload = "blocks" if not fits else "none" if on_cpu else "parts"
-        verb = "fits" if fits else "does not fit"
-        where = "all of it stays" if offload == "none" else f"{offload} are offloaded"
-        reason += f"; the transformer {verb} into {in_units(free or whole)}, {where}"
+        reason += {
+            "none": "; all of it fits, so nothing is offloaded",
+            "parts": "; parts are offloaded",
+            "blocks": f"; the transformer does not fit into {in_units(free or 0)}, so its blocks are streamed",
+        }[offload]
     return replace(
         placement, offload=offload, reason=reason, vram_bytes=limits.vram_bytes, memory_bytes=limits.memory_bytes
     )

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -150,6 +151,8 @@ class BlockStream:
         self._free: deque[Slot] | None = None  # made when they are needed: who only reads out needs no block
         self._coming: deque[tuple[int, Slot, Future[None]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self.turn = RLock()
+        """Held by whoever runs the network: one forward at a time."""
         self._copies: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -289,9 +292,11 @@ class StreamedFlux(Flux):
 
         `forward` takes one of these tensors as `vec` and finds its modulations, for as long as the tensor lives.
         """
-        vecs = [self.conditioning(time, y, guidance) for time in timesteps]
-        for modulations in self._modulations:
-            modulations.compute(vecs)
+        conditioning = super().conditioning
+        vecs = [conditioning(time, y, guidance) for time in timesteps]
+        with self.stream.turn:
+            for modulations in self._modulations:
+                modulations.compute(vecs)
         return vecs
 
     def forward(
@@ -347,15 +352,26 @@ def stream_blocks(
 ) -> BlockStream:
     """Have these modules of a network on the meta device streamed, in this order; all others are filled and stay.
 
-    `without`: modules of this kind inside the blocks stay as well, such as those that are used outside of them.
+    `without`: modules of this kind inside the blocks stay as well, such as those that are used outside of them. Threads
+    that call the network wait for each other. On a CPU a block takes the rows of a batch one by one, so that each has
+    the bits that it has by itself, and the weights come once for all.
     """
     units = [unit_of(network, name, without=without) for name in blocks]
     fill_the_rest(network, units, fetch, device, dtype)
     successor = [(number + 1) % len(units) for number in range(len(units))]
     stream = BlockStream(units, successor, fetch, device, dtype, slots=slots, watch=watch)
+    network.forward = _InTurn(stream, network.forward)
     for number, name in enumerate(blocks):
-        _Turns(stream, number).hang(network.get_submodule(name))
+        block = network.get_submodule(name)
+        if stream.device.type == "cpu":
+            take_rows_one_by_one(block)
+        _Turns(stream, number).hang(block)
     return stream
+
+
+def take_rows_one_by_one(block: nn.Module) -> None:
+    """Have a module compute each row of its first argument by itself: on a CPU a batch has other last bits."""
+    block.forward = _RowByRow(block.forward)
 
 
 def fill_the_rest(
@@ -420,6 +436,27 @@ class _Turns:
         slot, self._slot = self._slot, None
         if slot is not None:
             self._stream.leave(self._number, slot)
+
+
+class _InTurn:
+    """A network's forward, called by one thread at a time."""
+
+    def __init__(self, stream: BlockStream, forward: Callable[..., Tensor]) -> None:
+        self._stream, self._forward = stream, forward
+
+    def __call__(self, *args: Any) -> Tensor:
+        with self._stream.turn:
+            return self._forward(*args)
+
+
+class _RowByRow:
+    """A block's forward, called for each row of its first argument."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self._forward = forward
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        return torch.cat([self._forward(row, *others) for row in torch.split(x, 1)])
 
 
 def _aligned(nbytes: int) -> int:

@@ -5,7 +5,7 @@ parts. Below it: `checkpoints`, where weights come from; `text`, `flux1` and `au
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,7 +115,9 @@ class Suite:
     def text_encoders(self) -> Iterator[TextEncoders]:
         """Both text encoders, on their devices."""
         t5, clip = self._load_t5(), self._load_clip()
-        with self._on(t5, self.placement.t5), self._on(clip, self.placement.clip):
+        # A T5 whose blocks are streamed is where it runs.
+        t5_moves = nullcontext() if self.placement.offload == "blocks" else self._on(t5, self.placement.t5)
+        with t5_moves, self._on(clip, self.placement.clip):
             yield TextEncoders(t5, clip)
         if self.placement.offload == "blocks":  # where memory is short, what has done its work goes
             self.free_text_encoders()
@@ -166,7 +168,8 @@ class Suite:
     def _load_t5(self) -> TextEncoder:
         if self._t5 is None:
             source = self._text_source().t5
-            device = self._home(self.placement.t5)
+            streamed = self.placement.offload == "blocks"
+            device = self.placement.t5 if streamed else self._home(self.placement.t5)
             self._t5 = load_t5(
                 source.path,
                 source.tokenizer_dir,
@@ -175,6 +178,7 @@ class Suite:
                 self.dtype,
                 config=source.config,
                 prefix=source.prefix,
+                streamed=streamed,
             )
         return self._t5
 
@@ -188,6 +192,7 @@ class Suite:
                 self.dtype,
                 config=source.config,
                 prefix=source.prefix,
+                beside_streamed=self.placement.offload == "blocks" and self.placement.clip == "cpu",
             )
         return self._clip
 

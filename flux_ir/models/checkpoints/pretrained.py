@@ -5,7 +5,7 @@ Next: `text` and `clip`.
 
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from flux_ir.models.checkpoints.formats.refused import READABLE
 from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries
 from flux_ir.models.checkpoints.headers import TensorEntry, is_index, read_tensor
 from flux_ir.models.checkpoints.paths import first_file, weight_names
+from flux_ir.models.streaming import stream_blocks
 
 Network = TypeVar("Network", bound=nn.Module)
 Params = TypeVar("Params")
@@ -50,13 +51,15 @@ def load_pretrained(
     aliases: Mapping[str, str],
     left_out: tuple[str, ...],
     prefix: str = "",
+    streamed: Sequence[str] = (),
 ) -> Network:
     """The network `kind(params)` with every weight from `path`, ready to run.
 
     `path` is a folder, or a file of weights, where `prefix` stands before the names of the network's tensors.
     `aliases` are starts of names in files and what stands for them in the network; `left_out` the starts of names, as
     they would be in the network, of other parts of the checkpoint, such as T5's decoder. `what` is the network's name
-    in errors.
+    in errors. The modules named in `streamed`, but for embeddings inside them, come from the file one after another
+    whenever the network runs (`streaming`).
 
     Raises FluxIRError for files that are broken, lack weights, or have some that the network has no place for, and for
     such as are quantised in a way that cannot be read.
@@ -67,6 +70,14 @@ def load_pretrained(
     with torch.device("meta"):  # names and shapes, no memory
         network = kind(params)
     _check(network, state, path, what=what)
+    if streamed:
+
+        def fetch(target: Tensor, name: str) -> None:
+            target.copy_(state[name].read())
+
+        network.eval().requires_grad_(requires_grad=False)
+        stream_blocks(network, streamed, fetch, device, dtype, without=nn.Embedding)
+        return network
     # Into memory of its own: a weight that is only mapped would change, or end the process, with its file.
     loaded = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in state.items()}
     for name, stored in state.items():

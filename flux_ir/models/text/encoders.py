@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.pretrained import load_pretrained, read_config, read_params
+from flux_ir.models.streaming import take_rows_one_by_one
 from flux_ir.models.text.clip import ClipPhrase, ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
 from flux_ir.models.text.tokenizer import PromptTokenizer, load_tokenizer
@@ -54,8 +55,12 @@ class TextEmbedding(NamedTuple):
 class TextEncoder(nn.Module):
     """A text network with its tokenizer. `forward` gives token vectors (T5) or a pooled vector (CLIP) per prompt."""
 
-    def __init__(self, model: T5Encoder | ClipText, tokenizer: PromptTokenizer, max_tokens: int) -> None:
+    def __init__(
+        self, model: T5Encoder | ClipText, tokenizer: PromptTokenizer, max_tokens: int, *, streamed: bool = False
+    ) -> None:
         super().__init__()
+        self.streamed = streamed
+        """Whether every call fetches the weights anew: many prompts are better encoded by one."""
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
@@ -119,19 +124,22 @@ def load_t5(
     *,
     config: Mapping[str, Any] | None = None,
     prefix: str = "",
+    streamed: bool = False,
 ) -> TextEncoder:
     """The T5 encoder of a local transformers folder, or of one file of weights with `config` and `prefix`.
 
-    `max_tokens`: the text length the transformer was trained with.
+    `max_tokens`: the text length the transformer was trained with. `streamed`: its blocks' weights come from the file
+    one after the other whenever it runs; it cannot be moved to another device then.
 
     Raises FluxIRError for files that are broken or quantised, lack weights or have too many, for the tokenizer of
     another model, and for float16, beyond whose largest number T5's feed-forward layers go.
     """
     if dtype == torch.float16:
         raise FluxIRError("T5 must be in bfloat16 or float32: float16 ends at 65504, and its layers go beyond")
+    params = read_params(T5Params, model, what=_WHAT, config=config)
     t5 = load_pretrained(
         T5Encoder,
-        read_params(T5Params, model, what=_WHAT, config=config),
+        params,
         model,
         device,
         dtype,
@@ -139,9 +147,10 @@ def load_t5(
         aliases=T5_ALIASES,
         left_out=_T5_LEFT_OUT,
         prefix=prefix,
+        streamed=[f"encoder.block.{number}" for number in range(params.num_layers)] if streamed else (),
     )
     tokenizer = _tokenizer(tokenizer_dir, t5.params)
-    return TextEncoder(t5, tokenizer, max_tokens).eval()
+    return TextEncoder(t5, tokenizer, max_tokens, streamed=streamed).eval()
 
 
 def load_clip(
@@ -152,8 +161,12 @@ def load_clip(
     *,
     config: Mapping[str, Any] | None = None,
     prefix: str = "",
+    beside_streamed: bool = False,
 ) -> TextEncoder:
-    """The CLIP text encoder, from what `load_t5` takes. Raises FluxIRError as it does."""
+    """The CLIP text encoder, from what `load_t5` takes. Raises FluxIRError as it does.
+
+    `beside_streamed`: on a CPU it gives each prompt of a batch the bits that it has by itself, as a streamed T5 does.
+    """
     clip = load_pretrained(
         ClipText,
         read_params(ClipTextParams, model, what=_WHAT, config=config, section="text_config"),
@@ -165,6 +178,9 @@ def load_clip(
         left_out=(*_CLIP_LEFT_OUT, "text_projection."),
         prefix=prefix,
     )
+    if beside_streamed and torch.device(device).type == "cpu":
+        for layer in clip.text_model.encoder.layers:
+            take_rows_one_by_one(layer)
     tokenizer = _tokenizer(tokenizer_dir, clip.params)
     return TextEncoder(clip, tokenizer, min(CLIP_TOKENS, clip.params.max_position_embeddings)).eval()
 
