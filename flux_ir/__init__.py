@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.transfer import Transferred, transfer
     from flux_ir.api.visualize import Visualization, create_visualization, explore
+    from flux_ir.api.weights import DescribedWeights, describe_weights
     from flux_ir.errors import FluxIRError
     from flux_ir.playing.server import PlayPage, play
     from flux_ir.recording.intervention import Intervention
@@ -67,6 +68,8 @@ _MODULES = {
     "Demonstrated": "flux_ir.api.demonstrate",
     "encode": "flux_ir.api.models",
     "encode_prompt": "flux_ir.api.models",
+    "describe_weights": "flux_ir.api.weights",
+    "DescribedWeights": "flux_ir.api.weights",
     "draw_features": "flux_ir.api.draw_features",
     "DrawnFeatures": "flux_ir.api.draw_features",
     "evaluate_sae": "flux_ir.api.evaluate_sae",
@@ -129,6 +132,7 @@ __all__ = [
     "CaptureResult",
     "Comparison",
     "Demonstrated",
+    "DescribedWeights",
     "DrawnFeatures",
     "Edit",
     "EvaluatedSAE",
@@ -164,6 +168,7 @@ __all__ = [
     "create_visualization",
     "decode",
     "demonstrate",
+    "describe_weights",
     "draw_features",
     "encode",
     "encode_prompt",

@@ -113,7 +113,7 @@ def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSourc
     Raises FluxIRError saying what the file is instead: broken, of another part, another model, incomplete.
     """
     stored = read_entries(path)
-    found = _layout_and_prefix(part, stored)
+    found = layout_and_prefix(part, stored)
     hint = f"{_remedy(spec, origin)}, in {READABLE}"
     if found is None:
         refuse_unreadable(stored, _named(path, origin), hint=hint)
@@ -136,7 +136,7 @@ def inspect(spec: ModelSpec, part: Part, path: Path, origin: str) -> WeightSourc
 
 def holds(part: Part, path: Path) -> bool:
     """Whether the file (or index of shards) has this part of a FLUX model among what it holds."""
-    return _layout_and_prefix(part, read_entries(path)) is not None
+    return layout_and_prefix(part, read_entries(path)) is not None
 
 
 def _check_other_transformer(spec: ModelSpec, part: Part, path: Path, origin: str, names: Iterable[str]) -> None:
@@ -145,14 +145,15 @@ def _check_other_transformer(spec: ModelSpec, part: Part, path: Path, origin: st
     The autoencoder of Stable Diffusion 3 has the names and shapes of FLUX's and other factors: only the transformer in
     the same file, or a config.json, tells them apart.
     """
-    if other := _other_transformer(names):
+    if other := other_transformer(names):
         raise FluxIRError(
             f"{_named(path, origin)} must hold the {part} of {spec.name}: it holds that of {other}",
             hint=_remedy(spec, origin),
         )
 
 
-def _other_transformer(names: Iterable[str]) -> str | None:
+def other_transformer(names: Iterable[str]) -> str | None:
+    """The model that has a transformer with such names, if it is another one than FLUX.1."""
     prefixes = _PREFIXES["transformer"]
     for mark, other in _OTHER_TRANSFORMERS.items():
         if any(name.startswith(tuple(prefix + mark for prefix in prefixes)) for name in names):
@@ -160,7 +161,8 @@ def _other_transformer(names: Iterable[str]) -> str | None:
     return None
 
 
-def _layout_and_prefix(part: Part, names: Iterable[str]) -> tuple[Layout, str] | None:
+def layout_and_prefix(part: Part, names: Iterable[str]) -> tuple[Layout, str] | None:
+    """How a file with such names has this part of a FLUX model; None: it does not have it."""
     present = weight_names(names)
     for (marked, layout), mark in _MARKS.items():
         for prefix in _PREFIXES[part]:
@@ -280,12 +282,12 @@ def _wrong_part(spec: ModelSpec, part: Part, path: Path, origin: str, names: Ite
 def _description(names: list[str]) -> str:
     if adapters := [kind for mark, kind in _ADAPTERS.items() if any(mark in name for name in names)]:
         return f"{adapters[0]}, which is not a whole network"
-    if other := _other_transformer(names):
+    if other := other_transformer(names):
         return f"the transformer of {other}"
     if beside := variants.beside_networks(names):
         return beside
     for part in ("transformer", "autoencoder"):
-        if _layout_and_prefix(part, names):
+        if layout_and_prefix(part, names):
             return f"a FLUX {part}"
     if any(name.startswith(("text_model.", "encoder.block.", "shared.")) for name in names):
         return "a text encoder"

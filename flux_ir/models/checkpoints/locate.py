@@ -71,7 +71,7 @@ def locate_model(
     downloads, and at the end which file was taken for each part.
     """
     loras = read_loras(spec, lora, lora_strength, announce)
-    transformer = _transformer_on_disk(spec, checkpoint)
+    transformer = transformer_on_disk(spec, checkpoint)
     ae = _autoencoder_on_disk(spec, ae_checkpoint, checkpoint) if autoencoder else None
     t5, clip = (encoder_on_disk(spec, name, checkpoint, announce) if text else None for name in ("t5", "clip"))
     source = ModelSource(
@@ -120,7 +120,7 @@ def locate_transformer(
 
     `recorded` is a path that was written down when a capture was made: it is taken where no `checkpoint` is given.
     """
-    source = _transformer_on_disk(spec, checkpoint, recorded) or _download(spec, "transformer", announce)
+    source = transformer_on_disk(spec, checkpoint, recorded) or _download(spec, "transformer", announce)
     _announce(announce, {"transformer": source})
     return source
 
@@ -142,9 +142,10 @@ def locate_autoencoder(
     return source
 
 
-def _transformer_on_disk(
+def transformer_on_disk(
     spec: ModelSpec, checkpoint: str | Path | None, recorded: Path | None = None
 ) -> WeightSource | None:
+    """The same, but nothing is fetched; None: the weights are not on this machine."""
     named = _argument(checkpoint, "--checkpoint", recorded, spec.transformer_env)
     if named is not None:
         return inspect(spec, "transformer", _weight_file(spec, "transformer", named), named.origin)

@@ -118,7 +118,7 @@ def _misfit(layer: Layer, problem: str) -> FluxIRError:
 
 def change(layer: Layer, base: Tensor) -> Tensor:
     """What is added to `base`, the rows as they are without any LoRA, at strength 1: float32 [rows, columns]."""
-    delta = _product(layer).mul_(layer.scale)
+    delta = _product(layer)
     if not layer.is_dora:
         return delta
     changed = delta.add_(base)
@@ -131,20 +131,23 @@ def change(layer: Layer, base: Tensor) -> Tensor:
 
 
 def _product(layer: Layer) -> Tensor:
+    """Its product times its scale."""
     target = layer.target
     if layer.method == "LoRA":
-        up, down = _read(layer, "up"), _read(layer, "down")
+        up, down = _read(layer, "up").mul_(layer.scale), _read(layer, "down")
         if target.swap_halves:
             up = torch.cat(up.chunk(2)[::-1])
         sizes = [after - before for before, after in zip(target.cuts, target.cuts[1:], strict=False)]
         # A clone: where a matrix begins in memory may decide how a product is rounded.
-        return torch.cat([rows.clone() @ down for rows in torch.split(up, sizes)])
+        products = [rows.clone() @ down for rows in torch.split(up, sizes)]
+        return products[0] if len(products) == 1 else torch.cat(products)
     if layer.method == "LoHa":
         whole = (_read(layer, "hada_w1_a") @ _read(layer, "hada_w1_b")).mul_(
             _read(layer, "hada_w2_a") @ _read(layer, "hada_w2_b")
         )
     else:
         whole = torch.kron(*(_factor(layer, w) for w in ("lokr_w1", "lokr_w2")))
+    whole.mul_(layer.scale)
     return torch.cat(whole.chunk(2)[::-1]) if target.swap_halves else whole
 
 

@@ -93,13 +93,14 @@ class LoRA:
 def merge(weight: Tensor, name: str, loras: Sequence[LoRA]) -> None:
     """Add the changes that LoRAs make to one weight of the network, float32 on the CPU, in their order."""
     changes = [
-        (layer.target.rows, change(layer, weight[layer.target.rows]).mul_(lora.strength))
+        (layer.target.rows, change(layer, weight[layer.target.rows]), lora.strength)
         for lora in loras
         if lora.strength
         for layer in lora.layers.get(name, ())
     ]
-    for rows, delta in changes:  # only now: each is computed from the weight as it was
-        weight[rows] += delta
+    for rows, delta, strength in changes:  # only now: each is computed from the weight as it was
+        # In two steps: in one, whether a product is rounded before it is added depends on where it lies in memory.
+        weight[rows] += delta if strength == 1 else delta.mul_(strength)
 
 
 def changes_of(name: str, loras: Sequence[LoRA]) -> bool:
