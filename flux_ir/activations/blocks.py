@@ -169,6 +169,11 @@ class SampledSource(Protocol):
         """
 
 
+def loras_of(source: object) -> list[dict[str, Any]]:
+    """The LoRAs that the model of a source was loaded with, as its files say: path, sha256 and strength of each."""
+    return list(getattr(source, "loras", ()))
+
+
 class Drawn(NamedTuple):
     """What is known of the picture of a generation; None: not known."""
 

@@ -49,6 +49,7 @@ class _Layout(NamedTuple):
     """What captures of one source have in common."""
 
     model: str | None
+    loras: list[dict[str, Any]]
     sites: list[Site]
     steps: list[int]
     widths: dict[Site, int]
@@ -76,6 +77,7 @@ class CaptureSource:
         self.sites: Sequence[Site] = layout.sites
         self.steps: Sequence[int] = layout.steps
         self.model: str | None = layout.model
+        self.loras: Sequence[dict[str, Any]] = layout.loras
         self.generations: Sequence[Generation] = [Generation(row.id, row.prompt, row.path) for row in self._rows]
         self.runs: Sequence[range] = [range(index, index + 1) for index in range(len(self._rows))]
 
@@ -189,6 +191,7 @@ def _layout(capture: Capture) -> _Layout:
         )
     return _Layout(
         model=capture.metadata.get("model"),
+        loras=capture.metadata.get("loras", []),
         sites=list(capture.sites),
         steps=list(capture.steps),
         widths={site: shape[2] for site, shape in shapes.items()},

@@ -73,6 +73,8 @@ class ShardSource:
         self.sites: Sequence[Site] = layer or sorted({Site.parse(site) for site, _ in found})
         self.steps: Sequence[int] = sorted({step for _, step in found}) or [0]
         self.model: str | None = first.metadata.get("model")
+        collected: dict[str, Any] = json.loads(settings or b"{}").get("settings", {})
+        self.loras: Sequence[dict[str, Any]] = collected.get("loras", [])
         self._txt_tokens: int = first.metadata.get("txt_tokens") or 0
         self._starts = [0]
         for shard in self._shards:

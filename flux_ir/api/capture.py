@@ -21,6 +21,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import RunFolder, new_generation_id
 from flux_ir.lens.readout import image_outputs
+from flux_ir.models.checkpoints.lora.read import LoRA
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import OffloadWord
@@ -70,7 +71,9 @@ class CaptureSettings(BegunPictureSettings):
         """The settings by name, as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        several = None if self.lora is None or isinstance(self.lora, str | Path) else [str(path) for path in self.lora]
         return values | {
+            "lora": several or values["lora"],
             "model": self.model.spec.name if isinstance(self.model, Suite) else self.model,
             "sites": None if self.sites is None else list(site_names(self.sites)),
             "steps": None if self.steps is None else list(self.steps),
@@ -127,6 +130,8 @@ def capture(
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
+    lora_strength: float | Sequence[float] | None = None,
     output_dir: str | Path = "output",
     progress: Watch = unwatched,
 ) -> CaptureResult:
@@ -146,7 +151,8 @@ def capture(
     `keep_reference_size`; its tokens have sites of their own (`double.3.cond`).
 
     `model` is the name of one: `device`, `multi_gpu`, `offload` and `dtype` say where and in which precision,
-    `checkpoint` and `ae_checkpoint` where the weights are. Or it is a loaded `Suite`, which has settled all of these;
+    `checkpoint` and `ae_checkpoint` where the weights are; `lora`, one file or several, is merged into them with
+    `lora_strength`. Or it is a loaded `Suite`, which has settled all of these;
     it is not loaded again and stays as it is.
 
     Everything goes into a new folder below `output_dir`. Raises FluxIRError for what a user can mend, as early as
@@ -179,6 +185,8 @@ def capture(
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,
+        lora=lora,
+        lora_strength=lora_strength,
         output_dir=output_dir,
     )
     return run_capture(settings, progress)
@@ -200,9 +208,9 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
         metadata=folder.metadata_file(timestamp, job.spec.name),
         lens=None,
     )
-    metadata = describe(job, folder, timestamp)
     with folder.made():
         suite = settings.suite(job.machine, progress, text=job.text is None)
+        metadata = describe(job, folder, timestamp, suite.source.loras)
         announce(job, folder, progress)
         # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
         with CaptureWriter(result.capture, planned_file(job, metadata)) as sink:
@@ -406,7 +414,7 @@ def save_picture(
         beside.write_bytes(jpeg_bytes(pixels, model=job.spec.name, prompt=job.prompt if keep_prompt else None))
 
 
-def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
+def describe(job: Job, folder: RunFolder, timestamp: str, loras: Sequence[LoRA] = ()) -> dict[str, Any]:
     """What is known before the first step: it stands in the capture file, and in the JSON beside it."""
     metadata = {
         "generation_id": folder.generation_id,
@@ -426,6 +434,8 @@ def describe(job: Job, folder: RunFolder, timestamp: str) -> dict[str, Any]:
     metadata |= job.picture.given.described(job.picture.timesteps)
     if job.steering is not None:
         metadata["edits"] = job.steering.described(with_strength=True)
+    if loras:
+        metadata["loras"] = [lora.to_json() for lora in loras]
     return metadata
 
 

@@ -107,6 +107,8 @@ def collect(
     memory_gb: float | None = None,
     checkpoint: Path | None = None,
     ae_checkpoint: Path | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
+    lora_strength: float | Sequence[float] | None = None,
     progress: Watch = unwatched,
 ) -> Collected:
     """Collect what some sites put out over many prompts, into shards; goes on with what is there.
@@ -147,6 +149,8 @@ def collect(
         memory_gb=memory_gb,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,
+        lora=lora,
+        lora_strength=lora_strength,
     )
     return run_collection(arguments, progress)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flux_ir.api.arguments import check_words
-from flux_ir.api.model_settings import ModelSettings
+from flux_ir.api.model_settings import ModelSettings, with_loras
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
@@ -19,6 +19,7 @@ from flux_ir.lens.readout import readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, stream_flux
 from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer
+from flux_ir.models.checkpoints.lora.read import read_loras
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
@@ -83,7 +84,8 @@ def read_lens(
     """Decode what each block of an earlier run would have drawn, without sampling again.
 
     The run is named as for `read_capture`; its pictures, lens.json and contact sheets are written anew. The
-    weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others.
+    weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others; its LoRAs are
+    merged again.
 
     Raises FluxIRError for a run that is not there or has nothing to decode, before anything heavy where possible.
     """
@@ -98,6 +100,7 @@ def read_lens(
     readable_sites(capture)  # raises where nothing can be read, before a weight is looked for
     earlier = earlier_report(folder)
     made_with = read_json(folder.find_metadata()).get("files", {})
+    settings = with_loras(ModelSettings(device=device, dtype=dtype), capture.metadata.get("loras", []))
     spec = get_spec(capture.metadata["model"])
     transformer_source = locate_transformer(
         spec, checkpoint, recorded=recorded_path(made_with, "transformer"), announce=announce
@@ -109,7 +112,8 @@ def read_lens(
         recorded=recorded_path(made_with, "autoencoder"),
         announce=announce,
     )
-    placement, compute = machine = ModelSettings(device=device, dtype=dtype).settle_machine(recorded=capture.dtype)
+    loras = read_loras(spec, settings.lora, settings.lora_strength, announce)
+    placement, compute = machine = settings.settle_machine(recorded=capture.dtype)
     for note in (f"{spec.name} on {machine}", *machine.notes()):
         announce(note)
     if compute.dtype != capture.dtype:
@@ -117,7 +121,7 @@ def read_lens(
         announce(f"note: the capture is {recorded}: its last block gives the sampler's next state but for rounding")
     with phase(progress, "load"):
         # A lens reads out, and runs no block: none of their weights is read, 23.8 GB for FLUX.1.
-        model = stream_flux(spec, transformer_source, placement.transformer, compute.dtype)
+        model = stream_flux(spec, transformer_source, placement.transformer, compute.dtype, loras=loras)
         autoencoder = load_autoencoder(spec, autoencoder_source, placement.ae_decoder)
     return decode_run(
         progress,

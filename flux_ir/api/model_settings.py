@@ -5,9 +5,10 @@ sampled, and settle them here. A new choice is a field of one of these two, an a
 flag in `commands.cli.shared`.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.inspect import WeightSource
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.locate_text import EncoderSource
+from flux_ir.models.checkpoints.lora.read import check_recorded
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.memory import Limits, best_offload
 from flux_ir.models.placement import OffloadWord, Placement, plan
@@ -59,6 +61,10 @@ class ModelSettings:
     memory_gb: float | None = None
     checkpoint: str | Path | None = None
     ae_checkpoint: str | Path | None = None
+    lora: str | Path | Sequence[str | Path] | None = None
+    """Files merged into the transformer, in this order."""
+    lora_strength: float | Sequence[float] | None = None
+    """One for all or one for each; None: 1."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -112,6 +118,8 @@ class ModelSettings:
             self.spec,
             self.checkpoint,
             self.ae_checkpoint,
+            lora=self.lora,
+            lora_strength=self.lora_strength,
             text=text,
             autoencoder=autoencoder,
             announce=lambda line: progress(Note(line)),
@@ -218,12 +226,29 @@ class BegunPictureSettings(GivenPictureSettings):
     """Above 0 to 1. None: 0.6."""
 
 
+Settings = TypeVar("Settings", bound=ModelSettings)
+
+
+def with_loras(settings: Settings, recorded: Sequence[Mapping[str, Any]]) -> Settings:
+    """The same with the LoRAs that a run was made with, unless others are named or the model is a loaded one.
+
+    `recorded` is what the run says of them. Raises FluxIRError where a file is gone or is another one by now.
+    """
+    if not recorded or settings.lora is not None or isinstance(settings.model, Suite):
+        return settings
+    for lora in recorded:
+        check_recorded(lora)
+    paths, strengths = [lora["path"] for lora in recorded], [lora["strength"] for lora in recorded]
+    return replace(settings, lora=paths, lora_strength=strengths)
+
+
 def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
     """What the metadata of a run say of the model that made it: precision, devices, files."""
     source = suite.source
     text = {} if source.text is None else source.text._asdict()
     weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
-    return {
+    loras = {"loras": [lora.to_json() for lora in source.loras]} if source.loras else {}
+    return loras | {
         "dtype": machine.compute.name,
         "dtype_reason": machine.compute.reason,
         "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS},

@@ -52,13 +52,16 @@ def load_model(
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
+    lora_strength: float | Sequence[float] | None = None,
     progress: Watch = unwatched,
 ) -> Suite:
     """A whole model: text encoders, transformer and autoencoder.
 
     `parts` are loaded now, the others when they are first needed. `device` None is the first GPU, or the CPU; `dtype`
     auto is bfloat16 where the device has it, else float32. `Recorder`, `Intervention` and `spliced` take the model as
-    it is; `model.flux` is its transformer.
+    it is; `model.flux` is its transformer. `lora`, one file or several, is merged into it: with `lora_strength`, one
+    number or one for each (None: 1). What a LoRA says of text encoders is not applied, and told.
 
     Raises FluxIRError for an unknown name, and for weights that are missing or do not fit.
     """
@@ -73,6 +76,8 @@ def load_model(
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,
+        lora=lora,
+        lora_strength=lora_strength,
     )
     machine = settings.settle_machine()
     suite = settings.suite(machine, progress)

@@ -1,19 +1,20 @@
 """A run that is gone through again: how it was made, what it kept of its states, and whether these weights made it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flux_ir.activations.blocks import SampledSource, Sampling
+from flux_ir.activations.blocks import SampledSource, Sampling, loras_of
 from flux_ir.activations.source import open_source
 from flux_ir.api.lens import CaptureResult, capture_file
+from flux_ir.api.model_settings import with_loras
 from flux_ir.api.steer import SteerSettings
 from flux_ir.collecting.collection import weights_digest
-from flux_ir.errors import FluxIRError
+from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import read_json
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.suite import Suite
@@ -31,6 +32,8 @@ class Recorded(NamedTuple):
     """The digest of the model's weights, and whether those of its autoencoder are in it; None: not known."""
     files: dict[str, Path]
     """Weights that the user named when the run was made, by part: transformer, autoencoder."""
+    loras: Sequence[Mapping[str, Any]] = ()
+    """LoRAs that it was made with: path, sha256 and strength of each."""
 
 
 def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Recorded:
@@ -54,6 +57,7 @@ def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Rec
         {step: state[None] for step, state in states.items() if state is not None},
         _collected_with(Path(where)),
         _named_files(source.generations[number].path),
+        loras_of(source),
     )
 
 
@@ -109,17 +113,24 @@ def as_recorded(settings: SteerSettings, recorded: Recorded) -> SteerSettings:
     )
     if isinstance(model, Suite):
         return picture
-    return replace(
+    again = replace(
         picture,
         checkpoint=settings.checkpoint or recorded.files.get("transformer"),
         ae_checkpoint=settings.ae_checkpoint or recorded.files.get("autoencoder"),
         # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
         dtype="float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype,
     )
+    return with_loras(again, recorded.loras)
 
 
 def check_run(recorded: Recorded, suite: Suite, timesteps: Sequence[float]) -> None:
     """Raises FluxIRError for a run that these weights, or this schedule, did not make."""
+    made_with = [(lora["sha256"], lora["strength"]) for lora in recorded.loras]
+    if made_with != [(lora.sha256, lora.strength) for lora in suite.source.loras]:
+        raise FluxIRError(
+            f"the run was made with {counted(len(made_with), 'LoRA')}, and others, or other strengths, are loaded now",
+            hint="leave --lora out for those of the run",
+        )
     if recorded.weights is not None:
         digest, with_autoencoder = recorded.weights
         if weights_digest(suite.source, autoencoder=with_autoencoder) != digest:

@@ -45,6 +45,7 @@ from flux_ir.collecting.storage import Storage, move_aside
 from flux_ir.errors import FluxIRError
 from flux_ir.files import versions
 from flux_ir.models.checkpoints.locate import ModelSource
+from flux_ir.models.checkpoints.lora.read import LoRA
 from flux_ir.models.quantisation import CODES_VERSION
 from flux_ir.recording.statistics import write_statistics
 
@@ -87,12 +88,15 @@ class CollectSettings:
         """Generations of a shard; the last may have fewer."""
         return images_per_shard(self.recipe.generation_bytes)
 
-    def described(self, *, device: str, weights: str) -> dict[str, Any]:
+    def described(self, *, device: str, weights: str, loras: Sequence[LoRA] = ()) -> dict[str, Any]:
         """The settings as `collection.json` keeps them: all that the bits of the files depend on, by names of flags.
 
-        `device` is its kind; `weights` stands for the content of the model's files.
+        `device` is its kind; `weights` stands for the content of the model's files, that of `loras` included.
         """
-        recipe = self.recipe
+        recipe, edits = self.recipe, self.recipe.edits
+        more = {} if edits is None else {"edits": edits.described(with_strength=True)}
+        if loras:
+            more["loras"] = [lora.to_json() for lora in loras]
         return {
             "model": recipe.spec.name,
             "weights": weights,
@@ -112,7 +116,7 @@ class CollectSettings:
             "save_latents": self.save_latents,
             "device": device,
             "batch_size": self.batch_size,
-        } | ({} if recipe.edits is None else {"edits": recipe.edits.described(with_strength=True)})
+        } | more
 
 
 class ShardWork(NamedTuple):
@@ -288,7 +292,7 @@ def check_same(storage: Storage, stored: dict[str, Any], settings: dict[str, Any
     differences = [
         f"{key} {_in_words(key, before.get(key))} there, {_in_words(key, settings.get(key))} now"
         for key in keys
-        if before.get(key) != settings.get(key)
+        if _content(key, before.get(key)) != _content(key, settings.get(key))
     ]
     if differences:
         raise FluxIRError(
@@ -297,7 +301,14 @@ def check_same(storage: Storage, stored: dict[str, Any], settings: dict[str, Any
         )
 
 
+def _content(key: str, value: Any) -> Any:
+    """What of a setting the bits of the files depend on: of a LoRA, not where its file lies."""
+    return [{**lora, "path": None} for lora in value] if key == "loras" and value else value
+
+
 def _in_words(key: str, value: Any) -> str:
+    if key == "loras" and value:
+        return ",".join(f"{lora['path']} at {lora['strength']:g}" for lora in value)
     if key == "prompts" and isinstance(value, dict):
         return f"{value.get('count')} (sha256 {str(value.get('sha256'))[:8]})"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

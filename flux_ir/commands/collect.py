@@ -15,6 +15,7 @@ from flux_ir.commands.cli.shared import (
     CheckpointOptions,
     ComputeOptions,
     EditOptions,
+    LoRAOptions,
     OffloadOptions,
     PictureOptions,
     PlanOptions,
@@ -31,7 +32,14 @@ PROMPTS = "the prompts"
 
 @dataclass(frozen=True, kw_only=True)
 class CollectOptions(
-    PictureOptions, EditOptions, StepOptions, ComputeOptions, OffloadOptions, CheckpointOptions, PlanOptions
+    PictureOptions,
+    EditOptions,
+    StepOptions,
+    ComputeOptions,
+    OffloadOptions,
+    CheckpointOptions,
+    LoRAOptions,
+    PlanOptions,
 ):
     """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 

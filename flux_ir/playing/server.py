@@ -7,7 +7,7 @@ app from a socket that is bound before anything heavy is loaded.
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -85,6 +85,8 @@ def play(
     dtype: DtypeWord = "auto",
     checkpoint: str | Path | None = None,
     ae_checkpoint: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
+    lora_strength: float | Sequence[float] | None = None,
     output_dir: str | Path = "play",
     progress: Watch = unwatched,
 ) -> PlayPage:
@@ -114,6 +116,8 @@ def play(
         dtype=dtype,
         checkpoint=checkpoint,
         ae_checkpoint=ae_checkpoint,
+        lora=lora,
+        lora_strength=lora_strength,
         output_dir=output_dir,
     )
     return run_play(settings, progress)

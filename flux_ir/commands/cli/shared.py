@@ -268,7 +268,27 @@ class CheckpointOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ComputeOptions, OffloadOptions, CheckpointOptions):
+class LoRAOptions(Options):
+    """What is merged into the weights."""
+
+    lora: tuple[Path, ...] | None = option(
+        None,
+        help="LoRAs to merge into the transformer, in this order",
+        group=MACHINE,
+        default_text="none, or that of the run",
+        elsewhere=("loras", "lora_path", "lora_weights", "adapter"),
+    )
+    lora_strength: tuple[float, ...] | None = option(
+        None,
+        help="how strongly: one number for all LoRAs, or one for each",
+        group=MACHINE,
+        default_text="1",
+        elsewhere=("lora_scale", "lora_weight"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ComputeOptions, OffloadOptions, CheckpointOptions, LoRAOptions):
     """How a model is loaded by one process: the fields of `api.model_settings.ModelSettings`."""
 
     multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.headers import TensorEntry, read_entries
+from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries, stored_as
+from flux_ir.models.checkpoints.headers import TensorEntry
 from flux_ir.models.checkpoints.inspect import inspect, layout_and_prefix, other_transformer
 from flux_ir.models.checkpoints.lora import names as lora_names
 from flux_ir.models.checkpoints.lora.read import LoRA, fitting_models, read_lora
@@ -55,16 +56,6 @@ _CHANNELS = {
     384: "384, as the Fill variant",
 }
 _LATENTS = {4: "as that of Stable Diffusion and SDXL", 16: "as that of FLUX.1", 32: "as that of FLUX.2"}
-# How weights are stored that are no plain numbers, by the end of a name beside them.
-_QUANTISED = {
-    ".qweight": "nunchaku (SVDQuant)",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes NF4",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes FP4",
-    ".weight._data": "quanto",
-    ".comfy_quant": "ComfyUI, scaled",
-    ".scale_weight": "float8 with scales (ComfyUI)",
-    ".weight_scale": "float8 with scales",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +75,7 @@ class Network:
     dtypes: dict[str, int]
     """How many tensors are of each type, as safetensors spells them."""
     quantised: str = ""
+    """How many weights are stored as what, for those that are widened when they are loaded, or why none can be read."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else there is to say: sizes, ranks."""
 
@@ -105,7 +97,8 @@ def describe_file(path: Path) -> list[Network]:
     return [_network(path, prefix, entries) for prefix, entries in groups.items()]
 
 
-def _network(path: Path, prefix: str, entries: Mapping[str, TensorEntry]) -> Network:
+def _network(path: Path, prefix: str, stored: Mapping[str, TensorEntry]) -> Network:
+    entries, quantised = _joined(stored)
     models: tuple[str, ...] = ()
     layout, facts = "", {}
     if other := other_transformer(entries):
@@ -121,17 +114,32 @@ def _network(path: Path, prefix: str, entries: Mapping[str, TensorEntry]) -> Net
     else:
         kind = _kind_of(entries)
         facts = _width(entries)
-    return Network(kind=kind, models=models, prefix=prefix, layout=layout, facts=facts, **_counts(entries))
+    return Network(
+        kind=kind,
+        models=models,
+        prefix=prefix,
+        layout=layout,
+        facts=facts,
+        quantised=quantised,
+        **_counts(stored, entries),
+    )
 
 
-def _counts(entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
-    quantised = next((what for end, what in _QUANTISED.items() if any(name.endswith(end) for name in entries)), "")
+def _joined(stored: Mapping[str, TensorEntry]) -> tuple[Mapping[str, TensorEntry], str]:
+    """The weights among the tensors, and how they are stored if that is not plainly."""
+    try:
+        weights = join_weights(stored, "it", hint="take another file")
+    except FluxIRError as error:
+        return stored, f"not readable: {error.message}"
+    return weights, ", ".join(f"{name} ({count})" for name, count in stored_as(weights).items())
+
+
+def _counts(stored: Mapping[str, TensorEntry], weights: Mapping[str, TensorEntry]) -> dict[str, Any]:
     return {
-        "tensors": len(entries),
-        "parameters": sum(prod(entry.shape) for entry in entries.values()),
-        "nbytes": sum(entry.nbytes for entry in entries.values()),
-        "dtypes": dict(Counter(entry.dtype for entry in entries.values()).most_common()),
-        "quantised": quantised,
+        "tensors": len(stored),
+        "parameters": sum(prod(entry.shape) for entry in weights.values()),
+        "nbytes": sum(entry.nbytes for entry in stored.values()),
+        "dtypes": dict(Counter(entry.dtype for entry in stored.values()).most_common()),
     }
 
 
@@ -196,16 +204,16 @@ def _adapter(path: Path, stored: Mapping[str, TensorEntry]) -> Network:
     if models:
         lora = read_lora(path, get_spec(models[0]))
         kind = f"a {lora.method} of {' or '.join(models)}"
-        return Network(kind=kind, models=models, layout=lora.layout, facts=lora_facts(lora), **_counts(stored))
+        return Network(kind=kind, models=models, layout=lora.layout, facts=lora_facts(lora), **_counts(stored, stored))
     if family := lora_names.other_family(stored):
-        return Network(kind=f"a LoRA of {family}", **_counts(stored))
+        return Network(kind=f"a LoRA of {family}", **_counts(stored, stored))
     reasons = {}
     for name in model_names()[:1]:
         try:
             read_lora(path, get_spec(name))
         except FluxIRError as error:
             reasons["because"] = error.message.removeprefix(f"{path} ")
-    return Network(kind="an adapter of no model known here", facts=reasons, **_counts(stored))
+    return Network(kind="an adapter of no model known here", facts=reasons, **_counts(stored, stored))
 
 
 def lora_facts(lora: LoRA) -> dict[str, Any]:

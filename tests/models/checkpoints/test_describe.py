@@ -79,10 +79,13 @@ def test_what_is_no_flux_is_told_too(tmp_path, name, kind):
 
 
 def test_quantised_weights_are_told_by_their_format(tmp_path):
-    (told,) = describe_file(stub(tmp_path, "a.weight", "a.weight.quant_state.bitsandbytes__nf4"))
-    assert told.quantised == "bitsandbytes NF4"
-    (told,) = describe_file(stub(tmp_path, "a.weight", "a.scale_weight"))
-    assert told.quantised == "float8 with scales (ComfyUI)"
+    scaled = {"a.weight": torch.zeros(2, 4, dtype=torch.float8_e4m3fn), "a.scale_weight": torch.ones(())}
+    save_file(scaled, tmp_path / "file.safetensors")
+    (told,) = describe_file(tmp_path / "file.safetensors")
+    assert "(1)" in told.quantised
+    assert told.parameters == 8
+    (told,) = describe_file(stub(tmp_path, "a.qweight", "a.wscales"))
+    assert "not readable: it " in told.quantised
 
 
 def test_an_adapter_that_fits_no_model_says_why(tmp_path):

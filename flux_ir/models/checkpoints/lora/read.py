@@ -150,12 +150,31 @@ def read_lora(path: str | Path, spec: ModelSpec, *, strength: float = 1.0) -> Lo
     if isinstance(contents, FluxIRError) or contents.unknown or not contents.layers:
         raise _unfit(file, spec, stored, contents)
     _check_values(file, contents)
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     layers: dict[str, list[Layer]] = {}
     for layer in contents.layers:
         layers.setdefault(layer.target.weight, []).append(layer)
-    return LoRA(file, float(strength), digest, contents.layout, layers, tuple(contents.of_text))
+    return LoRA(file, float(strength), _digest(file), contents.layout, layers, tuple(contents.of_text))
+
+
+def check_recorded(lora: Mapping[str, Any]) -> None:
+    """Raises FluxIRError if the LoRA that a run was made with is not where it was, or is another file by now."""
+    path, again = (
+        Path(lora["path"]),
+        "put it back, or name the file with --lora and --lora_strength where there are these",
+    )
+    if not path.is_file():
+        raise FluxIRError(f"the run was made with the LoRA {path}, which is not there", hint=again)
+    if (found := _digest(path)) != lora["sha256"]:
+        raise FluxIRError(
+            f"{path} is another file than the LoRA that the run was made with: its sha256 is {found[:12]}..., not "
+            f"{lora['sha256'][:12]}...",
+            hint=again,
+        )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def lora_file(path: str | Path) -> Path:
