@@ -26,7 +26,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.lens.decode import ROUNDING_DRIFT
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -130,7 +130,7 @@ def attribute(
     controls: int = 20,
     best: int = 8,
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,

@@ -67,6 +67,8 @@ def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_fir
     waits = placement.offload != "none"
     for device in dict.fromkeys(["cpu", *placement.devices] if waits else placement.devices):
         on_device = {part: size for part, size in parts.items() if _is_on(part, device, placement)}
+        if "transformer" in on_device and placement.blocks:  # the devices' shares differ by less than a block
+            on_device["transformer"] //= len(placement.blocks)
         text = on_device.get("t5", 0) + on_device.get("clip", 0)
         needed = sum(on_device.values())
         if placement.offload == "blocks" or (waits and device != "cpu"):  # one part after the other
@@ -82,6 +84,8 @@ def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_fir
 
 
 def _is_on(part: str, device: str, placement: Placement) -> bool:
+    if part == "transformer" and device in placement.blocks:
+        return True
     return (placement.offload != "none" and device == "cpu") or getattr(placement, part) == device
 
 

@@ -24,7 +24,7 @@ from flux_ir.lens.readout import image_outputs
 from flux_ir.models.checkpoints.lora.read import LoRA
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
@@ -123,7 +123,7 @@ def capture(
     should_decode_intermediates: bool = True,
     lens: LensWord = "both",
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,

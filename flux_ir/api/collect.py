@@ -25,7 +25,7 @@ from flux_ir.collecting.storage import one_job_at, open_storage
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.sites import SiteNames, sites_among
@@ -102,6 +102,7 @@ def collect(
     batch_size: int | None = None,
     verify: Literal["checksums", "sizes"] = "checksums",
     device: str | None = None,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,
@@ -144,6 +145,7 @@ def collect(
         batch_size=batch_size,
         verify=verify,
         device=device,
+        multi_gpu=multi_gpu,
         offload=offload,
         vram_gb=vram_gb,
         memory_gb=memory_gb,

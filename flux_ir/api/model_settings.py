@@ -23,8 +23,9 @@ from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.checkpoints.lora.read import check_recorded
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.memory import Limits, best_offload
-from flux_ir.models.placement import OffloadWord, Placement, plan
+from flux_ir.models.placement import MultiGpuWord, OffloadWord, Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.split import with_parts_beside
 from flux_ir.models.suite import Suite
 from flux_ir.sampling.generate import check_size
 from flux_ir.sampling.pictures import PictureGiven, RunPictures, settle_pictures
@@ -54,7 +55,7 @@ class ModelSettings:
     """The name of one, or a loaded one, which has settled all that follows. None: that of the run or captures."""
     dtype: DtypeWord = "auto"
     device: str | None = None
-    multi_gpu: bool = False
+    multi_gpu: MultiGpuWord = False
     offload: OffloadWord = False
     vram_gb: float | None = None
     """What the GPU may be filled with, and `memory_gb` the host memory of this process; None: see `memory`."""
@@ -90,7 +91,8 @@ class ModelSettings:
 
         `recorded` is the dtype of what is read again. Each of several `ranks` has the whole model on its own GPU.
 
-        Raises FluxIRError for words and devices that are unknown, and for what a loaded model has settled.
+        Raises FluxIRError for words and devices that are unknown, for `multi_gpu` with several ranks, and for what a
+        loaded model has settled.
         """
         check_words(ModelSettings, self.model_choices())
         if isinstance(self.model, Suite):
@@ -100,8 +102,14 @@ class ModelSettings:
                     hint="pass them to load_model, or pass the model by its name",
                 )
             return Machine(self.model.placement, ComputeDtype(self.model.dtype, "as the model was loaded"))
+        if ranks is not None and ranks.world_size > 1 and self.multi_gpu:
+            raise FluxIRError(
+                f"--multi_gpu is for one process that has several GPUs: got {ranks.world_size} processes",
+                hint="leave out --multi_gpu, or start without torchrun",
+            )
         device = str(ranks.device(self.device)) if ranks is not None and ranks.world_size > 1 else self.device
         placement = plan(torch.cuda.device_count(), device=device, multi_gpu=self.multi_gpu, offload=self.offload)
+        placement = with_parts_beside(placement, self.spec.flux)
         compute = choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks)
         vram, memory = (None if gb is None else int(gb * 10**9) for gb in (self.vram_gb, self.memory_gb))
         limits = Limits(vram, memory)
@@ -246,12 +254,13 @@ def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
     """What the metadata of a run say of the model that made it: precision, devices, files."""
     source = suite.source
     text = {} if source.text is None else source.text._asdict()
+    blocks = {"blocks": list(machine.placement.blocks)} if machine.placement.blocks else {}
     weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
     loras = {"loras": [lora.to_json() for lora in source.loras]} if source.loras else {}
     return loras | {
         "dtype": machine.compute.name,
         "dtype_reason": machine.compute.reason,
-        "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS},
+        "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS} | blocks,
         "offload": machine.placement.offload,
         "files": {part: _described(file) for part, file in weights.items() if file},
     }

@@ -25,7 +25,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.models import text as text_models
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import ModelPart, Suite
 from flux_ir.models.text import TextEmbedding
@@ -45,7 +45,7 @@ def load_model(
     *,
     parts: Collection[ModelPart] = get_args(ModelPart),
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,

@@ -24,7 +24,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling.generate import check_steps
@@ -142,7 +142,7 @@ def steer(
     reference_image: PictureGiven | None = None,
     keep_reference_size: bool = False,
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,

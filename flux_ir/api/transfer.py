@@ -21,7 +21,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -119,7 +119,7 @@ def transfer(
     num_steps: int | None = None,
     guidance: float | None = None,
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,

@@ -4,8 +4,9 @@ Next: `collector`, which keeps what is recorded; `live`, which hands it on.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import isfinite
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from flux_ir.collecting.prompts import WorkItem
 from flux_ir.collecting.recipe import Recipe, recorded_bytes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.split import SplitFlux
 from flux_ir.models.streaming import StreamedFlux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
@@ -26,6 +28,7 @@ from flux_ir.sampling.denoise import StateNotFiniteError
 from flux_ir.sampling.generate import noise_for, prepare, sample
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site
+from flux_ir.threads import in_order
 
 CPU_BATCH = 8
 """On a CPU: with flux-tiny 1.8 times the speed of single generations, and no slower than 16 (which take twice the
@@ -101,8 +104,7 @@ def record_batch(
         on_host[None, site] = torch.cat([one.layers[site] for one in embedded])
     contexts = {step: at._replace(img=_to_host(at.img), y=_to_host(at.y)) for step, at in sink.contexts.items()}
     finished = _to_host(latent) if recipe.to_the_end and latent is not None else None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # the copies to pinned memory were only begun
+    _wait_for({value.device for value in sink.values.values()} | {device})
     return RecordedBatch(items, [one.used_txt for one in embedded], on_host, contexts, finished)
 
 
@@ -133,6 +135,19 @@ def _to_host(value: Tensor) -> Tensor:
     return pinned.copy_(value, non_blocking=True)
 
 
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    """Returns once the copies to pinned memory, which were only begun, have come from these devices.
+
+    It waits for what was queued until now, and not for the batches of other threads that come behind it.
+    """
+    gpus = [device for device in devices if device.type == "cuda"]
+    arrived = [torch.cuda.Event() for _ in gpus]  # type: ignore[no-untyped-call]
+    for event, device in zip(arrived, gpus, strict=True):
+        event.record(torch.cuda.current_stream(device))
+    for event in arrived:
+        event.synchronize()
+
+
 # ---- How many generations go through the network together
 
 
@@ -152,8 +167,19 @@ def cpu_batch(recipe: Recipe) -> int:
 
 
 def gpu_batch(model: Flux, recipe: Recipe) -> int:
-    """The largest power of two that fits on the model's GPU, found by trying."""
-    return largest_that_fits(lambda batch: _try(model, recipe, batch), _most_in_memory(recipe))
+    """The largest power of two that fits on the model's GPUs, found by trying with as many as will be under way."""
+    count = batches_under_way(model)
+    networks = replicas(model, count)
+
+    def attempt(_: int, batch: int) -> None:
+        with borrowed(networks) as network:
+            _try(network, recipe, batch)
+
+    def attempt_all(batch: int) -> None:
+        for _ in in_order(partial(attempt, batch=batch), range(count), count, torch_threads=1):
+            pass
+
+    return largest_that_fits(attempt_all, _most_in_memory(recipe))
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
@@ -185,6 +211,15 @@ def _try(model: Flux, recipe: Recipe, batch: int) -> None:
 
 
 # ---- A network for each thread that works beside others
+
+
+def batches_under_way(network: Flux) -> int:
+    """How many batches are computed at once: one per thread of a CPU, one on a GPU, and as many as there are devices
+    where blocks are split over several: of a batch only one device has work at a time.
+    """
+    if isinstance(network, SplitFlux):
+        return len(network.runs)
+    return torch.get_num_threads() if network.img_in.weight.device.type == "cpu" else 1
 
 
 def replicas(network: Flux, count: int) -> "SimpleQueue[Flux]":

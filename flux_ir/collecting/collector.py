@@ -30,6 +30,7 @@ from flux_ir.activations.shards import POSITIONS_KEY, ShardWriter, scale_key, si
 from flux_ir.collecting.batches import (
     RecordedBatch,
     RecordedGeneration,
+    batches_under_way,
     borrowed,
     check_finite,
     cpu_batch,
@@ -70,6 +71,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.split import SplitFlux
 from flux_ir.models.suite import Suite
 from flux_ir.recording.plan import ScaleOf, pieces_of_context, pieces_of_site, positions
 from flux_ir.recording.statistics import SiteStatistics
@@ -216,14 +218,16 @@ class Collector:
         self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[ShardWork]
     ) -> "Generator[WrittenBatch, None, None]":
         """Every batch of these shards, in order, once it is in its shard's scratch file."""
-        networks = replicas(model, 1 if self.on_gpu else self.workers)
+        under_way = batches_under_way(model)
+        networks = replicas(model, under_way)
         sample = partial(self._sample, networks, autoencoder)
         with ExitStack() as stack:
             batches = self._batches(shards, stack.enter_context(open_shards()))
-            if self.on_gpu:
+            if self.on_gpu or isinstance(model, SplitFlux):
                 # One thread keeps the GPU busy with the next batch while others write the last ones. It does not wait
-                # where a shard ends: batches of the next one follow at once.
-                sampled = stack.enter_context(closing(in_order(sample, batches, 1, torch_threads=1)))
+                # where a shard ends: batches of the next one follow at once. For blocks on several devices there is a
+                # thread, and so a batch, for each device.
+                sampled = stack.enter_context(closing(in_order(sample, batches, under_way, torch_threads=1)))
                 yield from in_order(self._write, sampled, self.workers, torch_threads=1)
             else:
                 # A CPU's threads do all of a batch, side by side: on one thread each, so its bits do not depend on how

@@ -9,7 +9,6 @@ from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flux_ir.activations.blocks import TokenBlock, leading_txt, token_positions
@@ -17,6 +16,7 @@ from flux_ir.collecting.batches import (
     RecordedBatch,
     RecordedGeneration,
     batches_of,
+    batches_under_way,
     borrowed,
     check_finite,
     cpu_batch,
@@ -55,7 +55,7 @@ def live_blocks(
     shards = (shard for shard in every if shard % ranks.world_size == ranks.rank)
     with suite.transformer() as model:
         on_cpu = model.img_in.weight.device.type == "cpu"
-        workers = torch.get_num_threads() if on_cpu else 1
+        workers = batches_under_way(model)
         size = settings.batch_size or (cpu_batch(recipe) if on_cpu else gpu_batch(model, recipe))
         record = partial(_record, replicas(model, workers), recipe)
         batches = _batches(suite, recipe, work, shards, images, size, start)

@@ -12,11 +12,8 @@ from flux_ir.commands.cli.shared import (
     KEEP,
     LARGEST_SEED,
     MACHINE,
-    CheckpointOptions,
-    ComputeOptions,
     EditOptions,
-    LoRAOptions,
-    OffloadOptions,
+    ModelOptions,
     PictureOptions,
     PlanOptions,
     StepOptions,
@@ -31,16 +28,7 @@ PROMPTS = "the prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectOptions(
-    PictureOptions,
-    EditOptions,
-    StepOptions,
-    ComputeOptions,
-    OffloadOptions,
-    CheckpointOptions,
-    LoRAOptions,
-    PlanOptions,
-):
+class CollectOptions(PictureOptions, EditOptions, StepOptions, ModelOptions, PlanOptions):
     """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 
     No step after the last of --steps is computed, unless pictures or latents are kept. The same command goes on where

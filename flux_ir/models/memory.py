@@ -103,10 +103,15 @@ def best_offload(
     True is the fastest that fits: all resident on a CPU, parts in turns on a GPU, else the blocks streamed. Limits
     alone ask for the same. `quantize`: how the blocks are kept, if not in the compute dtype.
 
-    Raises FluxIRError for limits below what a streamed transformer takes.
+    Raises FluxIRError for limits below what a streamed transformer takes, and where blocks are split over GPUs.
     """
     if limits == Limits() and asked is not True:
         return placement
+    if placement.blocks:
+        raise FluxIRError(
+            "--vram_gb and --memory_gb are for a transformer on one device: got --multi_gpu blocks as well",
+            hint="leave one of them out",
+        )
     device, on_cpu = placement.transformer, placement.transformer == "cpu"
     limit = limits.memory_bytes if on_cpu else limits.vram_bytes
     base = HOST_BASE_BYTES if on_cpu else DEVICE_BASE_BYTES

@@ -20,6 +20,8 @@ SPREAD = {
 }
 MOST_GPUS = max(SPREAD)  # with more, the rest stay free
 
+MultiGpuWord = bool | Literal["blocks"]
+"""How a model is spread over GPUs; True: each part on one of them; blocks: the transformer's blocks on all of them."""
 OffloadWord = bool | Literal["parts", "blocks"]
 """How offloading is asked for; True: what is best for the model and the machine."""
 Offload = Literal["none", "parts", "blocks"]
@@ -42,20 +44,22 @@ class Placement:
     """What the transformer's device may be filled with; None: what is free there."""
     memory_bytes: int | None = None
     """What the process may take of host memory; None: as little as it can where blocks are streamed."""
+    blocks: tuple[str, ...] = ()
+    """The devices that the transformer's blocks are split over, `transformer` first; none: all are on that one."""
 
     PARTS: ClassVar = ("t5", "clip", "transformer", "ae_encoder", "ae_decoder")
 
     @property
     def devices(self) -> list[str]:
         """Every device in use, each once."""
-        return list(dict.fromkeys(getattr(self, part) for part in self.PARTS))
+        return list(dict.fromkeys([*(getattr(self, part) for part in self.PARTS), *self.blocks]))
 
 
 def plan(
     num_gpus: int,
     *,
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
 ) -> Placement:
     """The placement for `num_gpus` visible GPUs. `device` None means the first GPU, or the CPU where there is none.
@@ -68,13 +72,13 @@ def plan(
     if multi_gpu and (offload or device is not None):
         other = "--offload" if offload else "--device"
         raise FluxIRError(
-            f"--multi_gpu True spreads the model over GPUs, {other} keeps it on one: got both",
+            f"--multi_gpu {multi_gpu} spreads the model over GPUs, {other} keeps it on one: got both",
             hint=f"leave out --multi_gpu or {other}",
         )
     if multi_gpu and num_gpus >= min(SPREAD):
-        return _spread(num_gpus)
+        return _split(num_gpus) if multi_gpu == "blocks" else _spread(num_gpus)
     single = _one_device(num_gpus, device)
-    reason = _reason(num_gpus, single, chosen=device is not None, multi_gpu=multi_gpu)
+    reason = _reason(num_gpus, single, chosen=device is not None, multi_gpu=bool(multi_gpu))
     waits: Offload = "none" if offload is False else "parts" if offload is True else offload
     if waits == "parts" and single == "cpu":
         waits, reason = "none", f"{reason}; --offload has nothing to move without a GPU"
@@ -87,6 +91,14 @@ def _spread(num_gpus: int) -> Placement:
     return Placement(
         t5, clip, transformer, ae_encoder, ae_decoder, offload="none", reason=f"--multi_gpu over {num_gpus} GPUs"
     )
+
+
+def _split(num_gpus: int) -> Placement:
+    """All blocks split over all GPUs; the other parts on the first, until `split` has reckoned where there is room."""
+    devices = tuple(f"cuda:{number}" for number in range(num_gpus))
+    reason = f"--multi_gpu blocks over {num_gpus} GPUs"
+    first = devices[0]
+    return Placement(first, first, first, first, first, offload="none", reason=reason, blocks=devices)
 
 
 def _one_device(num_gpus: int, device: str | None) -> str:

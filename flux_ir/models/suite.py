@@ -201,9 +201,14 @@ class Suite:
             if self.placement.offload == "blocks" or self.source.quantize is not None:
                 self._transformer = self._streamed()
             else:
-                device = self._home(self.placement.transformer)
-                source = self.source
-                self._transformer = load_flux(self.spec, source.transformer, device, self.dtype, loras=source.loras)
+                self._transformer = load_flux(
+                    self.spec,
+                    self.source.transformer,
+                    self._home(self.placement.transformer),
+                    self.dtype,
+                    loras=self.source.loras,
+                    blocks_on=self.placement.blocks,
+                )
         return self._transformer
 
     def _streamed(self) -> StreamedFlux:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flux_ir.api.progress import Watch, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.placement import OffloadWord
+from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.suite import Suite
 from flux_ir.playing.page import WEB, Page
 from flux_ir.playing.studio import PlaySettings, Studio, open_studio
@@ -78,7 +78,7 @@ def play(
     num_steps: int | None = None,
     guidance: float | None = None,
     device: str | None = None,
-    multi_gpu: bool = False,
+    multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,

@@ -361,7 +361,7 @@ class _Heard:
             velocity = velocity_at(self.model, value, vec, txt_tokens=txt_tokens)
             self.believed[step][site] = clean_estimate(context.img, velocity, self.timesteps[step])
         if site in self.read:
-            self.tokens[step, site] = value[0, txt_tokens:].clone()
+            self.tokens[step, site] = value[0, txt_tokens:].to(context.img.device, copy=True)
 
 
 def open_studio(settings: PlaySettings, progress: Watch = unwatched) -> Studio:

@@ -36,7 +36,8 @@ from flux_ir.sites import Site, sites_among, sites_of
 Change = Callable[[Tokens, int], Tokens]
 """Takes what a site computed at a step, [batch, tokens, d], and gives what shall stand in its place.
 
-That is a tensor of the same shape and dtype on the same device. The value may also be changed in place and given back.
+That is a tensor of the same shape and dtype on the same device, which is that of the sampler's state wherever the
+block is. The value may also be changed in place and given back.
 """
 TextChange = Callable[[Tokens], Tokens]
 """The same for a layer of a text encoder, [prompts, tokens, d], which knows no step."""
@@ -123,7 +124,9 @@ class Intervention(StepHooks):
         return torch.where(kept, after, before + new)
 
     def _edited(self, site: Site, edit: Change, value: Tokens) -> Tokens:
-        return fitting(site, edit(value, self._step), value)
+        # Where blocks are split over devices an edit computes where the state is: its own tensors are there.
+        given = value.to(self.model.img_in.weight.device)
+        return fitting(site, edit(given, self._step), given).to(value.device)
 
 
 class TextIntervention(Hooked):

@@ -455,14 +455,16 @@ def steered_text(encoders: TextEncoders, steering: Steering | None) -> Iterator[
     with ExitStack() as stack:
         for edit in steering.ready if steering is not None else ():
             sites = sorted(site for site in edit.weights if site.per_prompt)
-            if sites:
-                changes: dict[str | Site, TextChange] = {site: partial(_edited_prompts, edit, site) for site in sites}
+            if sites and steering is not None:
+                edit_prompts = partial(_edited_prompts, edit, steering.device)
+                changes: dict[str | Site, TextChange] = {site: partial(edit_prompts, site) for site in sites}
                 stack.enter_context(TextIntervention(encoders, changes))
         yield
 
 
-def _edited_prompts(edit: ReadyEdit, site: Site, value: Tokens) -> Tokens:
-    return _edited_rows([edit], value.shape[1], site, value, 0)
+def _edited_prompts(edit: ReadyEdit, device: torch.device, site: Site, value: Tokens) -> Tokens:
+    """The prompts after one edit, computed where its direction is: the encoders may be elsewhere."""
+    return _edited_rows([edit], value.shape[1], site, value.to(device), 0).to(value.device)
 
 
 def _edited_rows(edits: Sequence[SiteEdit | None], txt_tokens: int, site: Site, value: Tokens, step: int) -> Tokens:

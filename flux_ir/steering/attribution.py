@@ -153,7 +153,8 @@ def _with_graph(
         with Intervention(model, changes), Recorder(model, list(sites)) as recorder:
             velocity = _velocity(model, inputs, t_curr, guidance)
     assert isinstance(recorder.sink, MemorySink)
-    return velocity, {site: recorder.sink.values[0, site][0] for site in sites}, leaves
+    home = inputs.img.device  # where the gradients are, wherever the blocks are
+    return velocity, {site: recorder.sink.values[0, site][0].to(home) for site in sites}, leaves
 
 
 def _behind(site: Site) -> Site:

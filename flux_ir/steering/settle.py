@@ -106,11 +106,12 @@ class _Run:
             encoder = encoders.t5 if site.kind == "t5" else encoders.clip
             used = min(encoder.length(prompt), encoder.max_tokens)
             assert isinstance(recorder.sink, MemorySink)
-            tokens = recorder.sink.read(site)[0, :used]
+            tokens = recorder.sink.read(site)[0, :used].to(sae.W_dec.device)
             return sae.encode(tokens.float()).mean(dim=0) @ sae.W_dec
         sink = self.record(text, [site])
         steps = range(self.given.first_step, len(self.timesteps) - 1)
-        codes = [sae.encode(sink.read(site, step)[0].float()).mean(dim=0) @ sae.W_dec for step in steps]
+        by_step = [sink.read(site, step)[0].float().to(sae.W_dec.device) for step in steps]
+        codes = [sae.encode(tokens).mean(dim=0) @ sae.W_dec for tokens in by_step]
         return torch.stack([torch.zeros_like(codes[0])] * self.given.first_step + codes)
 
     def presence(self, text: TextEmbedding) -> tuple[float, ...]:
@@ -122,7 +123,7 @@ class _Run:
             inside = edit.inside(site, self.steering.txt_tokens, self.steering.tokens(site))
             means = []
             for step in sorted(edit.steps & set(range(self.given.first_step, len(self.timesteps) - 1))):
-                tokens = sink.read(site, step)[0].float()
+                tokens = sink.read(site, step)[0].float().to(self.steering.device)
                 tokens = tokens if inside is None else tokens[inside]
                 direction = edit.direction.rows(step).sum(dim=0, keepdim=True)
                 means.append(cosine_similarity(tokens, direction).clamp_min(0).mean())

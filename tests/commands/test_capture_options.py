@@ -85,12 +85,13 @@ def test_sizes_and_precision_are_as_asked_for(run):
 @pytest.mark.parametrize(
     ("word", "note"),
     [
-        ("--multi_gpu", "--multi_gpu needs two GPUs and there is no GPU: everything on cpu"),
-        ("--offload", "no GPU is visible; all of it fits, so nothing is offloaded"),
+        ("--multi_gpu True", "--multi_gpu needs two GPUs and there is no GPU: everything on cpu"),
+        ("--multi_gpu blocks", "--multi_gpu needs two GPUs and there is no GPU: everything on cpu"),
+        ("--offload True", "no GPU is visible; all of it fits, so nothing is offloaded"),
     ],
 )
 def test_a_machine_without_gpus_is_told_and_works(run, capsys, word, note):
-    folder = run(*QUICK, word, "True")
+    folder = run(*QUICK, *word.split())
     assert f"flux-tiny on cpu ({note})" in capsys.readouterr().err
     assert metadata_of(folder)["devices"]["transformer"] == "cpu"
 

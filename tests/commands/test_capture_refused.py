@@ -35,6 +35,8 @@ def refused(capsys, *words):
         ("--checkpoint nowhere/x.safetensors", "--checkpoint must name .*: got 'nowhere/x.safetensors'", "correct"),
         ("--ae_checkpoint nowhere", "--ae_checkpoint must name .*: got 'nowhere'", "correct --ae_checkpoint"),
         ("--multi_gpu True --offload", "--multi_gpu True spreads .*, --offload keeps", "leave out"),
+        ("--multi_gpu blocks --device cpu", "--multi_gpu blocks spreads .*, --device keeps", "leave out"),
+        ("--multi_gpu layers", "--multi_gpu must be .*: got 'layers'", ""),
         ("--device cuda:99", "--device cuda:99 must be a GPU of this machine", "try --device cpu"),
         ("--device tpu", "--device must be cpu, cuda or cuda:N: got 'tpu'", "try --device cpu"),
         ("--guidance nan", "--guidance must be a finite number", ""),

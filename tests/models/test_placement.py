@@ -3,7 +3,7 @@
 import pytest
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.placement import Placement, plan
+from flux_ir.models.placement import MultiGpuWord, Placement, plan
 
 
 def numbers(placement: Placement) -> tuple[str, ...]:
@@ -12,11 +12,11 @@ def numbers(placement: Placement) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("num_gpus", range(9))
 def test_every_part_of_every_plan_is_on_a_device_that_exists(num_gpus: int) -> None:
-    for multi_gpu in (False, True):
+    for multi_gpu in (False, True, "blocks"):
         placement = plan(num_gpus, multi_gpu=multi_gpu)
         there = {f"cuda:{i}" for i in range(num_gpus)} or {"cpu"}
         assert set(numbers(placement)) <= there
-        assert placement.devices == list(dict.fromkeys(numbers(placement)))
+        assert placement.devices == list(dict.fromkeys([*numbers(placement), *placement.blocks]))
 
 
 def test_eight_gpus_are_used_as_documented() -> None:
@@ -32,11 +32,23 @@ def test_the_transformer_has_a_gpu_of_its_own(num_gpus: int) -> None:
 
 
 @pytest.mark.parametrize(("num_gpus", "device", "words"), [(0, "cpu", "no GPU"), (1, "cuda:0", "one GPU")])
-def test_multi_gpu_without_two_gpus_says_so_and_goes_on(num_gpus: int, device: str, words: str) -> None:
-    placement = plan(num_gpus, multi_gpu=True)
+@pytest.mark.parametrize("multi_gpu", [True, "blocks"])
+def test_multi_gpu_without_two_gpus_says_so_and_goes_on(
+    num_gpus: int, device: str, words: str, multi_gpu: MultiGpuWord
+) -> None:
+    placement = plan(num_gpus, multi_gpu=multi_gpu)
     assert placement.devices == [device]
+    assert placement.blocks == ()
     assert words in placement.reason
     assert device in placement.reason
+
+
+@pytest.mark.parametrize("num_gpus", range(2, 9))
+def test_blocks_are_on_every_gpu(num_gpus: int) -> None:
+    placement = plan(num_gpus, multi_gpu="blocks")
+    assert placement.blocks == tuple(f"cuda:{number}" for number in range(num_gpus))
+    assert placement.transformer == "cuda:0"
+    assert placement.offload == "none"
 
 
 def test_one_device_is_the_first_gpu_or_the_cpu() -> None:
@@ -75,6 +87,7 @@ def test_a_gpu_that_is_not_there_is_refused(num_gpus: int, words: str) -> None:
 
 
 @pytest.mark.parametrize("other", [{"offload": True}, {"device": "cuda:0"}])
-def test_multi_gpu_excludes_one_device(other: dict[str, object]) -> None:
-    with pytest.raises(FluxIRError, match="got both"):
-        plan(4, multi_gpu=True, **other)
+@pytest.mark.parametrize("multi_gpu", [True, "blocks"])
+def test_multi_gpu_excludes_one_device(other: dict[str, object], multi_gpu: MultiGpuWord) -> None:
+    with pytest.raises(FluxIRError, match=f"--multi_gpu {multi_gpu} spreads .*: got both"):
+        plan(4, multi_gpu=multi_gpu, **other)

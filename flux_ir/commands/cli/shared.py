@@ -291,7 +291,11 @@ class LoRAOptions(Options):
 class ModelOptions(ComputeOptions, OffloadOptions, CheckpointOptions, LoRAOptions):
     """How a model is loaded by one process: the fields of `api.model_settings.ModelSettings`."""
 
-    multi_gpu: bool = option(False, help="spread the parts of the model over the GPUs there are", group=MACHINE)
+    multi_gpu: bool | Literal["blocks"] = option(
+        False,
+        help="True: each part of the model on one of the GPUs; blocks: the transformer's blocks on all of them",
+        group=MACHINE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

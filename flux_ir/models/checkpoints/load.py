@@ -17,6 +17,7 @@ from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network
 from flux_ir.models.checkpoints.lora.read import LoRA, changes_of, merge
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.split import SplitFlux
 from flux_ir.models.streaming import HostMemory, StreamedFlux
 
 Network = TypeVar("Network", Flux, AutoEncoder)
@@ -30,14 +31,20 @@ def load_flux(
     dtype: torch.dtype,
     *,
     loras: Sequence[LoRA] = (),
+    blocks_on: Sequence[str] = (),
     advance: Advance | None = None,
 ) -> Flux:
     """The transformer with its LoRAs merged, ready to run.
 
-    `advance` is told the bytes read after each tensor (`source.nbytes` in all).
+    `blocks_on` are devices that its blocks are split over in place of `device`. `advance` is told the bytes read after
+    each tensor (`source.nbytes` in all).
     """
     network = cast(Flux, _blank(spec, source, "transformer"))
-    return _filled(network, Weights(network, source, loras), device, dtype, advance)
+    weights = Weights(network, source, loras)
+    if blocks_on:
+        parted = SplitFlux(spec.flux, blocks_on)
+        return _filled(parted, weights, parted.device_of, dtype, advance)
+    return _filled(network, weights, lambda name: device, dtype, advance)
 
 
 def stream_flux(
@@ -72,7 +79,7 @@ def load_autoencoder(
 ) -> AutoEncoder:
     """The autoencoder, ready to run; float32 as it is published."""
     network = cast(AutoEncoder, _blank(spec, source, "autoencoder"))
-    return _filled(network, Weights(network, source), device, dtype, advance)
+    return _filled(network, Weights(network, source), lambda name: device, dtype, advance)
 
 
 def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEncoder:
@@ -107,12 +114,16 @@ class Weights:
 
 
 def _filled(
-    network: Network, weights: Weights, device: torch.device | str, dtype: torch.dtype, advance: Advance | None
+    network: Network,
+    weights: Weights,
+    device_of: Callable[[str], torch.device | str],
+    dtype: torch.dtype,
+    advance: Advance | None,
 ) -> Network:
     """The network with its weights in place of the meta tensors it was built of."""
     state: dict[str, Tensor] = {}
     for name, blank in network.state_dict().items():
-        state[name] = torch.empty(blank.shape, device=device, dtype=dtype)
+        state[name] = torch.empty(blank.shape, device=device_of(name), dtype=dtype)
         weights.read_into(state[name], name)
         if advance is not None:
             advance(weights.nbytes(name))
