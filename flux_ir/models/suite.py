@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, stream_flux
@@ -56,6 +57,11 @@ class Suite:
         tokens: int = LARGEST_USUAL_TOKENS,
         announce: Announce | None = None,
     ) -> None:
+        if source.quantize is not None and placement.blocks:
+            raise FluxIRError(
+                "quantised blocks come from their codes on one device: got --multi_gpu blocks as well",
+                hint="leave out --multi_gpu or --quantize",
+            )
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
         self.tokens, self._announce = tokens, announce
         self._t5: TextEncoder | None = None

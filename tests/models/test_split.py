@@ -8,11 +8,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.memory import Limits, best_offload, elements
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
 from flux_ir.models.split import SplitFlux, runs_of, split, with_parts_beside
+from flux_ir.models.suite import Suite
 from flux_ir.recording.intervention import Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.denoise import StateNotFiniteError, denoise
@@ -115,6 +117,13 @@ def test_limits_are_of_one_device(tiny_flux_params):
     placement = plan(2, multi_gpu="blocks")
     with pytest.raises(FluxIRError, match="are for a transformer on one device: got --multi_gpu blocks as well"):
         best_offload(placement, tiny_flux_params, torch.float32, Limits(vram_bytes=10**10), asked=False)
+
+
+def test_quantised_blocks_are_on_one_device():
+    spec = get_spec("flux-tiny")
+    source = locate_model(spec, text=False, autoencoder=False)._replace(quantize="nf4")
+    with pytest.raises(FluxIRError, match="come from their codes on one device: got --multi_gpu blocks as well"):
+        Suite(spec, source, plan(2, multi_gpu="blocks"), torch.bfloat16)
 
 
 # ---- The same bits
