@@ -104,6 +104,15 @@ def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
     return tensor
 
 
+def all_max(number: int, ranks: Ranks) -> int:
+    """The largest of the numbers that the ranks pass, on each of them."""
+    if ranks.store is None:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def wait_for_all(ranks: Ranks) -> None:
     """Returns once every rank has come here."""
     if ranks.store is not None:

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from flux_ir.distributed import Ranks, all_sum, arrivals, first_rank_value, joined, wait_for_all
+from flux_ir.distributed import Ranks, all_max, all_sum, arrivals, first_rank_value, joined, wait_for_all
 from flux_ir.errors import FluxIRError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TOGETHER = """
 import os, sys, time, torch
 from pathlib import Path
-from flux_ir.distributed import all_sum, arrivals, first_rank_value, joined, wait_for_all
+from flux_ir.distributed import all_max, all_sum, arrivals, first_rank_value, joined, wait_for_all
 from flux_ir.models.compute_dtype import choose_dtype
 with joined() as ranks:
     assert ranks.world_size == 2 and ranks.rank in (0, 1) and ranks.local_rank == ranks.rank
@@ -21,6 +21,7 @@ with joined() as ranks:
     mine = torch.tensor([1.0, 10.0 ** ranks.rank], dtype=torch.float64)
     assert all_sum(mine, ranks) is mine and mine.tolist() == [2.0, 11.0], mine
     assert first_rank_value({"rank": ranks.rank}, ranks) == {"rank": 0}
+    assert all_max(3 - 2 * ranks.rank, ranks) == 3
     if ranks.is_first:
         time.sleep(0.3)
     assert ranks.count("things", 5) in (5, 10)
@@ -59,6 +60,7 @@ def test_without_variables_there_is_one_process_and_no_group(set_variables):
         value = torch.ones(2)
         assert all_sum(value, ranks) is value
         assert value.tolist() == [1.0, 1.0]
+        assert all_max(2, ranks) == 2
         wait_for_all(ranks)
         assert first_rank_value("mine", ranks) == "mine"
         assert list(arrivals("here", ranks)) == [1]

@@ -10,7 +10,7 @@ import torch
 from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.checkpoints.inspect import Part, blank_network
 from flux_ir.models.checkpoints.locate_text import EncoderSource
-from flux_ir.models.memory import free_memory, streamed_bytes
+from flux_ir.models.memory import elements, free_memory, streamed_bytes
 from flux_ir.models.placement import Placement
 from flux_ir.models.suite import Suite
 
@@ -48,12 +48,17 @@ def check_disk(needed_bytes: int, disk: DiskSpace, *, flags: str) -> None:
 def weights_bytes(suite: Suite) -> dict[str, int]:
     """Bytes of memory that the weights of a model take, by the names of the parts in `Placement`.
 
-    The whole autoencoder is counted under ae_decoder. Text encoders in a format older than safetensors count as
+    Of a transformer that is sharded over ranks that is one rank's part, and the largest block, gathered. The whole
+    autoencoder is counted under ae_decoder. Text encoders in a format older than safetensors count as
     nothing, since their sizes stand in no header.
     """
     parts = {"transformer": _elements(suite, "transformer") * suite.dtype.itemsize}
     if suite.placement.offload == "blocks":
         parts["transformer"] = streamed_bytes(suite.spec.flux, suite.dtype)
+    if suite.sharded_over > 1:
+        counts = elements(suite.spec.flux)
+        own = -(-sum(counts.blocks) // suite.sharded_over)
+        parts["transformer"] = (counts.outside + own + max(counts.blocks)) * suite.dtype.itemsize
     if suite.source.text is not None:
         parts["t5"] = _encoder_elements(suite.source.text.t5) * suite.dtype.itemsize
         parts["clip"] = _encoder_elements(suite.source.text.clip) * suite.dtype.itemsize

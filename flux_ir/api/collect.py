@@ -68,6 +68,7 @@ class CollectArguments(PictureSettings):
     save_latents: bool = False
     batch_size: int | None = None
     verify: Literal["checksums", "sizes"] = "checksums"
+    fsdp: bool = False
 
 
 class CollectionJob(NamedTuple):
@@ -101,6 +102,7 @@ def collect(
     save_latents: bool = False,
     batch_size: int | None = None,
     verify: Literal["checksums", "sizes"] = "checksums",
+    fsdp: bool = False,
     device: str | None = None,
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
@@ -119,7 +121,8 @@ def collect(
     patterns, `steps` the steps to keep (None: all); no step runs after the last of them unless pictures or latents are
     kept. With `edit`, an `Edit`, several or their file, every run is steered. `output_dir` is a folder or a URL.
     `model` is the name of one, or a loaded `Suite`, which brings its own device and dtype. What the network computes in
-    `dtype` is kept in `store_dtype`. Under torchrun all processes call this alike and share the work.
+    `dtype` is kept in `store_dtype`. Under torchrun all processes call this alike and share the work;
+    with `fsdp` they also share the transformer's weights, of which each has a part.
 
     Raises FluxIRError for what a user can mend: before a weight is read where that is possible.
     """
@@ -144,6 +147,7 @@ def collect(
         save_latents=save_latents,
         batch_size=batch_size,
         verify=verify,
+        fsdp=fsdp,
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
@@ -210,6 +214,8 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
         )
     spec, picture = asked.spec, asked.settle_picture()
     chosen = sites_among(asked.sites, spec.sites)
+    if asked.fsdp:
+        _check_fsdp(asked, ranks)
     machine = asked.settle_machine(ranks=ranks)
     sites, to_the_end = tuple(site for site in chosen if not site.per_prompt), asked.save_images or asked.save_latents
     # Layers of the text encoders alone need no forward of the transformer: none is made before the first step recorded.
@@ -241,7 +247,12 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
         save_latents=asked.save_latents,
         verify=asked.verify,
     )
-    suite = asked.suite(machine, progress if ranks.is_first else unwatched, autoencoder=asked.save_images)
+    suite = asked.suite(
+        machine,
+        progress if ranks.is_first else unwatched,
+        autoencoder=asked.save_images,
+        sharded_over=ranks.world_size if asked.fsdp else 1,
+    )
     return CollectionJob(settings, suite, machine, str(asked.output_dir))
 
 
@@ -250,6 +261,22 @@ def _edits(asked: CollectArguments, spec: ModelSpec, picture: SettledPicture, ma
         return None
     edits, device = as_edits(asked.edit), machine.placement.transformer
     return Steering(edits, spec, grid=picture.grid, num_steps=picture.num_steps, device=device)
+
+
+def _check_fsdp(asked: CollectArguments, ranks: Ranks) -> None:
+    if ranks.world_size == 1:
+        raise FluxIRError(
+            "--fsdp shards the transformer over processes: there is one",
+            hint="start with torchrun --nproc_per_node N -m flux_ir collect",
+        )
+    others = {"offload": asked.offload, "vram_gb": asked.vram_gb, "memory_gb": asked.memory_gb}
+    if given := [f"--{name}" for name, value in others.items() if value]:
+        raise FluxIRError(
+            f"--fsdp keeps a part of every weight on each device, {given[0]} is for a network of one process: got both",
+            hint=f"leave out --fsdp or {given[0]}",
+        )
+    if isinstance(asked.model, Suite):
+        raise FluxIRError("--fsdp says how a model is loaded: got a loaded one", hint="pass the model by its name")
 
 
 def _check_tokens(recipe: Recipe) -> None:
@@ -281,6 +308,8 @@ def _opening(job: CollectionJob, ranks: Ranks) -> str:
     where = f"{', '.join(placement.devices)} ({placement.reason})"
     if ranks.world_size > 1:
         where = f"{ranks.world_size} processes, each on a {torch.device(placement.transformer).type} device"
+        if job.suite.sharded_over > 1:
+            where += ", the transformer's blocks sharded over all"
     generations = len(job.settings.prompts) * job.settings.repeats
     runs = "no step runs" if not recipe.sites and recipe.steps == (0,) else f"no step runs after {recipe.steps[-1]}"
     until = "all steps run" if recipe.to_the_end else runs

@@ -115,10 +115,18 @@ class ModelSettings:
         limits = Limits(vram, memory)
         return Machine(best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload), compute)
 
-    def suite(self, machine: Machine, progress: Watch, *, text: bool = True, autoencoder: bool = True) -> Suite:
+    def suite(
+        self,
+        machine: Machine,
+        progress: Watch,
+        *,
+        text: bool = True,
+        autoencoder: bool = True,
+        sharded_over: int = 1,
+    ) -> Suite:
         """The loaded model; or by its name: its files are found (or fetched) and checked, and no part is loaded.
 
-        Without `text` or `autoencoder` this part is not looked for.
+        Without `text` or `autoencoder` this part is not looked for. The transformer is sharded over so many ranks.
         """
         if isinstance(self.model, Suite):
             return self.model
@@ -132,7 +140,7 @@ class ModelSettings:
             autoencoder=autoencoder,
             announce=lambda line: progress(Note(line)),
         )
-        return Suite(self.spec, source, machine.placement, machine.compute.dtype)
+        return Suite(self.spec, source, machine.placement, machine.compute.dtype, sharded_over=sharded_over)
 
 
 class SettledPicture(NamedTuple):

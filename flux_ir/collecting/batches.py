@@ -6,6 +6,7 @@ Next: `collector`, which keeps what is recorded; `live`, which hands it on.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from queue import SimpleQueue
@@ -20,6 +21,7 @@ from flux_ir.collecting.prompts import WorkItem
 from flux_ir.collecting.recipe import Recipe, recorded_bytes
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.sharded import ShardedFlux
 from flux_ir.models.split import SplitFlux
 from flux_ir.models.streaming import StreamedFlux
 from flux_ir.models.text import TextEmbedding
@@ -201,6 +203,11 @@ def _most_in_memory(recipe: Recipe) -> int:
     return max(1, MOST_BYTES // recorded_bytes(recipe))
 
 
+def run_along(model: Flux, recipe: Recipe) -> None:
+    """Calls the blocks that a batch calls, in its order, for ranks that have one; of a single picture, unedited."""
+    _try(model, replace(recipe, edits=None), 1)
+
+
 def _try(model: Flux, recipe: Recipe, batch: int) -> None:
     """Records a batch of this size from texts of zeros, and keeps nothing."""
     flux = recipe.spec.flux
@@ -215,8 +222,11 @@ def _try(model: Flux, recipe: Recipe, batch: int) -> None:
 
 def batches_under_way(network: Flux) -> int:
     """How many batches are computed at once: one per thread of a CPU, one on a GPU, and as many as there are devices
-    where blocks are split over several: of a batch only one device has work at a time.
+    where blocks are split over several: of a batch only one device has work at a time. Of a network that is sharded
+    over ranks one: all of them call its blocks in the same order.
     """
+    if isinstance(network, ShardedFlux):
+        return 1
     if isinstance(network, SplitFlux):
         return len(network.runs)
     return torch.get_num_threads() if network.img_in.weight.device.type == "cpu" else 1

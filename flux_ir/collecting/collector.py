@@ -14,7 +14,7 @@ is computed by one thread, on a copy of the network that shares its weights. A b
 recorded, so memory holds batches and never shards.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
@@ -37,6 +37,7 @@ from flux_ir.collecting.batches import (
     gpu_batch,
     record_batch,
     replicas,
+    run_along,
 )
 from flux_ir.collecting.collection import (
     Collection,
@@ -66,11 +67,12 @@ from flux_ir.collecting.shard_notes import (
     merge_statistics,
 )
 from flux_ir.collecting.storage import Storage
-from flux_ir.distributed import Ranks, arrivals, first_rank_value
+from flux_ir.distributed import Ranks, all_max, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.files import disk_error
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.sharded import ShardedFlux, current_device
 from flux_ir.models.split import SplitFlux
 from flux_ir.models.suite import Suite
 from flux_ir.recording.plan import ScaleOf, pieces_of_context, pieces_of_site, positions
@@ -107,11 +109,18 @@ class Collector:
         self.was_begun = self._description_is_there = stored is not None
         storage.clear_scratch(everyones=False)
         on_cpu = cpu_batch(self.recipe) if self.device.type == "cpu" else None
-        self._begin(self._settings_as_kept["batch_size"] or on_cpu)
+        batch_size = self._settings_as_kept["batch_size"] or on_cpu
+        if batch_size is None and suite.sharded_over > 1:
+            raise FluxIRError(
+                "on GPUs --fsdp needs a --batch_size: a rank that tries what fits would leave the others waiting",
+                hint="--batch_size 4, for example",
+            )
+        self._begin(batch_size)
         self._missing_shards: list[int] = []
         self._to_encode: dict[str, None] = {}
         self.missing = 0
         """Generations of this rank that have to be made. Known after `verify`."""
+        self._needs_network = False  # of the work, or because another rank does and all run it together
 
     def _begin(self, batch_size: int | None) -> None:
         """Fix the batch size, and say in the folder what is collected.
@@ -153,6 +162,7 @@ class Collector:
             yield intact
         if self._missing_shards:
             self.collection.remove_index()
+        self._needs_network = bool(all_max(self.missing, self.ranks) if self.suite.sharded_over > 1 else self.missing)
 
     def _look_at(self, shard: ShardWork, *, checksums: bool) -> tuple[ShardWork, bool]:
         return shard, self.collection.is_intact(shard, checksums=checksums)
@@ -177,10 +187,10 @@ class Collector:
 
     def load(self) -> None:
         """Loads what `record` runs, and finds by trying how many generations go together where nobody says it."""
-        if self.missing:
+        if self._needs_network:
             self.suite.load_part("transformer")
-            if self.settings.save_images:
-                self.suite.load_part("autoencoder")
+        if self.missing and self.settings.save_images:
+            self.suite.load_part("autoencoder")
         if not self._description_is_there:
             # Rank 0 tries for all, whatever its share is: batches, and so bits, must not depend on the rank.
             tried = None
@@ -196,15 +206,28 @@ class Collector:
         are never kept.
         """
         self.load()  # what `load` has loaded already costs nothing
-        if not self._missing_shards:
+        if not self._needs_network:
             return
-        shards = map(self.collection.shard, self._missing_shards)
+        shards = [self.collection.shard(number) for number in self._missing_shards]
+        along = self._batches_of_others(shards)
         with self._networks() as networks, closing(self._written(*networks, shards)) as batches:
             for written in batches:
                 written.shard.note(written)
                 if written.is_last:
                     written.shard.finish()
                 yield from written.items
+            for _ in range(along):
+                with current_device(self.device):
+                    run_along(networks[0], self.recipe)
+
+    def _batches_of_others(self, shards: Sequence[ShardWork]) -> int:
+        """How many batches this rank runs along with others where a sharded network is in step: until the rank that has
+        most of them is done. All batches make the same forwards, for their recipe is the same.
+        """
+        if self.suite.sharded_over == 1:
+            return 0
+        own = sum(len(shard.batches) for shard in shards)
+        return all_max(own, self.ranks) - own
 
     @contextmanager
     def _networks(self) -> Iterator[tuple[Flux, AutoEncoder | None]]:
@@ -223,7 +246,7 @@ class Collector:
         sample = partial(self._sample, networks, autoencoder)
         with ExitStack() as stack:
             batches = self._batches(shards, stack.enter_context(open_shards()))
-            if self.on_gpu or isinstance(model, SplitFlux):
+            if self.on_gpu or isinstance(model, SplitFlux | ShardedFlux):
                 # One thread keeps the GPU busy with the next batch while others write the last ones. It does not wait
                 # where a shard ends: batches of the next one follow at once. For blocks on several devices there is a
                 # thread, and so a batch, for each device.
@@ -251,7 +274,7 @@ class Collector:
     ) -> "_Sampled":
         """Samples and records a batch, and decodes its pictures where they are kept."""
         embedded = [self._embedded(item.prompt) for item in batch.items]
-        with borrowed(networks) as network:
+        with borrowed(networks) as network, current_device(self.device):
             recorded = record_batch(network, self.recipe, batch.items, embedded)
         pixels = None
         if autoencoder is not None and recorded.latent is not None:

@@ -84,6 +84,12 @@ class CollectOptions(PictureOptions, EditOptions, StepOptions, ModelOptions, Pla
         "checksums", help="how files that are there already are looked at, before going on", group=MACHINE
     )
 
+    fsdp: bool = option(
+        False,
+        help="under torchrun: shard the transformer's blocks over all processes, for GPUs that cannot hold it alone",
+        group=MACHINE,
+    )
+
     def __post_init__(self) -> None:
         if self.dtype in ("float16", "float8_e4m3fn"):  # what --dtype meant once
             raise FluxIRError(

@@ -14,7 +14,7 @@ from torch import nn
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.hub import Announce
-from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, stream_flux
+from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, load_sharded_flux, stream_flux
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
 from flux_ir.models.checkpoints.quantised import stream_quantised
@@ -44,7 +44,8 @@ class Suite:
 
     `dtype` is that of the transformer and the text encoders. A part that `source` does not have cannot be asked for:
     ValueError. `tokens`, of text and image together, are those that memory is kept free for where blocks are streamed.
-    `announce` is told of what takes long and happens once.
+    `announce` is told of what takes long and happens once. With `sharded_over` more than one, all ranks of a job load
+    and run the transformer together: see `sharded`.
     """
 
     def __init__(
@@ -56,14 +57,16 @@ class Suite:
         *,
         tokens: int = LARGEST_USUAL_TOKENS,
         announce: Announce | None = None,
+        sharded_over: int = 1,
     ) -> None:
-        if source.quantize is not None and placement.blocks:
+        other = "--multi_gpu blocks" if placement.blocks else "--fsdp" if sharded_over > 1 else None
+        if source.quantize is not None and other is not None:
             raise FluxIRError(
-                "quantised blocks come from their codes on one device: got --multi_gpu blocks as well",
-                hint="leave out --multi_gpu or --quantize",
+                f"quantised blocks come from their codes on one device: got {other} as well",
+                hint=f"leave out --quantize or {other}",
             )
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
-        self.tokens, self._announce = tokens, announce
+        self.tokens, self._announce, self.sharded_over = tokens, announce, sharded_over
         self._t5: TextEncoder | None = None
         self._clip: TextEncoder | None = None
         self._transformer: Flux | None = None
@@ -206,6 +209,15 @@ class Suite:
         if self._transformer is None:
             if self.placement.offload == "blocks" or self.source.quantize is not None:
                 self._transformer = self._streamed()
+            elif self.sharded_over > 1:
+                self._transformer = load_sharded_flux(
+                    self.spec,
+                    self.source.transformer,
+                    self.placement.transformer,
+                    self.dtype,
+                    ranks=self.sharded_over,
+                    loras=self.source.loras,
+                )
             else:
                 self._transformer = load_flux(
                     self.spec,

@@ -10,6 +10,7 @@ from torch import nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.sharded import ShardedFlux
 from flux_ir.models.streaming import StreamedFlux
 from flux_ir.shapes import Conditioning, CondLatent, Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
 
@@ -144,6 +145,13 @@ def _not_finite(
     In a network of its own that shares the weights, so that nobody who listens to `model` hears the step twice.
     """
     own: Flux = getattr(model, "_orig_mod", model)  # a compiled model's own
+    sound = step.after.flatten(1).isfinite().all(dim=1).tolist()
+    if isinstance(own, ShardedFlux):
+        return StateNotFiniteError(
+            f"the sampler's state is not finite after step {step.number}, and the other ranks do not compute it again",
+            hint="one process without --fsdp names the block that made it so",
+            row=sound.index(False),
+        )
     twin = own.twin()
     for name, module in twin.named_modules():
         if re.fullmatch(r"(img_in|txt_in|time_in|guidance_in|vector_in|final_layer|(double|single)_blocks\.\d+)", name):
@@ -161,7 +169,6 @@ def _not_finite(
         whose = "nothing of the network by itself: something that changes it while it runs did this"
     except _FirstNotFinite as found:
         whose = str(found)
-    sound = step.after.flatten(1).isfinite().all(dim=1).tolist()
     return StateNotFiniteError(
         f"the sampler's state is not finite after step {step.number}: the first values that are not come from {whose}",
         hint="check the weights for infinity and NaN (a conversion to float16 makes such), or try --dtype float32",

@@ -124,6 +124,8 @@ def test_quantised_blocks_are_on_one_device():
     source = locate_model(spec, text=False, autoencoder=False)._replace(quantize="nf4")
     with pytest.raises(FluxIRError, match="come from their codes on one device: got --multi_gpu blocks as well"):
         Suite(spec, source, plan(2, multi_gpu="blocks"), torch.bfloat16)
+    with pytest.raises(FluxIRError, match="on one device: got --fsdp as well"):
+        Suite(spec, source, plan(1), torch.bfloat16, sharded_over=2)
 
 
 # ---- The same bits

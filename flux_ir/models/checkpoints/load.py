@@ -17,6 +17,7 @@ from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network
 from flux_ir.models.checkpoints.lora.read import LoRA, changes_of, merge
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.sharded import ShardedFlux, current_device, own_part
 from flux_ir.models.split import SplitFlux
 from flux_ir.models.streaming import HostMemory, StreamedFlux
 
@@ -67,6 +68,33 @@ def stream_flux(
     if in_memory:
         fetch = HostMemory(fetch, pinned=torch.device(device).type == "cuda").fetch
     return StreamedFlux(spec.flux, fetch, device, dtype, resident=resident)
+
+
+def load_sharded_flux(
+    spec: ModelSpec,
+    source: WeightSource,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    ranks: int,
+    loras: Sequence[LoRA] = (),
+) -> ShardedFlux:
+    """The transformer with its LoRAs merged and its blocks sharded over so many ranks, all of which call this.
+
+    Every rank reads every weight, one after the other, and keeps its own part: none ever has the whole network.
+    """
+    device = torch.device(device)
+    weights = Weights(_blank(spec, source, "transformer"), source, loras)
+    with current_device(device):
+        network = ShardedFlux(spec.flux, device, dtype, ranks)
+        state: dict[str, Tensor] = {}
+        for name, blank in network.state_dict().items():
+            weight = torch.empty(blank.shape, dtype=dtype)
+            weights.read_into(weight, name)
+            state[name] = own_part(weight, blank, device)
+    network.load_state_dict(state, strict=True, assign=True)
+    network.requires_grad_(requires_grad=False)
+    return network
 
 
 def load_autoencoder(
