@@ -125,6 +125,7 @@ def capture(
     device: str | None = None,
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
+    compile: bool = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -151,9 +152,9 @@ def capture(
     `keep_reference_size`; its tokens have sites of their own (`double.3.cond`).
 
     `model` is the name of one: `device`, `multi_gpu`, `offload` and `dtype` say where and in which precision,
-    `checkpoint` and `ae_checkpoint` where the weights are; `lora`, one file or several, is merged into them with
-    `lora_strength`. Or it is a loaded `Suite`, which has settled all of these;
-    it is not loaded again and stays as it is.
+    `compile` whether its blocks are compiled, `checkpoint` and `ae_checkpoint` where the weights are; `lora`, one file
+    or several, is merged into them with `lora_strength`. Or it is a loaded `Suite`, which has settled all of these; it
+    is not loaded again and stays as it is.
 
     Everything goes into a new folder below `output_dir`. Raises FluxIRError for what a user can mend, as early as
     it is known.
@@ -180,6 +181,7 @@ def capture(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        compile=compile,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,
@@ -329,7 +331,8 @@ def announce(job: Job, folder: RunFolder, progress: Watch) -> None:
     """Say that all questions are answered, and how: from here on it takes long."""
     progress(Begun(folder.generation_id))
     progress(Note(f"{job.spec.name} on {job.machine}, seed {job.seed}"))
-    for note in job.machine.notes() + job.picture.given.notes(job.picture.timesteps):
+    edited = [] if job.steering is None else job.steering.sites
+    for note in job.machine.notes([*job.sites, *edited]) + job.picture.given.notes(job.picture.timesteps):
         progress(Note(note))
     for note in job.steering.notes() if job.steering is not None else ():
         progress(Note(note))

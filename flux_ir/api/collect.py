@@ -106,6 +106,7 @@ def collect(
     device: str | None = None,
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
+    compile: bool = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     checkpoint: Path | None = None,
@@ -151,6 +152,7 @@ def collect(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        compile=compile,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         checkpoint=checkpoint,
@@ -168,7 +170,9 @@ def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> 
         watch = progress if ranks.is_first else unwatched
         watch(Note(_opening(job, ranks)))
         edits = job.settings.recipe.edits
-        for note in job.machine.notes() + (edits.notes() if isinstance(edits, Steering) else []):
+        of_edits = edits if isinstance(edits, Steering) else None
+        sites = [*job.settings.recipe.sites, *(of_edits.sites if of_edits else [])]
+        for note in job.machine.notes(sites) + (of_edits.notes() if of_edits else []):
             watch(Note(note))
         storage = open_storage(job.output_dir, rank=ranks.rank)
         with one_job_at(storage, ranks):
@@ -234,6 +238,7 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
         tokens_per_image=asked.tokens_per_image,
         to_the_end=to_the_end,
         edits=_edits(asked, spec, picture, machine),
+        compiled=machine.compiled,
     )
     _check_tokens(recipe)
     recipe.plan()  # it raises for steps that the schedule does not have

@@ -113,7 +113,8 @@ def read_lens(
         announce=announce,
     )
     loras = read_loras(spec, settings.lora, settings.lora_strength, announce)
-    placement, compute = machine = settings.settle_machine(recorded=capture.dtype)
+    machine = settings.settle_machine(recorded=capture.dtype)
+    placement, compute = machine.placement, machine.compute
     for note in (f"{spec.name} on {machine}", *machine.notes()):
         announce(note)
     if compute.dtype != capture.dtype:

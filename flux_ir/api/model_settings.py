@@ -5,7 +5,7 @@ sampled, and settle them here. A new choice is a field of one of these two, an a
 flag in `commands.cli.shared`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,24 +27,32 @@ from flux_ir.models.placement import MultiGpuWord, OffloadWord, Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.split import with_parts_beside
 from flux_ir.models.suite import Suite
+from flux_ir.recording.hooks import is_outside
 from flux_ir.sampling.generate import check_size
 from flux_ir.sampling.pictures import PictureGiven, RunPictures, settle_pictures
 from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sites import Site
 from flux_ir.steering.regions import Grid
 
 
 class Machine(NamedTuple):
-    """Where a model computes, and in which dtype."""
+    """Where a model computes, in which dtype, and whether its blocks are compiled."""
 
     placement: Placement
     compute: ComputeDtype
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{', '.join(self.placement.devices)} ({self.placement.reason}), {self.compute}"
+        compiled = ", blocks compiled" if self.compiled else ""
+        return f"{', '.join(self.placement.devices)} ({self.placement.reason}), {self.compute}{compiled}"
 
-    def notes(self) -> list[str]:
-        """What a user must know of this choice."""
-        return [] if self.compute.warning is None else [f"note: {self.compute.warning}"]
+    def notes(self, sites: Iterable[Site] = ()) -> list[str]:
+        """What a user must know of this choice, where these sites are recorded or changed."""
+        notes = [] if self.compute.warning is None else [f"note: {self.compute.warning}"]
+        inside = {f"{site.kind}.{site.block}": None for site in sites if self.compiled and not is_outside(site)}
+        if inside:
+            notes.append(f"note: not compiled, because of sites inside them: {', '.join(inside)}")
+        return notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,8 @@ class ModelSettings:
     device: str | None = None
     multi_gpu: MultiGpuWord = False
     offload: OffloadWord = False
+    compile: bool = False
+    """Whether the transformer's blocks are compiled, each by itself: see `models.compiled`."""
     vram_gb: float | None = None
     """What the GPU may be filled with, and `memory_gb` the host memory of this process; None: see `memory`."""
     memory_gb: float | None = None
@@ -101,7 +111,8 @@ class ModelSettings:
                     f"a loaded model is used as it is: got {', '.join(made)} as well",
                     hint="pass them to load_model, or pass the model by its name",
                 )
-            return Machine(self.model.placement, ComputeDtype(self.model.dtype, "as the model was loaded"))
+            compute = ComputeDtype(self.model.dtype, "as the model was loaded")
+            return Machine(self.model.placement, compute, self.model.compiled)
         if ranks is not None and ranks.world_size > 1 and self.multi_gpu:
             raise FluxIRError(
                 f"--multi_gpu is for one process that has several GPUs: got {ranks.world_size} processes",
@@ -113,7 +124,10 @@ class ModelSettings:
         compute = choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks)
         vram, memory = (None if gb is None else int(gb * 10**9) for gb in (self.vram_gb, self.memory_gb))
         limits = Limits(vram, memory)
-        return Machine(best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload), compute)
+        placement = best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload)
+        if self.compile:
+            check_can_compile(placement)
+        return Machine(placement, compute, self.compile)
 
     def suite(
         self,
@@ -140,7 +154,26 @@ class ModelSettings:
             autoencoder=autoencoder,
             announce=lambda line: progress(Note(line)),
         )
-        return Suite(self.spec, source, machine.placement, machine.compute.dtype, sharded_over=sharded_over)
+        return Suite(
+            self.spec,
+            source,
+            machine.placement,
+            machine.compute.dtype,
+            sharded_over=sharded_over,
+            compiled=machine.compiled,
+        )
+
+
+def check_can_compile(placement: Placement) -> None:
+    """Raises FluxIRError where blocks cannot be compiled, for whichever model."""
+    if placement.offload == "blocks":
+        raise FluxIRError(
+            "--compile needs blocks that stay where they are, and these come one after the other",
+            hint="leave out --compile, or --offload",
+        )
+    from flux_ir.models.compiled import check_compiles  # the compiler takes seconds to import
+
+    check_compiles(placement.transformer)
 
 
 class SettledPicture(NamedTuple):
@@ -270,6 +303,7 @@ def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
         "dtype_reason": machine.compute.reason,
         "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS} | blocks,
         "offload": machine.placement.offload,
+        "compiled": suite.compiled,
         "files": {part: _described(file) for part, file in weights.items() if file},
     }
 
@@ -291,4 +325,4 @@ def identity_of_pictures(suite: Suite, picture: SettledPicture) -> dict[str, Any
         **picture.given.identity(),
         "dtype": str(suite.dtype),
         "device": torch.device(suite.placement.transformer).type,
-    }
+    } | ({"compiled": True} if suite.compiled else {})

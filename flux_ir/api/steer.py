@@ -144,6 +144,7 @@ def steer(
     device: str | None = None,
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
+    compile: bool = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -203,6 +204,7 @@ def steer(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        compile=compile,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,
@@ -278,7 +280,8 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
     steering = empty.of([stand_in(edit, empty) for edit in edits])
     steering.check_encodes(encodes=text is None)
     suite = settings.suite(machine, progress, text=text is None)
-    for note in (f"{spec.name} on {machine}", *machine.notes(), *picture.given.notes(picture.timesteps)):
+    given = picture.given.notes(picture.timesteps)
+    for note in (f"{spec.name} on {machine}", *machine.notes(steering.sites), *given):
         progress(Note(note))
     return SteeringJob(settings, suite, prompt, text, machine, picture, edits, steering)
 

@@ -327,6 +327,7 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
         steps=tuple(check_steps(settings.steps, picture.num_steps)),
         stored_dtype=torch.bfloat16,
         network_dtype=machine.compute.dtype,
+        compiled=machine.compiled,
     )
     split = split_prompts(prompts, settings.held_out)
     training = [prompt for prompt in prompts if split.has("training", "", prompt)]

@@ -121,6 +121,7 @@ def transfer(
     device: str | None = None,
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
+    compile: bool = False,
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -168,6 +169,7 @@ def transfer(
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
+        compile=compile,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,
@@ -232,7 +234,7 @@ def settle(settings: TransferSettings, progress: Watch) -> TransferJob:
             hint="leave out the region, or use autoencoders of image tokens",
         )
     suite = settings.suite(machine, progress)
-    for note in (f"{spec.name} on {machine}", *machine.notes()):
+    for note in (f"{spec.name} on {machine}", *machine.notes(saes)):
         progress(Note(note))
     return TransferJob(settings, suite, machine, picture, steps, saes, pairs)
 

@@ -94,9 +94,11 @@ class CollectSettings:
         `device` is its kind; `weights` stands for the content of the model's files, that of `loras` included.
         """
         recipe, edits = self.recipe, self.recipe.edits
-        more = {} if edits is None else {"edits": edits.described(with_strength=True)}
+        more: dict[str, Any] = {} if edits is None else {"edits": edits.described(with_strength=True)}
         if loras:
             more["loras"] = [lora.to_json() for lora in loras]
+        if recipe.compiled:
+            more["compile"] = True
         return {
             "model": recipe.spec.name,
             "weights": weights,

@@ -61,6 +61,8 @@ class Recipe:
     """Whether all steps run, because the picture or its latent is kept. If not, the forward of the last recorded step
     ends behind its deepest site."""
     edits: RunEdits | None = None
+    compiled: bool = False
+    """Whether the network's blocks are compiled, which gives other bits."""
 
     def __post_init__(self) -> None:
         # frozen, so not by plain assignment; sorted, so that a setting has one spelling

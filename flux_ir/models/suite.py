@@ -46,6 +46,8 @@ class Suite:
     ValueError. `tokens`, of text and image together, are those that memory is kept free for where blocks are streamed.
     `announce` is told of what takes long and happens once. With `sharded_over` more than one, all ranks of a job load
     and run the transformer together: see `sharded`.
+    With `compiled` the blocks of the transformer are compiled when they are first called: blocks that are there as they
+    are, neither streamed nor sharded nor kept as codes.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Suite:
         tokens: int = LARGEST_USUAL_TOKENS,
         announce: Announce | None = None,
         sharded_over: int = 1,
+        compiled: bool = False,
     ) -> None:
         other = "--multi_gpu blocks" if placement.blocks else "--fsdp" if sharded_over > 1 else None
         if source.quantize is not None and other is not None:
@@ -67,6 +70,12 @@ class Suite:
             )
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
         self.tokens, self._announce, self.sharded_over = tokens, announce, sharded_over
+        self.compiled = compiled
+        if compiled and (placement.offload == "blocks" or source.quantize is not None or sharded_over > 1):
+            raise FluxIRError(
+                "--compile needs blocks whose weights are there as they are: these come one block after the other",
+                hint="leave out --compile; or leave out --offload, --quantize and --fsdp",
+            )
         self._t5: TextEncoder | None = None
         self._clip: TextEncoder | None = None
         self._transformer: Flux | None = None
@@ -84,9 +93,10 @@ class Suite:
 
     def __repr__(self) -> str:
         flux, dtype = self.spec.flux, str(self.dtype).removeprefix("torch.")
+        compiled = ", compiled" if self.compiled else ""
         return (
             f"<{self.spec.name}: {flux.depth} double and {flux.depth_single_blocks} single blocks of width "
-            f"{flux.hidden_size}, {dtype} on {', '.join(self.placement.devices)}>"
+            f"{flux.hidden_size}, {dtype} on {', '.join(self.placement.devices)}{compiled}>"
         )
 
     @property
@@ -219,7 +229,7 @@ class Suite:
                     loras=self.source.loras,
                 )
             else:
-                self._transformer = load_flux(
+                flux = load_flux(
                     self.spec,
                     self.source.transformer,
                     self._home(self.placement.transformer),
@@ -227,6 +237,11 @@ class Suite:
                     loras=self.source.loras,
                     blocks_on=self.placement.blocks,
                 )
+                if self.compiled:
+                    from flux_ir.models.compiled import compile_blocks  # the compiler takes seconds to import
+
+                    compile_blocks(flux)
+                self._transformer = flux
         return self._transformer
 
     def _streamed(self) -> StreamedFlux:

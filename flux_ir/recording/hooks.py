@@ -186,6 +186,11 @@ def module_of(site: Site) -> str:
             return f"{block}.linear2"
 
 
+def is_outside(site: Site) -> bool:
+    """Whether the site is what a whole block was called with and put out, and not something inside of it."""
+    return site.per_prompt or site.part in (None, "update")
+
+
 def stream_of(site: Site, output: Any) -> Tensor:
     """The tensor of a module's output that the site is in: double blocks put out a pair, image first."""
     if not isinstance(output, tuple):

@@ -7,8 +7,11 @@ import flux_ir
 from flux_ir.api.capture import CaptureSettings
 from flux_ir.api.model_settings import Machine, ModelSettings, PictureSettings, identity_of_pictures
 from flux_ir.api.steer import SteerSettings
+from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import ComputeDtype
 from flux_ir.models.placement import plan
+from flux_ir.models.suite import Suite
+from flux_ir.sites import Site
 
 SAMPLING = [flux_ir.capture, flux_ir.steer, flux_ir.attribute, flux_ir.transfer, flux_ir.play]
 
@@ -48,3 +51,35 @@ def test_pictures_of_another_size_guidance_or_dtype_are_others():
     for change in ({"width": 64}, {"guidance": 2.0}, {"num_steps": 3}):
         other = identity_of_pictures(loaded, PictureSettings(model=loaded, **change).settle_picture())
         assert other != known
+
+
+def test_compiled_blocks_give_other_pictures():
+    loaded = flux_ir.load_model("flux-tiny", parts=[], dtype="float32", device="cpu")
+    compiled = Suite(loaded.spec, loaded.source, loaded.placement, loaded.dtype, compiled=True)
+    plain, other = (identity_of_pictures(s, PictureSettings(model=s).settle_picture()) for s in (loaded, compiled))
+    assert other == plain | {"compiled": True}
+    assert "compiled" in repr(compiled)
+    assert ModelSettings(model=compiled).settle_machine().compiled
+    with pytest.raises(FluxIRError, match="a loaded model is used as it is: got compile as well"):
+        ModelSettings(model=loaded, compile=True).settle_machine()
+
+
+def test_streamed_blocks_cannot_be_compiled():
+    with pytest.raises(FluxIRError, match="--compile needs blocks that stay where they are"):
+        ModelSettings(model="flux-tiny", device="cpu", offload="blocks", compile=True).settle_machine()
+
+
+def test_weights_that_are_kept_as_codes_cannot_be_compiled():
+    loaded = flux_ir.load_model("flux-tiny", parts=[], dtype="float32", device="cpu")
+    codes = loaded.source._replace(quantize="int8")
+    with pytest.raises(FluxIRError, match="--compile needs blocks whose weights are there as they are"):
+        Suite(loaded.spec, codes, loaded.placement, loaded.dtype, compiled=True)
+
+
+def test_blocks_around_a_site_are_named_as_not_compiled():
+    compute = ComputeDtype(torch.float32, "as --dtype says")
+    sites = [Site.parse(name) for name in ("single.2", "double.1.img.mlp", "double.1.txt.attn", "double.0.img.update")]
+    assert Machine(plan(0), compute, True).notes(sites) == [
+        "note: not compiled, because of sites inside them: double.1"
+    ]
+    assert Machine(plan(0), compute).notes(sites) == []

@@ -211,6 +211,18 @@ def test_a_recorder_whose_model_was_never_run_says_so(tiny_flux, tiny_inputs):
         other(*tiny_inputs())
 
 
+def test_a_block_that_is_skipped_is_named(tiny_flux, tiny_inputs):
+    """As caches do that reuse what a block added at the step before."""
+    model = tiny_flux()
+    model.single_blocks[1].forward = lambda x, vec, rotation: x
+    with (
+        pytest.raises(FluxIRError, match=r"step 0 was recorded in part: 1 of 2 sites never came: single\.1\.neurons"),
+        Recorder(model, "single.0, single.1.neurons") as recorder,
+    ):
+        model(*tiny_inputs())
+    assert len(recorder.sink.values) == 1
+
+
 def test_compiled_models_and_blocks_are_refused(tiny_flux, tiny_inputs):
     model, compiled = tiny_flux(), tiny_flux()
     compiled.compile(backend="eager")

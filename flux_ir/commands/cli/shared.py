@@ -246,6 +246,17 @@ class OffloadOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompileOptions(Options):
+    """Whether the transformer's blocks are compiled."""
+
+    compile: bool = option(
+        False,
+        help="compile the transformer's blocks: a minute once, for long work; the bits are others",
+        group=MACHINE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchOptions(Options):
     """How pictures are made."""
 
@@ -288,7 +299,7 @@ class LoRAOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ComputeOptions, OffloadOptions, CheckpointOptions, LoRAOptions):
+class ModelOptions(ComputeOptions, CompileOptions, OffloadOptions, CheckpointOptions, LoRAOptions):
     """How a model is loaded by one process: the fields of `api.model_settings.ModelSettings`."""
 
     multi_gpu: bool | Literal["blocks"] = option(
