@@ -22,6 +22,7 @@ from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.checkpoints.lora.read import check_recorded
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
+from flux_ir.models.flux1.attention import attention_backend
 from flux_ir.models.memory import Limits, best_offload
 from flux_ir.models.placement import MultiGpuWord, OffloadWord, Placement, plan
 from flux_ir.models.registry import ModelSpec, get_spec
@@ -293,7 +294,7 @@ def with_loras(settings: Settings, recorded: Sequence[Mapping[str, Any]]) -> Set
 
 def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
     """What the metadata of a run say of the model that made it: precision, devices, files."""
-    source = suite.source
+    source, flux = suite.source, suite.spec.flux
     text = {} if source.text is None else source.text._asdict()
     blocks = {"blocks": list(machine.placement.blocks)} if machine.placement.blocks else {}
     weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
@@ -304,6 +305,7 @@ def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
         "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS} | blocks,
         "offload": machine.placement.offload,
         "compiled": suite.compiled,
+        "sdpa": attention_backend(flux.num_heads, flux.head_dim, machine.placement.transformer, machine.compute.dtype),
         "files": {part: _described(file) for part, file in weights.items() if file},
     }
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from flux_ir.shapes import Heads, PositionIds, Rotation, Tokens
 
@@ -47,6 +48,15 @@ def attention(q: Heads, k: Heads, v: Heads, rotation: Rotation) -> Tokens:
     """Scaled dot-product attention over rotated queries and keys, heads joined again; no mask: padding is attended."""
     out = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
     return rearrange(out, "b heads n d -> b n (heads d)")
+
+
+def attention_backend(heads: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The kernel that PyTorch chooses for `attention`: flash_attention, efficient_attention, cudnn_attention or math.
+
+    Which one it is depends on the device, the dtype, the head's width and PyTorch's version, and the bits depend on it.
+    """
+    q = torch.empty(1, heads, 512, head_dim, device=device, dtype=dtype)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
 
 
 class RMSNorm(nn.Module):

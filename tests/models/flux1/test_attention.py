@@ -3,8 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flux_ir.models.flux1.attention import RMSNorm, attention, rotary_table, rotate
+from flux_ir.models.flux1.attention import RMSNorm, attention, attention_backend, rotary_table, rotate
 
 AXES_DIM, THETA = (4, 6, 6), 10_000
 offsets = st.tuples(*[st.integers(-200, 200)] * 3)
@@ -62,3 +63,18 @@ def test_rms_norm_normalises_in_float32_before_it_scales_in_bf16():
     x32 = x.float()
     unit = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + 1e-6)
     assert torch.equal(norm(x), unit.bfloat16() * torch.tensor(1.5, dtype=torch.bfloat16))
+
+
+def test_the_kernel_that_runs_is_told():
+    assert attention_backend(4, 32, "cpu", torch.float32) == "flash_attention"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention_backend(4, 32, "cpu", torch.bfloat16) == "math"
+
+
+def test_the_rotation_that_compilers_take_has_the_same_bits(monkeypatch):
+    rotation = rotary_table(grid_ids(4, 3) * 17, AXES_DIM, THETA)
+    x = torch.randn(1, 2, 12, sum(AXES_DIM))
+    plain = [rotate(x, rotation), rotate(x.bfloat16(), rotation)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(rotate(x, rotation), plain[0])
+    assert torch.equal(rotate(x.bfloat16(), rotation), plain[1])
