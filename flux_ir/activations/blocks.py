@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
+from flux_ir.models.quantisation import Method
 from flux_ir.recording.stored_dtype import FLOAT8, READ_AS, dequantised
 from flux_ir.sites import Site, as_site
 
@@ -172,6 +173,11 @@ class SampledSource(Protocol):
 def loras_of(source: object) -> list[dict[str, Any]]:
     """The LoRAs that the model of a source was loaded with, as its files say: path, sha256 and strength of each."""
     return list(getattr(source, "loras", ()))
+
+
+def quantize_of(source: object) -> Method | None:
+    """How the blocks of the model of a source were quantised, as its files say; None: they were not, or not known."""
+    return getattr(source, "quantize", None)
 
 
 class Drawn(NamedTuple):

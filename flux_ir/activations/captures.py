@@ -28,6 +28,7 @@ from flux_ir.activations.blocks import (
 from flux_ir.activations.spans import Memory
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import picture_of
+from flux_ir.models.quantisation import Method
 from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.sites import Site
 
@@ -50,6 +51,7 @@ class _Layout(NamedTuple):
 
     model: str | None
     loras: list[dict[str, Any]]
+    quantize: Method | None
     sites: list[Site]
     steps: list[int]
     widths: dict[Site, int]
@@ -78,6 +80,7 @@ class CaptureSource:
         self.steps: Sequence[int] = layout.steps
         self.model: str | None = layout.model
         self.loras: Sequence[dict[str, Any]] = layout.loras
+        self.quantize: Method | None = layout.quantize
         self.generations: Sequence[Generation] = [Generation(row.id, row.prompt, row.path) for row in self._rows]
         self.runs: Sequence[range] = [range(index, index + 1) for index in range(len(self._rows))]
 
@@ -192,6 +195,7 @@ def _layout(capture: Capture) -> _Layout:
     return _Layout(
         model=capture.metadata.get("model"),
         loras=capture.metadata.get("loras", []),
+        quantize=capture.metadata.get("quantize"),
         sites=list(capture.sites),
         steps=list(capture.steps),
         widths={site: shape[2] for site, shape in shapes.items()},

@@ -33,6 +33,7 @@ from flux_ir.activations.shards import (
 )
 from flux_ir.activations.spans import Memory, Span, SpanReader
 from flux_ir.errors import FluxIRError
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import get_spec
 from flux_ir.sampling.latents import image_ids
 from flux_ir.sampling.schedule import get_schedule
@@ -75,6 +76,7 @@ class ShardSource:
         self.model: str | None = first.metadata.get("model")
         collected: dict[str, Any] = json.loads(settings or b"{}").get("settings", {})
         self.loras: Sequence[dict[str, Any]] = collected.get("loras", [])
+        self.quantize: Method | None = collected.get("quantize")
         self._txt_tokens: int = first.metadata.get("txt_tokens") or 0
         self._starts = [0]
         for shard in self._shards:

@@ -27,6 +27,7 @@ from flux_ir.lens.decode import ROUNDING_DRIFT
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -140,6 +141,7 @@ def attribute(
     ae_checkpoint: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     batch_size: int = 8,
     name: str | None = None,
     output_dir: str | Path = "attributions",
@@ -190,6 +192,7 @@ def attribute(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
         batch_size=batch_size,
         name=name,
         output_dir=output_dir,

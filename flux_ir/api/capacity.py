@@ -53,7 +53,7 @@ def weights_bytes(suite: Suite) -> dict[str, int]:
     nothing, since their sizes stand in no header.
     """
     parts = {"transformer": _elements(suite, "transformer") * suite.dtype.itemsize}
-    if suite.placement.offload == "blocks":
+    if suite.placement.offload == "blocks" or suite.source.quantize is not None:
         parts["transformer"] = streamed_bytes(suite.spec.flux, suite.dtype)
     if suite.sharded_over > 1:
         counts = elements(suite.spec.flux)

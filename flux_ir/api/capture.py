@@ -21,10 +21,11 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import RunFolder, new_generation_id
 from flux_ir.lens.readout import image_outputs
-from flux_ir.models.checkpoints.lora.read import LoRA
+from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
@@ -133,6 +134,7 @@ def capture(
     ae_checkpoint: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     output_dir: str | Path = "output",
     progress: Watch = unwatched,
 ) -> CaptureResult:
@@ -153,8 +155,8 @@ def capture(
 
     `model` is the name of one: `device`, `multi_gpu`, `offload` and `dtype` say where and in which precision,
     `compile` whether its blocks are compiled, `checkpoint` and `ae_checkpoint` where the weights are; `lora`, one file
-    or several, is merged into them with `lora_strength`. Or it is a loaded `Suite`, which has settled all of these; it
-    is not loaded again and stays as it is.
+    or several, is merged into them with `lora_strength`; `quantize` keeps the blocks as codes. Or it is a loaded
+    `Suite`, which has settled all of these; it is not loaded again and stays as it is.
 
     Everything goes into a new folder below `output_dir`. Raises FluxIRError for what a user can mend, as early as
     it is known.
@@ -189,6 +191,7 @@ def capture(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
         output_dir=output_dir,
     )
     return run_capture(settings, progress)
@@ -212,7 +215,7 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
     )
     with folder.made():
         suite = settings.suite(job.machine, progress, text=job.text is None)
-        metadata = describe(job, folder, timestamp, suite.source.loras)
+        metadata = describe(job, folder, timestamp, suite.source)
         announce(job, folder, progress)
         # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
         with CaptureWriter(result.capture, planned_file(job, metadata)) as sink:
@@ -417,7 +420,7 @@ def save_picture(
         beside.write_bytes(jpeg_bytes(pixels, model=job.spec.name, prompt=job.prompt if keep_prompt else None))
 
 
-def describe(job: Job, folder: RunFolder, timestamp: str, loras: Sequence[LoRA] = ()) -> dict[str, Any]:
+def describe(job: Job, folder: RunFolder, timestamp: str, source: ModelSource | None = None) -> dict[str, Any]:
     """What is known before the first step: it stands in the capture file, and in the JSON beside it."""
     metadata = {
         "generation_id": folder.generation_id,
@@ -437,8 +440,10 @@ def describe(job: Job, folder: RunFolder, timestamp: str, loras: Sequence[LoRA] 
     metadata |= job.picture.given.described(job.picture.timesteps)
     if job.steering is not None:
         metadata["edits"] = job.steering.described(with_strength=True)
-    if loras:
-        metadata["loras"] = [lora.to_json() for lora in loras]
+    if source is not None and source.loras:
+        metadata["loras"] = [lora.to_json() for lora in source.loras]
+    if source is not None and source.quantize is not None:
+        metadata["quantize"] = source.quantize
     return metadata
 
 

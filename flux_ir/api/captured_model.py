@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from flux_ir.activations.blocks import loras_of
 from flux_ir.activations.source import open_source
-from flux_ir.api.model_settings import Machine, ModelSettings, with_loras
+from flux_ir.api.model_settings import Machine, ModelSettings, as_captured
 from flux_ir.api.progress import Watch
 from flux_ir.api.score_features import open_scoring
 from flux_ir.errors import FluxIRError
@@ -53,5 +52,5 @@ def captured_model(
     name = settings.model or folder.settings.model
     if name is None:
         raise FluxIRError("the captures do not say which model they are of", hint=f"name it with --model, or {without}")
-    settings = with_loras(replace(settings, model=name), loras_of(open_source(folder.captures)))
+    settings = as_captured(replace(settings, model=name), open_source(folder.captures))
     return settings.suite(machine, progress, text=text, autoencoder=autoencoder)

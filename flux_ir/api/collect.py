@@ -26,6 +26,7 @@ from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
 from flux_ir.sites import SiteNames, sites_among
@@ -113,6 +114,7 @@ def collect(
     ae_checkpoint: Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     progress: Watch = unwatched,
 ) -> Collected:
     """Collect what some sites put out over many prompts, into shards; goes on with what is there.
@@ -159,6 +161,7 @@ def collect(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
     )
     return run_collection(arguments, progress)
 

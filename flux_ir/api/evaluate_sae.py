@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flux_ir.activations.blocks import loras_of
 from flux_ir.activations.source import TokenSource, open_source
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.model_settings import ModelSettings, with_loras
+from flux_ir.api.model_settings import ModelSettings, as_captured
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.splicing import Splicer, recorded_dtype
 from flux_ir.errors import FluxIRError
@@ -251,9 +250,8 @@ class Judge:
         settings = self.settings
         if self._splicer is None:
             self._splicer = Splicer(
-                with_loras(
-                    ModelSettings(model=settings.model or self.source.model, **settings.model_choices()),
-                    loras_of(self.source),
+                as_captured(
+                    ModelSettings(model=settings.model or self.source.model, **settings.model_choices()), self.source
                 ),
                 recorded_dtype(data),
                 steps=settings.splice_steps,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from flux_ir.activations.blocks import loras_of, quantize_of
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch
 from flux_ir.collecting.collection import weights_digest
@@ -25,6 +26,7 @@ from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.flux1.attention import attention_backend
 from flux_ir.models.memory import Limits, best_offload
 from flux_ir.models.placement import MultiGpuWord, OffloadWord, Placement, plan
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.split import with_parts_beside
 from flux_ir.models.suite import Suite
@@ -77,6 +79,8 @@ class ModelSettings:
     """Files merged into the transformer, in this order."""
     lora_strength: float | Sequence[float] | None = None
     """One for all or one for each; None: 1."""
+    quantize: Method | None = None
+    """How the transformer's blocks are kept as codes; None: as the run or the captures were made, else not at all."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -125,7 +129,7 @@ class ModelSettings:
         compute = choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks)
         vram, memory = (None if gb is None else int(gb * 10**9) for gb in (self.vram_gb, self.memory_gb))
         limits = Limits(vram, memory)
-        placement = best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload)
+        placement = best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload, quantize=self.quantize)
         if self.compile:
             check_can_compile(placement)
         return Machine(placement, compute, self.compile)
@@ -145,6 +149,10 @@ class ModelSettings:
         """
         if isinstance(self.model, Suite):
             return self.model
+
+        def announce(line: str) -> None:
+            progress(Note(line))
+
         source = locate_model(
             self.spec,
             self.checkpoint,
@@ -153,13 +161,15 @@ class ModelSettings:
             lora_strength=self.lora_strength,
             text=text,
             autoencoder=autoencoder,
-            announce=lambda line: progress(Note(line)),
+            announce=announce,
         )
+        source = source._replace(quantize=self.quantize)
         return Suite(
             self.spec,
             source,
             machine.placement,
             machine.compute.dtype,
+            announce=announce,
             sharded_over=sharded_over,
             compiled=machine.compiled,
         )
@@ -292,14 +302,27 @@ def with_loras(settings: Settings, recorded: Sequence[Mapping[str, Any]]) -> Set
     return replace(settings, lora=paths, lora_strength=strengths)
 
 
+def as_captured(settings: Settings, source: object) -> Settings:
+    """The same with the LoRAs and the quantisation that the model of a source had, unless others are asked for.
+
+    Raises FluxIRError where the file of a LoRA is gone or is another one by now.
+    """
+    settings = with_loras(settings, loras_of(source))
+    if settings.quantize is not None or isinstance(settings.model, Suite):
+        return settings
+    return replace(settings, quantize=quantize_of(source))
+
+
 def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
     """What the metadata of a run say of the model that made it: precision, devices, files."""
     source, flux = suite.source, suite.spec.flux
     text = {} if source.text is None else source.text._asdict()
     blocks = {"blocks": list(machine.placement.blocks)} if machine.placement.blocks else {}
     weights = {"transformer": source.transformer, "autoencoder": source.autoencoder, **text}
-    loras = {"loras": [lora.to_json() for lora in source.loras]} if source.loras else {}
-    return loras | {
+    made_of: dict[str, Any] = {"loras": [lora.to_json() for lora in source.loras]} if source.loras else {}
+    if source.quantize is not None:
+        made_of["quantize"] = source.quantize
+    return made_of | {
         "dtype": machine.compute.name,
         "dtype_reason": machine.compute.reason,
         "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS} | blocks,

@@ -26,6 +26,7 @@ from flux_ir.files import complete_file
 from flux_ir.models import text as text_models
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.suite import ModelPart, Suite
 from flux_ir.models.text import TextEmbedding
@@ -55,6 +56,7 @@ def load_model(
     ae_checkpoint: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     progress: Watch = unwatched,
 ) -> Suite:
     """A whole model: text encoders, transformer and autoencoder.
@@ -62,7 +64,8 @@ def load_model(
     `parts` are loaded now, the others when they are first needed. `device` None is the first GPU, or the CPU; `dtype`
     auto is bfloat16 where the device has it, else float32. `Recorder`, `Intervention` and `spliced` take the model as
     it is; `model.flux` is its transformer. `lora`, one file or several, is merged into it: with `lora_strength`, one
-    number or one for each (None: 1). What a LoRA says of text encoders is not applied, and told.
+    number or one for each (None: 1). What a LoRA says of text encoders is not applied, and told. `quantize` keeps the
+    blocks of the transformer as codes of 4 or 8 bits, made once and cached, and widens each when it computes.
 
     Raises FluxIRError for an unknown name, and for weights that are missing or do not fit.
     """
@@ -80,6 +83,7 @@ def load_model(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
     )
     machine = settings.settle_machine()
     suite = settings.suite(machine, progress)

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.activations.blocks import SampledSource, Sampling, loras_of
+from flux_ir.activations.blocks import SampledSource, Sampling, loras_of, quantize_of
 from flux_ir.activations.source import open_source
 from flux_ir.api.lens import CaptureResult, capture_file
-from flux_ir.api.model_settings import with_loras
+from flux_ir.api.model_settings import as_captured
 from flux_ir.api.steer import SteerSettings
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import read_json
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
+from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.sites import nearest_names
 
@@ -34,6 +35,8 @@ class Recorded(NamedTuple):
     """Weights that the user named when the run was made, by part: transformer, autoencoder."""
     loras: Sequence[Mapping[str, Any]] = ()
     """LoRAs that it was made with: path, sha256 and strength of each."""
+    quantize: Method | None = None
+    """How the blocks of its model were quantised."""
 
 
 def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Recorded:
@@ -58,6 +61,7 @@ def recorded_run(run: str | Path | CaptureResult, generation: str | None) -> Rec
         _collected_with(Path(where)),
         _named_files(source.generations[number].path),
         loras_of(source),
+        quantize_of(source),
     )
 
 
@@ -120,7 +124,7 @@ def as_recorded(settings: SteerSettings, recorded: Recorded) -> SteerSettings:
         # A run in float32 is gone through in float32, whatever the device has: its states keep every digit.
         dtype="float32" if run.dtype == torch.float32 and settings.dtype == "auto" else settings.dtype,
     )
-    return with_loras(again, recorded.loras)
+    return as_captured(again, recorded)
 
 
 def check_run(recorded: Recorded, suite: Suite, timesteps: Sequence[float]) -> None:
@@ -130,6 +134,11 @@ def check_run(recorded: Recorded, suite: Suite, timesteps: Sequence[float]) -> N
         raise FluxIRError(
             f"the run was made with {counted(len(made_with), 'LoRA')}, and others, or other strengths, are loaded now",
             hint="leave --lora out for those of the run",
+        )
+    if recorded.quantize != suite.source.quantize:
+        raise FluxIRError(
+            f"the run was made with --quantize {recorded.quantize}: got {suite.source.quantize}",
+            hint="leave --quantize out for that of the run, and load a model likewise",
         )
     if recorded.weights is not None:
         digest, with_autoencoder = recorded.weights

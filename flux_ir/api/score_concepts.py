@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.activations.blocks import SampledSource, TokenSource, loras_of
+from flux_ir.activations.blocks import SampledSource, TokenSource
 from flux_ir.activations.source import open_source
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.evaluate_sae import load_for
 from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
-from flux_ir.api.model_settings import ModelSettings, with_loras
+from flux_ir.api.model_settings import ModelSettings, as_captured
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.score_features import folder_path
 from flux_ir.errors import FluxIRError, counted
@@ -320,7 +320,7 @@ class _ConceptScoring:
                 "the model is run again for what flux-ir collect made: these captures do not say how they were made",
                 hint="leave --run_model out",
             )
-        model = with_loras(ModelSettings(model=source.model, device=self.settings.device), loras_of(source))
+        model = as_captured(ModelSettings(model=source.model, device=self.settings.device), source)
         machine = model.settle_machine(recorded=source.sampling(0).dtype)
         suite = model.suite(machine, self.progress, autoencoder=False)
         return lambda part: run_neurons(part, suite)

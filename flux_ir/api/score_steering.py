@@ -18,10 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flux_ir.activations.blocks import loras_of
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result
-from flux_ir.api.model_settings import ModelSettings, with_loras
+from flux_ir.api.model_settings import ModelSettings, as_captured
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.steering_captures import SteeringCaptures
 from flux_ir.errors import FluxIRError, nearest
@@ -173,7 +172,7 @@ class _Scoring:
         self.settings, self.progress, self.stack = settings, progress, stack
         self.captures = SteeringCaptures(settings.captures, settings.output_dir / JUDGED, settings.max_tokens, progress)
         self.source, self.sampling = self.captures.source, self.captures.sampling
-        self.model = with_loras(ModelSettings(model=self.source.model, device=settings.device), loras_of(self.source))
+        self.model = as_captured(ModelSettings(model=self.source.model, device=settings.device), self.source)
         self.machine, self.spec = self.model.settle_machine(recorded=self.sampling.dtype), self.model.spec
         self.placement, self.dtype = self.machine.placement, self.machine.compute.dtype
         progress(Note(f"on {self.placement.transformer} ({self.placement.reason})"))

@@ -25,6 +25,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sampling.generate import check_steps
@@ -152,6 +153,7 @@ def steer(
     ae_checkpoint: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     batch_size: int = 8,
     name: str | None = None,
     output_dir: str | Path = "steering",
@@ -212,6 +214,7 @@ def steer(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
         batch_size=batch_size,
         name=name,
         output_dir=output_dir,

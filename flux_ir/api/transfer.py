@@ -22,6 +22,7 @@ from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -129,6 +130,7 @@ def transfer(
     ae_checkpoint: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     batch_size: int = 8,
     name: str | None = None,
     output_dir: str | Path = "transfers",
@@ -177,6 +179,7 @@ def transfer(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
         batch_size=batch_size,
         name=name,
         output_dir=output_dir,

@@ -46,7 +46,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import versions
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.lora.read import LoRA
-from flux_ir.models.quantisation import CODES_VERSION
+from flux_ir.models.quantisation import CODES_VERSION, Method
 from flux_ir.recording.statistics import write_statistics
 
 COLLECTION, INDEX, CHECKSUM = "collection.json", "index.jsonl", "stats.sha256"
@@ -88,10 +88,12 @@ class CollectSettings:
         """Generations of a shard; the last may have fewer."""
         return images_per_shard(self.recipe.generation_bytes)
 
-    def described(self, *, device: str, weights: str, loras: Sequence[LoRA] = ()) -> dict[str, Any]:
+    def described(
+        self, *, device: str, weights: str, loras: Sequence[LoRA] = (), quantize: Method | None = None
+    ) -> dict[str, Any]:
         """The settings as `collection.json` keeps them: all that the bits of the files depend on, by names of flags.
 
-        `device` is its kind; `weights` stands for the content of the model's files, that of `loras` included.
+        `device` is its kind; `weights` stands for the content of the model's files, `loras` and `quantize` included.
         """
         recipe, edits = self.recipe, self.recipe.edits
         more: dict[str, Any] = {} if edits is None else {"edits": edits.described(with_strength=True)}
@@ -99,6 +101,8 @@ class CollectSettings:
             more["loras"] = [lora.to_json() for lora in loras]
         if recipe.compiled:
             more["compile"] = True
+        if quantize is not None:
+            more["quantize"] = quantize
         return {
             "model": recipe.spec.name,
             "weights": weights,

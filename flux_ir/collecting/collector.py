@@ -101,7 +101,9 @@ class Collector:
         self.on_gpu = self.device.type != "cpu"
         self.workers = GPU_WRITERS if self.on_gpu else torch.get_num_threads()
         weights = weights_digest(suite.source, autoencoder=settings.save_images)
-        self._settings_as_kept = settings.described(device=self.device.type, weights=weights, loras=suite.source.loras)
+        self._settings_as_kept = settings.described(
+            device=self.device.type, weights=weights, loras=suite.source.loras, quantize=suite.source.quantize
+        )
         stored = first_rank_value(stored_description(storage) if ranks.is_first else None, ranks)
         if stored is not None:
             check_same(storage, stored, self._settings_as_kept)

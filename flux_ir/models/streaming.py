@@ -319,7 +319,7 @@ class StreamedFlux(Flux):
         if torch.is_grad_enabled() and any(x.requires_grad for x in (img, txt, y)):
             raise FluxIRError(
                 "gradients need every block's weights after the forward pass: these are streamed",
-                hint="leave out --offload blocks",
+                hint="leave out --offload blocks and --quantize",
             )
         self._vec = self.modulate_ahead([timesteps], y, guidance)[0] if vec is None else vec
         try:

@@ -17,6 +17,7 @@ from flux_ir.api.progress import Watch, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
+from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.playing.page import WEB, Page
 from flux_ir.playing.studio import PlaySettings, Studio, open_studio
@@ -88,6 +89,7 @@ def play(
     ae_checkpoint: str | Path | None = None,
     lora: str | Path | Sequence[str | Path] | None = None,
     lora_strength: float | Sequence[float] | None = None,
+    quantize: Method | None = None,
     output_dir: str | Path = "play",
     progress: Watch = unwatched,
 ) -> PlayPage:
@@ -120,6 +122,7 @@ def play(
         ae_checkpoint=ae_checkpoint,
         lora=lora,
         lora_strength=lora_strength,
+        quantize=quantize,
         output_dir=output_dir,
     )
     return run_play(settings, progress)

@@ -299,7 +299,20 @@ class LoRAOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ComputeOptions, CompileOptions, OffloadOptions, CheckpointOptions, LoRAOptions):
+class QuantizeOptions(Options):
+    """How weights are kept."""
+
+    quantize: Literal["nf4", "int8", "fp8"] | None = option(
+        None,
+        help="keep the transformer's blocks as codes of 4 or 8 bits, and widen each when it computes",
+        group=MACHINE,
+        default_text="as the run was made, else not at all",
+        elsewhere=("quantization", "load_in_4bit", "load_in_8bit"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ComputeOptions, CompileOptions, OffloadOptions, CheckpointOptions, LoRAOptions, QuantizeOptions):
     """How a model is loaded by one process: the fields of `api.model_settings.ModelSettings`."""
 
     multi_gpu: bool | Literal["blocks"] = option(
