@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flux_ir.api.collect import collect
     from flux_ir.api.collect_clip import collect_clip
     from flux_ir.api.compare_features import compare_features
+    from flux_ir.api.compare_quantized import QuantizedComparison, compare_quantized
     from flux_ir.api.comparison_files import Comparison
     from flux_ir.api.convert_collection import convert_collection
     from flux_ir.api.demonstrate import Demonstrated, demonstrate
@@ -60,6 +61,8 @@ _MODULES = {
     "collect": "flux_ir.api.collect",
     "collect_clip": "flux_ir.api.collect_clip",
     "compare_features": "flux_ir.api.compare_features",
+    "compare_quantized": "flux_ir.api.compare_quantized",
+    "QuantizedComparison": "flux_ir.api.compare_quantized",
     "Comparison": "flux_ir.api.comparison_files",
     "convert_collection": "flux_ir.api.convert_collection",
     "create_visualization": "flux_ir.api.visualize",
@@ -146,6 +149,7 @@ __all__ = [
     "PlayPage",
     "Probed",
     "Progress",
+    "QuantizedComparison",
     "Recorder",
     "Region",
     "ScoredConcepts",
@@ -164,6 +168,7 @@ __all__ = [
     "collect",
     "collect_clip",
     "compare_features",
+    "compare_quantized",
     "convert_collection",
     "create_visualization",
     "decode",

@@ -37,6 +37,7 @@ VERBS = {
     "score-steering": "how often an edit changes one known thing of a scene, and nothing else",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
+    "compare-quantized": "how much nf4, int8 or fp8 weights change each block, and the picture",
     "weights": "what a file of weights is; of a LoRA, how much it changes each block",
     "explore": "write one HTML page to look at runs with: every block at every step",
     "explore-features": "write pages to look at features with: a list of all of them, and a page for each",
