@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flux_ir.api.label_features import label_features
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.models import decode, encode, encode_prompt, load_model, sample
+    from flux_ir.api.plan import MachinePlan, PlannedSetting, plan
     from flux_ir.api.probe import Probed, probe
     from flux_ir.api.progress import Begun, Note, Progress
     from flux_ir.api.score_concepts import ScoredConcepts, score_concepts
@@ -94,6 +95,9 @@ _MODULES = {
     "MemorySink": "flux_ir.recording.recorder",
     "Note": "flux_ir.api.progress",
     "open_source": "flux_ir.activations.source",
+    "MachinePlan": "flux_ir.api.plan",
+    "plan": "flux_ir.api.plan",
+    "PlannedSetting": "flux_ir.api.plan",
     "play": "flux_ir.playing.server",
     "PlayPage": "flux_ir.playing.server",
     "probe": "flux_ir.api.probe",
@@ -144,8 +148,10 @@ __all__ = [
     "FluxIRError",
     "Intervention",
     "LensResult",
+    "MachinePlan",
     "MemorySink",
     "Note",
+    "PlannedSetting",
     "PlayPage",
     "Probed",
     "Progress",
@@ -188,6 +194,7 @@ __all__ = [
     "load_model",
     "load_sae",
     "open_source",
+    "plan",
     "play",
     "probe",
     "read_capture",

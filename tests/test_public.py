@@ -68,6 +68,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("probe", "probe"),
         ("score_concepts", "score_concepts"),
         ("lens", "read_lens"),
+        ("plan", "plan"),
         ("play", "play"),
         ("steer", "steer"),
         ("demonstrate", "demonstrate"),

@@ -1,7 +1,7 @@
-"""Bytes that a model takes, by arithmetic alone: of its weights, of its slots when they are streamed, of its tokens.
+"""Bytes that a network takes, by arithmetic alone: its weights, its slots when they are streamed, what it works on.
 
-What `--memory_gb` and `--vram_gb` leave for blocks that stay is reckoned with these numbers, and so is `flux-ir plan`.
-Only `weights_budget` asks a GPU what is free.
+What `--memory_gb` and `--vram_gb` leave for blocks that stay is reckoned with these numbers. Next: `footprint`, which
+adds them up for whole runs. Only `weights_budget` and `free_memory` ask a device what is free.
 """
 
 import re
@@ -13,18 +13,21 @@ from typing import NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError, in_units
+from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.blocks import Modulation
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.placement import OffloadWord, Placement
 from flux_ir.models.quantisation import Method, Waits, codes_bytes
 from flux_ir.models.streaming import SLOTS, block_names, unit_of
 
-HOST_BASE_BYTES = 480_000_000
-"""A process that has imported torch and the package, before it has any weight."""
+HOST_BASE_BYTES = 770_000_000
+"""A process that has imported torch and the package and run its first kernels, without any weight. Measured on Linux
+with PyTorch's build for CUDA: 680 MB after the imports, half of it pages of its libraries, and 90 MB of kernels."""
 DEVICE_BASE_BYTES = 600_000_000
 """A CUDA context and the libraries' workspaces. Not measured here: nvidia-smi shows about this much."""
-LIVE_TOKENS = {"double": 15, "single": 17}
-"""Values per token and channel that are alive at once at a block's largest moment, with a feed-forward of ratio 4."""
+LIVE_VALUES = {2: 20, 4: 15}
+"""Values per token and channel that are alive at once at a block's largest moment, by the bytes of one: rotated queries
+and keys pass through float32. Measured on a CPU, where attention keeps copies of keys and values."""
 
 
 class Elements(NamedTuple):
@@ -65,8 +68,26 @@ def elements(params: FluxParams) -> Elements:
 
 def activation_bytes(params: FluxParams, tokens: int, dtype: torch.dtype, *, batch: int = 1) -> int:
     """Bytes of one forward pass over so many tokens, text and image together, at its largest moment."""
-    largest = max(LIVE_TOKENS.values())
-    return batch * tokens * params.hidden_size * largest * dtype.itemsize
+    return batch * tokens * params.hidden_size * LIVE_VALUES[dtype.itemsize] * dtype.itemsize
+
+
+def decode_bytes(params: AutoEncoderParams, pixels: int, dtype: torch.dtype) -> int:
+    """Bytes of decoding one picture, at its largest moment: three maps as wide as what enters a level of the decoder.
+
+    These are a residual block's input, its norm, and the activation of that.
+    """
+    mults = [*params.ch_mult, params.ch_mult[-1]]
+    widest = max(params.ch * mults[level + 1] / 4**level for level in range(len(params.ch_mult)))
+    return int(3 * widest * pixels * dtype.itemsize)
+
+
+def encode_bytes(params: AutoEncoderParams, pixels: int) -> int:
+    """Bytes of encoding one picture, in float32, at its largest moment.
+
+    Five maps of the first level: input and result of a convolution, both once more in the CPU kernel's own layout, and
+    the block's input.
+    """
+    return 5 * params.ch * params.ch_mult[0] * pixels * torch.float32.itemsize
 
 
 def streamed_bytes(params: FluxParams, dtype: torch.dtype, *, slots: int = SLOTS) -> int:
@@ -165,9 +186,12 @@ def _number_in(path: str, pattern: str = r"^(\d+)") -> int | None:
     return int(found[1]) if found else None
 
 
-def weights_budget(params: FluxParams, placement: Placement, dtype: torch.dtype, *, tokens: int) -> int:
+def weights_budget(
+    params: FluxParams, placement: Placement, dtype: torch.dtype, *, tokens: int, beside: int = 0
+) -> int:
     """Bytes that the transformer's weights may take on its device, beside a forward pass over so many tokens.
 
+    `beside`: bytes of what else runs there while they stay, at another time: the autoencoder and what it works on.
     On a CPU without a limit that is nothing: the file's pages are in memory anyway as long as there is room for them.
     """
     device = placement.transformer
@@ -179,7 +203,7 @@ def weights_budget(params: FluxParams, placement: Placement, dtype: torch.dtype,
         free = placement.vram_bytes - DEVICE_BASE_BYTES
     else:
         free = torch.cuda.mem_get_info(device)[0]
-    return free - activation_bytes(params, tokens, dtype)
+    return free - max(activation_bytes(params, tokens, dtype), beside)
 
 
 def waits_in_memory(params: FluxParams, placement: Placement, dtype: torch.dtype, resident: int) -> bool:

@@ -26,10 +26,8 @@ from flux_ir.models.streaming import StreamedFlux
 from flux_ir.models.text import TextEncoder, load_clip, load_t5
 from flux_ir.sites import Site
 
+TOKEN_PX = 16  # pixels along each side of an image token
 ModelPart = Literal["text", "transformer", "autoencoder"]
-
-
-LARGEST_USUAL_TOKENS = 4096 + 512  # a picture of 1024 px and the longest text
 
 
 class TextEncoders(NamedTuple):
@@ -261,7 +259,8 @@ class Suite:
                 waits=where_codes_wait(params, placement, self.dtype, method, tokens=self.tokens),
                 announce=self._announce,
             )
-        free = weights_budget(params, placement, self.dtype, tokens=self.tokens)
+        beside = autoencoder_bytes(self.spec, self.tokens * TOKEN_PX**2, self.dtype)
+        free = weights_budget(params, placement, self.dtype, tokens=self.tokens, beside=beside)
         resident = resident_blocks(params, self.dtype, free)
         return stream_flux(
             self.spec,

@@ -57,7 +57,7 @@ _MARKS: dict[Encoder, str] = {
     "clip": "text_model.embeddings.token_embedding.weight",
 }
 # The two encoders that every published FLUX.1 uses: google/t5-v1_1-xxl and openai/clip-vit-large-patch14.
-_PUBLISHED: dict[Encoder, Mapping[str, Any]] = {
+PUBLISHED: dict[Encoder, Mapping[str, Any]] = {
     "t5": {
         "model_type": "t5",
         "vocab_size": 32128,
@@ -197,7 +197,7 @@ def _single_file(
             f"{file} (from {origin}) must hold the {encoder.upper()} text encoder: it has no {_MARKS[encoder]}",
             hint="take the file as transformers or ComfyUI has it, such as t5xxl_fp16 or clip_l",
         )
-    config = _PUBLISHED[encoder] if spec.assets is None else read_json(spec.assets / encoder / CONFIG_FILE)
+    config = PUBLISHED[encoder] if spec.assets is None else read_json(spec.assets / encoder / CONFIG_FILE)
     tokenizer = _tokenizer_beside(spec, encoder, model_folder(file)) or _fetched_tokenizer(spec, encoder, announce)
     source = EncoderSource(file, tokenizer, origin, config, prefix)
     _check_width(spec, encoder, source, config)
