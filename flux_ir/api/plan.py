@@ -192,7 +192,7 @@ def _machine(settings: PlanSettings) -> PlannedMachine:
         kind = torch.cuda.get_device_name(0)
     elif settings.gpu is None and settings.vram_gb is None:
         raise FluxIRError(
-            f"--gpus {gpus} are more than this machine has: it has {here}",
+            f"--gpus must be at most {here}, what this machine has, unless others are described: got {gpus}",
             hint="say which ones with --vram_gb or --gpu",
         )
     else:

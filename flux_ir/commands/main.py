@@ -11,7 +11,7 @@ from flux_ir.errors import FluxIRError, nearest
 
 VERBS = {
     "capture": "sample a picture, record every block, and show what each would have drawn",
-    "plan": "what a capture takes on this or another machine: memory, disk, seconds, the best setting",
+    "plan": "what a capture takes on this machine or another: memory, disk, seconds, best setting",
     "collect": "collect activations over thousands of prompts, with any number of processes",
     "collect-clip": "collect CLIP's activations of a folder of pictures as training data",
     "convert-collection": "make a collection of shards of an old one",

@@ -6,6 +6,7 @@ fraction of a second, by `cpu_rates`. `streaming` computes while weights arrive,
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ def gpu_rates(name: str, dtype: torch.dtype) -> Rates:
     """
     found = next((known for known in sorted(GPUS, key=len, reverse=True) if known.lower() in name.lower()), None)
     if found is None:
-        near = nearest(name, GPUS)
+        near = {known.lower(): known for known in GPUS}.get(nearest(name, map(str.lower, GPUS)) or "")
         raise FluxIRError(
             f"--gpu must be one of {', '.join(GPUS)}: got {name!r}",
             hint=f"did you mean {near}?" if near else "name one of about its speed",
@@ -89,6 +90,7 @@ def usual_gpu(vram_gb: float) -> str:
     return min(GPUS, key=lambda name: abs(GPUS[name].vram_gb - vram_gb))
 
 
+@cache
 def cpu_rates(width: int, tokens: int, dtype: torch.dtype) -> Rates:
     """This CPU's rates, measured now with one product of the network's width and one copy."""
     x, weight = torch.ones(min(tokens, 512), width, dtype=dtype), torch.ones(2 * width, width, dtype=dtype)
@@ -102,10 +104,10 @@ def cpu_rates(width: int, tokens: int, dtype: torch.dtype) -> Rates:
     return Rates(flops, 2 * copied, copied, DISK_BYTES, told)
 
 
-def _best_seconds(work: Callable[[], object], repetitions: int = 3) -> float:
-    """The fewest of some seconds: what other programs take is no part of the rate."""
-    seconds = []
-    for _ in range(repetitions + 1):  # the first one warms up
+def _best_seconds(work: Callable[[], object], *, at_least: int = 3, budget: float = 0.1) -> float:
+    """The fewest seconds of several tries: what other programs take is no part of the rate. The first one warms up."""
+    begun, seconds = time.perf_counter(), list[float]()
+    while len(seconds) <= at_least or (len(seconds) < 200 and time.perf_counter() - begun < budget):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)

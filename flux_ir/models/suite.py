@@ -19,6 +19,7 @@ from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
 from flux_ir.models.checkpoints.quantised import stream_quantised
 from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.footprint import LARGEST_USUAL_TOKENS, autoencoder_bytes
 from flux_ir.models.memory import resident_blocks, waits_in_memory, weights_budget, where_codes_wait
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec

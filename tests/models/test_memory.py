@@ -8,9 +8,13 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.memory import (
+    LIVE_VALUES,
     Limits,
+    activation_bytes,
     best_offload,
+    decode_bytes,
     elements,
+    encode_bytes,
     resident_blocks,
     streamed_bytes,
     waits_in_memory,
@@ -79,5 +83,18 @@ def test_what_fits_best_is_chosen(asked, memory_gb, offload):
 
 def test_too_small_a_limit_is_refused():
     limits = Limits(None, 10**9)
-    with pytest.raises(FluxIRError, match=r"--memory_gb must be at least 1.5 for this model in bfloat16: got 1"):
+    with pytest.raises(FluxIRError, match=r"--memory_gb must be at least 1.8 for this model in bfloat16: got 1"):
         best_offload(plan(0), MODELS["flux-schnell"].flux, torch.bfloat16, limits, asked=False)
+
+
+def test_tokens_and_pixels_take_bytes_in_proportion():
+    params = MODELS["flux-schnell"].flux
+    assert activation_bytes(params, 512, torch.bfloat16) == 512 * 3072 * LIVE_VALUES[2] * 2
+    assert activation_bytes(params, 512, torch.float32, batch=2) == 2 * 512 * 3072 * LIVE_VALUES[4] * 4
+
+
+def test_the_autoencoders_bytes_a_pixel_are_those_that_were_measured():
+    params = MODELS["flux-schnell"].autoencoder
+    assert decode_bytes(params, 1, torch.bfloat16) == pytest.approx(1534, rel=0.01)  # 1.608 GB at 1024 px
+    assert decode_bytes(params, 1, torch.float32) == pytest.approx(3050, rel=0.02)
+    assert encode_bytes(params, 1) == pytest.approx(2582, rel=0.02)
