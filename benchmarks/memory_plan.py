@@ -106,7 +106,7 @@ def row(spec: ModelSpec, side: int, offload: str, words: Sequence[str], output_d
 def main(sides: Sequence[int], networks: Sequence[str]) -> None:
     """Print the table."""
     rows = []
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for name in networks:
             middle = name == "middle"
             spec = replace(MODELS["flux-schnell"], flux=MIDDLE) if middle else get_spec("flux-tiny")

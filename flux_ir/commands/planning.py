@@ -76,7 +76,7 @@ def plan_capture(settings: CaptureSettings, options: Options) -> None:
         report,
         {
             "time": f"the seconds of load and text, and {steps}/{few} of those of sample; pictures come on top",
-            "peak memory": "more than the weights; of as many pixels, it is that of the small run",
+            "peak memory": "about that of flux-ir plan, which compares settings; exactly, that of the small run",
         },
         f"flux-ir capture {small}",
     )

@@ -191,6 +191,8 @@ def _peak(
     text = weights["t5"] + weights["clip"]
     autoencoder = weights["ae_encoder"] + weights["ae_decoder"]
     sampling = works["transformer"] + waiting_bytes
+    if device == "cpu":  # malloc keeps what was freed of tensors up to 32 MB, and decoding comes on top
+        works["ae_decoder"] += works["transformer"]
     if placement.offload == "none":
         return sum(weights.values()) + max(works["t5"], sampling, works["ae_decoder"])
     if placement.offload == "parts":  # one at a time

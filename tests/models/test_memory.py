@@ -83,7 +83,7 @@ def test_what_fits_best_is_chosen(asked, memory_gb, offload):
 
 def test_too_small_a_limit_is_refused():
     limits = Limits(None, 10**9)
-    with pytest.raises(FluxIRError, match=r"--memory_gb must be at least 1.8 for this model in bfloat16: got 1"):
+    with pytest.raises(FluxIRError, match=r"--memory_gb must be at least 1.9 for this model in bfloat16: got 1"):
         best_offload(plan(0), MODELS["flux-schnell"].flux, torch.bfloat16, limits, asked=False)
 
 
