@@ -20,7 +20,7 @@ from sampler_vs_diffusers import their_forward
 
 from flux_ir import load_model
 from flux_ir.models.flux1.transformer import Flux
-from flux_ir.models.streaming import StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.suite import Suite
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.generate import Inputs, sample

@@ -22,11 +22,10 @@ from flux_ir.files import complete_file, versions, write_json
 from flux_ir.lens.measures import json_number, psnr_db, relative_distance
 from flux_ir.models.checkpoints.load import Weights
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.flux1.transformer import Flux, block_names
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import OffloadWord
 from flux_ir.models.quantisation import Method, codes_bytes, quantise, quantised_weights, widen
-from flux_ir.models.streaming import block_names
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.sampling.denoise import Step

@@ -23,7 +23,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.sharded import ShardedFlux
 from flux_ir.models.split import SplitFlux
-from flux_ir.models.streaming import StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
 from flux_ir.sampling.denoise import StateNotFiniteError

@@ -15,10 +15,10 @@ import torch
 from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.blocks import Modulation
-from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
 from flux_ir.models.placement import OffloadWord, Placement
 from flux_ir.models.quantisation import Method, Waits, codes_bytes
-from flux_ir.models.streaming import SLOTS, block_names, unit_of
+from flux_ir.models.streaming import SLOTS, unit_of
 
 HOST_BASE_BYTES = 850_000_000
 """A process that has imported torch and the package and run its kernels, without any weight. Measured on Linux with

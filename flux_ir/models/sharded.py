@@ -16,8 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux, FluxParams
-from flux_ir.models.streaming import block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
 
 
 class ShardedFlux(Flux):

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import Placement
-from flux_ir.models.streaming import block_names
 from flux_ir.shapes import Velocity
 
 

@@ -23,7 +23,7 @@ from flux_ir.models.footprint import LARGEST_USUAL_TOKENS, autoencoder_bytes
 from flux_ir.models.memory import resident_blocks, waits_in_memory, weights_budget, where_codes_wait
 from flux_ir.models.placement import Placement
 from flux_ir.models.registry import ModelSpec
-from flux_ir.models.streaming import StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.text import TextEncoder, load_clip, load_t5
 from flux_ir.sites import Site
 

@@ -11,7 +11,7 @@ from torch import nn
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.sharded import ShardedFlux
-from flux_ir.models.streaming import StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.shapes import Conditioning, CondLatent, Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
 
 

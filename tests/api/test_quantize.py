@@ -12,7 +12,7 @@ from flux_ir.api.model_settings import ModelSettings, as_captured
 from flux_ir.api.recorded_run import as_recorded, check_run, recorded_run
 from flux_ir.api.steer import SteerSettings
 from flux_ir.commands.main import main
-from flux_ir.models.streaming import StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
 
 RUN = {"model": "flux-tiny", "prompt": "a red circle", "seed": 1, "num_steps": 2, "device": "cpu"}
 

@@ -8,8 +8,8 @@ from flux_ir.distributed import joined, wait_for_all
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.load import load_flux, load_sharded_flux
 from flux_ir.models.checkpoints.locate import locate_model
+from flux_ir.models.flux1.transformer import block_names
 from flux_ir.models.registry import get_spec
-from flux_ir.models.streaming import block_names
 from flux_ir.recording.intervention import Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder, until_recorded
 from flux_ir.sampling.denoise import StateNotFiniteError, denoise

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.streaming import BlockStream, HostMemory, StreamedFlux, block_names, unit_of
+from flux_ir.models.flux1.transformer import block_names
+from flux_ir.models.streamed_flux import StreamedFlux
+from flux_ir.models.streaming import BlockStream, HostMemory, unit_of
 from flux_ir.recording.intervention import Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.denoise import StateNotFiniteError, denoise
@@ -185,6 +187,11 @@ def test_gradients_and_copies_are_refused(resident, state, tiny_inputs):
     inputs = tiny_inputs(guidance=2.0)
     with pytest.raises(FluxIRError, match="gradients need every block's weights"):
         streamed(inputs.img.requires_grad_(), *inputs[1:])
+    with (
+        Intervention(streamed, {"double.0.img": lambda value, step: value.clone().requires_grad_()}),
+        pytest.raises(FluxIRError, match="gradients need every block's weights"),
+    ):
+        streamed(*tiny_inputs(guidance=2.0))  # gradients that begin behind a block
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(streamed)
 

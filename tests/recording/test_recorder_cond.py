@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.streaming import StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.recording.intervention import Intervention
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.recording.reader import load_capture

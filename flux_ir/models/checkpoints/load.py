@@ -19,7 +19,8 @@ from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.sharded import ShardedFlux, current_device, own_part
 from flux_ir.models.split import SplitFlux
-from flux_ir.models.streaming import HostMemory, StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
+from flux_ir.models.streaming import HostMemory
 
 Network = TypeVar("Network", Flux, AutoEncoder)
 Advance = Callable[[int], None]

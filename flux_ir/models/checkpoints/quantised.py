@@ -33,7 +33,8 @@ from flux_ir.models.quantisation import (
     widen,
 )
 from flux_ir.models.registry import ModelSpec
-from flux_ir.models.streaming import Fetch, StreamedFlux
+from flux_ir.models.streamed_flux import StreamedFlux
+from flux_ir.models.streaming import Fetch
 
 CACHE_VARIABLE = "FLUX_IR_CACHE"
 _SAMPLED_BYTES = 4096  # of every tensor

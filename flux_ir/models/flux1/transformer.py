@@ -156,3 +156,9 @@ class Flux(nn.Module):
         # Of the image tokens alone, as a lens reads them: more rows could round in another way.
         first = txt.shape[1]
         return self.read_out(x[:, first : first + img_tokens], vec)
+
+
+def block_names(params: FluxParams) -> list[str]:
+    """The names of the blocks in depth order."""
+    double = [f"double_blocks.{number}" for number in range(params.depth)]
+    return double + [f"single_blocks.{number}" for number in range(params.depth_single_blocks)]
