@@ -2,8 +2,10 @@
 
 `double.18.img` is the image output of double block 18, `single.9` text and image behind single block 9, `single.9.img`
 its image half; a last word names a part of the block (`double.18.img.mlp`). A model that is given a reference picture
-(Kontext) has its tokens too: `double.18.cond`, `single.9.cond`. `t5.12` and `clip.7` are the outputs of layers of the
-text encoders. Those run once for a prompt: their sites have no step. `recording.recorder` records all of them.
+(Kontext) has its tokens too: `double.18.cond`, `single.9.cond`. `double.18.q` and `double.18.k` are the queries and
+keys of a block's attention, of text and image together in blocks of both kinds. `t5.12` and `clip.7` are the outputs
+of layers of the text encoders. Those run once for a prompt: their sites have no step. `recording.recorder` records all
+of them.
 """
 
 import difflib
@@ -20,27 +22,29 @@ Kind = Literal["t5", "clip", "double", "single"]
 Stream = Literal["img", "txt"]
 SiteStream = Literal["img", "txt", "cond"]
 """`cond`: the tokens of a reference picture, which stand behind those of the image."""
-Part = Literal["attn", "mlp", "neurons", "update", "out"]
+Part = Literal["q", "k", "attn", "mlp", "neurons", "update", "out"]
 
-# In the order sites sort by. None is the whole: both streams of a single block, the block's own output.
+# In the order sites sort by. None is the whole: both streams of a block, the block's own output.
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _PER_PROMPT: tuple[Kind, ...] = ("t5", "clip")
 _STREAMS: dict[Kind, tuple[SiteStream | None, ...]] = {
     "t5": (None,),
     "clip": (None,),
-    "double": ("img", "txt", "cond"),
+    "double": (None, "img", "txt", "cond"),
     "single": (None, "img", "txt", "cond"),
 }
 _PARTS: dict[Kind, tuple[Part | None, ...]] = {
     "t5": (None,),
     "clip": (None,),
-    "double": (None, "attn", "mlp", "neurons", "update"),
-    "single": (None, "neurons", "update", "out"),
+    "double": (None, "q", "k", "attn", "mlp", "neurons", "update"),
+    "single": (None, "q", "k", "attn", "neurons", "update", "out"),
 }
+_JOINT: tuple[Part, ...] = ("q", "k")
+"""What a double block has of both streams together."""
 _GRAMMAR = re.compile(
-    r"(?P<kind>t5|clip|double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt|cond))?(\.(?P<part>attn|mlp|neurons|update|out))?"
+    r"(?P<kind>t5|clip|double|single)\.(?P<block>0|[1-9][0-9]*)(\.(?P<stream>img|txt|cond))?(\.(?P<part>q|k|attn|mlp|neurons|update|out))?"
 )
-_HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.img, single.9.out, t5.12 or clip.7"
+_HINT = "sites look like double.18.img, double.18.txt.mlp, single.9, single.9.img, single.9.q, t5.12 or clip.7"
 _COND_HINT = "leave it out; flux-dev-kontext takes a --reference_image"
 _PER_PROMPT_HINT = "it is recorded once per prompt: by `capture` and `collect` with such --sites, or a TextRecorder"
 
@@ -56,13 +60,15 @@ class Site:
     kind: Kind
     block: int
     stream: SiteStream | None = None
-    """None: text and image together, which only single blocks have; or there is one stream, as in text encoders."""
+    """None: text and image together, which single blocks have, and queries and keys; or there is one stream, as in
+    text encoders."""
     part: Part | None = None
-    """None: the block's output. attn, mlp, out: before the gate; neurons: after the activation; update: the block's
-    output minus its input."""
+    """None: the block's output. q, k: queries and keys after norm and rotation, heads joined; attn, mlp, out: before
+    the gate, and attn of a single block before `linear2`; neurons: after the activation; update: the block's output
+    minus its input."""
 
     def __post_init__(self) -> None:
-        if self.block < 0 or self.stream not in _STREAMS[self.kind] or self.part not in _PARTS[self.kind]:
+        if self.block < 0 or self.stream not in _STREAMS[self.kind] or self.part not in _parts(self.kind, self.stream):
             raise FluxIRError(f"there is no site {self}: {self._what_exists()}", hint=_HINT)
 
     def _what_exists(self) -> str:
@@ -70,6 +76,8 @@ class Site:
             return f"a layer of {self.kind.upper()} has its output and no parts"
         streams = " or ".join(stream or "none" for stream in _STREAMS[self.kind])
         parts = ", ".join(part for part in _PARTS[self.kind] if part)
+        if self.kind == "double":
+            return f"a double block has the streams img, txt or cond, and the parts {parts}; q and k have none too"
         return f"a {self.kind} block has the streams {streams}, and the parts {parts}"
 
     @classmethod
@@ -93,11 +101,17 @@ class Site:
 
     @property
     def whole(self) -> "Site":
-        """The site this one is half of; itself, unless it is the image or the text of a single block.
+        """The site this one is half of; itself, unless it is the image or the text of what has both.
 
         The tokens of a reference picture are no part of a whole: `single.9` is text and image.
         """
-        return replace(self, stream=None) if self.kind == "single" and self.stream != "cond" else self
+        joint = self.kind == "single" or self.part in _JOINT
+        return replace(self, stream=None) if joint and self.stream != "cond" else self
+
+    @property
+    def in_residual(self) -> bool:
+        """Whether its values are in the space of the block's output: not neurons, queries, keys or joined heads."""
+        return self.part not in (*_JOINT, "neurons") and (self.kind, self.part) != ("single", "attn")
 
     def __lt__(self, other: "Site") -> bool:
         return self._depth_order() < other._depth_order()
@@ -105,6 +119,11 @@ class Site:
     def _depth_order(self) -> tuple[int, ...]:
         streams, parts = _STREAMS[self.kind], _PARTS[self.kind]
         return _KINDS.index(self.kind), self.block, streams.index(self.stream), parts.index(self.part)
+
+
+def _parts(kind: Kind, stream: SiteStream | None) -> tuple[Part | None, ...]:
+    """The parts that a block has of a stream, or of both together."""
+    return _JOINT if kind == "double" and stream is None else _PARTS[kind]
 
 
 SiteNames = str | Site | Iterable[str | Site]
@@ -134,7 +153,7 @@ def all_sites(depth: int, depth_single_blocks: int, *, cond: bool = False) -> li
         for block in range(blocks[kind])
         for stream in _STREAMS[kind]
         if cond or stream != "cond"
-        for part in _PARTS[kind]
+        for part in _parts(kind, stream)
     ]
 
 

@@ -15,14 +15,14 @@ doubles = st.builds(
     st.just("double"),
     blocks,
     st.sampled_from(["img", "txt"]),
-    st.sampled_from([None, "attn", "mlp", "neurons", "update"]),
+    st.sampled_from([None, "q", "k", "attn", "mlp", "neurons", "update"]),
 )
 singles = st.builds(
     Site,
     st.just("single"),
     blocks,
     st.sampled_from([None, "img", "txt"]),
-    st.sampled_from([None, "neurons", "update", "out"]),
+    st.sampled_from([None, "q", "k", "attn", "neurons", "update", "out"]),
 )
 
 
@@ -71,7 +71,8 @@ def test_order_is_numeric_and_images_come_first():
         "double.1",  # its streams are apart
         "double.1.img.out",
         "single.1.mlp",
-        "single.1.attn",
+        "double.1.attn",
+        "double.1.v",
         "single.01",
         "single.-1",
         "single.1.img.",
@@ -96,7 +97,7 @@ def test_what_is_no_site_is_refused_with_the_grammar(text):
 
 def test_a_network_has_every_site_of_the_grammar_once():
     sites = all_sites(2, 3)
-    assert len(sites) == len(set(sites)) == 2 * 2 * 5 + 3 * 3 * 4
+    assert len(sites) == len(set(sites)) == 2 * (2 * 7 + 2) + 3 * 3 * 7
     assert sites == sorted(sites)
     assert {site.block for site in sites if site.kind == "double"} == {0, 1}
     assert {site.block for site in sites if site.kind == "single"} == {0, 1, 2}
@@ -169,6 +170,17 @@ def test_patterns_match_in_depth_order_and_halves_only_by_name(patterns, expecte
     available = all_sites(3, 12)
     random.Random(0).shuffle(available)
     assert list(map(str, match_sites(patterns, available))) == expected
+
+
+def test_queries_and_keys_are_of_text_and_image_together_in_both_kinds_of_block():
+    found = match_sites(["*.q", "double.0.img.k"], all_sites(1, 1))
+    assert list(map(str, found)) == ["double.0.q", "double.0.img.k", "single.0.q"]
+    assert Site.parse("double.0.img.k").whole == Site.parse("double.0.k")
+    assert [Site.parse(name).in_residual for name in ("double.0.img.attn", "single.0.attn", "double.0.q")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_every_update_is_matched_without_halves():

@@ -61,7 +61,7 @@ def choose_sites(captures: str | Path, source: TokenSource, names: SiteNames | N
     if names is None:
         return list(source.sites)
     streams: tuple[Stream, ...] = ("img", "txt")
-    whole = [site for site in source.sites if site.kind == "single" and site.stream is None]
+    whole = [site for site in source.sites if site.stream is None and not site.per_prompt]
     halves = [Site(site.kind, site.block, stream, site.part) for site in whole for stream in streams]
     return match_sites(site_names(names), sorted({*source.sites, *halves}))
 

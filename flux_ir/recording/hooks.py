@@ -10,6 +10,7 @@ from inspect import signature
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
@@ -174,6 +175,12 @@ def module_of(site: Site) -> str:
     match site.kind, site.part:
         case _, None | "update":
             return block
+        case _, "q":
+            return f"{block}.attention.queries"
+        case _, "k":
+            return f"{block}.attention.keys"
+        case "single", "attn":
+            return f"{block}.attention"
         case "double", "attn":
             return f"{block}.{stream}_attn.proj"
         case "double", "mlp":
@@ -192,17 +199,30 @@ def is_outside(site: Site) -> bool:
 
 
 def stream_of(site: Site, output: Any) -> Tensor:
-    """The tensor of a module's output that the site is in: double blocks put out a pair, image first."""
+    """The tensor of a module's output that the site is in, [batch, tokens, d]: double blocks put out a pair, image
+    first; queries and keys have their heads joined.
+    """
+    if site.part in ("q", "k"):
+        return rearrange(output, "b heads n d -> b n (heads d)")
     if not isinstance(output, tuple):
         return output
     return output[1] if site.stream == "txt" else output[0]
 
 
+def put_back(site: Site, new: Tensor, output: Any) -> Any:
+    """A module's output with another tensor where `stream_of` finds the site's."""
+    if site.part in ("q", "k"):
+        return rearrange(new, "b n (heads d) -> b heads n d", heads=output.shape[1]).contiguous()
+    if not isinstance(output, tuple):
+        return new
+    return (output[0], new) if site.stream == "txt" else (new, output[1])
+
+
 def rows_of(site: Site, tokens: TokenCounts) -> slice:
-    """Which of the rows of `stream_of` are the site's: text, then image, then a reference picture in a single block;
-    image, then reference in the image stream of a double block.
+    """Which of the rows of `stream_of` are the site's: text, then image, then a reference picture in a single block and
+    among queries and keys; image, then reference in the image stream of a double block.
     """
-    first = tokens.txt if site.kind == "single" else 0
+    first = tokens.txt if site.kind == "single" or site.part in ("q", "k") else 0
     match site.stream:
         case "txt":
             return slice(0, tokens.txt)

@@ -26,6 +26,7 @@ from flux_ir.recording.hooks import (
     listeners_last,
     module_of,
     named,
+    put_back,
     rows_of,
     stream_of,
     text_layers,
@@ -48,8 +49,9 @@ class Intervention(StepHooks):
 
     One forward is one step, counted from `first_step`; `steps` are the steps to change (None: all). The keys of `edits`
     are sites, as `Site` or as text, which may be a pattern; a site that several keys name is edited by one after the
-    other. All sites can be written: a part of a block before its gate (`attn`, `mlp`, `neurons`, `out`), what the block
-    adds (`update`), what it puts out, and one half of these in single blocks.
+    other. All sites can be written: a part of a block before its gate (`attn`, `mlp`, `neurons`, `out`), queries and
+    keys of its attention (`q`, `k`), what the block adds (`update`), what it puts out,
+    and one half of these in single blocks.
 
     An edit that gives back what it got changes no bit. No hook is left behind, whatever raises.
 
@@ -104,13 +106,11 @@ class Intervention(StepHooks):
             else:
                 given = current[:, rows]
                 part = self._edited(site, edit, given)
-                if part is given:
-                    return output
+                if part is given:  # as it was, or changed in place
+                    return put_back(site, current, output)
             if part.shape[1] < current.shape[1]:
                 part = torch.cat([current[:, : rows.start], part, current[:, rows.stop :]], dim=1)
-            if not isinstance(output, tuple):
-                return part
-            return (output[0], part) if site.stream == "txt" else (part, output[1])
+            return put_back(site, part, output)
 
         return change
 

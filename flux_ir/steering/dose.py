@@ -285,12 +285,12 @@ def aligned_neurons(
     """For each site the feed-forward neuron of its block whose output direction is nearest to the edit's, and that.
 
     A neuron adds its column of the second linear, times the block's gate under `vec`; it may add it with either sign.
-    Sites without a feed-forward block, and those of its neurons, have none.
+    Sites without a feed-forward block, and those of a space of their own (neurons, queries), have none.
     """
     found: dict[Site, tuple[int, Tensor]] = {}
     for edit in steering.ready:
         for site in edit.weights:
-            if site.per_prompt or site.part == "neurons":
+            if site.per_prompt or not site.in_residual:
                 continue
             rows = edit.direction.rows(min(edit.steps, default=0))
             target = normalize(rows.float().sum(dim=0), dim=0)

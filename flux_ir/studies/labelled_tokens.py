@@ -40,7 +40,7 @@ class LabelledTokens:
     step: int
 
     def __post_init__(self) -> None:
-        if self.site is not None and self.site.kind == "single" and self.site.stream is None:
+        if self.site is not None and self.site.stream is None and not self.site.per_prompt:
             object.__setattr__(self, "site", replace(self.site, stream="img"))
         if self.has_patches and self.tokens_per_image > self.labels.tokens.shape[2]:
             raise FluxIRError(

@@ -54,12 +54,13 @@ def test_a_recorder_sees_the_edited_value_in_whichever_order_they_are_entered(
             changed = model(*inputs)
         torch.testing.assert_close(after.read(site, 0), 2 * before.read(site, 0), atol=1e-5, rtol=1e-5)
         is_dead_end = str(site.whole if site.part else site) in DEAD_ENDS or (site.block, site.stream) == (2, "txt")
+        is_dead_end = is_dead_end and site.part != "k"  # the image looks at the keys of the last block's text
         assert torch.equal(changed, plain) == (is_dead_end and site.kind == "single"), str(site)
 
 
 def test_only_the_named_half_is_edited(tiny_flux, tiny_inputs):
     model, inputs, plain, edited = tiny_flux(), tiny_inputs(), MemorySink(), MemorySink()
-    sites = ["single.1", "single.1.out", "single.1.neurons", "single.1.update"]
+    sites = ["single.1", "single.1.out", "single.1.neurons", "single.1.update", "single.1.q", "single.1.attn"]
     for site in sites:
         half = Site.parse(site.replace("single.1", "single.1.img"))
         with Recorder(model, site, plain):
@@ -173,7 +174,7 @@ def test_what_cannot_stand_in_place_of_a_value_is_refused(tiny_flux, tiny_inputs
     [
         ("single.7.img", "no site of this model matches 'single.7.img'"),
         (Site.parse("double.9.img"), "2 double and 3 single blocks, and no site double.9.img"),
-        ("single.*.attn", "no site of this model matches"),
+        ("single.*.mlp", "no site of this model matches"),
     ],
 )
 def test_sites_that_are_not_there_are_refused_with_the_nearest(tiny_flux, name, says):

@@ -58,9 +58,12 @@ def forward_by_hand(model, inputs):
     def rope(x):
         return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
+    def joined_heads(x):  # b heads n d -> b n (heads d)
+        return x.transpose(1, 2).flatten(2)
+
     def attend(q, k, v):
         logits = rope(q) @ rope(k).transpose(-1, -2) / (width // heads) ** 0.5
-        return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return joined_heads(logits.softmax(-1) @ v)
 
     vec = embedder("time_in", embed(inputs.timesteps)) + embedder("vector_in", inputs.y)
     if params.guidance_embed:
@@ -78,7 +81,12 @@ def forward_by_hand(model, inputs):
             q = rms(q, f"{block}.{s}_attn.norm.query_norm.scale")
             k = rms(k, f"{block}.{s}_attn.norm.key_norm.scale")
             qkv[s] = q, k, v
-        joint = attend(*(torch.cat([of_txt, of_img], 2) for of_img, of_txt in zip(*qkv.values(), strict=True)))
+        q, k, v = (torch.cat([of_txt, of_img], 2) for of_img, of_txt in zip(*qkv.values(), strict=True))
+        joint = attend(q, k, v)
+        for part, value in (("q", joined_heads(rope(q))), ("k", joined_heads(rope(k)))):
+            sites[f"double.{i}.{part}"] = value
+            sites[f"double.{i}.txt.{part}"] = value[:, :TXT_TOKENS]
+            sites[f"double.{i}.img.{part}"] = value[:, TXT_TOKENS:]
         attended = {"txt": joint[:, :TXT_TOKENS], "img": joint[:, TXT_TOKENS:]}
         for s in ("img", "txt"):
             _, _, gate_1, shift, scale, gate_2 = mods[s]
@@ -97,8 +105,9 @@ def forward_by_hand(model, inputs):
         hidden = linear(f"{block}.linear1", norm(joined) * (1 + scale) + shift)
         q, k, v = map(split_heads, hidden[..., : 3 * width].chunk(3, -1))
         q, k = rms(q, f"{block}.norm.query_norm.scale"), rms(k, f"{block}.norm.key_norm.scale")
-        whole = {".neurons": gelu(hidden[..., 3 * width :])}
-        whole[".out"] = linear(f"{block}.linear2", torch.cat([attend(q, k, v), whole[".neurons"]], -1))
+        whole = {".neurons": gelu(hidden[..., 3 * width :]), ".attn": attend(q, k, v)}
+        whole |= {".q": joined_heads(rope(q)), ".k": joined_heads(rope(k))}
+        whole[".out"] = linear(f"{block}.linear2", torch.cat([whole[".attn"], whole[".neurons"]], -1))
         whole[".update"] = gate * whole[".out"]
         joined = whole[""] = joined + whole[".update"]
         for part, value in whole.items():
@@ -132,7 +141,7 @@ def test_every_site_has_its_module_in_every_model_of_the_registry(name):
     with torch.device("meta"):
         model = Flux(params)
     sites = every_site(model)
-    assert len(sites) == 10 * params.depth + 12 * params.depth_single_blocks
+    assert len(sites) == 16 * params.depth + 21 * params.depth_single_blocks
     recorder = Recorder(model, sites, MemorySink())
     with pytest.raises(FluxIRError, match="saw no forward"), recorder:
         assert hooks_on(model) > len(sites)

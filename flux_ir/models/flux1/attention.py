@@ -44,14 +44,30 @@ def _rotate_real(x: Heads, rotation: Rotation) -> Heads:
     return rearrange(turned, "b heads n d pair -> b heads n (d pair)").to(x.dtype)
 
 
-def attention(q: Heads, k: Heads, v: Heads, rotation: Rotation) -> Tokens:
-    """Scaled dot-product attention over rotated queries and keys, heads joined again; no mask: padding is attended."""
-    out = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
-    return rearrange(out, "b heads n d -> b n (heads d)")
+class Rotate(nn.Module):
+    """`rotate` as a module: its output is the site of a block's queries, or of its keys."""
+
+    def forward(self, x: Heads, rotation: Rotation) -> Heads:
+        return rotate(x, rotation)
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention over rotated queries and keys, heads joined again; no mask: padding is attended.
+
+    It has no weights. A module of its own so that whoever hangs hooks on it sees queries, keys, values and the result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = Rotate(), Rotate()
+
+    def forward(self, q: Heads, k: Heads, v: Heads, rotation: Rotation) -> Tokens:
+        out = F.scaled_dot_product_attention(self.queries(q, rotation), self.keys(k, rotation), v)
+        return rearrange(out, "b heads n d -> b n (heads d)")
 
 
 def attention_backend(heads: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The kernel that PyTorch chooses for `attention`: flash_attention, efficient_attention, cudnn_attention or math.
+    """The kernel that PyTorch chooses for `Attention`: flash_attention, efficient_attention, cudnn_attention or math.
 
     Which one it is depends on the device, the dtype, the head's width and PyTorch's version, and the bits depend on it.
     """

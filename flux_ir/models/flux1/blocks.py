@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux_ir.models.flux1.attention import QKNorm, SelfAttention, attention
+from flux_ir.models.flux1.attention import Attention, QKNorm, SelfAttention
 from flux_ir.shapes import Conditioning, ImgTokens, PerSample, Rotation, Shift, Tokens, TxtTokens, Velocity
 
 TIME_CHANNELS = 256
@@ -97,6 +97,7 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(dim, num_heads, qkv_bias=qkv_bias)
         self.txt_norm2 = affine_free_norm(dim)
         self.txt_mlp = feed_forward(dim, mlp_dim)
+        self.attention = Attention()
 
     def forward(
         self, img: ImgTokens, txt: TxtTokens, vec: Conditioning, rotation: Rotation
@@ -108,7 +109,7 @@ class DoubleStreamBlock(nn.Module):
         txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale))
         # Text first, as in the rotary table, in the single blocks and in the slices below.
         q, k, v = (torch.cat([of_txt, of_img], dim=2) for of_txt, of_img in zip(txt_qkv, img_qkv, strict=True))
-        joint = attention(q, k, v, rotation)
+        joint = self.attention(q, k, v, rotation)
         txt_joint, img_joint = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
 
         img = img + img_mod1.gate * self.img_attn.proj(img_joint)
@@ -132,6 +133,7 @@ class SingleStreamBlock(nn.Module):
         self.pre_norm = affine_free_norm(dim)
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(dim, double=False)
+        self.attention = Attention()
 
     def forward(self, x: Tokens, vec: Conditioning, rotation: Rotation) -> Tokens:
         (mod,) = self.modulation(vec)
@@ -149,7 +151,7 @@ class SingleStreamBlock(nn.Module):
         qkv = F.linear(normed, weight, bias)
         q, k, v = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.num_heads)
         q, k = self.norm(q, k, v)
-        return attention(q, k, v, rotation)
+        return self.attention(q, k, v, rotation)
 
     def neurons(self, normed: Tokens) -> Tensor:
         """The feed-forward neurons after their activation: the other rows of `linear1`.

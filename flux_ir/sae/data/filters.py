@@ -129,7 +129,7 @@ def choose_sites(source: TokenSource, patterns: Sequence[str]) -> list[SiteKey]:
     if not source.sites:
         return [None]
     streams: tuple[Stream, ...] = ("img", "txt")
-    whole = [site for site in source.sites if site.kind == "single" and site.stream is None]
+    whole = [site for site in source.sites if site.stream is None and not site.per_prompt]
     available = sorted({*source.sites, *(replace(site, stream=stream) for site in whole for stream in streams)})
     for pattern in patterns:
         try:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flux_ir.models.flux1.attention import RMSNorm, attention, attention_backend, rotary_table, rotate
+from flux_ir.models.flux1.attention import Attention, RMSNorm, attention_backend, rotary_table, rotate
 
 AXES_DIM, THETA = (4, 6, 6), 10_000
 offsets = st.tuples(*[st.integers(-200, 200)] * 3)
@@ -27,15 +27,15 @@ def heads(seed: int, tokens: int = 12) -> torch.Tensor:
 def test_attention_sees_only_differences_of_positions(offset):
     q, k, v = heads(0), heads(1), heads(2)
     ids = grid_ids(4, 3)
-    here = attention(q, k, v, rotary_table(ids, AXES_DIM, THETA))
-    there = attention(q, k, v, rotary_table(ids + torch.tensor(offset), AXES_DIM, THETA))
+    here = Attention()(q, k, v, rotary_table(ids, AXES_DIM, THETA))
+    there = Attention()(q, k, v, rotary_table(ids + torch.tensor(offset), AXES_DIM, THETA))
     torch.testing.assert_close(there, here, rtol=0, atol=1e-4)
 
 
 def test_attention_does_see_differences_of_positions():
     q, k, v = heads(0), heads(1), heads(2)
-    grid = attention(q, k, v, rotary_table(grid_ids(4, 3), AXES_DIM, THETA))
-    transposed = attention(q, k, v, rotary_table(grid_ids(3, 4), AXES_DIM, THETA))
+    grid = Attention()(q, k, v, rotary_table(grid_ids(4, 3), AXES_DIM, THETA))
+    transposed = Attention()(q, k, v, rotary_table(grid_ids(3, 4), AXES_DIM, THETA))
     assert (grid - transposed).abs().max() > 1e-2
 
 
