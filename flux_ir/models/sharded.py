@@ -4,6 +4,8 @@ Before a block computes, `torch.distributed.fsdp.fully_shard` gathers its weight
 go. A weight is gathered as it is, byte for byte, with no cast and no mixed precision: the bits of every product are
 those of the whole network. All-gathers are collective, so all ranks must call the same blocks in the same order, each
 with inputs of its own: `collecting.collector` keeps them in step.
+
+FSDP is imported where it is used: it brings sympy and torch's compiler, seconds for everybody else.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +13,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
@@ -28,6 +27,9 @@ class ShardedFlux(Flux):
     """
 
     def __init__(self, params: FluxParams, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         with torch.device("meta"):
             super().__init__(params)
         self.to(dtype).requires_grad_(requires_grad=False).eval()
@@ -50,6 +52,8 @@ class ShardedFlux(Flux):
 
 def _let_go(network: nn.Module, args: Any, output: Any) -> None:
     """Behind a forward that was left in the middle of a block: the weights of that block are let go as well."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in network.modules():
         if isinstance(module, FSDPModule) and module is not network:
             module.reshard()
@@ -65,6 +69,8 @@ def own_part(weight: Tensor, blank: Tensor, device: torch.device) -> Tensor:
 
     No rank is asked for anything: each reads the weight for itself.
     """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(blank, DTensor):
         return weight.to(device)
     return distribute_tensor(weight, blank.device_mesh, blank.placements, src_data_rank=None)
