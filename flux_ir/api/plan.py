@@ -28,6 +28,7 @@ from flux_ir.models.memory import (
 from flux_ir.models.pace import GPUS, Limiter, Pace, Rates, WeightsFrom, cpu_rates, gpu_rates, step_pace, usual_gpu
 from flux_ir.models.placement import Placement
 from flux_ir.models.placement import plan as place
+from flux_ir.models.quantisation import Method, codes_bytes
 from flux_ir.models.suite import TOKEN_PX
 from flux_ir.recording.plan import CapturePlan, capture_bytes
 from flux_ir.recording.writer import QUEUE_BYTES
@@ -35,6 +36,8 @@ from flux_ir.sampling.generate import check_steps, threads_per_picture
 from flux_ir.sites import SiteNames, block_outputs, sites_among
 
 GB = 10**9
+QUANTISED: tuple[Method, ...] = ("nf4", "int8")
+"""The ways to quantise that are compared; fp8 takes what int8 takes."""
 
 
 class PlannedMachine(NamedTuple):
@@ -64,7 +67,9 @@ class PlannedSetting(NamedTuple):
     misfit: str
     """Why it does not fit; empty: it does."""
     best: bool
-    """Whether it is the fastest that fits; of equally fast ones the first."""
+    """Whether it is the fastest that fits and is exact, or that fits; of equally fast ones the first."""
+    exact: bool
+    """Whether it gives the bits of the resident model; quantised blocks do not."""
     command: str
     """What is typed for it."""
 
@@ -249,19 +254,22 @@ def _plan_of(settings: PlanSettings, machine: PlannedMachine) -> MachinePlan:
         decoded_together=1 if machine.gpus else threads // threads_per_picture(pixels, threads),
     )
     planned = [_setting(settings, machine, work, txt_tokens, way) for way in _ways(settings, machine)]
-    fitting = [setting for setting in planned if setting.fits]
+    # Quantised blocks give other numbers: they are the best only where nothing else fits.
+    fitting = [setting for setting in planned if setting.fits and setting.exact]
+    fitting = fitting or [setting for setting in planned if setting.fits]
     best = min(fitting, key=lambda setting: round(setting.seconds_per_step, 6), default=None)
     marked = [setting._replace(best=setting is best) for setting in planned]
     return MachinePlan(spec.name, machine, picture, size, marked)
 
 
 class _Way(NamedTuple):
-    """A placement, and the blocks that stay where others are streamed."""
+    """A placement, and the blocks that stay where others are streamed, or how all are quantised."""
 
     name: str
     placement: Placement
     resident: list[int]
     flags: str
+    quantize: Method | None = None
 
 
 def _ways(settings: PlanSettings, machine: PlannedMachine) -> Iterator[_Way]:
@@ -288,6 +296,11 @@ def _ways(settings: PlanSettings, machine: PlannedMachine) -> Iterator[_Way]:
         memory = "" if machine.gpus or machine.memory_bytes is None else f" --memory_gb {machine.memory_bytes / GB:.4g}"
         name = f"offload blocks, {len(stay)} of {depth} stay"
         yield _Way(name, streamed, stay, f" --offload blocks{vram}{memory}")
+    for method in QUANTISED:
+        yield _Way(method, place(machine.gpus), [], f" --quantize {method}", method)
+        if machine.gpus:
+            flags = f" --quantize {method} --offload blocks{vram}"
+            yield _Way(f"{method}, offload blocks", streamed, [], flags, method)
 
 
 def _setting(settings: PlanSettings, machine: PlannedMachine, work: Work, txt_tokens: int, way: _Way) -> PlannedSetting:
@@ -295,12 +308,18 @@ def _setting(settings: PlanSettings, machine: PlannedMachine, work: Work, txt_to
     in_memory, streamed = False, 0
     weights_from: WeightsFrom = "device"
     counts = elements(spec.flux)
-    if way.placement.offload == "blocks":
+    codes = 0 if way.quantize is None else codes_bytes(spec.flux, way.quantize)
+    if way.quantize is not None:
+        if way.placement.offload == "blocks":
+            streamed, weights_from = codes, "host"
+    elif way.placement.offload == "blocks":
         in_memory = waits_in_memory(spec.flux, way.placement, dtype, len(way.resident))
         own = [all_ - mods for all_, mods in zip(counts.blocks, counts.modulations, strict=True)]
         streamed = (sum(own) - sum(own[number] for number in way.resident)) * dtype.itemsize
         weights_from = "host" if in_memory else "disk"
-    takes = footprint(spec, way.placement, dtype, work, resident=way.resident, waits_in_memory=in_memory)
+    takes = footprint(
+        spec, way.placement, dtype, work, resident=way.resident, waits_in_memory=in_memory, quantize=way.quantize
+    )
     if weights_from == "disk" and not machine.gpus and machine.memory_bytes is not None:
         # What is left of memory is the page cache: a file that fits into it is read from the drive once.
         cached = machine.memory_bytes - takes.host >= counts.total * torch.bfloat16.itemsize
@@ -314,6 +333,7 @@ def _setting(settings: PlanSettings, machine: PlannedMachine, work: Work, txt_to
         streamed=streamed,
         weights_from=weights_from,
         on_cpu=not machine.gpus,
+        codes=codes,
     )
     return PlannedSetting(
         way.name,
@@ -323,6 +343,7 @@ def _setting(settings: PlanSettings, machine: PlannedMachine, work: Work, txt_to
         pace.limiter,
         _misfit(takes, machine),
         best=False,
+        exact=way.quantize is None,
         command=_command(settings, way.flags),
     )
 

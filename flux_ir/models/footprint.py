@@ -22,9 +22,11 @@ from flux_ir.models.memory import (
     activation_bytes,
     decode_bytes,
     elements,
+    quantised_bytes,
     streamed_bytes,
 )
 from flux_ir.models.placement import Placement
+from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.streaming import SLOTS
 from flux_ir.models.text.clip import ClipText, ClipTextParams
@@ -141,10 +143,12 @@ def footprint(
     *,
     resident: Sequence[int] = (),
     waits_in_memory: bool = False,
+    quantize: Method | None = None,
 ) -> Footprint:
     """Peak memory of a run under a placement. `resident`: the blocks that stay where others are streamed.
 
-    `waits_in_memory`: blocks that are streamed to a GPU wait in host memory, else in their file.
+    `waits_in_memory`: blocks that are streamed to a GPU wait in host memory, else in their file. `quantize`: all blocks
+    are codes, which are on the device if nothing is offloaded, and on a CPU pages of their file.
     """
     parts = parts_of(spec, dtype)
     if not work.encodes:
@@ -156,6 +160,11 @@ def footprint(
         parts = parts._replace(transformer=streamed_bytes(spec.flux, dtype) + staying)
         if work.encodes:
             parts = parts._replace(t5=(t5.outside + SLOTS * max(t5.blocks)) * size)
+    codes = 0  # with the modulations, which stay as they are
+    if quantize is not None:
+        codes = quantised_bytes(spec.flux, dtype, quantize) - streamed_bytes(spec.flux, dtype)
+        beside_it = placement.offload == "blocks" and placement.transformer != "cpu"
+        parts = parts._replace(transformer=streamed_bytes(spec.flux, dtype) + (0 if beside_it else codes))
     # What each part works on, while it does.
     t5_tokens = spec.text_tokens * spec.flux.context_in_dim * size
     active = {
@@ -175,7 +184,7 @@ def footprint(
     if placement.offload == "parts":
         host += sum(parts)
     elif placement.offload == "blocks":
-        waiting = sum(counts.blocks) * size - staying if waits_in_memory else 0
+        waiting = codes or (sum(counts.blocks) * size - staying if waits_in_memory else 0)
         # T5 goes from its file to the GPU block by block; CLIP and, behind the transformer, the autoencoder wait here.
         host += max(parts.clip, waiting + parts.ae_encoder + parts.ae_decoder)
     return Footprint(host, devices)

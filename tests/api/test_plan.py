@@ -55,6 +55,14 @@ def test_more_memory_is_never_slower(gpu):
     assert without == sorted(without, reverse=True)
 
 
+def test_quantised_blocks_are_the_best_only_where_nothing_exact_fits():
+    (planned,) = flux_ir.plan(gpu="RTX 4060", vram_gb=8, memory_gb=32)
+    quantised = [setting for setting in planned.settings if not setting.exact]
+    assert any(setting.fits and setting.seconds_per_step < planned.best.seconds_per_step for setting in quantised)
+    assert planned.best.exact
+    assert [setting.name for setting in quantised] == ["nf4", "nf4, offload blocks", "int8", "int8, offload blocks"]
+
+
 def test_what_does_not_fit_says_why_and_nothing_may_fit():
     (planned,) = flux_ir.plan(gpu="RTX 4060", vram_gb=1, memory_gb=64)
     assert planned.best is None

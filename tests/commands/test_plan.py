@@ -9,8 +9,11 @@ def test_the_settings_of_one_machine_with_the_best_one_and_its_command(capsys):
     assert lines[0] == "flux-schnell, 1024 x 1024 px, 4 steps, bfloat16; capture file 6.1 GB"
     assert lines[1] == "machine: 1 x 24 GB (RTX 4090), 64 GB host memory"
     assert lines[2].split() == ["setting", "GPU", "host", "s/step", "limited", "by", "fits"]
-    assert [line.rpartition(" ")[2] for line in lines[3:6]] == ["no", "no", "best"]
-    assert lines[6] == "resident does not fit: 36.1 GB on a GPU of 24 GB"
+    fits = {line.partition("  ")[0]: line.rpartition(" ")[2] for line in lines[3:10]}
+    assert (fits["resident"], fits["offload parts"]) == ("no", "no")
+    assert [name for name, word in fits.items() if word == "best"] == ["offload blocks, 49 of 57 stay"]
+    assert (fits["nf4"], fits["nf4, offload blocks"]) == ("no", "yes")
+    assert "resident does not fit: 36.1 GB on a GPU of 24 GB" in lines
     assert lines[-3:] == [
         "to type:",
         "  flux-ir capture --model flux-schnell --width 1024 --height 1024 --offload blocks",
