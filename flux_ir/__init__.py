@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from flux_ir.api.select_features import select_features
     from flux_ir.api.steer import Steered, steer
     from flux_ir.api.study import Studied, run_study
+    from flux_ir.api.train_lens import TrainedLens, train_lens
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.transfer import Transferred, transfer
     from flux_ir.api.visualize import Visualization, create_visualization, explore
@@ -124,6 +125,8 @@ _MODULES = {
     "read_edits": "flux_ir.steering.edits",
     "save_edits": "flux_ir.steering.edits",
     "Region": "flux_ir.steering.regions",
+    "train_lens": "flux_ir.api.train_lens",
+    "TrainedLens": "flux_ir.api.train_lens",
     "train_sae": "flux_ir.api.train_sae",
     "TextRecorder": "flux_ir.recording.recorder",
     "Trained": "flux_ir.api.train_sae",
@@ -165,6 +168,7 @@ __all__ = [
     "Studied",
     "TextRecorder",
     "Trained",
+    "TrainedLens",
     "TrainingRow",
     "Transferred",
     "Visualization",
@@ -210,6 +214,7 @@ __all__ = [
     "select_features",
     "spliced",
     "steer",
+    "train_lens",
     "train_sae",
     "transfer",
 ]

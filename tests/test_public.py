@@ -66,6 +66,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("compare_features", "compare_features"),
         ("explore_features", "explore_features"),
         ("probe", "probe"),
+        ("train_lens", "train_lens"),
         ("score_concepts", "score_concepts"),
         ("lens", "read_lens"),
         ("plan", "plan"),

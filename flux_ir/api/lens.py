@@ -11,14 +11,16 @@ from typing import Any, Literal, NamedTuple
 from flux_ir.api.arguments import check_words
 from flux_ir.api.model_settings import ModelSettings, with_loras
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
+from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
 from flux_ir.layout import Lens, RunFolder, find_run, is_run_name, newest_capture, run_of
 from flux_ir.lens.decode import ROUNDING_DRIFT, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import readable_sites
+from flux_ir.lens.tuned import TunedLens, load_tuned_lens
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, stream_flux
-from flux_ir.models.checkpoints.locate import locate_autoencoder, locate_transformer
+from flux_ir.models.checkpoints.locate import ModelSource, locate_autoencoder, locate_transformer
 from flux_ir.models.checkpoints.lora.read import read_loras
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
@@ -28,8 +30,18 @@ from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
 from flux_ir.visualize.sheet import MOST_COLUMNS, SheetColumn, SheetRow, draw_sheet
 
-LensWord = Literal["euler", "x0", "both"]
-LENSES: dict[LensWord, tuple[Lens, ...]] = {"euler": ("euler",), "x0": ("x0",), "both": ("euler", "x0")}
+LensWord = Literal["euler", "x0", "both", "tuned"]
+LENSES: dict[LensWord, tuple[Lens, ...]] = {
+    "euler": ("euler",),
+    "x0": ("x0",),
+    "both": ("euler", "x0"),
+    "tuned": ("tuned",),
+}
+READINGS: dict[Lens, str] = {
+    "euler": "the state each block would go to",
+    "x0": "the image each block believes in",
+    "tuned": "the image each block believes in, through a tuned lens",
+}
 
 
 class LensResult(NamedTuple):
@@ -73,6 +85,7 @@ def read_lens(
     generation_id: str | Path | CaptureResult = "latest",
     *,
     lens: LensWord = "both",
+    tuned_lens: str | Path | None = None,
     output_dir: str | Path = "output",
     decode_batch: int | None = None,
     device: str | None = None,
@@ -85,7 +98,7 @@ def read_lens(
 
     The run is named as for `read_capture`; its pictures, lens.json and contact sheets are written anew. The
     weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others; its LoRAs are
-    merged again.
+    merged again. `lens` "tuned" reads the clean image through `tuned_lens`, which `train_lens` made of these weights.
 
     Raises FluxIRError for a run that is not there or has nothing to decode, before anything heavy where possible.
     """
@@ -94,6 +107,7 @@ def read_lens(
         progress(Note(text))
 
     check_words(read_lens, {"lens": lens, "dtype": dtype})
+    tuned = tuned_lens_of(lens, tuned_lens)
     file = capture_file(generation_id, Path(output_dir))
     folder = run_of(file)
     capture = load_capture(file)
@@ -113,6 +127,11 @@ def read_lens(
         announce=announce,
     )
     loras = read_loras(spec, settings.lora, settings.lora_strength, announce)
+    if tuned is not None:
+        quantize = capture.metadata.get("quantize")
+        weights = lens_weights(ModelSource(transformer_source, None, None, tuple(loras), quantize))
+        tuned.check_weights(spec.name, weights)
+        tuned.check(capture, has_guidance=spec.flux.guidance_embed)
     machine = settings.settle_machine(recorded=capture.dtype)
     placement, compute = machine.placement, machine.compute
     for note in (f"{spec.name} on {machine}", *machine.notes()):
@@ -134,7 +153,24 @@ def read_lens(
         earlier=earlier,
         batch=decode_batch,
         other_weights=checkpoint is not None,
+        tuned=tuned,
     )
+
+
+def tuned_lens_of(lens: LensWord, path: str | Path | None) -> TunedLens | None:
+    """The tuned lens that is asked for. Raises FluxIRError where the lens lacks its file, or a file its lens."""
+    if (lens == "tuned") != (path is not None):
+        got = "--tuned_lens is missing" if path is None else f"got --lens {lens}"
+        raise FluxIRError(
+            f"--lens tuned and --tuned_lens go together: {got}",
+            hint="make one: flux-ir train-lens" if path is None else "pass --lens tuned, or leave --tuned_lens out",
+        )
+    return None if path is None else load_tuned_lens(path)
+
+
+def lens_weights(source: ModelSource) -> str:
+    """The digest a tuned lens is bound to: of the transformer alone, with its LoRAs and how it is quantised."""
+    return weights_digest(source._replace(autoencoder=None, text=None), autoencoder=False)
 
 
 def capture_file(run: object, output_dir: Path) -> Path:
@@ -165,6 +201,7 @@ def decode_run(
     earlier: dict[str, Any] | None = None,
     batch: int | None = None,
     other_weights: bool = False,
+    tuned: TunedLens | None = None,
 ) -> LensResult:
     """Every picture of these lenses, `lens.json`, and one contact sheet per lens.
 
@@ -180,6 +217,7 @@ def decode_run(
         final_picture=final_picture(folder),
         batch=batch,
         other_weights=other_weights,
+        tuned=tuned,
     )
     pictures = list(follow(progress, "decode", decoder.pictures(), total=len(decoder)))
     if decoder.drift > ROUNDING_DRIFT:
@@ -234,8 +272,7 @@ def draw_contact_sheet(folder: RunFolder, capture: Capture, lens: Lens) -> None:
         )
         for site in readable_sites(capture)
     ]
-    reading = "the state each block would go to" if lens == "euler" else "the image each block believes in"
-    subtitle = f"{metadata['model']}, seed {metadata['seed']}: {reading} ({lens})"
+    subtitle = f"{metadata['model']}, seed {metadata['seed']}: {READINGS[lens]} ({lens})"
     if every > 1:
         subtitle += f", one step in {every}"
     draw_sheet(metadata["prompt"], subtitle, columns, rows, folder.sheet(lens))

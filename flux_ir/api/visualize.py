@@ -10,7 +10,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import decoded_runs
 from flux_ir.explorer.page import write_explorer
-from flux_ir.layout import RunFolder, find_run
+from flux_ir.layout import Lens, RunFolder, find_run
 from flux_ir.visualize.animate import write_gif, write_mp4
 from flux_ir.visualize.film import Film
 from flux_ir.visualize.frames import (
@@ -30,7 +30,11 @@ EXPLORER_PAGE = "explorer.html"
 MOST_GIF_FPS = 50
 LONGEST_STEPS_IN_NAME = 60
 
-READINGS = {"euler": "the state each block would go to (euler)", "x0": "the image each block believes in (x0)"}
+READINGS: dict[Lens, str] = {
+    "euler": "the state each block would go to (euler)",
+    "x0": "the image each block believes in (x0)",
+    "tuned": "the image each block believes in, through a tuned lens (tuned)",
+}
 
 
 class ShownRuns(NamedTuple):
@@ -46,7 +50,7 @@ class VisualizationSettings:
 
     generation_id: str
     compare: str | None = None
-    lens: Literal["euler", "x0"] = "euler"
+    lens: Lens = "euler"
     block_type: Literal["double", "single"] | None = None
     max_blocks: int | None = None
     steps: tuple[int, ...] | None = None
@@ -77,7 +81,7 @@ def create_visualization(
     generation_id: str = "latest",
     *,
     compare: str | None = None,
-    lens: Literal["euler", "x0"] = "euler",
+    lens: Lens = "euler",
     block_type: Literal["double", "single"] | None = None,
     max_blocks: int | None = None,
     steps: Iterable[int] | None = None,

@@ -32,8 +32,10 @@ class VisualizeOptions(RunOptions):
     compare: str | None = option(
         None, help="a second run, shown beside the first", group=WHAT, default_text="one run alone"
     )
-    lens: Literal["euler", "x0"] = option(
-        "euler", help="euler: the state the sampler would go to; x0: the clean image the block believes in", group=WHAT
+    lens: Literal["euler", "x0", "tuned"] = option(
+        "euler",
+        help="euler: the state the sampler would go to; x0: the clean image the block believes in; tuned: x0, mapped",
+        group=WHAT,
     )
     block_type: Literal["double", "single"] | None = option(
         None, help="only double-stream or only single-stream blocks", group=WHAT, default_text="both"

@@ -19,7 +19,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.layout import Lens, RunFolder
 from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distance
-from flux_ir.lens.readout import Reading, read_step, readable_sites
+from flux_ir.lens.readout import Reading, TokenMap, read_step, readable_sites
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.reader import Capture
@@ -100,8 +100,12 @@ class LensDecoder:
         final_picture: Pixels | None = None,
         batch: int | None = None,
         other_weights: bool = False,
+        tuned: TokenMap | None = None,
     ) -> None:
-        """`other_weights`: the model may be another than the capture was made with, as the user wishes."""
+        """`other_weights`: the model may be another than the capture was made with, as the user wishes.
+
+        `tuned` is what the lens of that name reads through.
+        """
         self.capture, self.model, self.autoencoder, self.folder = capture, model, autoencoder, folder
         self.lenses = tuple(lenses)
         self.height, self.width = capture.metadata["height"], capture.metadata["width"]
@@ -109,7 +113,9 @@ class LensDecoder:
         device = autoencoder.decoder.conv_in.weight.device
         self.batch = batch or batch_size(self.height, self.width, device)
         self.last_site = Site.parse(f"single.{model.params.depth_single_blocks - 1}")
+        self.tuned = tuned if "tuned" in lenses else None
         self.numbers: list[StepNumbers] = []
+        self.tuned_numbers: list[StepNumbers] = []
 
     @cached_property
     def drift(self) -> float:
@@ -162,8 +168,11 @@ class LensDecoder:
 
     def _latents(self) -> Iterator[tuple[PictureKey, PackedLatent]]:
         for step in self.capture.steps:
-            readings = list(read_step(self.model, self.capture, step))
+            readings = list(read_step(self.model, self.capture, step, tuned=self.tuned))
             self.numbers += compare_step(readings, self.last_site)
+            # The last block has no map, so both are compared with the same velocity.
+            through = [r._replace(velocity=r.tuned_velocity) for r in readings if r.tuned_velocity is not None]
+            self.tuned_numbers += compare_step(through, self.last_site)
             for reading in readings:
                 for lens in self.lenses:
                     yield PictureKey(lens, step, reading.site), reading.latent(lens)
@@ -194,6 +203,12 @@ def lens_report(
     for number in decoder.numbers:
         row = sites.setdefault(str(number.site), {}).setdefault(number.step, {"step": number.step})
         row |= {"cosine": json_number(number.cosine), "relative_distance": json_number(number.relative_distance)}
+    for number in decoder.tuned_numbers:
+        row = sites[str(number.site)][number.step]
+        row |= {
+            "tuned_cosine": json_number(number.cosine),
+            "tuned_relative_distance": json_number(number.relative_distance),
+        }
     for picture in pictures:
         row = sites[str(picture.key.site)][picture.key.step]
         row[f"psnr_{picture.key.lens}_db"] = json_number(picture.psnr_db)

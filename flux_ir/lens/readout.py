@@ -6,7 +6,7 @@ has the dtype that it sampled in. In another dtype the same reading is right to 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -15,22 +15,38 @@ from flux_ir.layout import Lens
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.reader import Capture
 from flux_ir.sampling.denoise import clean_estimate, euler_step, per_sample
-from flux_ir.shapes import Conditioning, PackedLatent, Tokens, Velocity
+from flux_ir.shapes import Conditioning, ImgTokens, PackedLatent, Tokens, Velocity
 from flux_ir.sites import Site
 
 
 class Reading(NamedTuple):
-    """One block read at one step, batch included. `euler`: the state it leads to; `x0`: the image it believes in."""
+    """One block read at one step, batch included. `euler`: the state it leads to; `x0`: the image it believes in.
+
+    `tuned` is the image it believes in, read through a tuned lens; None where there is none.
+    """
 
     step: int
     site: Site
     velocity: Velocity
     euler: PackedLatent
     x0: PackedLatent
+    tuned_velocity: Velocity | None = None
+    tuned: PackedLatent | None = None
 
     def latent(self, lens: Lens) -> PackedLatent:
-        """The packed latent of one lens."""
+        """The packed latent of one lens. The tuned one must have been read."""
+        if lens == "tuned":
+            assert self.tuned is not None, "read_step was given no tuned lens"
+            return self.tuned
         return self.euler if lens == "euler" else self.x0
+
+
+@runtime_checkable
+class TokenMap(Protocol):
+    """What a tuned lens does to the image tokens of a block before they are read."""
+
+    def mapped(self, site: Site, step: int, img: ImgTokens) -> ImgTokens:
+        """Tokens in the shape and dtype of those given; the very same where nothing is done."""
 
 
 def velocity_at(model: Flux, block_output: Tokens, vec: Conditioning, *, txt_tokens: int = 0) -> Velocity:
@@ -78,7 +94,9 @@ def readable_sites(capture: Capture) -> list[Site]:
 
 
 @torch.no_grad()
-def read_step(model: Flux, capture: Capture, step: int, sites: Sequence[Site] | None = None) -> Iterator[Reading]:
+def read_step(
+    model: Flux, capture: Capture, step: int, sites: Sequence[Site] | None = None, *, tuned: TokenMap | None = None
+) -> Iterator[Reading]:
     """Every readable block of one captured step, or these `sites`, in depth order, computed in the dtype of the model.
 
     One block's tensors are in memory at a time. Raises FluxIRError for a block whose reading is not finite.
@@ -90,8 +108,10 @@ def read_step(model: Flux, capture: Capture, step: int, sites: Sequence[Site] | 
     vec = model.conditioning(per_sample(context.t_curr, img), y, guidance)
     for site in readable_sites(capture) if sites is None else sites:
         txt_tokens = context.txt_tokens if site.kind == "single" and site.stream is None else 0
-        velocity = velocity_at(model, capture.read(site, step).to(device, dtype), vec, txt_tokens=txt_tokens)
-        if not velocity.isfinite().all():
+        tokens = capture.read(site, step).to(device, dtype)
+        velocity = velocity_at(model, tokens, vec, txt_tokens=txt_tokens)
+        through = None if tuned is None else velocity_at(model, tuned.mapped(site, step, tokens[:, txt_tokens:]), vec)
+        if not velocity.isfinite().all() or (through is not None and not through.isfinite().all()):
             raise FluxIRError(
                 f"{site} at step {step} of {capture.path} cannot be read: what it stands for is not finite",
                 hint="the capture or the weights hold infinity or NaN: capture again with sound weights",
@@ -102,4 +122,6 @@ def read_step(model: Flux, capture: Capture, step: int, sites: Sequence[Site] | 
             velocity,
             euler=euler_step(img, velocity, context.t_curr, context.t_prev),
             x0=clean_estimate(img, velocity, context.t_curr),
+            tuned_velocity=through,
+            tuned=None if through is None else clean_estimate(img, through, context.t_curr),
         )

@@ -342,10 +342,13 @@ class RunOptions(RunsOptions):
 class ReadingOptions(Options):
     """How block outputs are read."""
 
-    lens: Literal["euler", "x0", "both"] = option(
+    lens: Literal["euler", "x0", "both", "tuned"] = option(
         "both",
-        help="euler: the state the sampler would go to; x0: the clean image the block believes in",
+        help="euler: the state the sampler would go to; x0: the clean image the block believes in; tuned: x0 by a map",
         group=READ,
+    )
+    tuned_lens: Path | None = option(
+        None, help="what --lens tuned reads through: a folder of flux-ir train-lens", group=READ, default_text="none"
     )
 
 
