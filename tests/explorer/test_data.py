@@ -25,9 +25,19 @@ def test_the_entry_repeats_the_metadata_and_pairs_the_flow_times(make_run, outpu
 def test_numbers_stand_at_the_place_of_their_block_and_step(make_run, output_dir):
     make_run(double=1, single=2, steps=(0, 4))
     entry = run_entry(read_run(output_dir, "1a2b3c4d"))
-    assert set(entry["numbers"]) == set(NUMBERS)
+    assert set(entry["numbers"]) == set(NUMBERS) - {"psnr_tuned_db"}
     assert entry["numbers"]["relative_distance"] == [[1.0, 1.0], [0.5, 0.5], [0.0, 0.0]]
     assert entry["numbers"]["psnr_x0_db"] == [[20.0, 20.0], [21.0, 21.0], [None, None]]
+
+
+def test_pictures_of_a_tuned_lens_are_a_lens_of_their_own(make_run, output_dir):
+    folder = make_run(double=1, single=1, steps=(0,), lenses=("x0", "tuned"))
+    report = json.loads(folder.lens_json.read_text())
+    report["sites"]["single.0"][0]["psnr_tuned_db"] = 30.5
+    folder.lens_json.write_text(json.dumps(report))
+    run = read_run(output_dir, "1a2b3c4d")
+    assert list(run.pictures) == ["x0", "tuned"]
+    assert run_entry(run)["numbers"]["psnr_tuned_db"] == [[None], [30.5]]
 
 
 def test_text_streams_and_parts_of_blocks_are_not_taken_for_blocks(make_run, output_dir):

@@ -87,6 +87,10 @@ async function showLarge(frame, key, shot, layers) {
 
 function describe(shot, layers) {
   if (!layers.length) return `${placeOf(shot)}: no picture`;
-  const what = { euler: "the state the sampler would go to", x0: "the clean image it believes in" }[shot.mode];
+  const what = {
+    euler: "the state the sampler would go to",
+    x0: "the clean image it believes in",
+    tuned: "the clean image it believes in, through a tuned lens",
+  }[shot.mode];
   return `${placeOf(shot)}: ${what ?? `what it changed (${modeOf(shot)})`}`;
 }

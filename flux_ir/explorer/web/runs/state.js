@@ -11,6 +11,7 @@ const CURVES_PX = { height: 168, left: 34, right: 12, top: 12, bottom: 30 };
 const NOTES = {
   euler: "The state the sampler would go to, had this block been the last.",
   x0: "The clean image each block believes in.",
+  tuned: "The clean image each block believes in, read through a map that was fitted to this block and step.",
   difference: "What each block changed: its picture minus that of the block before, four times brighter",
 };
 const NUMBERS = [
