@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flux_ir.api.find_examples import find_examples
     from flux_ir.api.label_features import label_features
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
+    from flux_ir.api.maps import AttentionMaps, attention_maps
     from flux_ir.api.models import decode, encode, encode_prompt, load_model, sample
     from flux_ir.api.plan import MachinePlan, PlannedSetting, plan
     from flux_ir.api.probe import Probed, probe
@@ -55,6 +56,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "analyse_features": "flux_ir.api.features",
+    "attention_maps": "flux_ir.api.maps",
+    "AttentionMaps": "flux_ir.api.maps",
     "attribute": "flux_ir.api.attribute",
     "Attributed": "flux_ir.api.attribute",
     "Begun": "flux_ir.api.progress",
@@ -137,6 +140,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AttentionMaps",
     "Attributed",
     "Begun",
     "CaptureResult",
@@ -173,6 +177,7 @@ __all__ = [
     "Transferred",
     "Visualization",
     "analyse_features",
+    "attention_maps",
     "attribute",
     "capture",
     "collect",

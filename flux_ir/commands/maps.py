@@ -1,0 +1,73 @@
+"""`flux-ir maps`: where the image looks at each word of the prompt, and where each word looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_ir.commands.cli.option import option
+from flux_ir.commands.cli.parse import launch
+from flux_ir.commands.cli.shared import (
+    KEEP,
+    LARGEST_SEED,
+    MACHINE,
+    PICTURE,
+    GivenPictureOptions,
+    ModelOptions,
+    PromptOptions,
+    StepOptions,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapsOptions(PromptOptions, GivenPictureOptions, StepOptions, ModelOptions):
+    """Sample one picture with exact attention maps of the prompt's words in every block at every step.
+
+    Maps go to one file per step, their means to a contact sheet. The picture has the bits it has without maps.
+    """
+
+    seed: int | None = option(
+        None,
+        help="seed of the noise: the same seed gives the same picture",
+        group=PICTURE,
+        maximum=LARGEST_SEED,
+        default_text="drawn at random and recorded",
+    )
+    strength: float | None = option(
+        None,
+        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
+        group=PICTURE,
+        default_text="0.6",
+    )
+    words: tuple[str, ...] | None = option(
+        None,
+        help="words or phrases of the prompt; of one that comes again red#1, red#2 are its places",
+        group=KEEP,
+        default_text="every word",
+    )
+    patches: tuple[int, ...] = option(
+        (), help="image tokens, row by row from 0, whose own attention is mapped", group=KEEP, default_text="none"
+    )
+    blocks: tuple[str, ...] | None = option(
+        None, help="which blocks, as shell patterns such as double.* or single.3", group=KEEP, default_text="all"
+    )
+    heads: bool = option(False, help="keep every head's maps apart in the files", group=KEEP)
+    output_dir: Path = option(Path("maps"), help="where the folders of maps are", group=MACHINE)
+
+
+def run(options: MapsOptions) -> None:
+    """Map as the options say. Raises FluxIRError for what a user can mend, before anything heavy where possible."""
+    from flux_ir.api.maps import MapSettings, run_maps
+    from flux_ir.commands.report import Report, aligned, peak_memory
+
+    with Report() as report:
+        done = run_maps(MapSettings(**options.given(MapSettings)), report.watch)
+    report.results.print("the image's attention, mean over blocks and steps:")
+    for line in aligned([(group, f"{share:.1%}") for group, share in done.mass["all"].items()]):
+        report.results.print(f"  {line}", markup=False)
+    written = {"picture": done.picture, "contact sheet": done.sheet, "numbers": done.numbers, "maps": done.folder}
+    report.table(f"maps of {', '.join(done.words)}", written, peak_memory())
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Returns the exit code."""
+    return launch(MapsOptions, run, argv, prog=prog)

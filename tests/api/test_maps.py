@@ -1,0 +1,95 @@
+"""Attention maps of flux-tiny's pictures, from the prompt to the sheet."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import flux_ir
+from flux_ir.errors import FluxIRError
+from flux_ir.sampling.image import jpeg_bytes
+
+PROMPT = "a red circle left of a red square on a white background"
+SIZE = {"width": 176, "height": 112}  # 7 x 11 image tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return flux_ir.load_model("flux-tiny")
+
+
+@pytest.fixture(scope="module")
+def maps(model, tmp_path_factory):
+    return flux_ir.attention_maps(
+        PROMPT,
+        words=["red", "white background"],
+        patches=[0, 38],
+        model=model,
+        seed=3,
+        num_steps=2,
+        output_dir=tmp_path_factory.mktemp("maps"),
+        **SIZE,
+    )
+
+
+def test_every_step_and_block_has_maps_of_every_word_and_patch(maps):
+    assert maps.words == ["red#1", "red#2", "white background"]
+    assert [path.name for path in maps.steps] == ["step_0.safetensors", "step_1.safetensors"]
+    step = load_file(maps.steps[1])
+    blocks = [f"double.{n}" for n in range(4)] + [f"single.{n}" for n in range(8)]
+    parts = {"to_words": (3, 7, 11), "from_words": (3, 7, 11), "from_patches": (2, 7, 11), "mass": (6,)}
+    assert {name: tuple(value.shape) for name, value in step.items()} == {
+        f"{block}/{part}": shape for block in blocks for part, shape in parts.items()
+    }
+    assert maps.mass.keys() == {"all", *blocks}
+    assert all(sum(shares.values()) == pytest.approx(1, abs=1e-5) for shares in maps.mass.values())
+    assert json.loads(maps.numbers.read_text())["words"][0] == {"word": "red#1", "tokens": [1]}
+
+
+def test_means_are_those_of_the_steps_files(maps):
+    files = [load_file(path) for path in maps.steps]
+    expected = torch.stack([file[f"double.{n}/to_words"] for file in files for n in (2, 3)]).mean(dim=0)
+    torch.testing.assert_close(maps.mean["double 2-3"]["to_words"], expected)
+    assert list(maps.mean) == ["all", "double 0-1", "double 2-3", "single 0-3", "single 4-7"]
+    assert torch.equal(load_file(maps.folder / "mean.safetensors")["all/to_words"], maps.mean["all"]["to_words"])
+
+
+def test_the_sheet_shows_every_word_and_patch(maps):
+    with Image.open(maps.sheet) as sheet:
+        assert sheet.format == "PNG"
+        assert min(sheet.size) > 600
+    assert len(list((maps.folder / "overlays").glob("*/*.png"))) == (3 + 3 + 2) * 5
+
+
+def test_the_picture_is_that_of_a_run_without_maps(maps, model):
+    *_, last = flux_ir.sample(model, PROMPT, seed=3, num_steps=2, **SIZE)
+    pixels = flux_ir.decode(model, last.after, **SIZE)
+    assert maps.picture.read_bytes() == jpeg_bytes(pixels, model="flux-tiny", prompt=PROMPT)
+
+
+def test_kept_heads_have_the_mean_of_the_averaged_maps(maps, model, tmp_path):
+    chosen = {"words": "red", "blocks": "single.7", "steps": [1]}
+    heads = flux_ir.attention_maps(
+        PROMPT, **chosen, heads=True, model=model, seed=3, num_steps=2, output_dir=tmp_path, **SIZE
+    )
+    (path,) = heads.steps
+    kept = load_file(path)["single.7/to_words"]
+    assert kept.shape == (model.spec.flux.num_heads, 2, 7, 11)
+    torch.testing.assert_close(kept.mean(dim=0), load_file(maps.steps[1])["single.7/to_words"][:2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"words": "purple"}, "the prompt has no word 'purple' .*its words are a#1, red#1, circle, left, of"),
+        ({"blocks": "double.9"}, r"none matches 'double\.9' .*the nearest are double\.3"),
+        ({"patches": [64]}, "one of the 64 image tokens, counted from 0: got 64 .*8 rows of 8"),
+        ({"steps": [7], "num_steps": 2}, "step"),
+    ],
+)
+def test_what_is_not_there_is_refused_and_leaves_nothing(model, tmp_path, wrong, says):
+    with pytest.raises(FluxIRError, match=says):
+        flux_ir.attention_maps(PROMPT, model=model, output_dir=tmp_path / "maps", **wrong)
+    assert not (tmp_path / "maps").exists()
