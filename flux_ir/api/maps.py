@@ -4,12 +4,12 @@ Maps of a step are written when the step is done, so memory does not grow with t
 """
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.capture import DEFAULT_PROMPT, SEEDS
+from flux_ir.api.map_files import MapSheet, Means
 from flux_ir.api.model_settings import BegunPictureSettings, Machine, SettledPicture, provenance_of
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import new_generation_id
-from flux_ir.maps.attention import GROUPS, AttentionSink, BlockMaps, MapTargets, attention_sites, block_names
+from flux_ir.maps.attention import AttentionSink, MapTargets, attention_sites, block_names
+from flux_ir.maps.concepts import ConceptMapper, default_blocks
 from flux_ir.maps.words import PromptTokens, prompt_tokens
 from flux_ir.models.compute_dtype import DtypeWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
@@ -34,14 +36,6 @@ from flux_ir.sampling.generate import check_steps, decode, noise_for, prepare, s
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.pictures import PictureGiven
 from flux_ir.shapes import PackedLatent
-from flux_ir.steering.regions import Grid
-from flux_ir.visualize.heatmap import overlay
-from flux_ir.visualize.sheet import SheetColumn, SheetRow, draw_sheet
-
-SHEET_PX = 192
-"""The longer side of a picture on the contact sheet."""
-DIRECTIONS = {"to_words": "what the image gives to", "from_words": "what the image gets from"}
-_NAME = "step_{step}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +48,8 @@ class MapSettings(BegunPictureSettings):
     blocks: str | Sequence[str] | None = None
     steps: Iterable[int] | None = None
     heads: bool = False
+    concepts: str | Sequence[str] | None = None
+    concept_blocks: Sequence[int] | None = None
     seed: int | None = None
     output_dir: str | Path = "maps"
 
@@ -86,6 +82,11 @@ class AttentionMaps(NamedTuple):
     """Means over steps, heads and the blocks of a group: mean["all"]["to_words"] is [words, rows, columns]."""
     mass: dict[str, dict[str, float]]
     """The image's attention on each group of tokens, by block; "all" is the mean over blocks."""
+    concepts: list[str]
+    concept_map: Tensor | None
+    """[concepts, rows, columns]: mean over steps and blocks of the softmax over the concepts; None: none were named."""
+    concept_sheet: Path | None
+    """Concepts across: the same over the picture, all by one scale."""
 
 
 class MapJob(NamedTuple):
@@ -98,6 +99,17 @@ class MapJob(NamedTuple):
     seed: int
     blocks: list[str]
     kept_steps: list[int]
+    concepts: list[str]
+    concept_blocks: list[int]
+
+
+class Embedded(NamedTuple):
+    """What the text encoders made of a prompt and of the concepts."""
+
+    tokens: PromptTokens
+    text: TextEmbedding
+    concepts: Tensor | None
+    """[1, concepts, d]: the first token of each, encoded alone."""
 
 
 def attention_maps(
@@ -108,6 +120,8 @@ def attention_maps(
     blocks: str | Sequence[str] | None = None,
     steps: Iterable[int] | None = None,
     heads: bool = False,
+    concepts: str | Sequence[str] | None = None,
+    concept_blocks: Sequence[int] | None = None,
     model: str | Suite = "flux-schnell",
     width: int | None = None,
     height: int | None = None,
@@ -141,6 +155,10 @@ def attention_maps(
     head apart, else they are averaged. The probabilities are those of the network's own softmax, after norm and
     rotation, and the picture has the bits it has without maps.
 
+    `concepts` are any words, in the prompt or not: maps of ConceptAttention say for each image token which of them it
+    is most like, in `concept_blocks`, numbers of double blocks (None: the last fifth). They are a choice among those
+    that are named, so name what else there is (`background`).
+
     All other arguments are those of `capture`. Everything goes into a new folder below `output_dir`. Raises FluxIRError
     for what a user can mend: a word that is not in the prompt, a block or a patch that is not there.
     """
@@ -151,6 +169,8 @@ def attention_maps(
         blocks=blocks,
         steps=steps,
         heads=heads,
+        concepts=concepts,
+        concept_blocks=concept_blocks,
         model=model,
         width=width,
         height=height,
@@ -189,13 +209,20 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         progress(Note(note))
     for note in job.picture.given.notes(job.picture.timesteps):
         progress(Note(note))
-    tokens, text = embed(suite, job, progress)
+    embedded = embed(suite, job, progress)
+    tokens = embedded.tokens
     targets = MapTargets(tokens.choose(_names(settings.words)), tuple(settings.patches), tokens.end, tokens.padding)
     progress(Begun(generation_id))
     for part in follow(progress, "load", suite.parts, total=len(suite.parts)):
         suite.load_part(part)
-    means = Means(job, folder)
-    latent = sample_mapped(suite, job, text, targets, means, progress)
+    means = Means(
+        folder,
+        job.picture.grid,
+        job.kept_steps,
+        heads=settings.heads,
+        concept_blocks=len(job.concept_blocks),
+    )
+    latent = sample_mapped(suite, job, embedded, targets, means, progress)
     with phase(progress, "picture"), suite.autoencoder() as autoencoder:
         grid = job.picture.grid
         pixels = decode(autoencoder, latent, grid.height, grid.width, suite.dtype)
@@ -208,14 +235,22 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         words=[word.name for word in targets.words],
         mean=means.by_group(),
         mass=means.masses(),
+        concepts=job.concepts,
+        concept_map=means.concept_map(),
+        concept_sheet=folder / "concepts.png" if job.concepts else None,
     )
     with complete_file(result.picture) as beside:
         beside.write_bytes(jpeg_bytes(pixels, model=suite.spec.name, prompt=job.prompt))
     with complete_file(folder / "mean.safetensors") as beside:
         flat = {f"{group}/{name}": value for group, maps in result.mean.items() for name, value in maps.items()}
+        flat |= {} if result.concept_map is None else {"concepts": result.concept_map}
         save_file({name: value.contiguous() for name, value in flat.items()}, beside)
     with phase(progress, "contact sheet"):
-        draw(result, job, Image.fromarray(pixels[0].numpy()))
+        picture = Image.fromarray(pixels[0].numpy())
+        page = MapSheet(folder, picture, job.prompt, f"{suite.spec.name}, seed {job.seed}")
+        page.draw_words(result.sheet, result.mean, result.words, targets.patches)
+        if result.concept_map is not None and result.concept_sheet is not None:
+            page.draw_concepts(result.concept_sheet, result.concept_map, job.concepts, job.concept_blocks)
     described = {
         "model": suite.spec.name,
         "prompt": job.prompt,
@@ -227,6 +262,8 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         "blocks": job.blocks,
         "words": [{"word": word.name, "tokens": list(word.tokens)} for word in targets.words],
         "patches": list(targets.patches),
+        "concepts": job.concepts,
+        "concept_blocks": job.concept_blocks,
         "mass": result.mass,
         "options": settings.to_json(),
         **provenance_of(suite, job.machine),
@@ -248,6 +285,25 @@ def settle(settings: MapSettings) -> MapJob:
                 f"a patch is one of the {tokens} image tokens, counted from 0: got {patch}",
                 hint=f"they stand in {picture.grid.rows} rows of {picture.grid.columns}",
             )
+    concepts = _names(settings.concepts) or []
+    if concepts and (len(set(concepts)) < max(2, len(concepts)) or "" in concepts):
+        raise FluxIRError(
+            f"concepts are two words or more, each once: got {', '.join(concepts)}",
+            hint="add what else is in the picture, such as background",
+        )
+    depth = spec.flux.depth
+    concept_blocks = default_blocks(depth) if settings.concept_blocks is None else sorted(set(settings.concept_blocks))
+    for block in concept_blocks or [-1]:
+        if not 0 <= block < depth:
+            raise FluxIRError(
+                f"concepts are mapped in double blocks, of which this model has {depth}: got {block}",
+                hint=f"pass numbers from 0 to {depth - 1}",
+            )
+    if concepts and machine.placement.offload == "blocks":
+        raise FluxIRError(
+            "concepts need the text's modulation under a vector of their own, which streamed blocks do not keep",
+            hint="run without --offload blocks",
+        )
     return MapJob(
         settings=settings,
         prompt=DEFAULT_PROMPT if settings.prompt is None else settings.prompt,
@@ -256,6 +312,8 @@ def settle(settings: MapSettings) -> MapJob:
         seed=secrets.randbelow(SEEDS) if settings.seed is None else settings.seed,
         blocks=block_names(_names(settings.blocks), spec.flux.depth, spec.flux.depth_single_blocks),
         kept_steps=check_steps(settings.steps, picture.num_steps, picture.first_step),
+        concepts=concepts,
+        concept_blocks=concept_blocks,
     )
 
 
@@ -266,134 +324,52 @@ def _names(names: str | Sequence[str] | None) -> list[str] | None:
     return [name.strip() for text in ([names] if isinstance(names, str) else names) for name in text.split(",")]
 
 
-def embed(suite: Suite, job: MapJob, progress: Watch) -> tuple[PromptTokens, TextEmbedding]:
+def embed(suite: Suite, job: MapJob, progress: Watch) -> Embedded:
     """The prompt's words and its embedding. Raises FluxIRError for a word that is not there before encoders run."""
     with phase(progress, "text"), suite.text_encoders() as encoders:
         tokens = prompt_tokens(encoders.t5.tokenizer, job.prompt, encoders.t5.max_tokens)
         tokens.choose(_names(job.settings.words))
-        for note in dict.fromkeys(encoders.t5.notes(job.prompt) + encoders.clip.notes(job.prompt)):
+        notes = encoders.t5.notes(job.prompt) + encoders.clip.notes(job.prompt)
+        notes += [note for concept in job.concepts for note in encoders.t5.notes(concept)]
+        for concept, numbers in zip(job.concepts, encoders.t5.tokenizer.numbers(job.concepts), strict=True):
+            if len(numbers) > 2:  # its piece and the end
+                notes.append(f"{concept!r} has several pieces in T5, and a concept is the first of them")
+        for note in dict.fromkeys(notes):
             progress(Note(f"note: {suite.spec.name}: {note}"))
-        return tokens, encode(encoders.t5, encoders.clip, [job.prompt])
+        with torch.no_grad():
+            concepts = encoders.t5(job.concepts)[:, 0][None] if job.concepts else None
+        return Embedded(tokens, encode(encoders.t5, encoders.clip, [job.prompt]), concepts)
 
 
 def sample_mapped(
-    suite: Suite, job: MapJob, text: TextEmbedding, targets: MapTargets, means: "Means", progress: Watch
+    suite: Suite, job: MapJob, embedded: Embedded, targets: MapTargets, means: Means, progress: Watch
 ) -> PackedLatent:
     """Walk to the finished latent; the maps of every step that is kept go to `means`, and from there to its file."""
     (width, height), machine, picture = job.picture.grid, job.machine, job.picture
     noise = noise_for([job.seed], height, width, machine.placement.transformer, machine.compute.dtype)
-    inputs = prepare(noise, text, height, width)
+    inputs = prepare(noise, embedded.text, height, width)
     if picture.given.given():
         with suite.autoencoder() as autoencoder:
             inputs = picture.given.encoded(autoencoder, picture.timesteps).put_into(inputs)
     latent, first_step = inputs.img, picture.first_step
     sites = attention_sites(job.blocks, cond=picture.given.cond_tokens > 0)
     sink = AttentionSink(suite.spec.flux.num_heads, targets, means.take, keep_heads=job.settings.heads)
-    with (
-        suite.transformer() as model,
-        Recorder(model, sites, sink, steps=job.kept_steps, first_step=first_step),
-    ):
+    with ExitStack() as stack:
+        model = stack.enter_context(suite.transformer())
+        stack.enter_context(Recorder(model, sites, sink, steps=job.kept_steps, first_step=first_step))
+        if embedded.concepts is not None:
+            mapper = ConceptMapper(
+                model,
+                embedded.concepts,
+                means.take_concepts,
+                blocks=job.concept_blocks,
+                steps=job.kept_steps,
+                first_step=first_step,
+            )
+            stack.enter_context(mapper)
         steps = sample(model, inputs, picture.timesteps, picture.guidance, first_step=first_step)
         for step in follow(progress, "sample", steps, total=picture.num_steps - first_step):
             latent = step.after
             if step.number in job.kept_steps:
                 means.write_step(step.number)
     return latent
-
-
-class Means:
-    """Maps as they come: those of one step are kept until they are written, and sums over the steps of each block."""
-
-    def __init__(self, job: MapJob, folder: Path) -> None:
-        self.job, self.folder, self.files = job, folder, list[Path]()
-        self._step: dict[str, Tensor] = {}
-        self._sums: dict[str, BlockMaps] = {}
-
-    def take(self, step: int, block: str, maps: BlockMaps) -> None:
-        """One block of a step."""
-        self._step |= {f"{block}/{name}": value for name, value in self._on_grid(maps).items()}
-        if self.job.settings.heads:
-            maps = BlockMaps(*(value.mean(dim=0) for value in maps))
-        before = self._sums.get(block)
-        self._sums[block] = maps if before is None else BlockMaps(*map(torch.add, before, maps))
-
-    def write_step(self, step: int) -> None:
-        """All blocks of a step as one file."""
-        path = self.folder / _NAME.format(step=step)
-        kept = {name: value.contiguous() for name, value in self._step.items() if value.numel()}
-        metadata = {"groups": ", ".join(GROUPS), "step": str(step)}
-        with complete_file(path) as beside:
-            save_file(kept, beside, metadata)
-        self.files.append(path)
-        self._step = {}
-
-    def _on_grid(self, maps: BlockMaps) -> dict[str, Tensor]:
-        grid: Grid = self.job.picture.grid
-        return {
-            name: value if name == "mass" else value.unflatten(-1, (grid.rows, grid.columns))
-            for name, value in maps._asdict().items()
-        }
-
-    def by_group(self) -> dict[str, dict[str, Tensor]]:
-        """Means over steps and over the blocks of each group."""
-        steps, means = len(self.job.kept_steps), {}
-        for group, blocks in block_groups(self.job.blocks).items():
-            summed = [self._sums[block] for block in blocks]
-            means[group] = self._on_grid(
-                BlockMaps(*(sum(parts) / (steps * len(blocks)) for parts in zip(*summed, strict=True)))
-            )
-        return means
-
-    def masses(self) -> dict[str, dict[str, float]]:
-        """How the image's attention is divided, mean over the steps: by block, and over all."""
-        of_block = {block: sums.mass / len(self.job.kept_steps) for block, sums in self._sums.items()}
-        every = {"all": torch.stack(list(of_block.values())).mean(dim=0)} | of_block
-        return {block: dict(zip(GROUPS, mass.tolist(), strict=True)) for block, mass in every.items()}
-
-
-def block_groups(blocks: Sequence[str]) -> dict[str, list[str]]:
-    """All blocks, and the first and second half of each kind: `double 0-9`, `double 10-18`."""
-    groups = {"all": list(blocks)}
-    for kind in ("double", "single"):
-        of_kind = [block for block in blocks if block.startswith(kind)]
-        half = (len(of_kind) + 1) // 2
-        for part in (of_kind[:half], of_kind[half:]):
-            if part:
-                numbers = [block.split(".")[1] for block in part]
-                groups[f"{kind} {numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")] = part
-    return groups
-
-
-def draw(result: AttentionMaps, job: MapJob, picture: Image.Image) -> None:
-    """The contact sheet, and each of its pictures as a file of its own."""
-    picture = picture.copy()
-    picture.thumbnail((SHEET_PX, SHEET_PX))
-    plain = result.folder / "overlays" / "picture.png"
-    _save(picture, plain)
-    rows = []
-    for direction, number, label in _rows(result, job):
-        cells: list[Path | None] = [plain]
-        for group, maps in result.mean.items():
-            values = maps[direction][number].double().numpy()
-            least, most = values.min(), values.max()
-            scaled = (values - least) / (most - least) if most > least else np.zeros_like(values)
-            path = result.folder / "overlays" / f"{direction}_{number}" / f"{group.replace(' ', '_')}.png"
-            _save(overlay(picture, scaled, 1.0, smooth=True), path)
-            cells.append(path)
-        rows.append(SheetRow(label, cells))
-    columns = [SheetColumn(name, name) for name in ("picture", *result.mean)]
-    subtitle = f"{job.settings.spec.name}, seed {job.seed}: attention, mean over steps, each from its least to its most"
-    draw_sheet(job.prompt, subtitle, columns, rows or [SheetRow("no words", [plain])], result.sheet)
-
-
-def _rows(result: AttentionMaps, job: MapJob) -> Iterator[tuple[str, int, str]]:
-    for number, word in enumerate(result.words):
-        yield "to_words", number, f"image > {word}"
-        yield "from_words", number, f"{word} > image"
-    for number, patch in enumerate(job.settings.patches):
-        yield "from_patches", number, f"patch {patch} > image"
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    with complete_file(path) as beside:
-        picture.save(beside, "PNG")

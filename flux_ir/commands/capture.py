@@ -8,12 +8,11 @@ from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     KEEP,
-    LARGEST_SEED,
     PICTURE,
     READ,
     EditOptions,
-    GivenPictureOptions,
     ModelOptions,
+    OnePictureOptions,
     PlanOptions,
     PromptOptions,
     ReadingOptions,
@@ -26,7 +25,7 @@ from flux_ir.commands.lens import lens_files
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions(
     PromptOptions,
-    GivenPictureOptions,
+    OnePictureOptions,
     StepOptions,
     ReadingOptions,
     ModelOptions,
@@ -45,19 +44,6 @@ class CaptureOptions(
         "(CLIP); no text encoder is loaded",
         group=PICTURE,
         default_text="the prompt is encoded",
-    )
-    seed: int | None = option(
-        None,
-        help="seed of the noise: the same seed gives the same picture",
-        group=PICTURE,
-        maximum=LARGEST_SEED,
-        default_text="drawn at random and recorded",
-    )
-    strength: float | None = option(
-        None,
-        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
-        group=PICTURE,
-        default_text="0.6",
     )
     add_sampling_metadata: bool = option(True, help="write the prompt into the picture's EXIF data", group=PICTURE)
 

@@ -37,7 +37,7 @@ VERBS = {
     "transfer": "one prompt's features in a region of another's picture, beside other methods",
     "play": "a local page: click a patch for its features, turn them, compare before with after",
     "score-steering": "how often an edit changes one known thing of a scene, and nothing else",
-    "maps": "where in the picture each word of the prompt is looked at, and where it looks: exact attention maps",
+    "maps": "exact attention maps of the prompt's words in every block, and maps of any concept",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "compare-quantized": "how much nf4, int8 or fp8 weights change each block, and the picture",

@@ -8,36 +8,21 @@ from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     KEEP,
-    LARGEST_SEED,
     MACHINE,
-    PICTURE,
-    GivenPictureOptions,
     ModelOptions,
+    OnePictureOptions,
     PromptOptions,
     StepOptions,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapsOptions(PromptOptions, GivenPictureOptions, StepOptions, ModelOptions):
+class MapsOptions(PromptOptions, OnePictureOptions, StepOptions, ModelOptions):
     """Sample one picture with exact attention maps of the prompt's words in every block at every step.
 
     Maps go to one file per step, their means to a contact sheet. The picture has the bits it has without maps.
     """
 
-    seed: int | None = option(
-        None,
-        help="seed of the noise: the same seed gives the same picture",
-        group=PICTURE,
-        maximum=LARGEST_SEED,
-        default_text="drawn at random and recorded",
-    )
-    strength: float | None = option(
-        None,
-        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
-        group=PICTURE,
-        default_text="0.6",
-    )
     words: tuple[str, ...] | None = option(
         None,
         help="words or phrases of the prompt; of one that comes again red#1, red#2 are its places",
@@ -51,6 +36,15 @@ class MapsOptions(PromptOptions, GivenPictureOptions, StepOptions, ModelOptions)
         None, help="which blocks, as shell patterns such as double.* or single.3", group=KEEP, default_text="all"
     )
     heads: bool = option(False, help="keep every head's maps apart in the files", group=KEEP)
+    concepts: tuple[str, ...] | None = option(
+        None,
+        help="any words, in the prompt or not: where in the picture each is, of these (ConceptAttention)",
+        group=KEEP,
+        default_text="none",
+    )
+    concept_blocks: tuple[int, ...] | None = option(
+        None, help="the double blocks whose concept maps are averaged", group=KEEP, default_text="the last fifth"
+    )
     output_dir: Path = option(Path("maps"), help="where the folders of maps are", group=MACHINE)
 
 
@@ -65,6 +59,8 @@ def run(options: MapsOptions) -> None:
     for line in aligned([(group, f"{share:.1%}") for group, share in done.mass["all"].items()]):
         report.results.print(f"  {line}", markup=False)
     written = {"picture": done.picture, "contact sheet": done.sheet, "numbers": done.numbers, "maps": done.folder}
+    if done.concept_sheet is not None:
+        written |= {"concepts": done.concept_sheet}
     report.table(f"maps of {', '.join(done.words)}", written, peak_memory())
 
 

@@ -93,3 +93,38 @@ def test_what_is_not_there_is_refused_and_leaves_nothing(model, tmp_path, wrong,
     with pytest.raises(FluxIRError, match=says):
         flux_ir.attention_maps(PROMPT, model=model, output_dir=tmp_path / "maps", **wrong)
     assert not (tmp_path / "maps").exists()
+
+
+def test_concepts_need_not_be_in_the_prompt(model, tmp_path):
+    found = flux_ir.attention_maps(
+        "a red circle on a white background",
+        concepts="red, triangle,background",
+        words="red",
+        blocks="double.0",
+        model=model,
+        seed=3,
+        num_steps=2,
+        output_dir=tmp_path,
+        **SIZE,
+    )
+    assert found.concepts == ["red", "triangle", "background"]
+    torch.testing.assert_close(found.concept_map.sum(dim=0), torch.ones(7, 11))
+    steps = [load_file(path)["double.3/concepts"] for path in found.steps]
+    torch.testing.assert_close(torch.stack(steps).mean(dim=0), found.concept_map)
+    assert torch.equal(load_file(found.folder / "mean.safetensors")["concepts"], found.concept_map)
+    with Image.open(found.concept_sheet) as sheet:
+        assert sheet.width > 600
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"concepts": "red"}, "two words or more, each once: got red"),
+        ({"concepts": ["red", "red"]}, "two words or more, each once: got red, red"),
+        ({"concepts": "red,blue", "concept_blocks": [4]}, "of which this model has 4: got 4"),
+        ({"concepts": "red,blue", "concept_blocks": []}, "of which this model has 4"),
+    ],
+)
+def test_concepts_that_cannot_be_mapped_are_refused(model, tmp_path, wrong, says):
+    with pytest.raises(FluxIRError, match=says):
+        flux_ir.attention_maps(PROMPT, model=model, output_dir=tmp_path, **wrong)

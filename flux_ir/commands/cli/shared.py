@@ -63,6 +63,25 @@ class GivenPictureOptions(PictureOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnePictureOptions(GivenPictureOptions):
+    """One picture, from one noise."""
+
+    seed: int | None = option(
+        None,
+        help="seed of the noise: the same seed gives the same picture",
+        group=PICTURE,
+        maximum=LARGEST_SEED,
+        default_text="drawn at random and recorded",
+    )
+    strength: float | None = option(
+        None,
+        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
+        group=PICTURE,
+        default_text="0.6",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptOptions(Options):
     """A prompt, by itself."""
 
