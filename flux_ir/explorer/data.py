@@ -16,7 +16,8 @@ from flux_ir.files import read_json
 from flux_ir.layout import Kind, Lens, RunFolder, find_runs
 
 LENSES: tuple[Lens, ...] = ("euler", "x0", "tuned")
-NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db", "psnr_tuned_db")
+TUNED_NUMBERS = ("tuned_relative_distance", "tuned_cosine", "psnr_tuned_db")
+NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db", *TUNED_NUMBERS)
 FACTS = ("model", "seed", "width", "height", "guidance", "num_steps", "timestamp")  # shown as they are
 
 _MAKE_AGAIN = "make the run again, or leave it out by naming the others with --generation_id"

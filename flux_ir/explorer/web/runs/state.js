@@ -19,9 +19,9 @@ const NUMBERS = [
   [
     "relative distance",
     "of the velocity to the step’s final one",
-    (shot) => number(shot, "relative_distance")?.toFixed(3),
+    (shot) => number(shot, velocityNumber(shot, "relative_distance"))?.toFixed(3),
   ],
-  ["cosine", "of the velocity and the step’s final one", (shot) => number(shot, "cosine")?.toFixed(3)],
+  ["cosine", "of the velocity and the step’s final one", (shot) => number(shot, velocityNumber(shot, "cosine"))?.toFixed(3)],
   ["PSNR, dB", "of the picture against the finished one", (shot) => number(shot, `psnr_${shot.mode}_db`)?.toFixed(1)],
 ];
 
@@ -44,6 +44,8 @@ function shotAt({ block, step }, run = state.run) {
 
 const looked = () => shotAt(hovered ?? state);
 const number = (shot, name) => shot.run.numbers[name]?.[shot.block][shot.step] ?? undefined;
+/** A tuned lens reads another velocity from the block than the others, which share theirs. */
+const velocityNumber = (shot, name) => (shot.lens === "tuned" ? `tuned_${name}` : name);
 const placeOf = (shot) => `${spoken(shot.run.blocks[shot.block])}, step ${shot.run.steps[shot.step]}`;
 const modeOf = (shot) => (shot.mode === "difference" ? `difference, ${shot.lens}` : shot.mode);
 const sameShot = (a, b) => nameOf(a) === nameOf(b);
