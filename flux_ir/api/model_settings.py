@@ -125,11 +125,13 @@ class ModelSettings:
             )
         device = str(ranks.device(self.device)) if ranks is not None and ranks.world_size > 1 else self.device
         placement = plan(torch.cuda.device_count(), device=device, multi_gpu=self.multi_gpu, offload=self.offload)
-        placement = with_parts_beside(placement, self.spec.flux)
+        flux = None if self.model is None else self.spec.flux  # None: it is not known yet which model that will be
+        placement = placement if flux is None else with_parts_beside(placement, flux)
         compute = choose_dtype(self.dtype, placement.devices, recorded=recorded, ranks=ranks)
-        vram, memory = (None if gb is None else int(gb * 10**9) for gb in (self.vram_gb, self.memory_gb))
-        limits = Limits(vram, memory)
-        placement = best_offload(placement, self.spec.flux, compute.dtype, limits, self.offload, quantize=self.quantize)
+        if flux is not None:
+            vram, memory = (None if gb is None else int(gb * 10**9) for gb in (self.vram_gb, self.memory_gb))
+            limits = Limits(vram, memory)
+            placement = best_offload(placement, flux, compute.dtype, limits, self.offload, quantize=self.quantize)
         if self.compile:
             check_can_compile(placement)
         return Machine(placement, compute, self.compile)

@@ -152,7 +152,7 @@ class RunPictures(NamedTuple):
         """
         like = self.init or (self.reference if width is None and height is None else None)
         own = (spec.default_side_px,) * 2 if like is None else (like.width, like.height)
-        width, height = width or own[0], height or own[1]
+        width, height = (own if side is None else side for side, own in zip((width, height), own, strict=True))
         if self.init is None or (self.init.width, self.init.height) == (width, height):
             if self.init is not None and (width % TOKEN_PX or height % TOKEN_PX):
                 across, down = (max(TOKEN_PX, side // TOKEN_PX * TOKEN_PX) for side in (width, height))

@@ -133,7 +133,7 @@ def test_the_metadata_say_how_to_repeat_the_run(captured_run):
     assert metadata["sites"] == [str(site) for site in block_outputs(DEPTH, DEPTH_SINGLE)]
     assert (metadata["dtype"], metadata["dtype_reason"]) == (COMPUTE.name, COMPUTE.reason)
     assert metadata["devices"].keys() == {"t5", "clip", "transformer", "ae_encoder", "ae_decoder"}
-    assert metadata["offload"] is False
+    assert metadata["offload"] == "none"
     assert metadata["rounding"]
     assert metadata["versions"] == {
         "flux_ir": version("flux-ir"),

@@ -185,7 +185,7 @@ def test_velocities_are_compared_from_the_states_of_the_untouched_run(tiny_flux,
 
 def test_runs_add_up_to_the_mean_over_all_of_them(tiny_flux, inputs):
     model, site, given = tiny_flux(), Site.parse("single.0.img"), inputs()
-    single = [Inputs(*(part[i : i + 1] for part in given)) for i in range(2)]
+    single = [Inputs(*(None if part is None else part[i : i + 1] for part in given)) for i in range(2)]
     together, apart = (SpliceMeter(model, site, {"zero": zero_ablation}) for _ in range(2))
     together.add(given, TIMES, 3.0)
     for one in single:
