@@ -79,7 +79,7 @@ class AttentionMaps(NamedTuple):
     """A file of maps for each step: `double.3/to_words` is [words, rows, columns], and so on."""
     words: list[str]
     mean: dict[str, dict[str, Tensor]]
-    """Means over steps, heads and the blocks of a group: mean["all"]["to_words"] is [words, rows, columns]."""
+    """Means over steps, heads and the blocks of a group: `mean["all"]["to_words"]` is [words, rows, columns]."""
     mass: dict[str, dict[str, float]]
     """The image's attention on each group of tokens, by block; "all" is the mean over blocks."""
     concepts: list[str]
