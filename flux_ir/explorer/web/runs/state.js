@@ -21,7 +21,11 @@ const NUMBERS = [
     "of the velocity to the step’s final one",
     (shot) => number(shot, velocityNumber(shot, "relative_distance"))?.toFixed(3),
   ],
-  ["cosine", "of the velocity and the step’s final one", (shot) => number(shot, velocityNumber(shot, "cosine"))?.toFixed(3)],
+  [
+    "cosine",
+    "of the velocity and the step’s final one",
+    (shot) => number(shot, velocityNumber(shot, "cosine"))?.toFixed(3),
+  ],
   ["PSNR, dB", "of the picture against the finished one", (shot) => number(shot, `psnr_${shot.mode}_db`)?.toFixed(1)],
 ];
 
