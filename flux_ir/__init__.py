@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flux_ir.api.select_features import select_features
     from flux_ir.api.steer import Steered, steer
     from flux_ir.api.study import Studied, run_study
+    from flux_ir.api.text_lens import TextLensResult, text_lens
     from flux_ir.api.train_lens import TrainedLens, train_lens
     from flux_ir.api.train_sae import Trained, TrainingRow, train_sae
     from flux_ir.api.transfer import Transferred, transfer
@@ -128,6 +129,8 @@ _MODULES = {
     "read_edits": "flux_ir.steering.edits",
     "save_edits": "flux_ir.steering.edits",
     "Region": "flux_ir.steering.regions",
+    "text_lens": "flux_ir.api.text_lens",
+    "TextLensResult": "flux_ir.api.text_lens",
     "train_lens": "flux_ir.api.train_lens",
     "TrainedLens": "flux_ir.api.train_lens",
     "train_sae": "flux_ir.api.train_sae",
@@ -170,6 +173,7 @@ __all__ = [
     "Site",
     "Steered",
     "Studied",
+    "TextLensResult",
     "TextRecorder",
     "Trained",
     "TrainedLens",
@@ -219,6 +223,7 @@ __all__ = [
     "select_features",
     "spliced",
     "steer",
+    "text_lens",
     "train_lens",
     "train_sae",
     "transfer",

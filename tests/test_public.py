@@ -71,6 +71,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("lens", "read_lens"),
         ("plan", "plan"),
         ("maps", "attention_maps"),
+        ("text_lens", "text_lens"),
         ("play", "play"),
         ("steer", "steer"),
         ("demonstrate", "demonstrate"),

@@ -38,6 +38,7 @@ VERBS = {
     "play": "a local page: click a patch for its features, turn them, compare before with after",
     "score-steering": "how often an edit changes one known thing of a scene, and nothing else",
     "maps": "exact attention maps of the prompt's words in every block, and maps of any concept",
+    "text-lens": "what is drawn from earlier layers of the text encoders, or from some tokens alone",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "compare-quantized": "how much nf4, int8 or fp8 weights change each block, and the picture",

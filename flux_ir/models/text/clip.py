@@ -74,7 +74,17 @@ class ClipText(nn.Module):
 
     def forward(self, ids: TokenIds) -> Pooled:
         """The pooled vector of int64 token numbers, whose first end of text counts."""
-        x = self.text_model(ids)
+        return self._pool(self.text_model(ids), ids)
+
+    def embed(self, ids: TokenIds) -> Tokens:
+        """What the first layer is given."""
+        return self.text_model.embeddings(ids)
+
+    def read_out(self, hidden: Tokens, ids: TokenIds) -> Pooled:
+        """What the encoder would give if it stopped at the layer that puts out `hidden`: its last norm is applied."""
+        return self._pool(self.text_model.final_layer_norm(hidden), ids)
+
+    def _pool(self, x: Tokens, ids: TokenIds) -> Pooled:
         # With the wrong number in the configuration the end is known as the last token of the vocabulary.
         wrong = self.params.eos_token_id == _WRONG_END
         end = ids.argmax(dim=-1) if wrong else (ids == self.params.eos_token_id).int().argmax(dim=-1)

@@ -70,8 +70,22 @@ class TextEncoder(nn.Module):
         return self.tokenizer.fixed(prompts, self.max_tokens)
 
     def forward(self, prompts: list[str]) -> Tensor:
-        device = next(self.model.parameters()).device
-        return self.model(self.token_ids(prompts).to(device))
+        return self.model(self._ids(prompts))
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """What the first layer is given, [prompts, max_tokens, d]."""
+        return self.model.embed(self._ids(prompts))
+
+    def read_out(self, hidden: Tensor, prompts: list[str]) -> Tensor:
+        """What `forward` would give if the encoder stopped at the layer that puts out `hidden` of these prompts.
+
+        The lens of text encoders (Toker et al., 2024): the norm behind the last layer, applied earlier. Of the last
+        layer it gives what `forward` gives, bit for bit.
+        """
+        return self.model.read_out(hidden, self._ids(prompts))
+
+    def _ids(self, prompts: list[str]) -> TokenIds:
+        return self.token_ids(prompts).to(next(self.model.parameters()).device)
 
     @property
     def name(self) -> str:

@@ -68,6 +68,14 @@ class T5Encoder(nn.Module):
         """The vectors of the last layer, normalised, of int64 token numbers."""
         return self.encoder(self.shared(ids))
 
+    def embed(self, ids: TokenIds) -> Tokens:
+        """What the first layer is given."""
+        return self.shared(ids)
+
+    def read_out(self, hidden: Tokens, ids: TokenIds) -> Tokens:
+        """What the encoder would give if it stopped at the layer that puts out `hidden`: its last norm is applied."""
+        return self.encoder.final_layer_norm(hidden)
+
 
 class T5Stack(nn.Module):
     """The blocks. All add the first one's position bias to their attention scores."""
