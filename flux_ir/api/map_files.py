@@ -1,4 +1,7 @@
-"""What `attention_maps` keeps: a file of maps for each step, means over the steps, and contact sheets."""
+"""What `attention_maps` keeps: a file of maps for each step, means over the steps, and contact sheets.
+
+Memory is that of the maps of one step and of one sum over the steps: it does not grow with their number.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +43,7 @@ class Means:
         """One block of a step."""
         self._step |= {f"{block}/{name}": value for name, value in self._on_grid(maps).items()}
         if self.heads:
-            maps = BlockMaps(*(value.mean(dim=0) for value in maps))
+            maps = maps.mean_of_heads()
         before = self._sums.get(block)
         self._sums[block] = maps if before is None else BlockMaps(*map(torch.add, before, maps))
 
@@ -66,25 +69,33 @@ class Means:
 
     def _on_grid(self, maps: BlockMaps) -> dict[str, Tensor]:
         return {
-            name: value if name == "mass" else value.unflatten(-1, (self.grid.rows, self.grid.columns))
-            for name, value in maps._asdict().items()
+            name: value.unflatten(-1, (self.grid.rows, self.grid.columns)) for name, value in maps._asdict().items()
         }
 
     def by_group(self) -> dict[str, dict[str, Tensor]]:
         """Means over steps and over the blocks of each group."""
-        steps, means = len(self.steps), {}
-        for group, blocks in block_groups(list(self._sums)).items():
-            summed = [self._sums[block] for block in blocks]
-            means[group] = self._on_grid(
-                BlockMaps(*(sum(parts) / (steps * len(blocks)) for parts in zip(*summed, strict=True)))
-            )
+        return self._means(block_groups(list(self._sums)))
+
+    def by_block(self) -> dict[str, dict[str, Tensor]]:
+        """Means over steps, of each block."""
+        return self._means({block: [block] for block in self._sums})
+
+    def _means(self, groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Tensor]]:
+        means = {}
+        for group, blocks in groups.items():
+            summed = zip(*(self._sums[block] for block in blocks), strict=True)
+            means[group] = self._on_grid(BlockMaps(*(sum(parts) / (len(self.steps) * len(blocks)) for parts in summed)))
         return means
 
     def masses(self) -> dict[str, dict[str, float]]:
-        """How the image's attention is divided, mean over the steps: by block, and over all."""
-        of_block = {block: sums.mass / len(self.steps) for block, sums in self._sums.items()}
+        """How the image's attention is divided, mean over image tokens and steps: by block, and over all."""
+        of_block = {block: sums.to_groups.mean(dim=-1) / len(self.steps) for block, sums in self._sums.items()}
         every = {"all": torch.stack(list(of_block.values())).mean(dim=0)} | of_block
         return {block: dict(zip(GROUPS, mass.tolist(), strict=True)) for block, mass in every.items()}
+
+    def register_counts(self) -> dict[str, float]:
+        """How many image tokens are registers in each block, mean over the steps."""
+        return {block: float(sums.registers.sum()) / len(self.steps) for block, sums in self._sums.items()}
 
 
 def block_groups(blocks: Sequence[str]) -> dict[str, list[str]]:

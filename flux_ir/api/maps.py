@@ -23,7 +23,7 @@ from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import new_generation_id
-from flux_ir.maps.attention import AttentionSink, MapTargets, attention_sites, block_names
+from flux_ir.maps.attention import AttentionMapper, MapTargets, attention_sites, block_names
 from flux_ir.maps.concepts import ConceptMapper, default_blocks
 from flux_ir.maps.words import PromptTokens, prompt_tokens
 from flux_ir.models.compute_dtype import DtypeWord
@@ -31,7 +31,6 @@ from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.recording.recorder import Recorder
 from flux_ir.sampling.generate import check_steps, decode, noise_for, prepare, sample
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.pictures import PictureGiven
@@ -150,10 +149,12 @@ def attention_maps(
     """Sample one picture and say, in every block at every step, how much image and words look at each other.
 
     `words` are words or phrases of the prompt (None: every word); one that comes again has a map for each place,
-    `red#1` and `red#2`. `patches` are image tokens, counted row by row from 0, whose attention over the image is mapped
-    as well. `blocks` are names or patterns (`double.3`, `single.*`), None all of them; `heads` keeps the maps of every
-    head apart, else they are averaged. The probabilities are those of the network's own softmax, after norm and
-    rotation, and the picture has the bits it has without maps.
+    `red#1` and `red#2`. Of each there are three maps: what share of its attention the image gives to the word, how much
+    it is given for that (the norm of the value-weighted sum), and where the word itself looks. `patches` are image
+    tokens, counted row by row from 0, whose attention over the image is mapped as well. `blocks` are names or patterns
+    (`double.3`, `single.*`), None all of them; `heads` keeps the maps of every head apart, else they are averaged. The
+    probabilities are those of the network's own softmax, after norm and rotation, and the picture has the bits it has
+    without maps.
 
     `concepts` are any words, in the prompt or not: maps of ConceptAttention say for each image token which of them it
     is most like, in `concept_blocks`, numbers of double blocks (None: the last fifth). They are a choice among those
@@ -204,8 +205,8 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
     suite = settings.suite(job.machine, progress)
     generation_id = new_generation_id()
     folder = Path(settings.output_dir) / generation_id
-    sites = attention_sites(job.blocks)
-    for note in (f"{suite.spec.name} on {job.machine}, seed {job.seed}", *job.machine.notes(sites)):
+    notes = job.machine.notes(attention_sites(job.blocks))
+    for note in (f"{suite.spec.name} on {job.machine}, seed {job.seed}", *notes):
         progress(Note(note))
     for note in job.picture.given.notes(job.picture.timesteps):
         progress(Note(note))
@@ -242,9 +243,10 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
     with complete_file(result.picture) as beside:
         beside.write_bytes(jpeg_bytes(pixels, model=suite.spec.name, prompt=job.prompt))
     with complete_file(folder / "mean.safetensors") as beside:
-        flat = {f"{group}/{name}": value for group, maps in result.mean.items() for name, value in maps.items()}
+        kept = result.mean | means.by_block()
+        flat = {f"{blocks}/{name}": value for blocks, maps in kept.items() for name, value in maps.items()}
         flat |= {} if result.concept_map is None else {"concepts": result.concept_map}
-        save_file({name: value.contiguous() for name, value in flat.items()}, beside)
+        save_file({name: value.contiguous() for name, value in flat.items() if value.numel()}, beside)
     with phase(progress, "contact sheet"):
         picture = Image.fromarray(pixels[0].numpy())
         page = MapSheet(folder, picture, job.prompt, f"{suite.spec.name}, seed {job.seed}")
@@ -265,6 +267,7 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         "concepts": job.concepts,
         "concept_blocks": job.concept_blocks,
         "mass": result.mass,
+        "registers": means.register_counts(),
         "options": settings.to_json(),
         **provenance_of(suite, job.machine),
         "versions": versions("torch", "tokenizers"),
@@ -352,11 +355,18 @@ def sample_mapped(
         with suite.autoencoder() as autoencoder:
             inputs = picture.given.encoded(autoencoder, picture.timesteps).put_into(inputs)
     latent, first_step = inputs.img, picture.first_step
-    sites = attention_sites(job.blocks, cond=picture.given.cond_tokens > 0)
-    sink = AttentionSink(suite.spec.flux.num_heads, targets, means.take, keep_heads=job.settings.heads)
     with ExitStack() as stack:
         model = stack.enter_context(suite.transformer())
-        stack.enter_context(Recorder(model, sites, sink, steps=job.kept_steps, first_step=first_step))
+        attention = AttentionMapper(
+            model,
+            job.blocks,
+            targets,
+            means.take,
+            steps=job.kept_steps,
+            first_step=first_step,
+            keep_heads=job.settings.heads,
+        )
+        stack.enter_context(attention)
         if embedded.concepts is not None:
             mapper = ConceptMapper(
                 model,

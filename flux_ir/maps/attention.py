@@ -2,70 +2,85 @@
 
 A fused kernel that computes attention knows the log-sum-exp of every query's logits, lse_i = log sum_j exp(q_i k_j s)
 with s = 1 / sqrt(head width). The probability that query i gives key c is then exp(q_i k_c s - lse_i): no second
-softmax, and memory in proportion to tokens x chosen. Of chosen queries the whole row is taken, which is as small.
+softmax, and memory in proportion to tokens x chosen.
 
-`AttentionSink` is what a `Recorder` writes queries and keys to. It only reads: the picture keeps its bits. The price is
-one more run of the attention kernel in each block that is looked at. Next: `words`, which says which keys are a word's.
+`AttentionMapper` watches the kernels of a network's blocks: where the kernel that PyTorch chooses gives its
+log-sum-exp, the same call makes the picture and the maps, so the picture keeps its bits and nothing is computed twice.
+Next: `words`, which says which keys are a word's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from flux_ir.errors import FluxIRError
 from flux_ir.maps.words import Word
-from flux_ir.recording.recorder import StepContext
-from flux_ir.shapes import Heads, Tokens
+from flux_ir.models.flux1.attention import Attention, Kernel
+from flux_ir.models.flux1.blocks import DoubleStreamBlock, SingleStreamBlock
+from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.suite import Suite
+from flux_ir.recording.hooks import NOT_CALLED, StepHooks, TokenCounts, block_input, named
+from flux_ir.shapes import Heads
 from flux_ir.sites import Site, nearest_names
 
 Lse = Float[Tensor, "batch heads tokens"]
 Keys = Float[Tensor, "batch heads keys head_dim"]
 Shares = Float[Tensor, "batch heads tokens keys"]
 """Of every query, how much of its attention it gives to each key."""
+Output = Float[Tensor, "d heads head_dim"]
+"""The output projection of a block's attention, by head."""
 
 _LOGITS_AT_ONCE = 1 << 24
 """Logits of one chunk where a device's kernel gives no log-sum-exp: 64 MB in float32."""
+_REFERENCE_AT_ONCE = 256
+"""Tokens of a reference picture whose attention is summed together."""
+REGISTER_RATIO = 3.0
+"""An image token is a register if it comes into a block with more than this many times the median norm. Darcet et al.
+(ICLR 2024) cut DINOv2's at 3 times the usual norm, too: its registers have 5 to 10 times that."""
 
 
 # ---- Exact probabilities
 
 
-def log_sum_exp(q: Heads, k: Keys) -> Lse:
-    """Log sum_j exp(q_i k_j / sqrt(head width)) of every query, in float32: from the fused kernel where it gives it.
+def attention_and_lse(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Lse]:
+    """What `Kernel` computes, to the bit, and log sum_j exp(q_i k_j / sqrt(head width)) of every query in float32.
 
-    On a CPU, and on CUDA in 16 bits, that is the flash kernel. Elsewhere logits are summed up chunk by chunk, in
-    float32: as exact, and slower.
+    One call of the flash kernel, where that is PyTorch's choice (on CPUs, and on CUDA in 16 bits with heads of 8 to 256
+    channels). Elsewhere its choice makes the output, and logits are summed up chunk by chunk in float32: as exact, and
+    slower.
     """
     ops = torch.ops.aten
-    if q.device.type == "cpu" and hasattr(ops, "_scaled_dot_product_flash_attention_for_cpu"):
-        return ops._scaled_dot_product_flash_attention_for_cpu(q, k, k)[1].float()
-    # Heads of at most 256 channels in multiples of 8: the flash kernel on CUDA takes no others.
-    fits_flash = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-    if q.device.type == "cuda" and fits_flash and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        return ops._scaled_dot_product_flash_attention(q, k, k)[1][..., : q.shape[2]].float()
-    return log_sum_exp_in_chunks(q, k)
+    # Heads of at most 256 channels in multiples of 8: others are padded on CUDA before the kernel.
+    if torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value:
+        if q.device.type == "cpu":
+            out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+            return out, lse.float()
+        if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
+            out, lse = ops._scaled_dot_product_flash_attention(q, k, v)[:2]
+            return out, lse[..., : q.shape[2]].float()
+    return Kernel().forward(q, k, v), log_sum_exp_in_chunks(q, k)
 
 
 def log_sum_exp_in_chunks(q: Heads, k: Keys, logits_at_once: int = _LOGITS_AT_ONCE) -> Lse:
-    """The same from the logits themselves, so many of them at a time: for devices whose kernel does not give it."""
+    """The log-sum-exp from the logits themselves, so many of them at a time: for kernels that do not give it."""
     rows = max(1, logits_at_once // (q.shape[0] * q.shape[1] * k.shape[2]))
     return torch.cat([_logits(part, k).logsumexp(dim=-1) for part in torch.split(q, rows, dim=2)], dim=2)
 
 
-def key_probabilities(q: Heads, chosen_k: Keys, lse: Lse) -> Shares:
-    """How much of its attention every query gives to each of the chosen keys: exp(q k s - lse)."""
-    return torch.exp(_logits(q, chosen_k) - lse[..., None])
+def probabilities(q: Heads, chosen_k: Keys, lse: Lse) -> Shares:
+    """How much of its attention every query gives to each of the chosen keys: exp(q k s - lse).
 
-
-def query_probabilities(chosen_q: Heads, k: Keys) -> Shares:
-    """How much of its attention each of the chosen queries gives to every key: the softmax of its own row."""
-    return _logits(chosen_q, k).softmax(dim=-1)
+    `lse` is the queries' own, over all keys. Of chosen queries and all keys it is the whole row of the softmax.
+    """
+    return _logits(q, chosen_k).sub_(lse[..., None]).exp_()
 
 
 def _logits(q: Heads, k: Keys) -> Shares:
@@ -86,9 +101,13 @@ class MapTargets(NamedTuple):
     padding: Sequence[int] = ()
 
 
-GROUPS = ("words", "other words", "end", "padding", "image", "reference")
+GROUPS = ("words", "other words", "end", "padding", "image", "registers", "reference")
 """What all tokens are divided into: the chosen words, the rest of the prompt with its punctuation, the end mark, the
-padding, the image's own tokens and those of a reference picture."""
+padding, the image's own tokens, those of them that are registers (high norm), and those of a reference picture."""
+_TEXT_GROUPS = 4
+
+
+_WITHOUT_HEADS = ("value_to_words", "registers")
 
 
 class BlockMaps(NamedTuple):
@@ -100,53 +119,101 @@ class BlockMaps(NamedTuple):
     """The share of its attention that a word gives to each image token: the mean over the word's tokens."""
     from_patches: Float[Tensor, "*heads patches img"]
     """The share of its attention that a chosen image token gives to each image token."""
-    mass: Float[Tensor, "*heads groups"]
-    """The attention of image tokens on each of `GROUPS`, mean over image tokens: adds up to 1."""
+    to_groups: Float[Tensor, "*heads groups img"]
+    """The share of its attention that each image token gives to each of `GROUPS`: adds up to 1."""
+    value_to_words: Float[Tensor, "words img"]
+    """The norm of what a word gives to each image token, || sum over heads and tokens of p W_out v ||: in the unit of
+    the block's output, before the gate. All heads together, always."""
+    registers: Float[Tensor, " img"]
+    """1 where an image token is a register, else 0."""
+
+    def mean_of_heads(self) -> "BlockMaps":
+        """The same without the axis of heads that was kept."""
+        of_heads = {name: maps.mean(dim=0) for name, maps in self._asdict().items() if name not in _WITHOUT_HEADS}
+        return self._replace(**of_heads)
 
 
 def block_maps(
-    q: Heads, k: Heads, targets: MapTargets, txt_tokens: int, *, cond_k: Keys | None = None, keep_heads: bool = False
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    lse: Lse,
+    output: Output,
+    targets: MapTargets,
+    tokens: TokenCounts,
+    *,
+    registers: Bool[Tensor, " img"] | None = None,
+    keep_heads: bool = False,
 ) -> BlockMaps:
-    """Maps of one picture from the rotated queries and keys of text and image, text first.
+    """Maps of one picture from what a block's kernel is given: text, then image, then a reference picture.
 
-    `cond_k` are the keys of a reference picture's tokens, which stand behind. One head after the other, so that memory
-    is that of the text's keys for one head.
+    `output` is the projection of the image tokens' attention. `registers` says which image tokens are (None: none). The
+    keys of the text are looked at head by head: memory is in proportion to image tokens x text tokens of one head.
     """
-    every_k = k if cond_k is None else torch.cat([k, cond_k], dim=2)
-    lse = log_sum_exp(q, every_k)
-    heads = [
-        _head_maps(q[:, h : h + 1], every_k[:, h : h + 1], lse[:, h : h + 1], targets, txt_tokens, k.shape[2])
-        for h in range(q.shape[1])
-    ]
-    stacked = [torch.stack(values) for values in zip(*heads, strict=True)]
-    return BlockMaps(*(stacked if keep_heads else (values.mean(dim=0) for values in stacked)))
+    img, text = slice(tokens.txt, tokens.txt + tokens.img), slice(tokens.txt)
+    chosen = sorted({token for word in targets.words for token in word.tokens})
+    places = [[chosen.index(token) for token in word.tokens] for word in targets.words]
+    members = _members(targets, chosen, tokens.txt, q.device)
+    where = q.new_zeros(tokens.img, dtype=torch.bool) if registers is None else registers
+    register_k = k[:, :, img][:, :, where]
 
+    to_chosen, to_groups = [], []
+    for head in range(q.shape[1]):
+        one = slice(head, head + 1)
+        img_q, img_lse = q[:, one, img], lse[:, one, img]
+        to_text = probabilities(img_q, k[:, one, text], img_lse)[0, 0]
+        of_text = to_text @ members
+        of_registers = probabilities(img_q, register_k[:, one], img_lse)[0, 0].sum(dim=1)
+        of_reference = torch.zeros_like(of_registers)
+        for part in torch.split(k[:, one, img.stop :], _REFERENCE_AT_ONCE, dim=2):
+            of_reference += probabilities(img_q, part, img_lse)[0, 0].sum(dim=1)
+        of_image = 1 - of_text.sum(dim=1) - of_registers - of_reference
+        to_chosen.append(to_text[:, chosen])
+        to_groups.append(torch.stack([*of_text.unbind(dim=1), of_image, of_registers, of_reference]))
+    to_tokens = torch.stack(to_chosen)  # [heads, img, chosen]
 
-def _head_maps(q: Heads, k: Keys, lse: Lse, targets: MapTargets, txt_tokens: int, own_tokens: int) -> BlockMaps:
-    img = slice(txt_tokens, own_tokens)
-    to_text = key_probabilities(q[:, :, img], k[:, :, :txt_tokens], lse[:, :, img])[0, 0]  # [img, txt]
-    to_words = [to_text[:, list(word.tokens)].sum(dim=1) for word in targets.words]
-    rows = sorted({token for word in targets.words for token in word.tokens})
-    of_rows = query_probabilities(q[:, :, rows], k)[0, 0][:, img]
-    from_words = [of_rows[[rows.index(token) for token in word.tokens]].mean(dim=0) for word in targets.words]
-    patches = [txt_tokens + patch for patch in targets.patches]
-    from_patches = query_probabilities(q[:, :, patches], k)[0, 0][:, img]
-
-    text = to_text.mean(dim=0)
-    named = {*rows, *targets.end, *targets.padding}
-    of_prompt = [token for token in range(txt_tokens) if token not in named]
-    in_text = [text[list(tokens)].sum() for tokens in (rows, of_prompt, targets.end, targets.padding)]
-    reference = text.new_zeros(())
-    for chunk in torch.split(k[:, :, own_tokens:], 256, dim=2):
-        reference = reference + key_probabilities(q[:, :, img], chunk, lse[:, :, img])[0, 0].mean(dim=0).sum()
-    mass = [*in_text, 1 - text.sum() - reference, reference]
-    empty = to_text.new_zeros((0, to_text.shape[0]))
-    return BlockMaps(
-        torch.stack(to_words) if to_words else empty,
-        torch.stack(from_words) if from_words else empty,
-        from_patches,
-        torch.stack(mass),
+    rows = chosen + [tokens.txt + patch for patch in targets.patches]
+    from_rows = probabilities(q[:, :, rows], k[:, :, img], lse[:, :, rows])[0]  # [heads, chosen and patches, img]
+    given = einsum(v[0, :, chosen].float(), output.float(), "heads n e, d heads e -> heads n d")
+    none = to_tokens.new_zeros((q.shape[1], tokens.img))
+    maps = BlockMaps(
+        _stacked([to_tokens[:, :, at].sum(dim=2) for at in places], none),
+        _stacked([from_rows[:, at].mean(dim=1) for at in places], none),
+        from_rows[:, len(chosen) :],
+        torch.stack(to_groups),
+        _stacked([_norms(to_tokens[:, :, at], given[:, at]) for at in places], none[0]),
+        where.float(),
     )
+    return maps if keep_heads else maps.mean_of_heads()
+
+
+def _members(
+    targets: MapTargets, chosen: Sequence[int], txt_tokens: int, device: torch.device
+) -> Float[Tensor, "txt groups"]:
+    """Which of the text's groups each token of it is in: 1, else 0."""
+    groups = [set(chosen), set(), set(targets.end) - set(chosen), set(targets.padding) - set(chosen)]
+    groups[1] = set(range(txt_tokens)).difference(*groups)
+    assert len(groups) == _TEXT_GROUPS
+    members = torch.zeros(txt_tokens, _TEXT_GROUPS)
+    for number, group in enumerate(groups):
+        members[sorted(group), number] = 1
+    return members.to(device)
+
+
+def _stacked(maps: Sequence[Tensor], none: Tensor) -> Tensor:
+    """Maps of each word as one tensor, also where there is no word: `none` has the shape of one of them."""
+    return torch.stack(list(maps), dim=-2) if maps else none[..., None, :][..., :0, :]
+
+
+def _norms(p: Float[Tensor, "heads img tokens"], u: Float[Tensor, "heads tokens d"]) -> Float[Tensor, " img"]:
+    """|| sum over heads and tokens j of p_j u_j || of each image token: the norm of what it is given (Kobayashi et al.,
+    2020), with u_j = W_out v_j.
+
+    The square is p' G p with G_ij = u_i u_j: no vector as wide as the network is made for an image token. In float64,
+    since where the parts cancel a difference of squares is left.
+    """
+    p, u = rearrange(p.double(), "heads img n -> img (heads n)"), rearrange(u.double(), "heads n d -> (heads n) d")
+    return ((p @ (u @ u.mT)) * p).sum(dim=-1).clamp(min=0).sqrt().float()
 
 
 # ---- While a picture is sampled
@@ -167,63 +234,129 @@ def block_names(patterns: Sequence[str] | None, depth: int, depth_single_blocks:
     return [name for name in every if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def attention_sites(blocks: Sequence[str], *, cond: bool = False) -> list[Site]:
-    """The sites that maps of these blocks are made of: queries, then keys; `cond`: a reference's keys between them."""
-    parts = ("q", "cond.k", "k") if cond else ("q", "k")
-    return [Site.parse(f"{block}.{part}") for block in blocks for part in parts]
+def attention_sites(blocks: Sequence[str]) -> list[Site]:
+    """The sites inside of blocks that maps of these blocks listen at."""
+    return [Site.parse(f"{block}.k") for block in blocks]
 
 
-class AttentionSink:
-    """A recorder's sink that makes maps of a block as soon as its keys come, and keeps nothing else.
+class AttentionMapper(StepHooks):
+    """Makes maps of the attention of blocks in every forward while its `with` lasts, and hands them on at once.
 
         targets = MapTargets([Word("red", (2,))])
-        with Recorder(model, attention_sites(["double.3", "single.0"]), AttentionSink(heads, targets, take)):
+        with AttentionMapper(model, ["double.3", "single.0"], targets, take):
             ...
 
-    `take(step, block, maps)` is called once for each block of a step. One picture at a time. A reference's keys must be
-    recorded before those of text and image, as `attention_sites` lists them.
+    `take(step, block, maps)` is called once for each block at each of `steps` (None: all), with maps on the CPU. The
+    velocity keeps its bits. One picture at a time; one mapper at a time. Raises FluxIRError for a compiled model.
     """
+
+    name = "attention mapper"
 
     def __init__(
         self,
-        heads: int,
+        model: Flux | Suite,
+        blocks: Sequence[str],
         targets: MapTargets,
         take: Callable[[int, str, BlockMaps], None],
         *,
+        steps: Collection[int] | None = None,
+        first_step: int = 0,
         keep_heads: bool = False,
     ) -> None:
-        self.heads, self.targets, self.take, self.keep_heads = heads, targets, take, keep_heads
-        self._q: Tokens | None = None
-        self._cond_k: Tokens | None = None
-        self._txt_tokens = 0
+        flux = model.flux if isinstance(model, Suite) else model
+        super().__init__(flux, attention_sites(blocks), steps, first_step)
+        self.targets, self.take, self.keep_heads = targets, take, keep_heads
+        self._registers: Tensor | None = None
 
-    def begin_step(self, step: int, context: StepContext) -> None:
-        if context.img.shape[0] != 1:
+    def _hang(self, hooks: ExitStack) -> None:
+        super()._hang(hooks)
+        for site in self.sites:
+            block = self.model.get_submodule(f"{site.kind}_blocks.{site.block}")
+            attention = block.get_submodule("attention")
+            assert isinstance(attention, Attention)
+            hooks.callback(block.register_forward_pre_hook(_Entry(self, site), with_kwargs=True).remove)
+            hooks.callback(setattr, attention, "kernel", attention.kernel)
+            attention.kernel = _WatchedKernel(self, site)
+            # It does nothing: a block that has been compiled runs as it is written while a hook hangs inside of it.
+            hooks.callback(attention.register_forward_hook(lambda *_: None).remove)
+
+    def _begin_step(self, given: dict[str, Any]) -> None:
+        if given["img"].shape[0] != 1:
             raise FluxIRError(
-                f"attention maps are made of one picture at a time: got {context.img.shape[0]}",
+                f"attention maps are made of one picture at a time: got {given['img'].shape[0]}",
                 hint="sample prompts one by one",
             )
-        self._txt_tokens = context.txt_tokens
 
-    def write(self, step: int, site: Site, value: Tensor) -> None:
-        if site.part == "q":
-            self._q = value
-            return
-        if site.stream == "cond":
-            self._cond_k = value
-            return
-        assert self._q is not None  # `attention_sites` has queries first, and so does the network
-        q, k, cond_k = self._apart(self._q), self._apart(value), self._cond_k
+    def _check_end(self) -> None:
+        super()._check_end()
+        if self._to_come:
+            raise self._incomplete()
+
+    def _incomplete(self) -> FluxIRError:
+        return FluxIRError(f"step {self._step} did not come to {named(self._to_come)}", hint=NOT_CALLED)
+
+    def find_registers(self, site: Site, entering: Tensor) -> None:
+        """Called with what a block is called with: which image tokens have come to a high norm."""
+        if self._active:
+            first = self._tokens.txt if site.kind == "single" else 0
+            self._registers = high_norm(entering[0, first : first + self._tokens.img])
+
+    def map_block(self, site: Site, q: Heads, k: Heads, v: Heads) -> Heads:
+        """Called in the kernel's place: the attention, and on the way its maps."""
+        if not self._active:
+            return Kernel().forward(q, k, v)
+        out, lse = attention_and_lse(q, k, v)
+        block = self.model.get_submodule(f"{site.kind}_blocks.{site.block}")
+        output = output_weight(block, heads=q.shape[1])
         maps = block_maps(
             q,
             k,
+            v,
+            lse,
+            output,
             self.targets,
-            self._txt_tokens,
-            cond_k=None if cond_k is None else self._apart(cond_k),
+            self._tokens,
+            registers=self._registers,
             keep_heads=self.keep_heads,
         )
-        self._q = self._cond_k = None
-        self.take(step, f"{site.kind}.{site.block}", BlockMaps(*(part.cpu() for part in maps)))
+        self.take(self._step, f"{site.kind}.{site.block}", BlockMaps(*(part.cpu() for part in maps)))
+        self._to_come.discard(site)
+        return out
 
-    def _apart(self, value: Tokens) -> Heads:
-        return rearrange(value, "b n (heads d) -> b heads n d", heads=self.heads).contiguous()
+
+def high_norm(tokens: Float[Tensor, "img d"]) -> Bool[Tensor, " img"]:
+    """Which tokens are registers: more than `REGISTER_RATIO` times the median norm."""
+    norms = tokens.float().norm(dim=-1)
+    return norms > REGISTER_RATIO * norms.median()
+
+
+def output_weight(block: nn.Module, *, heads: int) -> Output:
+    """The weights that a block's attention of the image passes on its way out."""
+    if isinstance(block, DoubleStreamBlock):
+        weight = block.img_attn.proj.weight
+    else:
+        assert isinstance(block, SingleStreamBlock)
+        weight = block.linear2.weight[:, : block.qkv_dim // 3]  # its other columns are the feed-forward's
+    return rearrange(weight, "d (heads e) -> d heads e", heads=heads)
+
+
+class _Entry:
+    """The hook before one block."""
+
+    def __init__(self, mapper: AttentionMapper, site: Site) -> None:
+        self._mapper, self._site = mapper, site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._mapper.find_registers(self._site, block_input(self._site, args, kwargs))
+
+
+class _WatchedKernel(Kernel):
+    """Stands where a block's kernel does. It holds its mapper in a cell, so that no network becomes a part of it."""
+
+    def __init__(self, mapper: AttentionMapper, site: Site) -> None:
+        super().__init__()
+        self._watcher = (mapper, site)
+
+    def forward(self, q: Heads, k: Heads, v: Heads) -> Heads:
+        mapper, site = self._watcher
+        return mapper.map_block(site, q, k, v)

@@ -312,6 +312,16 @@ def test_samples_with_a_reference_are_those_of_the_capture_and_others_without(re
     assert first.before.shape == (1, 64, 64)
 
 
+def test_attention_on_a_reference_is_a_group_of_its_own(kontext, picture, tmp_path):
+    asked = {"words": "circle", "num_steps": 1, "seed": 3, "blocks": ["double.1", "single.0"], "output_dir": tmp_path}
+    with_reference = flux_ir.attention_maps(PROMPT, model=kontext, reference_image=picture, **asked)
+    without = flux_ir.attention_maps(PROMPT, model=kontext, **asked)
+    for block in ("double.1", "single.0"):
+        assert with_reference.mass[block]["reference"] > 0.01
+        assert without.mass[block]["reference"] == 0
+        assert sum(with_reference.mass[block].values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_both_pictures_can_be_given(kontext, picture):
     steps = list(
         flux_ir.sample(kontext, PROMPT, num_steps=4, init_image=picture, strength=0.3, reference_image=picture)

@@ -39,13 +39,16 @@ def test_every_step_and_block_has_maps_of_every_word_and_patch(maps):
     assert [path.name for path in maps.steps] == ["step_0.safetensors", "step_1.safetensors"]
     step = load_file(maps.steps[1])
     blocks = [f"double.{n}" for n in range(4)] + [f"single.{n}" for n in range(8)]
-    parts = {"to_words": (3, 7, 11), "from_words": (3, 7, 11), "from_patches": (2, 7, 11), "mass": (6,)}
+    parts = {"to_words": (3, 7, 11), "value_to_words": (3, 7, 11), "from_words": (3, 7, 11)}
+    parts |= {"from_patches": (2, 7, 11), "to_groups": (7, 7, 11), "registers": (7, 11)}
     assert {name: tuple(value.shape) for name, value in step.items()} == {
         f"{block}/{part}": shape for block in blocks for part, shape in parts.items()
     }
     assert maps.mass.keys() == {"all", *blocks}
     assert all(sum(shares.values()) == pytest.approx(1, abs=1e-5) for shares in maps.mass.values())
-    assert json.loads(maps.numbers.read_text())["words"][0] == {"word": "red#1", "tokens": [1]}
+    said = json.loads(maps.numbers.read_text())
+    assert said["words"][0] == {"word": "red#1", "tokens": [1]}
+    assert said["registers"] == dict.fromkeys(blocks, 0)  # flux-tiny has none
 
 
 def test_means_are_those_of_the_steps_files(maps):
@@ -53,7 +56,10 @@ def test_means_are_those_of_the_steps_files(maps):
     expected = torch.stack([file[f"double.{n}/to_words"] for file in files for n in (2, 3)]).mean(dim=0)
     torch.testing.assert_close(maps.mean["double 2-3"]["to_words"], expected)
     assert list(maps.mean) == ["all", "double 0-1", "double 2-3", "single 0-3", "single 4-7"]
-    assert torch.equal(load_file(maps.folder / "mean.safetensors")["all/to_words"], maps.mean["all"]["to_words"])
+    means = load_file(maps.folder / "mean.safetensors")
+    assert torch.equal(means["all/to_words"], maps.mean["all"]["to_words"])
+    of_block = torch.stack([file["single.5/value_to_words"] for file in files]).mean(dim=0)
+    torch.testing.assert_close(means["single.5/value_to_words"], of_block)
 
 
 def test_the_sheet_shows_every_word_and_patch(maps):

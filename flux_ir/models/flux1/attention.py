@@ -51,6 +51,16 @@ class Rotate(nn.Module):
         return rotate(x, rotation)
 
 
+class Kernel(nn.Module):
+    """softmax(q k / sqrt(head width)) v, by the kernel that PyTorch chooses.
+
+    A module of its own so that one that also gives the softmax's log-sum-exp can stand in its place for a while.
+    """
+
+    def forward(self, q: Heads, k: Heads, v: Heads) -> Heads:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention over rotated queries and keys, heads joined again; no mask: padding is attended.
 
@@ -59,10 +69,10 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queries, self.keys = Rotate(), Rotate()
+        self.queries, self.keys, self.kernel = Rotate(), Rotate(), Kernel()
 
     def forward(self, q: Heads, k: Heads, v: Heads, rotation: Rotation) -> Tokens:
-        out = F.scaled_dot_product_attention(self.queries(q, rotation), self.keys(k, rotation), v)
+        out = self.kernel(self.queries(q, rotation), self.keys(k, rotation), v)
         return rearrange(out, "b heads n d -> b n (heads d)")
 
 
