@@ -4,9 +4,11 @@ Maps of a step are written when the step is done, so memory does not grow with t
 """
 
 import secrets
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +29,16 @@ from flux_ir.maps.attention import AttentionMapper, MapTargets, attention_sites,
 from flux_ir.maps.concepts import ConceptMapper, default_blocks
 from flux_ir.maps.words import PromptTokens, prompt_tokens
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
-from flux_ir.sampling.generate import check_steps, decode, noise_for, prepare, sample
+from flux_ir.sampling.generate import check_size, check_steps, decode, noise_for, prepare, sample
+from flux_ir.sampling.generate import encode as encode_picture
 from flux_ir.sampling.image import jpeg_bytes
-from flux_ir.sampling.pictures import PictureGiven
+from flux_ir.sampling.latents import TOKEN_PX
+from flux_ir.sampling.pictures import GivenPicture, PictureGiven, read_given
 from flux_ir.shapes import PackedLatent
 
 
@@ -49,6 +54,7 @@ class MapSettings(BegunPictureSettings):
     heads: bool = False
     concepts: str | Sequence[str] | None = None
     concept_blocks: Sequence[int] | None = None
+    image: PictureGiven | None = None
     seed: int | None = None
     output_dir: str | Path = "maps"
 
@@ -56,6 +62,8 @@ class MapSettings(BegunPictureSettings):
         """The settings by name, as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)} | self.given_as_json()
         values["model"] = self.spec.name
+        if isinstance(self.image, Image.Image | Tensor):
+            values["image"] = "given"
         return {name: _plain(value) for name, value in values.items()}
 
 
@@ -70,6 +78,7 @@ class AttentionMaps(NamedTuple):
 
     folder: Path
     picture: Path
+    """The picture that was sampled, or the one that was given, in the size it was looked at."""
     sheet: Path
     """Words down, groups of blocks across: means over the steps, over the picture."""
     numbers: Path
@@ -95,11 +104,25 @@ class MapJob(NamedTuple):
     prompt: str
     machine: Machine
     picture: SettledPicture
+    image: GivenPicture | None
+    """A picture that is looked at as it is, in the size of the run; None: one is sampled."""
+    image_given: str | None
+    """Its size as it was given, where that is another."""
     seed: int
     blocks: list[str]
     kept_steps: list[int]
     concepts: list[str]
     concept_blocks: list[int]
+
+    def image_notes(self) -> list[str]:
+        """What is worth knowing of a picture that is looked at."""
+        if self.image is None:
+            return []
+        times = ", ".join(f"{self.picture.timesteps[step]:.3g}" for step in self.kept_steps)
+        notes = [f"a picture of {self.image.size} is looked at with noise of t {times}"]
+        if self.image_given is not None:
+            notes.append(f"note: it was scaled from {self.image_given} (--width and --height ask for another size)")
+        return notes
 
 
 class Embedded(NamedTuple):
@@ -121,6 +144,7 @@ def attention_maps(
     heads: bool = False,
     concepts: str | Sequence[str] | None = None,
     concept_blocks: Sequence[int] | None = None,
+    image: PictureGiven | None = None,
     model: str | Suite = "flux-schnell",
     width: int | None = None,
     height: int | None = None,
@@ -160,6 +184,12 @@ def attention_maps(
     is most like, in `concept_blocks`, numbers of double blocks (None: the last fifth). They are a choice among those
     that are named, so name what else there is (`background`).
 
+    `image` is a real picture, which is looked at instead of one that is sampled: it is encoded, and at each of `steps`
+    (None: the second half of the schedule) mixed with as much noise as a sampled one has there, (1 - t) picture + t
+    noise, for one forward of the network. It is scaled to `width` and `height`; None: to the multiples of 16 px nearest
+    to its own size, or, where it has more pixels than the model's pictures have, to their number of them. `prompt` is
+    then what the picture shows (None: nothing is said of it).
+
     All other arguments are those of `capture`. Everything goes into a new folder below `output_dir`. Raises FluxIRError
     for what a user can mend: a word that is not in the prompt, a block or a patch that is not there.
     """
@@ -172,6 +202,7 @@ def attention_maps(
         heads=heads,
         concepts=concepts,
         concept_blocks=concept_blocks,
+        image=image,
         model=model,
         width=width,
         height=height,
@@ -208,7 +239,7 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
     notes = job.machine.notes(attention_sites(job.blocks))
     for note in (f"{suite.spec.name} on {job.machine}, seed {job.seed}", *notes):
         progress(Note(note))
-    for note in job.picture.given.notes(job.picture.timesteps):
+    for note in (*job.picture.given.notes(job.picture.timesteps), *job.image_notes()):
         progress(Note(note))
     embedded = embed(suite, job, progress)
     tokens = embedded.tokens
@@ -223,10 +254,12 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         heads=settings.heads,
         concept_blocks=len(job.concept_blocks),
     )
-    latent = sample_mapped(suite, job, embedded, targets, means, progress)
+    latent = walk(suite, job, embedded, targets, means, progress)
     with phase(progress, "picture"), suite.autoencoder() as autoencoder:
         grid = job.picture.grid
         pixels = decode(autoencoder, latent, grid.height, grid.width, suite.dtype)
+    if job.image is not None:
+        pixels = job.image.pixels
     result = AttentionMaps(
         folder=folder,
         picture=folder / "picture.jpg",
@@ -261,6 +294,7 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         "grid": [job.picture.grid.rows, job.picture.grid.columns],
         "timesteps": job.picture.timesteps,
         "steps": job.kept_steps,
+        "image": None if job.image is None else job.image.described(),
         "blocks": job.blocks,
         "words": [{"word": word.name, "tokens": list(word.tokens)} for word in targets.words],
         "patches": list(targets.patches),
@@ -280,6 +314,7 @@ def settle(settings: MapSettings) -> MapJob:
     """Answer every question that is left open. Raises FluxIRError for what a user can mend."""
     check_words(MapSettings, vars(settings))
     check_least(vars(settings))
+    settings, image, image_given = with_image(settings)
     spec, picture, machine = settings.spec, settings.settle_picture(), settings.settle_machine()
     tokens = picture.grid.tokens
     for patch in settings.patches:
@@ -309,15 +344,55 @@ def settle(settings: MapSettings) -> MapJob:
         )
     return MapJob(
         settings=settings,
-        prompt=DEFAULT_PROMPT if settings.prompt is None else settings.prompt,
+        prompt=(DEFAULT_PROMPT if image is None else "") if settings.prompt is None else settings.prompt,
         machine=machine,
         picture=picture,
+        image=image,
+        image_given=image_given,
         seed=secrets.randbelow(SEEDS) if settings.seed is None else settings.seed,
         blocks=block_names(_names(settings.blocks), spec.flux.depth, spec.flux.depth_single_blocks),
-        kept_steps=check_steps(settings.steps, picture.num_steps, picture.first_step),
+        kept_steps=steps_to_map(settings, picture),
         concepts=concepts,
         concept_blocks=concept_blocks,
     )
+
+
+def with_image(settings: MapSettings) -> tuple[MapSettings, GivenPicture | None, str | None]:
+    """The settings with the size of the picture that is looked at; the picture in that size, and its own size in words
+    where it is another. Raises FluxIRError for what is no picture, and for a run that samples as well.
+    """
+    if settings.image is None:
+        return settings, None, None
+    if settings.init_image is not None:
+        raise FluxIRError(
+            "--image is looked at as it is, and --init_image is what another picture is sampled from: got both",
+            hint="leave one of them out",
+        )
+    given = read_given(settings.image, "image")
+    shrink = min(1.0, settings.spec.default_side_px / sqrt(given.width * given.height))
+    own = (max(TOKEN_PX, round(side * shrink / TOKEN_PX) * TOKEN_PX) for side in (given.width, given.height))
+    asked = (settings.width, settings.height)
+    width, height = (side if side is not None else like for side, like in zip(asked, own, strict=True))
+    check_size(height, width)
+    fitted = given.resized(width, height)
+    return replace(settings, width=width, height=height), fitted, None if fitted is given else given.size
+
+
+def steps_to_map(settings: MapSettings, picture: SettledPicture) -> list[int]:
+    """The steps whose maps are kept: all that are run; of a given picture the second half, where it can be seen.
+
+    Raises FluxIRError for steps that are not there, and for one that shows nothing of a given picture.
+    """
+    if settings.image is None:
+        return check_steps(settings.steps, picture.num_steps, picture.first_step)
+    second_half = range((picture.num_steps + 1) // 2, picture.num_steps)
+    steps = check_steps(second_half if settings.steps is None else settings.steps, picture.num_steps)
+    if 0 in steps or not steps:
+        raise FluxIRError(
+            f"at step 0 there is noise alone and nothing of --image: got {', '.join(map(str, steps)) or 'one step'}",
+            hint="choose later --steps, or more --num_steps",
+        )
+    return steps
 
 
 def _names(names: str | Sequence[str] | None) -> list[str] | None:
@@ -344,42 +419,54 @@ def embed(suite: Suite, job: MapJob, progress: Watch) -> Embedded:
         return Embedded(tokens, encode(encoders.t5, encoders.clip, [job.prompt]), concepts)
 
 
-def sample_mapped(
+def walk(
     suite: Suite, job: MapJob, embedded: Embedded, targets: MapTargets, means: Means, progress: Watch
 ) -> PackedLatent:
-    """Walk to the finished latent; the maps of every step that is kept go to `means`, and from there to its file."""
+    """Walk to the finished latent; the maps of every step that is kept go to `means`, and from there to its file.
+
+    Of a picture that is given its latent: each step begins with it, so none depends on another.
+    """
     (width, height), machine, picture = job.picture.grid, job.machine, job.picture
     noise = noise_for([job.seed], height, width, machine.placement.transformer, machine.compute.dtype)
     inputs = prepare(noise, embedded.text, height, width)
-    if picture.given.given():
+    latent = inputs.img
+    if picture.given.given() or job.image is not None:
         with suite.autoencoder() as autoencoder:
             inputs = picture.given.encoded(autoencoder, picture.timesteps).put_into(inputs)
-    latent, first_step = inputs.img, picture.first_step
-    with ExitStack() as stack:
-        model = stack.enter_context(suite.transformer())
-        attention = AttentionMapper(
-            model,
-            job.blocks,
-            targets,
-            means.take,
-            steps=job.kept_steps,
-            first_step=first_step,
-            keep_heads=job.settings.heads,
-        )
-        stack.enter_context(attention)
-        if embedded.concepts is not None:
-            mapper = ConceptMapper(
-                model,
-                embedded.concepts,
-                means.take_concepts,
-                blocks=job.concept_blocks,
-                steps=job.kept_steps,
-                first_step=first_step,
-            )
-            stack.enter_context(mapper)
-        steps = sample(model, inputs, picture.timesteps, picture.guidance, first_step=first_step)
-        for step in follow(progress, "sample", steps, total=picture.num_steps - first_step):
-            latent = step.after
-            if step.number in job.kept_steps:
-                means.write_step(step.number)
+            latent = inputs.img if job.image is None else encode_picture(autoencoder, job.image.pixels)
+    times, guidance = picture.timesteps, picture.guidance
+    with suite.transformer() as model:
+        if job.image is None:
+            with mappers(model, job, embedded, targets, means, job.kept_steps, picture.first_step):
+                steps = sample(model, inputs, times, guidance, first_step=picture.first_step)
+                for step in follow(progress, "sample", steps, total=picture.num_steps - picture.first_step):
+                    latent = step.after
+                    if step.number in job.kept_steps:
+                        means.write_step(step.number)
+            return latent
+        for number in follow(progress, "look", job.kept_steps, total=len(job.kept_steps)):
+            noisy = inputs.begun_with(latent, times[number])
+            with mappers(model, job, embedded, targets, means, [number], number):
+                next(sample(model, noisy, times, guidance, first_step=number))
+            means.write_step(number)
     return latent
+
+
+@contextmanager
+def mappers(
+    model: Flux,
+    job: MapJob,
+    embedded: Embedded,
+    targets: MapTargets,
+    means: Means,
+    steps: Sequence[int],
+    first_step: int,
+) -> Iterator[None]:
+    """What makes the maps of these steps, while this lasts."""
+    attend = partial(AttentionMapper, steps=steps, first_step=first_step, keep_heads=job.settings.heads)
+    with ExitStack() as stack:
+        stack.enter_context(attend(model, job.blocks, targets, means.take))
+        if embedded.concepts is not None:
+            choose = partial(ConceptMapper, steps=steps, first_step=first_step, blocks=job.concept_blocks)
+            stack.enter_context(choose(model, embedded.concepts, means.take_concepts))
+        yield

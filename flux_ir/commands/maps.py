@@ -9,6 +9,7 @@ from flux_ir.commands.cli.parse import launch
 from flux_ir.commands.cli.shared import (
     KEEP,
     MACHINE,
+    PICTURE,
     ModelOptions,
     OnePictureOptions,
     PromptOptions,
@@ -44,6 +45,12 @@ class MapsOptions(PromptOptions, OnePictureOptions, StepOptions, ModelOptions):
     )
     concept_blocks: tuple[int, ...] | None = option(
         None, help="the double blocks whose concept maps are averaged", group=KEEP, default_text="the last fifth"
+    )
+    image: Path | None = option(
+        None,
+        help="a real picture to look at instead of one that is sampled: encoded, with the noise of each of --steps",
+        group=PICTURE,
+        default_text="one is sampled",
     )
     output_dir: Path = option(Path("maps"), help="where the folders of maps are", group=MACHINE)
 

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import flux_ir
+from flux_ir.demo.drawing import draw
+from flux_ir.demo.scenes import scene_at
 from flux_ir.errors import FluxIRError
 from flux_ir.sampling.image import jpeg_bytes
 
@@ -98,6 +101,68 @@ def test_kept_heads_have_the_mean_of_the_averaged_maps(maps, model, tmp_path):
 def test_what_is_not_there_is_refused_and_leaves_nothing(model, tmp_path, wrong, says):
     with pytest.raises(FluxIRError, match=says):
         flux_ir.attention_maps(PROMPT, model=model, output_dir=tmp_path / "maps", **wrong)
+    assert not (tmp_path / "maps").exists()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A picture of 176 x 112 px that no model made, as a file."""
+    path = tmp_path_factory.mktemp("scene") / "scene.png"
+    Image.fromarray(draw(scene_at(0, 5), 176)).crop((0, 0, 176, 112)).save(path)
+    return path
+
+
+def test_a_real_picture_is_looked_at_with_the_noise_of_each_step(model, scene, tmp_path):
+    asked = {"words": "red", "blocks": ["double.1", "single.0"], "model": model, "seed": 3, "num_steps": 4}
+    found = flux_ir.attention_maps("a red circle", image=scene, concepts="red,blue", output_dir=tmp_path, **asked)
+    assert [path.name for path in found.steps] == ["step_2.safetensors", "step_3.safetensors"]
+    said = json.loads(found.numbers.read_text())
+    assert said["size"] == [160, 96]  # the nearest to 176 x 112, scaled to as many pixels as 128 x 128
+    assert (said["image"]["path"], said["image"]["width"]) == (str(scene), 160)
+    with Image.open(found.picture) as picture, Image.open(scene) as given:
+        seen, own = (np.asarray(one.convert("RGB").resize((160, 96)), dtype=float) for one in (picture, given))
+    assert abs(seen - own).mean() < 4  # what is shown is the picture that was given
+    alone = flux_ir.attention_maps("a red circle", image=scene, steps=[3], output_dir=tmp_path, **asked)
+    kept = load_file(alone.steps[0])
+    both = load_file(found.steps[1])
+    assert all(torch.equal(kept[name], both[name]) for name in kept)  # no step depends on those before it
+
+
+def test_maps_of_an_encoded_picture_are_those_of_a_run_that_begins_with_it(model, scene, tmp_path):
+    with Image.open(scene) as given:
+        fitting = given.convert("RGB").resize((144, 96))
+    asked = {"blocks": "single.7", "model": model, "seed": 3, "num_steps": 4, "output_dir": tmp_path}
+    looked = flux_ir.attention_maps("a red circle", image=fitting, steps=[2], **asked)
+    begun = flux_ir.attention_maps("a red circle", init_image=fitting, strength=0.5, steps=[2], **asked)
+    assert load_file(looked.steps[0]).keys() == load_file(begun.steps[0]).keys()
+    for name, value in load_file(begun.steps[0]).items():
+        assert torch.equal(value, load_file(looked.steps[0])[name])
+
+
+def test_a_picture_needs_no_prompt(model, scene, tmp_path):
+    found = flux_ir.attention_maps(
+        image=scene, width=64, height=48, steps=[3], num_steps=4, model=model, seed=1, output_dir=tmp_path
+    )
+    said = json.loads(found.numbers.read_text())
+    assert (said["prompt"], said["words"], said["grid"]) == ("", [], [3, 4])
+    assert found.sheet.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"image": __file__}, "cannot read the picture of --image in .*name a PNG or JPEG file"),
+        ({"image": "no-such-file.png"}, "cannot read the picture of --image in no-such-file"),
+        ({"image": "scene", "steps": [0, 3], "num_steps": 4}, "nothing of --image: got 0, 3"),
+        ({"image": "scene", "num_steps": 1}, "nothing of --image: got one step"),
+        ({"image": "scene", "init_image": "scene"}, "--init_image is what another picture is sampled from: got both"),
+        ({"image": "scene", "width": 100}, "must be positive multiples of 16 px: got 100 x"),
+    ],
+)
+def test_pictures_that_cannot_be_looked_at_are_refused(model, scene, tmp_path, wrong, says):
+    given = {name: scene if value == "scene" else value for name, value in wrong.items()}
+    with pytest.raises(FluxIRError, match=says):
+        flux_ir.attention_maps(PROMPT, model=model, output_dir=tmp_path / "maps", **given)
     assert not (tmp_path / "maps").exists()
 
 

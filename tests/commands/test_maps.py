@@ -28,6 +28,7 @@ def test_the_command_writes_maps_and_says_where_attention_goes(tmp_path, capsys)
         ),
         (("--blocks", "single.8"), "4 double and 8 single blocks, and none matches 'single.8'"),
         (("--patches", "-1"), "got -1"),
+        (("--image", "none.png"), "cannot read the picture of --image in none.png"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, words, error):
