@@ -11,6 +11,7 @@ from flux_ir.models.checkpoints.formats.weights import join_weights, read_entrie
 from flux_ir.models.checkpoints.headers import read_tensor
 from flux_ir.models.checkpoints.inspect import inspect
 from flux_ir.models.checkpoints.keymap import from_diffusers, to_diffusers
+from flux_ir.models.text import load_t5
 
 NAME = "double_blocks.0.img_attn.qkv.weight"
 
@@ -129,3 +130,30 @@ def test_what_is_missing_or_broken_is_named(state, quantised, write, tiny_spec, 
         inspect(tiny_spec(), "transformer", path, "--checkpoint")
     assert message in error.value.message
     assert str(path) in error.value.message
+
+
+# ---- A text encoder, as transformers writes it
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_t5_folder_that_transformers_has_quantised(text_folders, tmp_path, double_quant):
+    pytest.importorskip("accelerate")
+    from transformers import BitsAndBytesConfig, T5EncoderModel
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+    theirs = T5EncoderModel.from_pretrained(text_folders.t5, quantization_config=how, device_map={"": "cpu"})
+    theirs.save_pretrained(tmp_path / "t5")
+    assert json.loads((tmp_path / "t5" / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    expected = {}
+    for name, module in theirs.named_modules():
+        if (weight := getattr(module, "weight", None)) is not None:
+            state = getattr(weight, "quant_state", None)
+            expected[f"{name}.weight"] = weight.data if state is None else dequantize_4bit(weight.data, state)
+    encoder = load_t5(tmp_path / "t5", text_folders.t5, 7, "cpu", torch.float32)
+    found = encoder.model.state_dict()
+    quantised = [name for name in found if name in expected and "SelfAttention.q" in name]
+    assert quantised
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name].float()), name
+    plain = load_t5(text_folders.t5, text_folders.t5, 7, "cpu", torch.float32)
+    assert not torch.equal(encoder(["a red circle"]), plain(["a red circle"]))
