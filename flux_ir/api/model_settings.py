@@ -21,6 +21,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.inspect import WeightSource
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.locate_text import EncoderSource
+from flux_ir.models.checkpoints.lora.names import PART_NAMES
 from flux_ir.models.checkpoints.lora.read import check_recorded
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
 from flux_ir.models.flux1.attention import attention_backend
@@ -166,6 +167,10 @@ class ModelSettings:
             announce=announce,
         )
         source = source._replace(quantize=self.quantize)
+        for lora in source.loras if not text else ():
+            if changed := [PART_NAMES[part] for part in lora.parts if part != "transformer"]:
+                changed_parts = " and ".join(changed)
+                announce(f"note: no prompt is encoded: what {lora.path.name} changes of {changed_parts} has no effect")
         return Suite(
             self.spec,
             source,

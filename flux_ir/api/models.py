@@ -63,9 +63,9 @@ def load_model(
 
     `parts` are loaded now, the others when they are first needed. `device` None is the first GPU, or the CPU; `dtype`
     auto is bfloat16 where the device has it, else float32. `Recorder`, `Intervention` and `spliced` take the model as
-    it is; `model.flux` is its transformer. `lora`, one file or several, is merged into it: with `lora_strength`, one
-    number or one for each (None: 1). What a LoRA says of text encoders is not applied, and told. `quantize` keeps the
-    blocks of the transformer as codes of 4 or 8 bits, made once and cached, and widens each when it computes.
+    it is; `model.flux` is its transformer. `lora`, one file or several, is merged into it and the text encoders with
+    `lora_strength`, one number or one for each (None: 1). `quantize` keeps the blocks of the transformer as codes of 4
+    or 8 bits, made once and cached, and widens each when it computes.
 
     Raises FluxIRError for an unknown name, and for weights that are missing or do not fit.
     """

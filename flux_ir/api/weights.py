@@ -1,20 +1,28 @@
 """What a file or a folder of weights is; and for a LoRA, how much it changes each block of its model."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import read_json, write_json
 from flux_ir.models.checkpoints.describe import Network, describe_file
+from flux_ir.models.checkpoints.encoder_configs import config_of, linear_layers
 from flux_ir.models.checkpoints.load import Weights
 from flux_ir.models.checkpoints.locate import transformer_on_disk
+from flux_ir.models.checkpoints.locate_text import encoder_on_disk
 from flux_ir.models.checkpoints.lora.contents import blank_transformer
-from flux_ir.models.checkpoints.lora.effect import Lengths, lengths, matrices, relative_changes
+from flux_ir.models.checkpoints.lora.effect import Lengths, Shapes, lengths, matrices, relative_changes
+from flux_ir.models.checkpoints.lora.names import PART_NAMES, Part
 from flux_ir.models.checkpoints.lora.read import LoRA, lora_file, read_lora
 from flux_ir.models.checkpoints.paths import first_file, weight_names
-from flux_ir.models.registry import get_spec
+from flux_ir.models.registry import ModelSpec, get_spec
+from flux_ir.models.text import open_encoder
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.files.formats import format_of, load_any, weights_file
 
@@ -39,7 +47,8 @@ class DescribedWeights:
     model: str | None = None
     """The model whose weights a LoRA was compared with; None: it was not."""
     changes: dict[str, float] | None = None
-    """||dW|| / ||W|| (Frobenius) of all linear layers of each block, in depth order."""
+    """||dW|| / ||W|| (Frobenius) of all linear layers of each block, in depth order: those of the transformer, then of
+    the text encoders that the LoRA changes (`t5.3`, `clip.7`)."""
     layers: dict[str, float] | None = None
     """The same of each weight that is changed."""
 
@@ -149,15 +158,35 @@ def _compared(
     for name in candidates:
         spec = get_spec(name)
         lora = read_lora(lora_file(described.path), spec)
-        source = transformer_on_disk(spec, checkpoint)
-        if source is None:
+        networks = {part: _weights_of(spec, part, checkpoint) for part in lora.parts}
+        there = {part: network for part, network in networks.items() if network is not None}
+        if not there:
             continue
-        blank = blank_transformer(spec)
-        weights, total = Weights(blank, source), len(matrices(blank.state_dict()))
-        measured = list(follow(progress, "compare", lengths(lora, weights.read_into, blank.state_dict()), total=total))
-        return _with_changes(described, name, lora, measured)
+        if missing := [PART_NAMES[part] for part in networks if part not in there]:
+            progress(Note(f"note: not compared: the weights of {' and '.join(missing)} are not on this machine"))
+        total = sum(len(network.shapes) for network in there.values())
+        every = chain.from_iterable(lengths(lora, network.read_into, network.shapes) for network in there.values())
+        return _with_changes(described, name, lora, list(follow(progress, "compare", every, total=total)))
     progress(Note(f"note: not compared: the weights of {', '.join(candidates)} are not on this machine"))
     return described
+
+
+class _Readable(NamedTuple):
+    """The linear layers of a network whose weights are on this machine."""
+
+    read_into: Callable[[Tensor, str], None]
+    shapes: Shapes
+
+
+def _weights_of(spec: ModelSpec, part: Part, checkpoint: str | Path | None) -> _Readable | None:
+    """None: they are not on this machine."""
+    if part == "transformer":
+        source, blank = transformer_on_disk(spec, checkpoint), blank_transformer(spec)
+        return None if source is None else _Readable(Weights(blank, source).read_into, matrices(blank.state_dict()))
+    encoder = encoder_on_disk(spec, part, checkpoint, tokenizer=False)
+    if encoder is None:
+        return None
+    return _Readable(open_encoder(part, encoder).read_into, linear_layers(part, config_of(spec, part)))
 
 
 def _with_changes(described: DescribedWeights, model: str, lora: LoRA, measured: list[Lengths]) -> DescribedWeights:

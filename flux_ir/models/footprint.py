@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flux_ir.files import read_json
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.checkpoints.locate_text import PUBLISHED
-from flux_ir.models.checkpoints.pretrained import CONFIG_FILE, read_params
+from flux_ir.models.checkpoints.encoder_configs import Encoder, config_of
+from flux_ir.models.checkpoints.pretrained import read_params
 from flux_ir.models.memory import (
     DEVICE_BASE_BYTES,
     HOST_BASE_BYTES,
@@ -111,10 +110,8 @@ def parts_of(spec: ModelSpec, dtype: torch.dtype) -> Parts:
 
 @cache
 def _elements_beside(spec: ModelSpec) -> _Beside:
-    configs = {
-        name: PUBLISHED[name] if spec.assets is None else read_json(spec.assets / name / CONFIG_FILE)
-        for name in ("t5", "clip")
-    }
+    names: tuple[Encoder, Encoder] = ("t5", "clip")
+    configs = {name: config_of(spec, name) for name in names}
     where = Path(spec.name)
     t5_params = read_params(T5Params, where, what="the text encoder", config=configs["t5"])
     clip = read_params(ClipTextParams, where, what="the CLIP model", config=configs["clip"], section="text_config")

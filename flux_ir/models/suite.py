@@ -197,6 +197,7 @@ class Suite:
                 config=source.config,
                 prefix=source.prefix,
                 streamed=streamed,
+                loras=self.source.loras,
             )
         return self._t5
 
@@ -211,6 +212,7 @@ class Suite:
                 config=source.config,
                 prefix=source.prefix,
                 beside_streamed=self.placement.offload == "blocks" and self.placement.clip == "cpu",
+                loras=self.source.loras,
             )
         return self._clip
 

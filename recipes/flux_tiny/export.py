@@ -12,7 +12,7 @@ from torch import nn
 
 from flux_ir.files import complete_file, write_json
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.checkpoints.pretrained import CONFIG_FILE
+from flux_ir.models.checkpoints.encoder_configs import CONFIG_FILE
 from flux_ir.models.text import TextEncoder
 from flux_ir.models.text.t5 import T5Encoder
 from flux_ir.models.text.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE

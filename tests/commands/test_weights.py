@@ -58,6 +58,21 @@ def test_a_lora_is_told_with_the_change_of_each_block(capsys, lora, tmp_path):
     assert stored["files"][0]["networks"][0]["facts"]["layers"] == 13
 
 
+def test_a_lora_of_text_encoders_has_a_row_for_each_of_their_blocks(capsys, tmp_path):
+    names = (
+        "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
+        "lora_te2_encoder_block_2_layer_0_SelfAttention_q",
+    )
+    tensors = {f"{name}.lora_up.weight": torch.full((128, 1), 0.1) for name in names}
+    tensors |= {f"{name}.lora_down.weight": torch.ones(1, 128) for name in names}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    page = told(capsys, tmp_path / "lora.safetensors", "--output", tmp_path / "told.json")
+    assert "layers        2: 1 of T5, 1 of CLIP" in page
+    changes = json.loads((tmp_path / "told.json").read_text())["changes"]
+    assert list(changes) == ["t5.0", "t5.1", "t5.2", "clip.0", "clip.1", "clip.2"]
+    assert [block for block, change in changes.items() if change] == ["t5.2", "clip.1"]
+
+
 def test_a_lora_whose_model_is_not_here_is_told_without_a_comparison(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     for variable in ("FLUX_SCHNELL", "FLUX_DEV", "FLUX_KREA_DEV", "FLUX_KREA", "FLUX_MODEL"):

@@ -303,7 +303,7 @@ class LoRAOptions(Options):
 
     lora: tuple[Path, ...] | None = option(
         None,
-        help="LoRAs to merge into the transformer, in this order",
+        help="LoRAs to merge into the weights, in this order",
         group=MACHINE,
         default_text="none, or that of the run",
         elsewhere=("loras", "lora_path", "lora_weights", "adapter"),

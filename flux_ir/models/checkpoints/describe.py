@@ -16,6 +16,7 @@ from flux_ir.models.checkpoints.formats.weights import join_weights, read_entrie
 from flux_ir.models.checkpoints.headers import TensorEntry
 from flux_ir.models.checkpoints.inspect import inspect, layout_and_prefix, other_transformer
 from flux_ir.models.checkpoints.lora import names as lora_names
+from flux_ir.models.checkpoints.lora.names import PART_NAMES
 from flux_ir.models.checkpoints.lora.read import LoRA, fitting_models, read_lora
 from flux_ir.models.registry import get_spec, model_names
 
@@ -222,6 +223,8 @@ def lora_facts(lora: LoRA) -> dict[str, Any]:
     if lora.ranks:
         facts["rank"] = ", ".join(f"{rank} ({count} layers)" for rank, count in lora.ranks.items())
     facts["alpha / rank"] = ", ".join(f"{scale:g}" for scale in lora.scales)
-    if lora.not_applied:
-        facts["not applied"] = f"{len(lora.not_applied)} tensors of text encoders"
+    if set(lora.parts) != {"transformer"}:
+        facts["layers"] = f"{facts['layers']}: {', '.join(f'{n} of {PART_NAMES[p]}' for p, n in lora.parts.items())}"
+    if lora.unused:
+        facts["not used"] = f"{len(lora.unused)} tensors of text encoders"
     return facts

@@ -14,7 +14,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
-from flux_ir.models.checkpoints.lora.read import LoRA, changes_of, merge
+from flux_ir.models.checkpoints.lora.read import LoRA, merged_into
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.sharded import ShardedFlux, current_device, own_part
@@ -130,13 +130,11 @@ class Weights:
 
     def read_into(self, target: Tensor, name: str) -> None:
         """Fill `target`, which has the shape of the weight, on its device and in its dtype."""
-        if not changes_of(name, self._loras):
-            self._layout[name].fill(target, map(read_tensor, self._entries(name)))
-            return
-        merged = torch.empty(target.shape, dtype=torch.float32)
-        self._layout[name].fill(merged, map(read_tensor, self._entries(name)))
-        merge(merged, name, self._loras)
-        target.copy_(merged)  # the only rounding
+
+        def fill(weight: Tensor) -> None:
+            self._layout[name].fill(weight, map(read_tensor, self._entries(name)))
+
+        merged_into(target, name, self._loras, fill)
 
     def _entries(self, name: str) -> list[TensorEntry]:
         return [self._source.entries[part] for part in self._layout[name].names]

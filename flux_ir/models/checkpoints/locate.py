@@ -48,7 +48,7 @@ class ModelSource(NamedTuple):
     text: TextSource | None
     """None: not asked for."""
     loras: tuple[LoRA, ...] = ()
-    """Merged into the transformer, in this order."""
+    """Merged into the transformer and the text encoders, in this order."""
     quantize: Method | None = None
     """How its blocks are quantised once that is done; None: they are not."""
 
@@ -66,7 +66,8 @@ def locate_model(
 ) -> ModelSource:
     """All parts of the model, without its autoencoder or its text encoders if these are not needed.
 
-    `lora` is merged into the transformer: one path or several, with one strength for all or one for each (None: 1).
+    `lora` is merged into the transformer and the text encoders, as far as it changes them: one path or several, with
+    one strength for all or one for each (None: 1).
     Everything on disk is found and checked first, so a mistake shows before any download. `announce` is told of
     downloads, and at the end which file was taken for each part.
     """

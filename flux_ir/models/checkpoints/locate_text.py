@@ -6,11 +6,11 @@ here, its weights when they are read (`pretrained`).
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from flux_ir.errors import FluxIRError
-from flux_ir.files import read_json
 from flux_ir.models.checkpoints import hub
+from flux_ir.models.checkpoints.encoder_configs import CONFIG_FILE, Encoder, config_of
 from flux_ir.models.checkpoints.formats.weights import read_entries, stored_as, weight_names
 from flux_ir.models.checkpoints.headers import TensorEntry, is_index, shards
 from flux_ir.models.checkpoints.hub import Announce
@@ -26,10 +26,8 @@ from flux_ir.models.checkpoints.paths import (
     shards_present,
     verified,
 )
-from flux_ir.models.checkpoints.pretrained import CONFIG_FILE, WEIGHTS, read_config, weight_entries, weights_file
+from flux_ir.models.checkpoints.pretrained import WEIGHTS, read_config, weight_entries, weights_file
 from flux_ir.models.registry import ModelSpec
-
-Encoder = Literal["t5", "clip"]
 
 ENCODER_ENV: dict[Encoder, tuple[str, ...]] = {"t5": ("FLUX_T5",), "clip": ("FLUX_CLIP",)}
 """Environment variables that may name a text encoder: a file of weights, or a folder."""
@@ -52,40 +50,12 @@ _FILES: dict[Encoder, tuple[str, ...]] = {
 _FILE_FOLDERS = (".", "text_encoders", "clip")
 _INSIDE: dict[Encoder, str] = {"t5": "text_encoders.t5xxl.transformer.", "clip": "text_encoders.clip_l.transformer."}
 """What stands before the names of a text encoder in a file that holds a whole model."""
-_MARKS: dict[Encoder, str] = {
-    "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
-    "clip": "text_model.embeddings.token_embedding.weight",
+_MARKS: dict[Encoder, tuple[str, ...]] = {
+    "t5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    # transformers 5 leaves out the first level of the names.
+    "clip": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
 }
-# The two encoders that every published FLUX.1 uses: google/t5-v1_1-xxl and openai/clip-vit-large-patch14.
-PUBLISHED: dict[Encoder, Mapping[str, Any]] = {
-    "t5": {
-        "model_type": "t5",
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    },
-    "clip": {
-        "model_type": "clip_text_model",
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # wrong, and published so: `models.text.clip.ClipText` knows
-        "pad_token_id": 1,
-    },
-}
+"""Tensors of which every file has one."""
 
 
 class EncoderSource(NamedTuple):
@@ -136,18 +106,24 @@ def locate_text(
 
 
 def encoder_on_disk(
-    spec: ModelSpec, encoder: Encoder, checkpoint: str | Path | None, announce: Announce | None = None
+    spec: ModelSpec,
+    encoder: Encoder,
+    checkpoint: str | Path | None,
+    announce: Announce | None = None,
+    *,
+    tokenizer: bool = True,
 ) -> EncoderSource | None:
     """The text encoder that a variable names, in or beside the transformer that the user named, in the package, or in
     the hub's cache.
 
-    A single file takes its tokenizer from the same places, or from the hub; `announce` is told of that download.
+    A single file takes its tokenizer from the same places, or from the hub; `announce` is told of that download. With
+    `tokenizer` False its own folder stands for that of a tokenizer that is nowhere else, and nothing is fetched.
     """
     own = named_path(None, "", ENCODER_ENV[encoder])
     if own is not None:
-        return _named_encoder(spec, encoder, own, announce)
+        return _named_encoder(spec, encoder, own, announce, tokenizer=tokenizer)
     named = named_path(checkpoint, "--checkpoint", spec.transformer_env)
-    if named is not None and (found := _beside(spec, encoder, named, announce)):
+    if named is not None and (found := _beside(spec, encoder, named, announce, tokenizer=tokenizer)):
         return found
     return _shipped_encoder(spec, encoder) or _cached_encoder(spec, encoder)
 
@@ -165,41 +141,47 @@ def tokenizer_on_disk(spec: ModelSpec, encoder: Encoder) -> Path | None:
     return _tokenizer_beside(spec, encoder, model_folder(named.path))
 
 
-def _named_encoder(spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None) -> EncoderSource:
+def _named_encoder(
+    spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None, *, tokenizer: bool
+) -> EncoderSource:
     if named.path.is_file():
-        return _single_file(spec, encoder, named.path, named.origin, announce)
+        return _single_file(spec, encoder, named.path, named.origin, announce, tokenizer=tokenizer)
     if found := _encoder_in(named.path, encoder):
         return _complete(spec, encoder, EncoderSource(*found, named.origin))
     return _complete(spec, encoder, EncoderSource(named.path, named.path, named.origin))
 
 
-def _beside(spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None) -> EncoderSource | None:
+def _beside(
+    spec: ModelSpec, encoder: Encoder, named: NamedPath, announce: Announce | None, *, tokenizer: bool
+) -> EncoderSource | None:
     """The text encoder in the file that was named, in a folder beside it, or as a file beside it."""
     if named.path.is_file() and _prefix(encoder, named.path):
-        return _single_file(spec, encoder, named.path, named.origin, announce)
+        return _single_file(spec, encoder, named.path, named.origin, announce, tokenizer=tokenizer)
     folder = model_folder(named.path)
     if found := _encoder_in(folder, encoder):
         return _complete(spec, encoder, EncoderSource(*found, named.origin))
     files = [file for sub in _FILE_FOLDERS for pattern in _FILES[encoder] for file in (folder / sub).glob(pattern)]
     if files:  # the largest has lost least
         file = max(files, key=lambda file: (file.stat().st_size, file.name))
-        return _single_file(spec, encoder, file, named.origin, announce)
+        return _single_file(spec, encoder, file, named.origin, announce, tokenizer=tokenizer)
     return None
 
 
 def _single_file(
-    spec: ModelSpec, encoder: Encoder, file: Path, origin: str, announce: Announce | None
+    spec: ModelSpec, encoder: Encoder, file: Path, origin: str, announce: Announce | None, *, tokenizer: bool
 ) -> EncoderSource:
     """The encoder in a file of weights. Raises FluxIRError if it holds none."""
     prefix = _prefix(encoder, file)
     if prefix is None:
         raise FluxIRError(
-            f"{file} (from {origin}) must hold the {encoder.upper()} text encoder: it has no {_MARKS[encoder]}",
+            f"{file} (from {origin}) must hold the {encoder.upper()} text encoder: it has no {_MARKS[encoder][0]}",
             hint="take the file as transformers or ComfyUI has it, such as t5xxl_fp16 or clip_l",
         )
-    config = PUBLISHED[encoder] if spec.assets is None else read_json(spec.assets / encoder / CONFIG_FILE)
-    tokenizer = _tokenizer_beside(spec, encoder, model_folder(file)) or _fetched_tokenizer(spec, encoder, announce)
-    source = EncoderSource(file, tokenizer, origin, config, prefix)
+    config = config_of(spec, encoder)
+    beside = _tokenizer_beside(spec, encoder, model_folder(file))
+    if beside is None:
+        beside = _fetched_tokenizer(spec, encoder, announce) if tokenizer else file.parent
+    source = EncoderSource(file, beside, origin, config, prefix)
     _check_width(spec, encoder, source, config)
     return source
 
@@ -207,7 +189,8 @@ def _single_file(
 def _prefix(encoder: Encoder, file: Path) -> str | None:
     """What stands before the names of the encoder's tensors in this file; None: it holds no such encoder."""
     names = weight_names(read_entries(file))
-    return next((prefix for prefix in ("", _INSIDE[encoder]) if prefix + _MARKS[encoder] in names), None)
+    prefixes = ("", _INSIDE[encoder])
+    return next((prefix for prefix in prefixes for mark in _MARKS[encoder] if prefix + mark in names), None)
 
 
 def _tokenizer_beside(spec: ModelSpec, encoder: Encoder, folder: Path | None) -> Path | None:

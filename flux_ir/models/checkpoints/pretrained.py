@@ -1,31 +1,37 @@
 """Text and picture encoders from files as transformers writes them: every weight from the files, and none left over.
 
+LoRAs are merged here, into each weight of a text encoder before it is rounded to its dtype, as `load` does it for the
+transformer.
+
 Next: `text` and `clip`.
 """
 
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
+from flux_ir.models.checkpoints.encoder_configs import CONFIG_FILE
 from flux_ir.models.checkpoints.formats.refused import READABLE
 from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries
 from flux_ir.models.checkpoints.headers import TensorEntry, is_index, read_tensor
+from flux_ir.models.checkpoints.lora.changes import columns_of
+from flux_ir.models.checkpoints.lora.names import Part
+from flux_ir.models.checkpoints.lora.read import LoRA, merged_into
 from flux_ir.models.checkpoints.paths import first_file, weight_names
 from flux_ir.models.streaming import stream_blocks
 
 Network = TypeVar("Network", bound=nn.Module)
 Params = TypeVar("Params")
 
-CONFIG_FILE = "config.json"
 WEIGHTS = (*weight_names("model"), "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where a folder of transformers may have its weights, the first that is there counts."""
 _NAMES_SHOWN = 3
@@ -40,6 +46,24 @@ class Stored(NamedTuple):
     read: Callable[[], Tensor]
 
 
+@dataclass(frozen=True)
+class Opened(Generic[Network]):
+    """A network without its weights, and the weights that its files have for it."""
+
+    network: Network
+    """On the meta device: names and shapes, no memory."""
+    state: Mapping[str, Stored]
+    loras: Sequence[LoRA] = ()
+
+    def read_into(self, target: Tensor, name: str) -> None:
+        """Fill `target`, which has the shape of the weight of this name, on its device and in its dtype."""
+
+        def fill(weight: Tensor) -> None:
+            weight.copy_(self.state[name].read())
+
+        merged_into(target, name, self.loras, fill)
+
+
 def load_pretrained(
     kind: Callable[[Params], Network],
     params: Params,
@@ -52,14 +76,45 @@ def load_pretrained(
     left_out: tuple[str, ...],
     prefix: str = "",
     streamed: Sequence[str] = (),
+    loras: Sequence[LoRA] = (),
+    part: Part | None = None,
 ) -> Network:
-    """The network `kind(params)` with every weight from `path`, ready to run.
+    """The network `kind(params)` with every weight from `path` and the changes of `loras`, ready to run.
+
+    `part` is what the network is to a LoRA. The modules named in `streamed`, but for embeddings inside them, come from
+    the file one after another whenever the network runs (`streaming`). `open_pretrained` says all else, and raises.
+    """
+    opened = open_pretrained(kind, params, path, what=what, aliases=aliases, left_out=left_out, prefix=prefix)
+    opened = replace(opened, loras=loras)
+    _check_changes(opened, path, part, what=what)
+    network = opened.network.eval().requires_grad_(requires_grad=False)
+    if streamed:
+        stream_blocks(network, streamed, opened.read_into, device, dtype, without=nn.Embedding)
+        return network
+    # Into memory of its own: a weight that is only mapped would change, or end the process, with its file.
+    loaded = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in opened.state.items()}
+    for name, weight in loaded.items():
+        opened.read_into(weight, name)
+    network.load_state_dict(loaded, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def open_pretrained(
+    kind: Callable[[Params], Network],
+    params: Params,
+    path: Path,
+    *,
+    what: str,
+    aliases: Mapping[str, str],
+    left_out: tuple[str, ...],
+    prefix: str = "",
+) -> Opened[Network]:
+    """The network `kind(params)` on the meta device, and every weight of it in `path`, unread.
 
     `path` is a folder, or a file of weights, where `prefix` stands before the names of the network's tensors.
     `aliases` are starts of names in files and what stands for them in the network; `left_out` the starts of names, as
     they would be in the network, of other parts of the checkpoint, such as T5's decoder. `what` is the network's name
-    in errors. The modules named in `streamed`, but for embeddings inside them, come from the file one after another
-    whenever the network runs (`streaming`).
+    in errors.
 
     Raises FluxIRError for files that are broken, lack weights, or have some that the network has no place for, and for
     such as are quantised in a way that cannot be read.
@@ -70,20 +125,24 @@ def load_pretrained(
     with torch.device("meta"):  # names and shapes, no memory
         network = kind(params)
     _check(network, state, path, what=what)
-    if streamed:
+    return Opened(network, state)
 
-        def fetch(target: Tensor, name: str) -> None:
-            target.copy_(state[name].read())
 
-        network.eval().requires_grad_(requires_grad=False)
-        stream_blocks(network, streamed, fetch, device, dtype, without=nn.Embedding)
-        return network
-    # Into memory of its own: a weight that is only mapped would change, or end the process, with its file.
-    loaded = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in state.items()}
-    for name, stored in state.items():
-        loaded[name].copy_(stored.read())
-    network.load_state_dict(loaded, strict=True, assign=True)
-    return network.eval().requires_grad_(False)
+def _check_changes(opened: Opened[Network], path: Path, part: Part | None, *, what: str) -> None:
+    """Raises FluxIRError for a LoRA that changes a layer which this network has not, or has in another shape.
+
+    It fits the text encoder that the model was trained with, and this one may be another.
+    """
+    for lora in opened.loras:
+        for layer in lora.all_layers:
+            name, rows = layer.target.weight, layer.target.cuts[-1]
+            found = opened.state[name].shape if name in opened.state else None
+            if layer.target.part == part and (found is None or found != (rows, columns_of(layer))):
+                raise FluxIRError(
+                    f"{lora.path} does not fit {what} in {path}: it changes {name} [{rows}, {columns_of(layer)}], and "
+                    + ("there is no such weight" if found is None else f"that is {list(found)}"),
+                    hint="leave the LoRA out, or take the text encoder that the model was trained with",
+                )
 
 
 def read_params(

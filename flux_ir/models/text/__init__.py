@@ -7,6 +7,7 @@ from flux_ir.models.text.encoders import (
     load_clip,
     load_phrase_tower,
     load_t5,
+    open_encoder,
 )
 
-__all__ = ["TextEmbedding", "TextEncoder", "encode", "load_clip", "load_phrase_tower", "load_t5"]
+__all__ = ["TextEmbedding", "TextEncoder", "encode", "load_clip", "load_phrase_tower", "load_t5", "open_encoder"]

@@ -6,7 +6,7 @@ As in the reference, prompts are padded to a fixed length and the padding is att
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.checkpoints.pretrained import load_pretrained, read_config, read_params
+from flux_ir.models.checkpoints.encoder_configs import Encoder
+from flux_ir.models.checkpoints.locate_text import EncoderSource
+from flux_ir.models.checkpoints.lora.read import LoRA
+from flux_ir.models.checkpoints.pretrained import Opened, load_pretrained, open_pretrained, read_config, read_params
 from flux_ir.models.streaming import take_rows_one_by_one
 from flux_ir.models.text.clip import ClipPhrase, ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
@@ -32,6 +35,7 @@ CLIP_ALIASES = {name: f"text_model.{name}" for name in ("embeddings.", "encoder.
 # Other parts of the checkpoints.
 _T5_LEFT_OUT = ("decoder.", "lm_head.")
 _CLIP_LEFT_OUT = ("vision_model.", "visual_projection.", "logit_scale")
+_CLIP_POOLED_LEFT_OUT = (*_CLIP_LEFT_OUT, "text_projection.")
 LISTABLE_WORDS = 100  # vocabularies up to this size are spelt out in the note on unknown words
 UNKNOWN_WORDS_TOLD = 20
 LONGEST_WORD_TOLD = 40  # characters
@@ -139,11 +143,12 @@ def load_t5(
     config: Mapping[str, Any] | None = None,
     prefix: str = "",
     streamed: bool = False,
+    loras: Sequence[LoRA] = (),
 ) -> TextEncoder:
     """The T5 encoder of a local transformers folder, or of one file of weights with `config` and `prefix`.
 
     `max_tokens`: the text length the transformer was trained with. `streamed`: its blocks' weights come from the file
-    one after the other whenever it runs; it cannot be moved to another device then.
+    one after the other whenever it runs; it cannot be moved to another device then. What `loras` change is merged.
 
     Raises FluxIRError for files that are broken or quantised, lack weights or have too many, for the tokenizer of
     another model, and for float16, beyond whose largest number T5's feed-forward layers go.
@@ -162,6 +167,8 @@ def load_t5(
         left_out=_T5_LEFT_OUT,
         prefix=prefix,
         streamed=[f"encoder.block.{number}" for number in range(params.num_layers)] if streamed else (),
+        loras=loras,
+        part="t5",
     )
     tokenizer = _tokenizer(tokenizer_dir, t5.params)
     return TextEncoder(t5, tokenizer, max_tokens, streamed=streamed).eval()
@@ -176,6 +183,7 @@ def load_clip(
     config: Mapping[str, Any] | None = None,
     prefix: str = "",
     beside_streamed: bool = False,
+    loras: Sequence[LoRA] = (),
 ) -> TextEncoder:
     """The CLIP text encoder, from what `load_t5` takes. Raises FluxIRError as it does.
 
@@ -189,14 +197,39 @@ def load_clip(
         dtype,
         what=_WHAT,
         aliases=CLIP_ALIASES,
-        left_out=(*_CLIP_LEFT_OUT, "text_projection."),
+        left_out=_CLIP_POOLED_LEFT_OUT,
         prefix=prefix,
+        loras=loras,
+        part="clip",
     )
     if beside_streamed and torch.device(device).type == "cpu":
         for layer in clip.text_model.encoder.layers:
             take_rows_one_by_one(layer)
     tokenizer = _tokenizer(tokenizer_dir, clip.params)
     return TextEncoder(clip, tokenizer, min(CLIP_TOKENS, clip.params.max_position_embeddings)).eval()
+
+
+def open_encoder(encoder: Encoder, source: EncoderSource) -> Opened[T5Encoder] | Opened[ClipText]:
+    """A text encoder without its weights, and its weights unread. Raises FluxIRError as `load_t5` does."""
+    if encoder == "t5":
+        return open_pretrained(
+            T5Encoder,
+            read_params(T5Params, source.path, what=_WHAT, config=source.config),
+            source.path,
+            what=_WHAT,
+            aliases=T5_ALIASES,
+            left_out=_T5_LEFT_OUT,
+            prefix=source.prefix,
+        )
+    return open_pretrained(
+        ClipText,
+        read_params(ClipTextParams, source.path, what=_WHAT, config=source.config, section="text_config"),
+        source.path,
+        what=_WHAT,
+        aliases=CLIP_ALIASES,
+        left_out=_CLIP_POOLED_LEFT_OUT,
+        prefix=source.prefix,
+    )
 
 
 def load_phrase_tower(folder: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.locate_text import locate_text, tokenizer_on_disk
@@ -164,6 +164,19 @@ def single(text_folders, packaged_folder, save):
         return save(state, path, prefix=prefix)
 
     return replace(spec, sha256={}), write
+
+
+def test_a_single_file_of_clip_may_lack_the_first_level_of_its_names(single, text_folders, tmp_path):
+    spec, _ = single
+    state = load_file(text_folders.clip / "model.safetensors")
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    (tmp_path / "comfy").mkdir()
+    save_file(bare, tmp_path / "comfy" / "clip_l.safetensors")
+    clip = locate_text(spec, tmp_path / "comfy").clip
+    assert (clip.path, clip.prefix) == (tmp_path / "comfy" / "clip_l.safetensors", "")
+    read = load_clip(clip.path, clip.tokenizer_dir, "cpu", torch.float32, config=clip.config)
+    whole = load_clip(text_folders.clip, text_folders.clip, "cpu", torch.float32)
+    assert torch.equal(read(["a red circle"]), whole(["a red circle"]))
 
 
 @pytest.mark.parametrize("folder", [".", "text_encoders", "clip"])

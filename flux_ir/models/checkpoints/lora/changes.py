@@ -77,9 +77,18 @@ def rank_of(tensors: Mapping[str, TensorEntry]) -> int | None:
     return None
 
 
+def columns_of(layer: Layer) -> int:
+    """The columns of its weight. Raises FluxIRError for products that do not go together."""
+    return _shape(layer, _factor_shapes(layer))[1]
+
+
+def _factor_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    return {leaf: entry.shape for leaf, entry in layer.tensors.items() if leaf not in ("alpha", "magnitude")}
+
+
 def check_shapes(layer: Layer, shape: tuple[int, ...]) -> None:
     """Raises FluxIRError unless the layer gives a change of this shape: of its rows of its weight."""
-    two = {leaf: entry.shape for leaf, entry in layer.tensors.items() if leaf not in ("alpha", "magnitude")}
+    two = _factor_shapes(layer)
     for leaf, found in two.items():
         if len(found) != 2:
             raise _misfit(layer, f"{leaf} must have two axes and is {list(found)}")

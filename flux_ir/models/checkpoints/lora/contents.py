@@ -1,4 +1,4 @@
-"""The tensors of a LoRA's file, held against one network: which layer each is of, its scale, and what fits nothing.
+"""The tensors of a LoRA's file, held against one model: which layer each is of, its scale, and what fits nothing.
 
 Next: `read`, which opens files, and refuses those of which a part fits nothing.
 """
@@ -7,23 +7,27 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
-from torch import Tensor
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
+from flux_ir.models.checkpoints.encoder_configs import Encoder, config_of, linear_layers
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import blank_network
 from flux_ir.models.checkpoints.lora import names
 from flux_ir.models.checkpoints.lora.changes import Layer, check_shapes, method_of, rank_of
-from flux_ir.models.checkpoints.lora.names import Target
+from flux_ir.models.checkpoints.lora.names import Part, Target
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
 
+ENCODERS: tuple[Encoder, ...] = ("t5", "clip")
 _PEFT_CONFIG = "adapter_config.json"
+# What diffusers calls the networks.
+_COMPONENTS: dict[str, Part] = {"transformer": "transformer", "text_encoder_2": "t5", "text_encoder": "clip"}
 
 
 def blank_transformer(spec: ModelSpec) -> Flux:
@@ -37,43 +41,62 @@ class Contents(NamedTuple):
     """The tensors of a file, sorted by what they change."""
 
     layers: list[Layer]
-    of_text: list[str]
-    """Names of tensors that change a text encoder."""
+    unused: list[str]
+    """Names of tensors that change what FLUX.1 does not use of a text encoder."""
     unknown: list[str]
     """Names of tensors that fit nothing."""
     layout: str
 
 
-def read_contents(file: Path, stored: Mapping[str, TensorEntry], network: Flux) -> Contents | FluxIRError:
-    """The file against one network; an error if a layer of the right name is of another shape."""
-    known, blank = names.targets(network), network.state_dict()
-    of_text = [name for name in stored if names.is_of_a_text_encoder(name)]
+class _Changeable(NamedTuple):
+    """What a LoRA can change of a model: every linear layer by all its names, and the columns of its weight."""
+
+    targets: Mapping[str, Target]
+    columns: Mapping[str, int]
+
+
+@cache
+def _changeable(spec: ModelSpec) -> _Changeable:
+    network = blank_transformer(spec)
+    found, shapes = names.targets(network), {name: tuple(one.shape) for name, one in network.state_dict().items()}
+    for encoder in ENCODERS:
+        layers = linear_layers(encoder, config_of(spec, encoder))
+        found |= names.text_targets(encoder, layers)
+        shapes |= layers
+    return _Changeable(found, {target.weight: shapes[target.weight][1] for target in found.values()})
+
+
+def read_contents(file: Path, stored: Mapping[str, TensorEntry], spec: ModelSpec) -> Contents | FluxIRError:
+    """The file against one model; an error if a layer of the right name is of another shape."""
+    known = _changeable(spec)
+    unused: list[str] = []
     unknown: list[str] = []
     found: dict[tuple[str, Target], dict[str, TensorEntry]] = {}
     for name, entry in stored.items():
-        if names.is_of_a_text_encoder(name):
-            continue
         parts = names.taken_apart(name)
-        target = None if parts is None else names.find(parts.layer, known)
+        target = None if parts is None else names.find(parts.layer, known.targets)
         if parts is None or target is None:
-            unknown.append(name)
+            (unused if names.is_unused(name) else unknown).append(name)
             continue
         found.setdefault((parts.layer, target), {})[parts.leaf] = entry
     try:
         peft = _peft_settings(file)
-        layers = [_layer(name, target, tensors, peft, blank) for (name, target), tensors in found.items()]
+        layers = [_layer(name, target, tensors, peft, known) for (name, target), tensors in found.items()]
         _check_once(layers)
     except FluxIRError as error:
         return error
-    return Contents(layers, of_text, unknown, _layout(layers))
+    return Contents(layers, unused, unknown, _layout(layers))
 
 
 def _layer(
-    name: str, target: Target, tensors: dict[str, TensorEntry], peft: Mapping[str, Any], blank: Mapping[str, Tensor]
+    name: str,
+    target: Target,
+    tensors: dict[str, TensorEntry],
+    peft: Mapping[Part, Mapping[str, Any]],
+    known: _Changeable,
 ) -> Layer:
-    layer = Layer(name, method_of(tensors, name), target, tensors, _scale(name, tensors, peft))
-    rows, columns = blank[target.weight][target.rows].shape
-    check_shapes(layer, (rows, columns))
+    layer = Layer(name, method_of(tensors, name), target, tensors, _scale(name, tensors, peft[target.part]))
+    check_shapes(layer, (target.cuts[-1] - target.cuts[0], known.columns[target.weight]))
     return layer
 
 
@@ -106,21 +129,32 @@ def _patterned(peft: Mapping[str, Any], patterns: str, default: str, name: str) 
     return peft.get(default)
 
 
-def _peft_settings(file: Path) -> dict[str, Any]:
-    """PEFT's settings: from the header, where diffusers puts them behind a prefix, or from the file beside."""
+def _peft_settings(file: Path) -> dict[Part, dict[str, Any]]:
+    """PEFT's settings of each network: from the header, where diffusers puts them behind prefixes, or from the file
+    beside, which is of one network.
+    """
     with safe_open(file, framework="pt") as opened:
         said = (opened.metadata() or {}).get("lora_adapter_metadata")
     if said is not None:
         try:
             settings = json.loads(said)
-            own = {key.removeprefix("transformer."): value for key, value in settings.items()}
+            own = {part: _of_component(settings, component) for component, part in _COMPONENTS.items()}
         except (ValueError, AttributeError) as error:
             raise FluxIRError(
                 f"{file} has settings that cannot be read (lora_adapter_metadata): {error}", hint="fetch it again"
             ) from error
         return own
     beside = file.with_name(_PEFT_CONFIG)
-    return read_json(beside) if file.name.startswith("adapter_model") and beside.is_file() else {}
+    read = read_json(beside) if file.name.startswith("adapter_model") and beside.is_file() else {}
+    return dict.fromkeys(_COMPONENTS.values(), read)
+
+
+def _of_component(settings: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """Those of one of diffusers' networks; what has no prefix is of the transformer, as in files of one network."""
+    own = {key.removeprefix(f"{component}."): one for key, one in settings.items() if key.startswith(f"{component}.")}
+    if component != "transformer":
+        return own
+    return {key: one for key, one in settings.items() if not key.startswith(tuple(f"{c}." for c in _COMPONENTS))} | own
 
 
 def _check_once(layers: Sequence[Layer]) -> None:
@@ -140,8 +174,11 @@ def _check_once(layers: Sequence[Layer]) -> None:
 def _layout(layers: Sequence[Layer]) -> str:
     """Whose names these are, as people call the layouts."""
     found = set()
-    for layer in layers:
+    # Text encoders have one naming: in a file that changes the transformer as well it says nothing.
+    telling = [layer for layer in layers if layer.target.part == "transformer"] or layers
+    for layer in telling:
         naming, dotted = layer.target.naming, "." in layer.name or "_" not in layer.name
-        program = {"BFL": "ComfyUI" if dotted else "kohya", "diffusers": "PEFT" if dotted else "kohya"}.get(naming)
+        programs = {"BFL": ("ComfyUI", "kohya"), "diffusers": ("PEFT", "kohya"), "transformers": ("PEFT", "kohya")}
+        program = programs[naming][0 if dotted else 1] if naming in programs else None
         found.add(naming if program is None else f"{program}, names of {naming}")
     return " and ".join(sorted(found))

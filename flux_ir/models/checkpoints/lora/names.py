@@ -1,8 +1,9 @@
-"""Which of the network's weights a layer of a LoRA changes, however the program that trained it spells their names.
+"""Which of the networks' weights a layer of a LoRA changes, however the program that trained it spells their names.
 
 Some programs have the names of the published checkpoints and some those of diffusers (`keymap`), with dots or with
-underscores between their parts, and with prefixes before them. XLabs has its own for the attention. A name of one
-tensor is that of its layer, and what the tensor is for (`LEAVES`). Next: `changes`.
+underscores between their parts, and with prefixes before them. XLabs has its own for the attention, OneTrainer for the
+parts of fused layers. Text encoders have the names of transformers, and no layer is called as one of another network.
+A name of one tensor is that of its layer, and what the tensor is for (`LEAVES`). Next: `changes`.
 """
 
 import re
@@ -13,11 +14,16 @@ from typing import Literal, NamedTuple
 from flux_ir.models.checkpoints.keymap import diffusers_parts
 from flux_ir.models.flux1.transformer import Flux
 
-Naming = Literal["BFL", "diffusers", "XLabs"]
+Naming = Literal["BFL", "diffusers", "XLabs", "OneTrainer", "transformers"]
+Part = Literal["transformer", "t5", "clip"]
+"""The networks of a model that a LoRA can change."""
+PART_NAMES: dict[Part, str] = {"transformer": "the transformer", "t5": "T5", "clip": "CLIP"}
 
 LEAVES = {
     **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight"), "down"),
+    "lora_linear_layer.down.weight": "down",  # diffusers before PEFT
     **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"), "up"),
+    "lora_linear_layer.up.weight": "up",
     "down.weight": "down",  # XLabs
     "up.weight": "up",
     "alpha": "alpha",
@@ -53,14 +59,19 @@ _PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
+    *("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te.", "lora_te1.", "lora_te2.", "lora_te3."),
+    *("text_encoders.", "text_encoder.", "text_encoder_2.", "te.", "te1.", "te2.", "te3.", "clip_l.", "t5xxl.", "t5."),
     "lora_",
 )
 # Files exist whose names have lost their first four letters.
 _CUT_SHORT = {"sformer_blocks": "transformer_blocks", "le_transformer_blocks": "single_transformer_blocks"}
 _OF_TEXT_ENCODERS = (
-    *("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder", "te.", "te1.", "te2.", "te3."),
-    *("clip_l.", "t5xxl.", "text_model.", "base_model.model.text_model.", "bundle_emb."),
+    *("lora_te", "text_encoder", "te.", "te1.", "te2.", "te3.", "clip_l.", "t5xxl.", "t5.", "text_model."),
+    *("base_model.model.text_model.", "base_model.model.encoder.", "encoder.", "bundle_emb."),
 )
+# Of text encoders, and not used by FLUX.1: CLIP's projection, and vectors of new words.
+_UNUSED = ("text_projection", "bundle_emb.")
+_CLIP_LEVEL = "text_model."  # left out of the names by transformers 5
 _XLABS_DOUBLE = re.compile(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)")
 _XLABS_SINGLE = re.compile(r"(single_blocks\.\d+)\.(linear1|linear2)")
 
@@ -78,7 +89,7 @@ _FAMILIES = {
 
 
 class Target(NamedTuple):
-    """What the change of a layer is added to: rows of one of the network's weights."""
+    """What the change of a layer is added to: rows of one of a network's weights."""
 
     weight: str
     cuts: tuple[int, ...]
@@ -86,6 +97,7 @@ class Target(NamedTuple):
     naming: Naming
     swap_halves: bool = False
     """The layer has the first and the second half of the rows in each other's place."""
+    part: Part = "transformer"
 
     @property
     def rows(self) -> slice:
@@ -102,7 +114,7 @@ class TensorName(NamedTuple):
 
 
 def targets(network: Flux) -> dict[str, Target]:
-    """Every linear layer of the network under all names that it has, without prefixes, with dots and underscores."""
+    """Every linear layer of a transformer under all names that it has, without prefixes, with dots and underscores."""
     found: dict[str, Target] = {}
     state = network.state_dict()
     matrices = [name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2]
@@ -113,17 +125,34 @@ def targets(network: Flux) -> dict[str, Target]:
         for number, part in enumerate(parts.names):
             own = Target(name, cuts[number : number + 2], "diffusers", parts.swap_halves)
             found[part.removesuffix(".weight")] = own
+            if len(parts.names) > 1:
+                found[f"{stem}.{number}"] = own._replace(naming="OneTrainer")
         if match := _XLABS_DOUBLE.fullmatch(stem):
             found[f"{match[1]}.processor.{match[3]}_lora{1 if match[2] == 'img' else 2}"] = Target(name, cuts, "XLabs")
         elif match := _XLABS_SINGLE.fullmatch(stem):
             # Its layer beside `linear1` gives queries, keys and values alone.
             kind, own_cuts = ("qkv", cuts[:4]) if match[2] == "linear1" else ("proj", cuts)
             found[f"{match[1]}.processor.{kind}_lora"] = Target(name, own_cuts, "XLabs")
-    return {name.replace(".", "_"): target for name, target in found.items()} | found
+    found["img_in.proj"] = found["img_in"]._replace(naming="OneTrainer")
+    return _spelt(found)
+
+
+def text_targets(part: Part, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
+    """The same of a text encoder, whose weights these are (`encoder_configs.linear_layers`)."""
+    found: dict[str, Target] = {}
+    for name, (rows, _) in shapes.items():
+        target = Target(name, (0, rows), "transformers", part=part)
+        stem = name.removesuffix(".weight")
+        found |= {stem: target, stem.removeprefix(_CLIP_LEVEL): target}
+    return _spelt(found)
+
+
+def _spelt(found: Mapping[str, Target]) -> dict[str, Target]:
+    return {name.replace(".", "_"): target for name, target in found.items()} | dict(found)
 
 
 def find(layer: str, known: Mapping[str, Target]) -> Target | None:
-    """The target of a layer, whatever prefixes its name has; None: the network has no such layer."""
+    """The target of a layer, whatever prefixes its name has; None: no network has such a layer."""
     while True:
         for short, whole in _CUT_SHORT.items():
             if layer.startswith(short):
@@ -143,8 +172,13 @@ def taken_apart(name: str) -> TensorName | None:
 
 
 def is_of_a_text_encoder(name: str) -> bool:
-    """Whether a tensor changes a text encoder."""
+    """Whether a tensor is one for a text encoder, by the start of its name."""
     return name.startswith(_OF_TEXT_ENCODERS)
+
+
+def is_unused(name: str) -> bool:
+    """Whether a tensor changes what FLUX.1 does not use of a text encoder."""
+    return is_of_a_text_encoder(name) and any(mark in name for mark in _UNUSED)
 
 
 def is_adapter(names: Iterable[str]) -> bool:

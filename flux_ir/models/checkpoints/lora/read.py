@@ -1,4 +1,4 @@
-"""A LoRA's file as changes to the weights of one network. Whatever is in it is used, or told, or the file is refused.
+"""A LoRA's file as changes to the weights of one model. Whatever is in it is used, or told, or the file is refused.
 
 A LoRA that fits nothing, and one that fits in part, draw pictures as if nothing had happened: they are errors here.
 """
@@ -6,7 +6,7 @@ A LoRA that fits nothing, and one that fits in part, draw pictures as if nothing
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.lora import names
 from flux_ir.models.checkpoints.lora.changes import Layer, change
-from flux_ir.models.checkpoints.lora.contents import Contents, blank_transformer, read_contents
+from flux_ir.models.checkpoints.lora.contents import Contents, read_contents
+from flux_ir.models.checkpoints.lora.names import PART_NAMES, Part
 from flux_ir.models.registry import ModelSpec, get_spec, model_names
 
 Paths = str | Path | Sequence[str | Path] | None
@@ -32,7 +33,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoRA:
-    """A file of changes to a network's weights, checked, and how strongly they are made."""
+    """A file of changes to a model's weights, checked, and how strongly they are made."""
 
     path: Path
     strength: float
@@ -41,14 +42,20 @@ class LoRA:
     layout: str
     """Whose names the file has, and between what."""
     layers: Mapping[str, Sequence[Layer]] = field(repr=False)
-    """By the name of the weight in the network."""
-    not_applied: tuple[str, ...] = field(default=(), repr=False)
-    """Tensors that change a text encoder."""
+    """By the name of the weight in its network: no two networks of a model have one of the same name."""
+    unused: tuple[str, ...] = field(default=(), repr=False)
+    """Tensors that change what FLUX.1 does not use of a text encoder."""
 
     @property
     def all_layers(self) -> list[Layer]:
         """The layers of the file."""
         return [layer for layers in self.layers.values() for layer in layers]
+
+    @property
+    def parts(self) -> dict[Part, int]:
+        """The networks that are changed, and how many of the layers are theirs."""
+        counts = Counter(layer.target.part for layer in self.all_layers)
+        return {part: counts[part] for part in PART_NAMES if part in counts}
 
     @property
     def method(self) -> str:
@@ -72,17 +79,22 @@ class LoRA:
     def __str__(self) -> str:
         ranks = "/".join(map(str, self.ranks))
         rank = f" of rank {ranks}" if ranks else ""
-        return (
-            f"{self.method}{rank}, {counted(len(self.all_layers), 'layer')} ({self.layout}), strength {self.strength:g}"
-        )
+        return f"{self.method}{rank}, {self.told_layers()} ({self.layout}), strength {self.strength:g}"
+
+    def told_layers(self) -> str:
+        """How many layers it has, and of which networks if not of the transformer alone."""
+        if set(self.parts) == {"transformer"}:
+            return counted(len(self.all_layers), "layer")
+        told = [f"{counted(count, 'layer')} of {PART_NAMES[part]}" for part, count in self.parts.items()]
+        return " and ".join(told) if len(told) < 3 else f"{', '.join(told[:-1])} and {told[-1]}"
 
     def notes(self) -> list[str]:
         """What of the file has no effect, in sentences."""
-        if not self.not_applied:
+        if not self.unused:
             return []
         return [
-            f"{self.path.name} also changes text encoders ({counted(len(self.not_applied), 'tensor')}, "
-            f"{_listed(self.not_applied)}): that part is not applied, the text encoders stay as they are"
+            f"{self.path.name} also changes parts of text encoders that FLUX.1 does not use "
+            f"({counted(len(self.unused), 'tensor')}, {_listed(self.unused)}): they have no effect"
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +103,7 @@ class LoRA:
 
 
 def merge(weight: Tensor, name: str, loras: Sequence[LoRA]) -> None:
-    """Add the changes that LoRAs make to one weight of the network, float32 on the CPU, in their order."""
+    """Add the changes that LoRAs make to one weight of a network, float32 on the CPU, in their order."""
     changes = [
         (layer.target.rows, change(layer, weight[layer.target.rows]), lora.strength)
         for lora in loras
@@ -106,6 +118,20 @@ def merge(weight: Tensor, name: str, loras: Sequence[LoRA]) -> None:
 def changes_of(name: str, loras: Sequence[LoRA]) -> bool:
     """Whether a weight of this name is changed by any of them."""
     return any(lora.strength and name in lora.layers for lora in loras)
+
+
+def merged_into(target: Tensor, name: str, loras: Sequence[LoRA], fill: Callable[[Tensor], None]) -> None:
+    """Fill `target`, on its device and in its dtype, with the weight of this name with its changes.
+
+    `fill` fills a tensor with the weight as it is in its file. Without changes it is given the target itself.
+    """
+    if not changes_of(name, loras):
+        fill(target)
+        return
+    merged = torch.empty(target.shape, dtype=torch.float32)
+    fill(merged)
+    merge(merged, name, loras)
+    target.copy_(merged)  # the only rounding
 
 
 def read_loras(
@@ -137,7 +163,7 @@ def read_loras(
 
 
 def read_lora(path: str | Path, spec: ModelSpec, *, strength: float = 1.0) -> LoRA:
-    """The LoRA in a file, or in a folder of PEFT or diffusers, for the transformer of a model.
+    """The LoRA in a file, or in a folder of PEFT or diffusers, for the transformer and the text encoders of a model.
 
     Raises FluxIRError for a file that is broken or something else, that is of another model, of which a part fits
     nothing, and for what is not read (`names.refusal`).
@@ -146,14 +172,14 @@ def read_lora(path: str | Path, spec: ModelSpec, *, strength: float = 1.0) -> Lo
         raise FluxIRError(f"--lora_strength must be a finite number: got {strength!r}", hint="1 is as it was trained")
     file = lora_file(path)
     stored = _plain(file)
-    contents = read_contents(file, stored, blank_transformer(spec))
+    contents = read_contents(file, stored, spec)
     if isinstance(contents, FluxIRError) or contents.unknown or not contents.layers:
         raise _unfit(file, spec, stored, contents)
     _check_values(file, contents)
     layers: dict[str, list[Layer]] = {}
     for layer in contents.layers:
         layers.setdefault(layer.target.weight, []).append(layer)
-    return LoRA(file, float(strength), _digest(file), contents.layout, layers, tuple(contents.of_text))
+    return LoRA(file, float(strength), _digest(file), contents.layout, layers, tuple(contents.unused))
 
 
 def check_recorded(lora: Mapping[str, Any]) -> None:
@@ -243,15 +269,15 @@ def _unfit(
             f"{_listed(contents.unknown)}",
             hint="take another file",
         )
-    if not own:
+    if not contents.unknown:
         return FluxIRError(
-            f"{file} changes text encoders alone ({_listed(contents.of_text)}), and that part is not applied",
-            hint="take a LoRA that changes the transformer",
+            f"{file} changes nothing that FLUX.1 uses of its text encoders: it has {_listed(contents.unused)}",
+            hint="take another file",
         )
-    matched = len(own) - len(contents.unknown)
+    matched = len(stored) - len(contents.unknown) - len(contents.unused)
     some = "none" if not matched else f"only {matched}"
     return FluxIRError(
-        f"{some} of the {len(own)} tensors in {file} fit a layer of {spec.name}: without one are "
+        f"{some} of the {len(stored)} tensors in {file} fit a layer of {spec.name}: without one are "
         f"{len(contents.unknown)}, {_listed(contents.unknown)}",
         hint=elsewhere,
     )
@@ -262,7 +288,7 @@ def fitting_models(file: Path, stored: Mapping[str, TensorEntry]) -> list[str]:
     fits = []
     for name in model_names():
         try:
-            contents = read_contents(file, stored, blank_transformer(get_spec(name)))
+            contents = read_contents(file, stored, get_spec(name))
         except FluxIRError:  # a packaged model whose files are not there
             continue
         if isinstance(contents, Contents) and contents.layers and not contents.unknown:

@@ -106,6 +106,19 @@ def peft_folder(factors, network, path):
     return folder
 
 
+def onetrainer(factors, network, path):
+    """The newer layout: parts of fused layers by their numbers."""
+    split = {}
+    for name, (up, down) in factors.items():
+        parts = diffusers_parts([f"{name}.weight"], network.params)[f"{name}.weight"]
+        rows = torch.split(up, list(parts.rows)) if parts.rows else [up]
+        names = [f"{name}.{number}" for number in range(len(rows))] if parts.rows else [name]
+        names = ["img_in.proj"] if name == "img_in" else names
+        split |= {part: Factors(own, down) for part, own in zip(names, rows, strict=True) if own.any()}
+    ends = ("lora_down.weight", "lora_up.weight")
+    return write(split, path, prefix="transformer.", ends=ends, alpha=SCALE * RANK)
+
+
 def comfyui(factors, network, path):
     return write(scaled(factors), path, prefix="diffusion_model.")
 
@@ -132,6 +145,6 @@ LAYOUTS = {
     f.__name__: f
     for f in (
         *(kohya, kohya_with_diffusers_names, diffusers, diffusers_with_settings),
-        *(peft_folder, comfyui, no_prefix, cut_short, xlabs),
+        *(peft_folder, onetrainer, comfyui, no_prefix, cut_short, xlabs),
     )
 }

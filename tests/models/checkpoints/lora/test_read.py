@@ -252,23 +252,6 @@ def test_a_file_that_fits_in_part_is_an_error(base):
     refused(base, path, f"only {count} of the {count + 2} tensors", "2, diffusion_model.double_blocks.7.img_attn.proj")
 
 
-def test_changes_of_text_encoders_are_told_and_not_applied(base):
-    factors = draw_factors(base.flux)
-    tensors = load_file(kohya(factors, base.flux, base.path("plain")))
-    clip = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    both = {f"{clip}.lora_down.weight": torch.randn(2, 8), f"{clip}.lora_up.weight": torch.randn(8, 2)}
-    save_file(tensors | both, base.path("lora"))
-    said = []
-    (lora,) = read_loras(base.spec, base.path("lora"), announce=said.append)
-    assert len(said) == 2
-    assert "also changes text encoders (2 tensors, lora_te1_text_model" in said[1]
-    assert "not applied" in said[1]
-    plain = merged(base, base.path("plain"))
-    assert same_bits(load_flux(base.spec, base.source, "cpu", torch.float32, loras=[lora]).state_dict(), plain)
-    save_file(both, base.path("text"))
-    refused(base, base.path("text"), "changes text encoders alone")
-
-
 @pytest.mark.parametrize(
     ("layer", "family"),
     [
