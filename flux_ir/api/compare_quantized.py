@@ -3,8 +3,7 @@
 Both networks go through the same steps side by side. Nothing is stored but the outputs of one step.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from flux_ir.api.arguments import check_least
 from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, identity_of_pictures
@@ -22,15 +20,15 @@ from flux_ir.files import complete_file, versions, write_json
 from flux_ir.lens.measures import json_number, psnr_db, relative_distance
 from flux_ir.models.checkpoints.load import Weights
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux, block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import OffloadWord
 from flux_ir.models.quantisation import Method, codes_bytes, quantise, quantised_weights, widen
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
-from flux_ir.sampling.denoise import Step
-from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare, sample
-from flux_ir.shapes import Pixels
+from flux_ir.sampling.generate import Inputs, decode, noise_for, prepare
+from flux_ir.shapes import Pixels, Tokens
+from flux_ir.studies.paired_runs import ALONE, REFERENCE, PairedRun, PairedRuns
 
 DEFAULT_PROMPT = "a beautiful landscape"
 
@@ -156,9 +154,11 @@ def run_comparison(settings: CompareSettings, progress: Watch = unwatched) -> Qu
     blocks = block_names(exact.spec.flux)
     of_weights = dict(follow(progress, "weights", weight_errors(exact, method), total=len(blocks)))
     with exact.transformer() as ours, quantized.transformer() as theirs:
-        compared = Compared(ours, theirs)
-        *_, last = follow(progress, "sample", compared.steps(inputs, picture), total=picture.num_steps)
-    (width, height), latents = picture.grid, (last.exact.after, last.quantized.after)
+        compared = BlockOutputs(exact.spec.flux)
+        run = PairedRun("quantized", theirs, inputs, picture.guidance)
+        both = PairedRuns(ours, inputs, picture.timesteps, picture.guidance, [run], compared.take, alone=theirs)
+        *_, last = follow(progress, "sample", both.steps(), total=picture.num_steps)
+    (width, height), latents = picture.grid, (last[REFERENCE].after, last["quantized"].after)
     with exact.autoencoder() as autoencoder:
         pixels = [decode(autoencoder, latent, height, width, exact.dtype) for latent in latents]
     folder = Path(settings.output_dir) / f"{exact.spec.name}-{method}"
@@ -211,62 +211,17 @@ def weight_errors(suite: Suite, method: Method) -> Iterator[tuple[str, float]]:
         yield block, (lost / whole) ** 0.5 if whole else 0.0
 
 
-class PairOfSteps(NamedTuple):
-    """The same step of both runs."""
+class BlockOutputs:
+    """The relative errors of the outputs of blocks, as `PairedRuns` tells them."""
 
-    exact: Step
-    quantized: Step
-
-
-class Compared:
-    """Two networks that take the same steps, and how far apart the outputs of their blocks are at each."""
-
-    def __init__(self, exact: Flux, quantized: Flux) -> None:
-        self._exact, self._quantized = exact, quantized
-        names = block_names(exact.params)
-        self.alone: Mapping[str, list[float]] = {name: [] for name in names}
+    def __init__(self, params: FluxParams) -> None:
+        self.alone: Mapping[str, list[float]] = {name: [] for name in block_names(params)}
         """Of every block and step, given the exact run's input."""
-        self.in_run: Mapping[str, list[float]] = {name: [] for name in names}
+        self.in_run: Mapping[str, list[float]] = {name: [] for name in block_names(params)}
 
-    @torch.no_grad()
-    def steps(self, inputs: Inputs, picture: SettledPicture) -> Iterator[PairOfSteps]:
-        """The steps of both runs."""
-        walks = [sample(net, inputs, picture.timesteps, picture.guidance) for net in (self._exact, self._quantized)]
-        outputs: dict[str, Tensor] = {}
-
-        def keep(name: str, args: tuple[Any, ...], output: Tensor) -> None:
-            outputs[name] = output
-            alone = _joined(self._quantized.get_submodule(name)(*args))
-            self.alone[name].append(relative_distance(alone, output))
-
-        def compare(name: str, args: tuple[Any, ...], output: Tensor) -> None:
-            self.in_run[name].append(relative_distance(output, outputs.pop(name)))
-
-        for _ in range(picture.num_steps):
-            with _watched(self._exact, keep):
-                exact = next(walks[0])
-            with _watched(self._quantized, compare):
-                quantized = next(walks[1])
-            yield PairOfSteps(exact, quantized)
-        for walk in walks:
-            walk.close()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _watched(network: Flux, told: Callable[[str, tuple[Any, ...], Tensor], None]) -> Iterator[None]:
-    """Every block's arguments and output, text and image together, are told inside the `with`."""
-
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda block, args, output: told(name, args, _joined(output))
-
-    with ExitStack() as stack:
-        for name in block_names(network.params):
-            stack.callback(network.get_submodule(name).register_forward_hook(hook_of(name)).remove)
-        yield
-
-
-def _joined(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    return output if isinstance(output, Tensor) else torch.cat([output[1], output[0]], dim=1)
+    def take(self, run: str, block: str, exact: Tokens, quantized: Tokens) -> None:
+        """The outputs of one block at one step."""
+        (self.alone if run == ALONE else self.in_run)[block].append(relative_distance(quantized, exact))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -285,7 +240,7 @@ def _identity(suite: Suite, picture: SettledPicture, machine: Machine, prompt: s
 
 
 def _write(
-    found: QuantizedComparison, compared: Compared, pixels: Sequence[Pixels], identity: Mapping[str, Any]
+    found: QuantizedComparison, compared: BlockOutputs, pixels: Sequence[Pixels], identity: Mapping[str, Any]
 ) -> None:
     """The numbers and both pictures."""
     rows = [

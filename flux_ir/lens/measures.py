@@ -1,9 +1,11 @@
 """Numbers beside the pictures: how far each block's answer is from the final one. Computed in float64.
 
-`LinearCKA` compares whole sites; `features.compare` uses it.
+`LinearCKA` compares whole sites; `features.compare` and `studies.likeness` use it.
 """
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +46,24 @@ def json_number(value: float | None) -> float | str | None:
     return str(value)
 
 
+class HSIC(NamedTuple):
+    """The unbiased HSIC of two places, each with itself and both with each other: what CKA is a ratio of."""
+
+    own_x: float
+    cross: float
+    own_y: float
+
+
+def cka_of(parts: Iterable[HSIC]) -> float:
+    """CKA over several sets of tokens, each centred by itself: of the sums of their HSIC.
+
+    Every HSIC is unbiased, and so is their mean, however few tokens a set has (Nguyen et al., 2021, eq. 3). NaN where
+    one place is constant in every set.
+    """
+    own_x, cross, own_y = (math.fsum(values) for values in zip(*parts, strict=True))
+    return cross / math.sqrt(own_x * own_y) if own_x > 0 and own_y > 0 else math.nan
+
+
 class LinearCKA:
     """Linear centred kernel alignment (Kornblith et al., 2019) of two places' activations of the same tokens, debiased.
 
@@ -75,10 +95,13 @@ class LinearCKA:
 
     def value(self) -> float:
         """The alignment so far, at most 1. NaN where one place is constant. Raises FluxIRError for too few tokens."""
+        return cka_of([self.hsic()])
+
+    def hsic(self) -> HSIC:
+        """What it is the ratio of. Raises FluxIRError for too few tokens."""
         if self.tokens < 4:
             raise FluxIRError(f"debiased CKA takes 4 tokens or more: got {self.tokens}", hint="read more images")
-        own_x, cross, own_y = (self._pairs[pair].hsic(self.tokens) for pair in ((0, 0), (0, 1), (1, 1)))
-        return cross / math.sqrt(own_x * own_y) if own_x > 0 and own_y > 0 else math.nan
+        return HSIC(*(self._pairs[pair].hsic(self.tokens) for pair in ((0, 0), (0, 1), (1, 1))))
 
 
 class _KernelSums:
