@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flux_ir.api.collect import collect
     from flux_ir.api.collect_clip import collect_clip
     from flux_ir.api.compare_features import compare_features
+    from flux_ir.api.compare_models import compare_models
     from flux_ir.api.compare_quantized import QuantizedComparison, compare_quantized
     from flux_ir.api.comparison_files import Comparison
     from flux_ir.api.convert_collection import convert_collection
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from flux_ir.api.label_features import label_features
     from flux_ir.api.lens import CaptureResult, LensResult, read_capture, read_lens
     from flux_ir.api.maps import AttentionMaps, attention_maps
+    from flux_ir.api.model_comparison import ComparedModels
     from flux_ir.api.models import decode, encode, encode_prompt, load_model, sample
     from flux_ir.api.plan import MachinePlan, PlannedSetting, plan
     from flux_ir.api.probe import Probed, probe
@@ -67,6 +69,8 @@ _MODULES = {
     "collect": "flux_ir.api.collect",
     "collect_clip": "flux_ir.api.collect_clip",
     "compare_features": "flux_ir.api.compare_features",
+    "compare_models": "flux_ir.api.compare_models",
+    "ComparedModels": "flux_ir.api.model_comparison",
     "compare_quantized": "flux_ir.api.compare_quantized",
     "QuantizedComparison": "flux_ir.api.compare_quantized",
     "Comparison": "flux_ir.api.comparison_files",
@@ -147,6 +151,7 @@ __all__ = [
     "Attributed",
     "Begun",
     "CaptureResult",
+    "ComparedModels",
     "Comparison",
     "Demonstrated",
     "DescribedWeights",
@@ -187,6 +192,7 @@ __all__ = [
     "collect",
     "collect_clip",
     "compare_features",
+    "compare_models",
     "compare_quantized",
     "convert_collection",
     "create_visualization",

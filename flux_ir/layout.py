@@ -102,6 +102,11 @@ class RunFolder:
         """The numbers that go with the decoded pictures."""
         return self.intermediates / "lens.json"
 
+    @property
+    def difference_json(self) -> Path:
+        """How far each block is from that of another run, where the two were compared."""
+        return self.intermediates / "difference.json"
+
     def given_picture(self, name: str) -> Path:
         """A picture that the run was given, as it was encoded: `init_image` or `reference_image`."""
         return self.intermediates / f"{name}.png"

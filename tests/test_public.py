@@ -82,6 +82,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("visualize", "create_visualization"),
         ("weights", "describe_weights"),
         ("compare_quantized", "compare_quantized"),
+        ("compare_models", "compare_models"),
     ],
 )
 def test_the_arguments_of_a_function_are_the_flags_of_its_verb_with_their_defaults(verb, function):

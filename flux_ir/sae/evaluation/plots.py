@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 UNEXPLAINED = "variance left unexplained (FVU)"
 STREAM_COLOURS = {"img": BLUE, "txt": VERMILION}
 STREAM_NAMES = {"img": "image tokens", "txt": "text tokens"}
+MOST_NUMBERED = 10  # columns of a heat panel whose cells have room for numbers
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STYLE: Any = {
@@ -304,6 +306,66 @@ def number_grid(
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+
+
+class HeatPanel(NamedTuple):
+    """One of several grids of the same rows and columns."""
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    """[rows][columns]; None is an empty cell."""
+
+
+def heat_panels(
+    path: Path,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    panels: Sequence[HeatPanel],
+    title: str,
+    *,
+    subtitle: str = "",
+    low: float,
+    high: float,
+) -> None:
+    """Grids side by side, all darker from `low` to `high` [both above 0] by their logarithm, with one scale.
+
+    Numbers stand in the cells where there is room for them. A cell of exactly 0 is white and says so.
+    """
+    numbered = len(columns) <= MOST_NUMBERED
+    wide = (0.44 if numbered else 0.14) * len(columns) + 0.3
+    size = 1.9 + wide * len(panels), 1.7 + (0.2 if len(rows) <= MOST_NUMBERED * 2 else 0.13) * len(rows)
+    with _figure(path, *size, title, subtitle) as figure:
+        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        scale = LogNorm(low, high, clip=True)
+        for axes, panel in zip(every, panels, strict=True):
+            shades = np.array([[nan if value is None else value or nan for value in row] for row in panel.values])
+            drawn = axes.imshow(shades, cmap="Blues", norm=scale, aspect="auto")
+            for y, row in enumerate(panel.values):
+                for x, value in enumerate(row):
+                    if value is not None and isfinite(value) and (numbered or value == 0):
+                        colour = "white" if value and scale(value) > 0.6 else INK
+                        text = _two_digits(value) if numbered else "0"
+                        written = axes.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
+                        written.set_in_layout(False)  # they are inside, and asking each takes seconds
+            every_so = max(1, -(-len(columns) // 12))
+            axes.set_xticks(range(0, len(columns), every_so), columns[::every_so], fontsize=7)
+            axes.set_title(panel.title, fontsize=8, color=INK)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        every[0].set_yticks(range(len(rows)), rows, fontsize=7)
+        bar = figure.colorbar(drawn, ax=every, shrink=0.6, pad=0.01, aspect=30)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7, length=2)
+
+
+def _two_digits(value: float) -> str:
+    """Two digits without what goes without saying: .12, 1.3, .0031, 2e-5; 0 for nothing at all."""
+    if value == 0:
+        return "0"
+    if value < 0.001:
+        digits, exponent = f"{value:.0e}".split("e")
+        return f"{digits}e{int(exponent)}"
+    return f"{float(f'{value:.2g}'):g}".removeprefix("0")
 
 
 # ---- How they are drawn
