@@ -17,7 +17,9 @@ from flux_ir.layout import Kind, Lens, RunFolder, find_runs
 
 LENSES: tuple[Lens, ...] = ("euler", "x0", "tuned")
 TUNED_NUMBERS = ("tuned_relative_distance", "tuned_cosine", "psnr_tuned_db")
-NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db", *TUNED_NUMBERS)
+OTHER_NUMBERS = {"distance": "other_distance", "cka": "other_cka"}
+"""What `difference.json` says of a block and the same one of another run: by its name there, and on the page."""
+NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db", *TUNED_NUMBERS, *OTHER_NUMBERS.values())
 FACTS = ("model", "seed", "width", "height", "guidance", "num_steps", "timestamp")  # shown as they are
 
 _MAKE_AGAIN = "make the run again, or leave it out by naming the others with --generation_id"
@@ -49,6 +51,8 @@ class PageRun:
     steps: Sequence[int]
     pictures: Mapping[Lens, Pictures]
     numbers: Mapping[tuple[Block, int], Mapping[str, float | None]]
+    other: Mapping[str, str] | None = None
+    """The run that it was compared with, and how that one was fed; None: it was not compared."""
 
     def missing(self, lens: Lens) -> list[tuple[int, int]]:
         """Places in the grid without a picture, as (row, column)."""
@@ -96,7 +100,8 @@ def read_run(output_dir: Path, generation_id: str) -> PageRun:
         blocks=sorted({block for block, _ in cells}),
         steps=sorted({step for _, step in cells}),
         pictures=pictures,
-        numbers=_numbers(folder.lens_json),
+        numbers=_with_differences(_numbers(folder.lens_json), folder.difference_json),
+        other=_other(folder.difference_json),
     )
 
 
@@ -113,6 +118,7 @@ def run_entry(run: PageRun) -> dict[str, Any]:
         "blocks": [str(block) for block in run.blocks],
         "steps": list(run.steps),
         "times": [_interval(run.timesteps, step) for step in run.steps],
+        **({} if run.other is None else {"other": dict(run.other)}),
         "numbers": {name: rows for name, rows in numbers.items() if any(v is not None for row in rows for v in row)},
     }
 
@@ -126,20 +132,41 @@ def _pictures(folder: RunFolder) -> dict[Lens, Pictures]:
 
 def _numbers(lens_json: Path) -> dict[tuple[Block, int], dict[str, float | None]]:
     """The numbers of `lens.json` by block and step; empty without the file (a decoding that was interrupted)."""
-    if not lens_json.exists():
-        return {}
-    numbers: dict[tuple[Block, int], dict[str, float | None]] = {}
+    rows = _rows(lens_json) if lens_json.exists() else {}
+    return {place: {name: _finite(row.get(name)) for name in NUMBERS} for place, row in rows.items()}
+
+
+def _with_differences(
+    numbers: dict[tuple[Block, int], dict[str, float | None]], difference_json: Path
+) -> dict[tuple[Block, int], dict[str, float | None]]:
+    """The same with those of `difference.json`, where the run was compared with another."""
+    rows = _rows(difference_json) if difference_json.exists() else {}
+    for place, row in rows.items():
+        numbers.setdefault(place, {}).update({name: _finite(row.get(there)) for there, name in OTHER_NUMBERS.items()})
+    return numbers
+
+
+def _other(difference_json: Path) -> dict[str, str] | None:
+    """Which run it was compared with, by its id, and how that was fed: free, or forced."""
+    if not difference_json.exists():
+        return None
+    content = read_json(difference_json, required=("other", "mode"), hint=_MAKE_AGAIN)
+    return {"id": str(content["other"]), "mode": str(content["mode"])}
+
+
+def _rows(path: Path) -> dict[tuple[Block, int], dict[str, Any]]:
+    """What a file of numbers has for each block and step."""
+    found: dict[tuple[Block, int], dict[str, Any]] = {}
     try:
-        for site, rows in read_json(lens_json, hint=_MAKE_AGAIN)["sites"].items():
+        for site, rows in read_json(path, hint=_MAKE_AGAIN)["sites"].items():
             if parsed := _SITE.fullmatch(site):
                 block = Block("double" if parsed[1] == "double" else "single", int(parsed[2]))
-                for row in rows:
-                    numbers[block, row["step"]] = {name: _finite(row.get(name)) for name in NUMBERS}
-    except (KeyError, TypeError, AttributeError) as error:
+                found |= {(block, row["step"]): dict(row) for row in rows}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FluxIRError(
-            f"{lens_json} is not what this program writes: {type(error).__name__}: {error}", hint=_MAKE_AGAIN
+            f"{path} is not what this program writes: {type(error).__name__}: {error}", hint=_MAKE_AGAIN
         ) from error
-    return numbers
+    return found
 
 
 def _finite(value: object) -> float | None:

@@ -3,6 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
+from flux_ir.files import write_json
 from tests.explorer.browsing import cell, here, large_picture, needs_chromium, pixel, press
 
 pytestmark = needs_chromium
@@ -65,6 +66,35 @@ def test_a_run_without_numbers_says_so_in_place_of_the_curves(make_run, open_pag
     assert page.locator("#no-curves").is_visible()
     assert page.locator("#curves").is_hidden()
     assert page.locator("#numbers td").all_inner_texts()[1:] == 3 * ["\N{EN DASH}"]
+
+
+def test_two_runs_that_were_compared_have_curves_of_their_difference(make_run, open_page):
+    folders = [make_run(name, double=2, single=3, lenses=("x0",)) for name in ("aaaaaaaa", "bbbbbbbb")]
+    blocks = ["double.0", "double.1", *(f"single.{number}" for number in range(3))]
+    sites = {
+        block: [{"step": step, "distance": 0.01 * (depth + step), "cka": 0.5} for step in range(3)]
+        for depth, block in enumerate(blocks)
+    }
+    for folder, other in zip(folders, ("bbbbbbbb", "aaaaaaaa"), strict=True):
+        write_json(folder.difference_json, {"other": other, "mode": "forced", "sites": sites})
+    page = open_page("aaaaaaaa", "bbbbbbbb")
+    assert "final answer" in page.locator("#curve-note").inner_text()
+    page.get_by_role("button", name="to the other run").click()
+    expect(page.locator("#curve-note")).to_contain_text("evaluated at the first one")
+    expect(page.locator("#curve-title")).to_have_text("Where do the two runs differ?")
+    cell(page, "single.1", 2).hover()
+    expect(page.locator("#curves .say")).to_have_text("step 2: 0.050")
+    assert page.locator("#numbers td").all_inner_texts()[-2:] == ["0.0500", "0.5000"]
+    assert page.locator("#curves text").all_text_contents()[:3] == ["0", "0.05", "0.1"]
+    page.get_by_role("button", name="to the final answer").click()
+    expect(page.locator("#curves text").nth(2)).to_have_text("1")
+
+
+def test_a_run_that_was_not_compared_has_no_choice_of_curves(make_run, open_page):
+    make_run()
+    page = open_page()
+    assert page.locator("#curve-choice").is_hidden()
+    assert page.locator("#numbers th").count() == 4
 
 
 def test_several_generations_make_a_gallery_of_the_same_block(make_run, open_page, colour):

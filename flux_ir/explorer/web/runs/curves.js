@@ -1,11 +1,12 @@
-/* Curves: distance to the final answer by depth, one line per step. */
+/* Curves: distance to the final answer, or to another run, by depth; one line per step. */
 "use strict";
 
 let curves = null; // {x, y, paths}: how the lines of this run were drawn
 
 function buildCurves() {
   const svg = element("curves");
-  const distances = state.run.numbers.relative_distance;
+  const distances = state.run.numbers[curveOf(state.run)];
+  showCurveChoice();
   element("no-curves").hidden = Boolean(distances);
   svg.toggleAttribute("hidden", !distances);
   element("legend").hidden = !distances || state.run.steps.length < 2;
@@ -36,7 +37,28 @@ function buildCurves() {
 
 function niceCeiling(value) {
   const unit = 10 ** Math.floor(Math.log10(value || 1));
-  return Math.max(1, [1, 2, 2.5, 5, 10].map((factor) => factor * unit).find((ceiling) => ceiling >= value) ?? 1);
+  const ceiling = [1, 2, 2.5, 5, 10].map((factor) => factor * unit).find((one) => one >= value) ?? 1;
+  // Distances to the final answer share one scale, up to 1; another run may be much nearer.
+  return curveOf(state.run) === CURVES.final ? Math.max(1, ceiling) : ceiling;
+}
+
+/** Two runs that were compared have curves of their own, beside those that every run has. */
+function showCurveChoice() {
+  const { other, numbers } = state.run;
+  element("curve-choice").hidden = !numbers.other_distance;
+  for (const button of element("curve-choice").children)
+    button.setAttribute("aria-pressed", CURVES[button.dataset.curve] === curveOf(state.run));
+  const shown = curveOf(state.run) === CURVES.other ? "other" : "final";
+  element("curve-title").textContent =
+    shown === "other" ? "Where do the two runs differ?" : "Where does the picture appear?";
+  const fed = other?.mode === "forced" ? " The second model was evaluated at the first one’s states." : "";
+  element("curve-note").textContent = CURVE_NOTES[shown] + (shown === "other" ? fed : "");
+}
+
+function changeCurve(curve) {
+  act(() => (state.curve = curve));
+  buildCurves();
+  showCurveMarks();
 }
 
 function pathOf(values, x, y) {
@@ -72,7 +94,7 @@ function showCurveMarks() {
   if (!curves) return;
   const here = looked();
   const { x, y, paths, width } = curves;
-  const distance = number(here, "relative_distance");
+  const distance = number(here, curveOf(here.run));
   const step = here.run.steps[here.step];
   const marks = [draw("line", { class: "guide", x1: x(here.block), x2: x(here.block), y1: CURVES_PX.top, y2: y(0) })];
   marks.push(draw("path", { class: "here", d: paths[here.step] }));
@@ -80,15 +102,13 @@ function showCurveMarks() {
     const flip = x(here.block) > width * 0.7;
     marks.push(draw("circle", { cx: x(here.block), cy: y(distance), r: 5 }));
     const place = { class: "say", x: x(here.block) + (flip ? -10 : 10), y: Math.max(22, y(distance) - 8) };
-    marks.push(
-      draw("text", { ...place, "text-anchor": flip ? "end" : "start" }, `step ${step}: ${distance.toFixed(3)}`),
-    );
+    marks.push(draw("text", { ...place, "text-anchor": flip ? "end" : "start" }, `step ${step}: ${digits(distance)}`));
   }
   element("curves").lastElementChild.replaceChildren(...marks);
-  const said = distance === undefined ? "unknown" : distance.toFixed(3);
+  const said = distance === undefined ? "unknown" : digits(distance);
   element("curves").setAttribute(
     "aria-label",
-    `Relative distance to the final answer by depth. ${placeOf(here)}: ${said}.`,
+    `Relative distance to the ${curveOf(here.run) === CURVES.other ? "other run" : "final answer"} by depth. ${placeOf(here)}: ${said}.`,
   );
 }
 
@@ -99,12 +119,14 @@ function cellNear(event) {
   const [x, y] = [event.clientX - box.left, event.clientY - box.top];
   const { blocks, steps, numbers } = state.run;
   const block = nearest(blocks.length, (index) => Math.abs(curves.x(index) - x));
-  const values = numbers.relative_distance[block];
+  const values = numbers[curveOf(state.run)][block];
   const step = nearest(steps.length, (index) =>
     values[index] === null ? Infinity : Math.abs(curves.y(values[index]) - y),
   );
   return { block, step };
 }
+
+const digits = (distance) => distance.toFixed(distance < 0.01 ? 4 : 3);
 
 function nearest(count, distance) {
   let best = 0;

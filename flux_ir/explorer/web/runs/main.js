@@ -159,6 +159,10 @@ function listen() {
   element("more").addEventListener("click", () =>
     unfoldPrompt(element("more").getAttribute("aria-expanded") === "false"),
   );
+  element("curve-choice").addEventListener(
+    "click",
+    ({ target }) => target.dataset.curve && changeCurve(target.dataset.curve),
+  );
   element("split").addEventListener("input", ({ target }) =>
     element("stage").style.setProperty("--split", `${target.value}%`),
   );

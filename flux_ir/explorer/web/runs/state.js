@@ -29,13 +29,27 @@ const NUMBERS = [
   ["PSNR, dB", "of the picture against the finished one", (shot) => number(shot, `psnr_${shot.mode}_db`)?.toFixed(1)],
 ];
 
+const OTHER_NUMBERS = [
+  [
+    "distance to the other run",
+    "relative, of what this block puts out",
+    (shot) => number(shot, "other_distance")?.toFixed(4),
+  ],
+  ["CKA with the other run", "1: alike but for rotation and scale", (shot) => number(shot, "other_cka")?.toFixed(4)],
+];
+const CURVES = { final: "relative_distance", other: "other_distance" };
+const CURVE_NOTES = {
+  final: "Relative distance to the step’s final answer, by depth. One line per step.",
+  other: "Relative distance of each block’s output to that of the other run, by depth. One line per step.",
+};
+
 const { runs } = JSON.parse(element("explorer-data").textContent);
 
 const spoken = (block) => block.replace(".", " "); // "double.7" as people say it
 const lensesOf = (run) => Object.keys(run.lenses);
 const modesOf = (run) => [...lensesOf(run), "difference"];
 
-const state = { run: runs[0], block: 0, step: 0, mode: "", lens: "", wall: false, pins: [], zoom: 1 };
+const state = { run: runs[0], block: 0, step: 0, mode: "", lens: "", curve: "final", wall: false, pins: [], zoom: 1 };
 let hovered = null; // {block, step}: looked at while the pointer is there, never in the address
 let playing = null;
 
@@ -48,6 +62,8 @@ function shotAt({ block, step }, run = state.run) {
 
 const looked = () => shotAt(hovered ?? state);
 const number = (shot, name) => shot.run.numbers[name]?.[shot.block][shot.step] ?? undefined;
+/** What the curves show of a run: how far it is from its final answer, or from the run it was compared with. */
+const curveOf = (run) => CURVES[run.numbers.other_distance ? state.curve : "final"];
 /** A tuned lens reads another velocity from the block than the others, which share theirs. */
 const velocityNumber = (shot, name) => (shot.lens === "tuned" ? `tuned_${name}` : name);
 const placeOf = (shot) => `${spoken(shot.run.blocks[shot.block])}, step ${shot.run.steps[shot.step]}`;

@@ -51,8 +51,10 @@ function showNumbers(here) {
   const heads = names.map((name) => make("th", { textContent: name, scope: "col" }));
   element("numbers-table").classList.toggle("compared", shots.length > 1);
   element("numbers-head").replaceChildren(...(state.pins.length ? [make("tr", {}, make("td"), ...heads)] : []));
-  element("numbers").replaceChildren(...NUMBERS.map((entry) => numberRow(entry, shots)));
+  element("numbers").replaceChildren(...numbersOf(shots).map((entry) => numberRow(entry, shots)));
 }
+
+const numbersOf = (shots) => (shots.some(({ run }) => run.other) ? [...NUMBERS, ...OTHER_NUMBERS] : NUMBERS);
 
 function numberRow([label, meaning, value], shots) {
   const head = make("th", { scope: "row", textContent: label });
