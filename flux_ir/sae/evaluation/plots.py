@@ -332,12 +332,15 @@ def heat_panels(
     Numbers stand in the cells where there is room for them. A cell of exactly 0 is white and says so.
     """
     numbered = len(columns) <= MOST_NUMBERED
-    wide = (0.44 if numbered else 0.14) * len(columns) + 0.3
-    size = 1.9 + wide * len(panels), 1.7 + (0.2 if len(rows) <= MOST_NUMBERED * 2 else 0.13) * len(rows)
-    with _figure(path, *size, title, subtitle) as figure:
-        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        scale = LogNorm(low, high, clip=True)
-        for axes, panel in zip(every, panels, strict=True):
+    wide, tall = (0.44 if numbered else 0.14) * len(columns), (0.2 if len(rows) <= 20 else 0.13) * len(rows)
+    left, gap, top, bottom, right = 0.9, 0.2, 0.95, 0.3, 0.7  # inches, as `wide` and `tall`
+    width, height = left + (wide + gap) * len(panels) + right, top + tall + bottom
+    with _figure(path, width, height, title, subtitle) as figure:
+        figure.set_layout_engine("none")  # every place is known, and asking all texts for theirs takes seconds
+        scale, every_so = LogNorm(low, high, clip=True), max(1, -(-len(columns) // 12))
+        for number, panel in enumerate(panels):
+            place = (left + number * (wide + gap)) / width, bottom / height, wide / width, tall / height
+            axes = figure.add_axes(place)
             shades = np.array([[nan if value is None else value or nan for value in row] for row in panel.values])
             drawn = axes.imshow(shades, cmap="Blues", norm=scale, aspect="auto")
             for y, row in enumerate(panel.values):
@@ -345,15 +348,14 @@ def heat_panels(
                     if value is not None and isfinite(value) and (numbered or value == 0):
                         colour = "white" if value and scale(value) > 0.6 else INK
                         text = _two_digits(value) if numbered else "0"
-                        written = axes.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
-                        written.set_in_layout(False)  # they are inside, and asking each takes seconds
-            every_so = max(1, -(-len(columns) // 12))
+                        axes.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
             axes.set_xticks(range(0, len(columns), every_so), columns[::every_so], fontsize=7)
+            axes.set_yticks(range(len(rows)) if number == 0 else [], rows if number == 0 else [], fontsize=7)
             axes.set_title(panel.title, fontsize=8, color=INK)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        every[0].set_yticks(range(len(rows)), rows, fontsize=7)
-        bar = figure.colorbar(drawn, ax=every, shrink=0.6, pad=0.01, aspect=30)
+        bar_at = figure.add_axes((1 - right / width, (bottom + 0.2 * tall) / height, 0.1 / width, 0.6 * tall / height))
+        bar = figure.colorbar(drawn, cax=bar_at)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7, length=2)
 
