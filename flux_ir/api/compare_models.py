@@ -1,7 +1,7 @@
 """Two models on the same prompts and noise: how far apart every block's output is at every step.
 
 The second model is fed in three ways, because differences accumulate. Free-running, each follows its own trajectory.
-Forced, the other is evaluated at the states of the first one's. Block alone, each of its blocks is given what the
+Forced, the second is evaluated at the first one's states. Block alone, each of its blocks is given what the
 first one's block was given. Next: `model_comparison`, the folder that is left.
 """
 
