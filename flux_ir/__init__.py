@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux_ir.activations.source import open_source
+    from flux_ir.api.ablate import Atlas, ablate
     from flux_ir.api.attribute import Attributed, attribute
     from flux_ir.api.capture import capture
     from flux_ir.api.collect import collect
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "ablate": "flux_ir.api.ablate",
+    "Atlas": "flux_ir.api.ablate",
     "analyse_features": "flux_ir.api.features",
     "attention_maps": "flux_ir.api.maps",
     "AttentionMaps": "flux_ir.api.maps",
@@ -147,6 +150,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Atlas",
     "AttentionMaps",
     "Attributed",
     "Begun",
@@ -185,6 +189,7 @@ __all__ = [
     "TrainingRow",
     "Transferred",
     "Visualization",
+    "ablate",
     "analyse_features",
     "attention_maps",
     "attribute",

@@ -70,6 +70,7 @@ def test_the_package_is_imported_without_torch_and_its_names_are_known():
         ("score_concepts", "score_concepts"),
         ("lens", "read_lens"),
         ("plan", "plan"),
+        ("ablate", "ablate"),
         ("maps", "attention_maps"),
         ("text_lens", "text_lens"),
         ("play", "play"),

@@ -200,7 +200,7 @@ def one_job_at(storage: Storage, ranks: Ranks) -> Iterator[None]:
         is_ours = first_rank_value(folder is None or _lock_folder(folder), ranks)
         if not is_ours:
             raise FluxIRError(
-                f"another process is collecting into {storage.where}",
+                f"another process is at work in {storage.where}",
                 hint="wait until it is done, or stop it; the same command then goes on",
             )
         yield

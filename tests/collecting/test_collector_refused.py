@@ -23,7 +23,7 @@ def test_other_settings_are_refused_with_every_difference(suite, whole):
 def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(suite, plain, tmp_path):
     first = collect(settings_of(), suite, LocalStorage(tmp_path), Ranks())
     next(first)
-    with pytest.raises(FluxIRError, match="another process is collecting into"):
+    with pytest.raises(FluxIRError, match="another process is at work in"):
         next(collect(settings_of(), suite, LocalStorage(tmp_path), Ranks()))
     list(first)
     assert files_of(tmp_path) == files_of(plain)

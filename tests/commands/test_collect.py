@@ -200,7 +200,7 @@ def test_a_second_job_in_the_same_folder_is_refused_and_changes_nothing(words, p
     with one_job_at(LocalStorage(folder), Ranks()):
         assert main([*words, "--output_dir", str(folder)]) == 2
     error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
-    assert error == f"error: another process is collecting into {folder}"
+    assert error == f"error: another process is at work in {folder}"
     assert hint.startswith("hint: wait until it is done")
     assert list(folder.iterdir()) == []
     assert main([*words, "--output_dir", str(folder)]) == 0  # the folder is free again

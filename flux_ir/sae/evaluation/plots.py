@@ -94,6 +94,16 @@ class ScatterGroup(NamedTuple):
     points: NDArray[np.floating[Any]]
 
 
+class GridPanel(NamedTuple):
+    """One grid of numbers, [rows][columns], shaded from `low` to `high`; None is an empty cell."""
+
+    title: str
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    low: float
+    high: float
+
+
 # ---- The figures
 
 
@@ -292,20 +302,37 @@ def number_grid(
 ) -> None:
     """Numbers in a grid, [rows][columns], darker from `low` to `high`; None is an empty cell."""
     with _figure(path, 2.6 + 0.62 * len(columns), 1.4 + 0.22 * len(rows), title, subtitle) as figure:
-        axes = figure.subplots()
-        shades = [[nan if value is None or not isfinite(value) else value for value in row] for row in values]
-        axes.imshow(shades, cmap="Blues", vmin=low, vmax=high + 0.25 * (high - low), aspect="auto")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                if value is not None and isfinite(value):
-                    dark = value > low + 0.8 * (high - low)
-                    colour = "white" if dark else INK
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8)
-        axes.xaxis.tick_top()
-        axes.set_yticks(range(len(rows)), rows, fontsize=8)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        _draw_grid(figure.subplots(), rows, GridPanel("", columns, values, low, high))
+
+
+def number_grids(
+    path: Path, rows: Sequence[str], panels: Sequence[GridPanel], title: str, *, subtitle: str = ""
+) -> None:
+    """Several grids of the same rows side by side, each with its own columns and scale."""
+    widths = [len(panel.columns) for panel in panels]
+    with _figure(path, 2.2 + 0.5 * sum(widths) + 0.3 * len(widths), 1.9 + 0.22 * len(rows), title, subtitle) as figure:
+        every = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+        for place, (axes, panel) in enumerate(zip(every, panels, strict=True)):
+            _draw_grid(axes, rows if place == 0 else [""] * len(rows), panel)
+            axes.set_xlabel(panel.title, loc="left", fontsize=8)
+
+
+def _draw_grid(axes: Axes, rows: Sequence[str], panel: GridPanel) -> None:
+    values, low, high = panel.values, panel.low, panel.high
+    shades = [[nan if value is None or not isfinite(value) else value for value in row] for row in values]
+    axes.imshow(shades, cmap="Blues", vmin=low, vmax=high + 0.25 * (high - low), aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None and isfinite(value):
+                dark = value > low + 0.8 * (high - low)
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else INK)
+    axes.set_xticks(
+        range(len(panel.columns)), panel.columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8
+    )
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 class HeatPanel(NamedTuple):
