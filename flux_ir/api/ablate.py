@@ -17,7 +17,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -61,6 +61,7 @@ from flux_ir.threads import in_order
 
 CAPTIONS, CAPTION_SEED = 16, 5
 """Prompts, where none are given: captions of flux-tiny's world, of the part that is for reports alone."""
+KindWord = Literal[AblationKind, "none"]
 RESULT, TABLE, DRAWN, PAGE = "atlas.json", "atlas.csv", "atlas.png", "atlas.html"
 
 
@@ -73,9 +74,9 @@ class AblateSettings(PictureSettings):
     repeats: int = 1
     seed: int = 0
     blocks: str | Sequence[str] | None = None
-    kinds: Sequence[AblationKind] = KINDS
-    window_kinds: Sequence[AblationKind] = ("skip",)
-    control_kinds: Sequence[AblationKind] = KINDS
+    kinds: Sequence[KindWord] = KINDS
+    window_kinds: Sequence[KindWord] = ("skip",)
+    control_kinds: Sequence[KindWord] = KINDS
     shift: int | None = None
     pictures: int = 3
     batch_size: int = 8
@@ -109,9 +110,9 @@ def ablate(
     repeats: int = 1,
     seed: int = 0,
     blocks: str | Sequence[str] | None = None,
-    kinds: AblationKind | Sequence[AblationKind] = KINDS,
-    window_kinds: AblationKind | Sequence[AblationKind] = ("skip",),
-    control_kinds: AblationKind | Sequence[AblationKind] = KINDS,
+    kinds: KindWord | Sequence[KindWord] = KINDS,
+    window_kinds: KindWord | Sequence[KindWord] = ("skip",),
+    control_kinds: KindWord | Sequence[KindWord] = KINDS,
     shift: int | None = None,
     pictures: int = 3,
     model: str | Suite = "flux-schnell",
@@ -139,10 +140,10 @@ def ablate(
     """Say what each block is for: edit one at a time, in several ways, and measure what becomes of the pictures.
 
     Each of `kinds` is done at all steps; those of `window_kinds` also in the early, middle and late third of them;
-    beside those of `control_kinds` stands a random direction that moves every token as far. `skip` passes over the
-    block, `img_update` and `txt_update` leave one stream as it was, `attn` and `mlp` are without one branch, `rotary`
-    shifts the positions of image keys by `shift` patches (None: a quarter of the shorter side), and `patch_img`,
-    `patch_txt`, `patch_update` take what the block put out, or added, from the run of the next prompt.
+    beside those of `control_kinds` stands a random direction that moves every token as far. "none" is no kind. `skip`
+    passes over the block, `img_update` and `txt_update` leave one stream as it was, `attn` and `mlp` are without one
+    branch, `rotary` shifts the positions of image keys by `shift` patches (None: a quarter of the shorter side), and
+    `patch_img`, `patch_txt`, `patch_update` take what the block put out, or added, from the run of the next prompt.
 
     `prompts` is a list, or a .txt, .jsonl or .csv file (None: 16 captions of flux-tiny's world), of which the first
     `max_prompts` are taken; each is sampled `repeats` times from noise that follows from `seed`. Captions of
@@ -187,7 +188,7 @@ def ablate(
     return run_ablation(settings, progress)
 
 
-def _several(kinds: AblationKind | Sequence[AblationKind]) -> tuple[AblationKind, ...]:
+def _several(kinds: KindWord | Sequence[KindWord]) -> tuple[KindWord, ...]:
     return (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
 
@@ -242,7 +243,8 @@ def settle(settings: AblateSettings, ranks: Ranks, progress: Watch) -> AblationJ
     names = settings.blocks.split(",") if isinstance(settings.blocks, str) else settings.blocks
     blocks = block_names(names, spec.flux.depth, spec.flux.depth_single_blocks)
     steps = {"all": range(picture.num_steps), **windows(picture.num_steps)}
-    ablations = ablations_of(settings.kinds, settings.window_kinds, settings.control_kinds, steps)
+    asked = (settings.kinds, settings.window_kinds, settings.control_kinds)
+    ablations = ablations_of(*([kind for kind in kinds if kind != "none"] for kinds in asked), steps)
     if not ablations:
         raise FluxIRError("at least one kind of edit is needed: got none", hint=f"--kinds {','.join(KINDS[:4])}")
     prompts = _prompts(settings.prompts)[: settings.max_prompts or None]

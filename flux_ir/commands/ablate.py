@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flux_ir.api.ablate import Atlas
 
 Kind = Literal["skip", "img_update", "txt_update", "attn", "mlp", "rotary", "patch_img", "patch_txt", "patch_update"]
+Word = Literal[Kind, "none"]
 EVERY: tuple[Kind, ...] = (
     "skip", "img_update", "txt_update", "attn", "mlp", "rotary", "patch_img", "patch_txt", "patch_update",
 )  # fmt: skip
@@ -58,8 +59,8 @@ class AblateOptions(PictureOptions, BatchOptions, ModelOptions):
     blocks: tuple[str, ...] | None = option(
         None, help="which blocks, as shell patterns such as double.* or single.3", group=MEASURED, default_text="all"
     )
-    kinds: tuple[Kind, ...] = option(EVERY, help="what is done to a block, at all steps", group=MEASURED)
-    window_kinds: tuple[Kind, ...] = option(
+    kinds: tuple[Word, ...] = option(EVERY, help="what is done to a block, at all steps", group=MEASURED)
+    window_kinds: tuple[Word, ...] = option(
         ("skip",), help="what is also done in the early, middle and late third of the steps alone", group=MEASURED
     )
     shift: int | None = option(
@@ -70,7 +71,7 @@ class AblateOptions(PictureOptions, BatchOptions, ModelOptions):
         minimum=0,
         default_text="a quarter of the shorter side",
     )
-    control_kinds: tuple[Kind, ...] = option(
+    control_kinds: tuple[Word, ...] = option(
         EVERY, help="what a random direction stands beside that moves every token as far", group=COMPARED
     )
 
