@@ -243,8 +243,11 @@ def settle(settings: AblateSettings, ranks: Ranks, progress: Watch) -> AblationJ
     names = settings.blocks.split(",") if isinstance(settings.blocks, str) else settings.blocks
     blocks = block_names(names, spec.flux.depth, spec.flux.depth_single_blocks)
     steps = {"all": range(picture.num_steps), **windows(picture.num_steps)}
-    asked = (settings.kinds, settings.window_kinds, settings.control_kinds)
-    ablations = ablations_of(*([kind for kind in kinds if kind != "none"] for kinds in asked), steps)
+    kinds, of_windows, of_controls = (
+        [kind for kind in some if kind != "none"]
+        for some in (settings.kinds, settings.window_kinds, settings.control_kinds)
+    )
+    ablations = ablations_of(kinds, of_windows, of_controls, steps)
     if not ablations:
         raise FluxIRError("at least one kind of edit is needed: got none", hint=f"--kinds {','.join(KINDS[:4])}")
     prompts = _prompts(settings.prompts)[: settings.max_prompts or None]
