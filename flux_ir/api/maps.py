@@ -23,6 +23,7 @@ from flux_ir.api.map_files import MapSheet, Means
 from flux_ir.api.model_settings import BegunPictureSettings, Machine, SettledPicture, provenance_of
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
+from flux_ir.explorer.map_page import write_map_page
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.layout import new_generation_id
 from flux_ir.maps.attention import AttentionMapper, MapTargets, attention_sites, block_names
@@ -81,6 +82,8 @@ class AttentionMaps(NamedTuple):
     """The picture that was sampled, or the one that was given, in the size it was looked at."""
     sheet: Path
     """Words down, groups of blocks across: means over the steps, over the picture."""
+    page: Path
+    """maps.html: every map of every word over the picture, by block and step, in a browser."""
     numbers: Path
     """maps.json: words and their tokens, and how attention is divided among groups of tokens."""
     steps: list[Path]
@@ -264,6 +267,7 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         folder=folder,
         picture=folder / "picture.jpg",
         sheet=folder / "sheet.png",
+        page=folder / "maps.html",
         numbers=folder / "maps.json",
         steps=means.files,
         words=[word.name for word in targets.words],
@@ -307,6 +311,8 @@ def run_maps(settings: MapSettings, progress: Watch = unwatched) -> AttentionMap
         "versions": versions("torch", "tokenizers"),
     }
     write_json(result.numbers, described)
+    with phase(progress, "page"):
+        write_map_page(folder)
     return result
 
 

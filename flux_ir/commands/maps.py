@@ -65,7 +65,13 @@ def run(options: MapsOptions) -> None:
     report.results.print("the image's attention, mean over blocks and steps:")
     for line in aligned([(group, f"{share:.1%}") for group, share in done.mass["all"].items()]):
         report.results.print(f"  {line}", markup=False)
-    written = {"picture": done.picture, "contact sheet": done.sheet, "numbers": done.numbers, "maps": done.folder}
+    written = {
+        "page": done.page,
+        "picture": done.picture,
+        "contact sheet": done.sheet,
+        "numbers": done.numbers,
+        "maps": done.folder,
+    }
     if done.concept_sheet is not None:
         written |= {"concepts": done.concept_sheet}
     report.table(f"maps of {', '.join(done.words)}", written, peak_memory())

@@ -56,7 +56,7 @@ REGIONS = (
     "patch",
     "main",
 )
-SCRIPTS = ("shared.js", *(f"features/{region}.js" for region in REGIONS))
+SCRIPTS = ("shared.js", "svg.js", *(f"features/{region}.js" for region in REGIONS))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from flux_ir.threads import in_order
 SCHEMA = 1  # raised when a page's script could no longer read an older page's data
 STYLES = ("base.css", "explorer.css")
 REGIONS = ("state", "address", "pictures", "head", "grid", "viewer", "curves", "gallery", "main")
-SCRIPTS = ("shared.js", *(f"runs/{region}.js" for region in REGIONS))
+SCRIPTS = ("shared.js", "svg.js", *(f"runs/{region}.js" for region in REGIONS))
 
 
 def write_explorer(output_dir: Path, generation_ids: Sequence[str], target: Path, *, single_file: bool = False) -> Path:

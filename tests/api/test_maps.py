@@ -72,6 +72,14 @@ def test_the_sheet_shows_every_word_and_patch(maps):
     assert len(list((maps.folder / "overlays").glob("*/*.png"))) == (3 + 3 + 2) * 5
 
 
+def test_the_page_has_a_script_for_each_word_and_direction(maps):
+    scripts = {path.stem for path in (maps.folder / "maps_files").iterdir()}
+    words = {f"word_{n}_{way}" for n in range(3) for way in ("to_words", "value_to_words", "from_words")}
+    groups = {f"group_{n}_to_groups" for n in range(5)}  # there are neither registers nor a reference
+    assert scripts == words | groups | {"patch_0_from_patches", "patch_1_from_patches"}
+    assert '"white background"' in maps.page.read_text()
+
+
 def test_the_picture_is_that_of_a_run_without_maps(maps, model):
     *_, last = flux_ir.sample(model, PROMPT, seed=3, num_steps=2, **SIZE)
     pixels = flux_ir.decode(model, last.after, **SIZE)

@@ -11,7 +11,7 @@ def test_the_command_writes_maps_and_says_where_attention_goes(tmp_path, capsys)
     words = ("--words", "red,circle", "--blocks", "double.*", "--output_dir", str(tmp_path))
     assert main([*WORDS, *words]) == 0
     (folder,) = tmp_path.iterdir()
-    assert {"maps.json", "mean.safetensors", "sheet.png", "picture.jpg", "step_0.safetensors"} <= {
+    assert {"maps.json", "mean.safetensors", "sheet.png", "maps.html", "picture.jpg", "step_0.safetensors"} <= {
         path.name for path in folder.iterdir()
     }
     out = capsys.readouterr().out

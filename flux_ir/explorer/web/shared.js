@@ -10,13 +10,6 @@ function make(tag, properties = {}, ...children) {
   return made;
 }
 
-function draw(tag, attributes, text = "") {
-  const drawn = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) drawn.setAttribute(name, value);
-  drawn.textContent = text;
-  return drawn;
-}
-
 /** Tell a screen reader. */
 function say(text) {
   element("status").textContent = text;
