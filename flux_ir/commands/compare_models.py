@@ -83,7 +83,9 @@ class CompareModelsOptions(
     lens_pictures: bool = option(
         True, help="decode what each block of both would have drawn, for the first generation", group=MEASURED
     )
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
+    name: str | None = option(
+        None, help="the comparison's folder below --output_dir", group=MACHINE, default_text="follows from the settings"
+    )
     output_dir: Path = option(Path("model_comparisons"), help="where the folders of comparisons are", group=MACHINE)
 
 

@@ -42,7 +42,7 @@ VERBS = {
     "ablate": "what each block is for: skipped, cut, shifted, patched, and what becomes of the pictures",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
-    "compare-models": "how far apart two models are in every block at every step, on the same prompts and noise",
+    "compare-models": "how far apart two models are in every block at every step, from the same noise",
     "compare-quantized": "how much nf4, int8 or fp8 weights change each block, and the picture",
     "weights": "what a file of weights is; of a LoRA, how much it changes each block",
     "explore": "write one HTML page to look at runs with: every block at every step",

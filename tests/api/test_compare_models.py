@@ -238,11 +238,6 @@ def test_the_command_prints_the_table(tmp_path, capsys):
     assert [line.split()[1] for line in printed.out.splitlines() if line.startswith("single.7")] == ["0.0000"]
 
 
-def test_a_mode_that_there_is_not_is_named(capsys, tmp_path):
-    assert main(["compare-models", "--model", "flux-tiny", "--modes", "fre", "--output_dir", str(tmp_path)]) == 2
-    assert "free, forced or block: got 'fre'" in capsys.readouterr().err
-
-
 def test_settings_in_one_object_do_the_same(base, tmp_path):
     settings = CompareModelsSettings(
         model=base, prompt=PROMPT, modes=("free",), cka_tokens=0, lens_pictures=False, output_dir=tmp_path,
