@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.models.flux2.transformer import Flux2, Flux2Params
 
 # A shell's `&` has its children ignore Ctrl-C, and theirs: tests that press it would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -131,6 +132,32 @@ def tiny_flux(tiny_flux_params: FluxParams) -> Callable[..., Flux]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_flux2_params() -> Flux2Params:
+    """FLUX.2's transformer as small as `tiny_flux_params`."""
+    return Flux2Params(
+        in_channels=128,
+        context_in_dim=48,
+        hidden_size=64,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=3,
+        guidance_embed=False,
+        axes_dim=(4, 4, 4, 4),
+    )
+
+
+@pytest.fixture
+def tiny_flux2(tiny_flux2_params: Flux2Params) -> Callable[..., Flux2]:
+    """Makes a random FLUX.2 transformer in which every gate is open."""
+
+    def make(*, guidance: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Flux2:
+        params = replace(tiny_flux2_params, guidance_embed=guidance)
+        return _randomised(Flux2(params), seed).to(dtype)
+
+    return make
+
+
 @pytest.fixture
 def tiny_autoencoder() -> Callable[..., AutoEncoder]:
     """Makes a random autoencoder that reduces by 8 and has 16 latent channels."""
@@ -174,6 +201,48 @@ def tiny_inputs(tiny_flux_params: FluxParams) -> Callable[..., FluxInputs]:
             y=torch.randn(batch, tiny_flux_params.vec_in_dim, generator=draw).to(dtype),
             guidance=None if guidance is None else torch.full((batch,), guidance, dtype=dtype),
         )
+
+    return make
+
+
+@pytest.fixture
+def tiny_flux2_inputs(tiny_flux2_params: Flux2Params) -> Callable[..., FluxInputs]:
+    """Makes inputs for `tiny_flux2`: 7 text tokens, counted by the last axis, and 4 x 3 image tokens (64 x 48 px)."""
+
+    def make(
+        *, batch: int = 1, guidance: float | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> FluxInputs:
+        draw = torch.Generator().manual_seed(seed)
+        txt_tokens = 7
+        img_ids = torch.cartesian_prod(*map(torch.arange, (1, 4, 3, 1))).float()
+        txt_ids = torch.cartesian_prod(*map(torch.arange, (1, 1, 1, txt_tokens))).float()
+        return FluxInputs(
+            img=torch.randn(batch, len(img_ids), tiny_flux2_params.in_channels, generator=draw).to(dtype),
+            img_ids=img_ids.repeat(batch, 1, 1),
+            txt=torch.randn(batch, txt_tokens, tiny_flux2_params.context_in_dim, generator=draw).to(dtype),
+            txt_ids=txt_ids.repeat(batch, 1, 1),
+            timesteps=torch.full((batch,), 0.75, dtype=dtype),
+            y=torch.zeros(batch, 0, dtype=dtype),
+            guidance=None if guidance is None else torch.full((batch,), guidance, dtype=dtype),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_references(tiny_flux2_params: Flux2Params) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Makes `cond` and `cond_ids` of two reference pictures of 2 x 3 and 5 x 1 tokens, which stand at t = 10 and 20."""
+
+    def make(*, batch: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        grids = [(10, 2, 3), (20, 5, 1)]
+        ids = [
+            torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.arange(1))
+            for t, rows, columns in grids
+        ]
+        cond_ids = torch.cat(ids).float().repeat(batch, 1, 1)
+        draw = torch.Generator().manual_seed(1)
+        cond = torch.randn(batch, cond_ids.shape[1], tiny_flux2_params.in_channels, generator=draw)
+        return cond.to(dtype), cond_ids
 
     return make
 

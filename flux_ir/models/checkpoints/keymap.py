@@ -14,7 +14,15 @@ from torch import Tensor
 
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.transformer import FluxParams
+from flux_ir.models.flux2.transformer import Flux2Params
 
+NetworkParams = FluxParams | Flux2Params | AutoEncoderParams
+
+_LAST_LAYER = {
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_HALVES_SWAPPED = "final_layer.adaLN_modulation.1"
 _OUTSIDE_BLOCKS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -24,13 +32,9 @@ _OUTSIDE_BLOCKS = {
     "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
+    **_LAST_LAYER,
 }
-_HALVES_SWAPPED = "final_layer.adaLN_modulation.1"
-_DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
+_JOINT_ATTENTION: dict[str, tuple[str, ...]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.norm.query_norm": ("attn.norm_q",),
@@ -39,6 +43,11 @@ _DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
     "img_attn.proj": ("attn.to_out.0",),
     "txt_attn.proj": ("attn.to_add_out",),
+}
+_DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    **_JOINT_ATTENTION,
     "img_mlp.0": ("ff.net.0.proj",),
     "img_mlp.2": ("ff.net.2",),
     "txt_mlp.0": ("ff_context.net.0.proj",),
@@ -51,9 +60,45 @@ _SINGLE_BLOCK: dict[str, tuple[str, ...]] = {
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
-_BLOCKS = {
-    "double_blocks": ("transformer_blocks", _DOUBLE_BLOCK),
-    "single_blocks": ("single_transformer_blocks", _SINGLE_BLOCK),
+# FLUX.2 modulates outside its blocks, and diffusers leaves the two linears of its single blocks whole.
+_FLUX2_OUTSIDE_BLOCKS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    **_LAST_LAYER,
+}
+_FLUX2_DOUBLE_BLOCK: dict[str, tuple[str, ...]] = {
+    **_JOINT_ATTENTION,
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+_FLUX2_SINGLE_BLOCK: dict[str, tuple[str, ...]] = {
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+
+
+class _TransformerNames(NamedTuple):
+    """diffusers' names of one architecture's layers: outside its blocks, in a double block and in a single block."""
+
+    outside: Mapping[str, str]
+    double: Mapping[str, tuple[str, ...]]
+    single: Mapping[str, tuple[str, ...]]
+
+
+_TRANSFORMERS: Mapping[type, _TransformerNames] = {
+    FluxParams: _TransformerNames(_OUTSIDE_BLOCKS, _DOUBLE_BLOCK, _SINGLE_BLOCK),
+    Flux2Params: _TransformerNames(_FLUX2_OUTSIDE_BLOCKS, _FLUX2_DOUBLE_BLOCK, _FLUX2_SINGLE_BLOCK),
 }
 _MIDDLE = {
     "block_1": "resnets.0",
@@ -103,15 +148,15 @@ class Parts(NamedTuple):
                 own_rows.copy_(part)
 
 
-def diffusers_parts(names: Iterable[str], params: FluxParams | AutoEncoderParams) -> dict[str, Parts]:
+def diffusers_parts(names: Iterable[str], params: NetworkParams) -> dict[str, Parts]:
     """For each of our names (a network's state dict), where diffusers keeps that tensor."""
-    if isinstance(params, FluxParams):
+    if not isinstance(params, AutoEncoderParams):
         return {name: _transformer_parts(name, params) for name in names}
     levels = len(params.ch_mult)
     return {name: Parts((_autoencoder_name(name, levels),), as_linear=bool(_AS_LINEAR.search(name))) for name in names}
 
 
-def to_diffusers(state: Mapping[str, Tensor], params: FluxParams | AutoEncoderParams) -> dict[str, Tensor]:
+def to_diffusers(state: Mapping[str, Tensor], params: NetworkParams) -> dict[str, Tensor]:
     """A state dict of ours under diffusers' names."""
     converted: dict[str, Tensor] = {}
     for name, parts in diffusers_parts(state, params).items():
@@ -120,7 +165,7 @@ def to_diffusers(state: Mapping[str, Tensor], params: FluxParams | AutoEncoderPa
 
 
 def from_diffusers(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], params: FluxParams | AutoEncoderParams
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], params: NetworkParams
 ) -> dict[str, Tensor]:
     """A diffusers state dict under our names. `shapes` are those of our network, by name."""
     converted: dict[str, Tensor] = {}
@@ -131,18 +176,22 @@ def from_diffusers(
     return converted
 
 
-def _transformer_parts(name: str, params: FluxParams) -> Parts:
+def _transformer_parts(name: str, params: FluxParams | Flux2Params) -> Parts:
+    theirs = _TRANSFORMERS[type(params)]
     stem, leaf = name.rsplit(".", 1)
-    if stem in _OUTSIDE_BLOCKS:
-        return Parts((f"{_OUTSIDE_BLOCKS[stem]}.{leaf}",), swap_halves=stem == _HALVES_SWAPPED)
+    if stem in theirs.outside:
+        return Parts((f"{theirs.outside[stem]}.{leaf}",), swap_halves=stem == _HALVES_SWAPPED)
     kind, block, layer = stem.split(".", 2)
-    folder, table = _BLOCKS[kind]
+    folder, table = {
+        "double_blocks": ("transformer_blocks", theirs.double),
+        "single_blocks": ("single_transformer_blocks", theirs.single),
+    }[kind]
     leaf = "weight" if leaf == "scale" else leaf
     names = tuple(f"{folder}.{block}.{part}.{leaf}" for part in table[layer])
     return Parts(names, _rows(len(names), params))
 
 
-def _rows(parts: int, params: FluxParams) -> tuple[int, ...]:
+def _rows(parts: int, params: FluxParams | Flux2Params) -> tuple[int, ...]:
     qkv = (params.hidden_size,) * 3
     return {1: (), 3: qkv, 4: (*qkv, int(params.hidden_size * params.mlp_ratio))}[parts]
 

@@ -114,12 +114,12 @@ class QKNorm(nn.Module):
 class SelfAttention(nn.Module):
     """The attention weights of one stream of a double block. It has no forward: both streams attend together."""
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, proj_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def queries_keys_values(self, x: Tokens) -> tuple[Heads, Heads, Heads]:
         """Normalised queries and keys, and values, of one stream's tokens."""

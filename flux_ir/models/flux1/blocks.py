@@ -34,11 +34,11 @@ def timestep_embedding(t: PerSample, dim: int = TIME_CHANNELS, max_period: float
 class MLPEmbedder(nn.Module):
     """Two linear layers with SiLU between: lifts time, guidance or pooled text to the width of the network."""
 
-    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.in_layer = nn.Linear(in_dim, hidden_dim, bias=bias)
         self.silu = nn.SiLU()
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Conditioning:
         return self.out_layer(self.silu(self.in_layer(x)))
@@ -55,10 +55,10 @@ class ModulationOut(NamedTuple):
 class Modulation(nn.Module):
     """Adaptive layer norm (Peebles & Xie, 2023): shift, scale and gate from the conditioning, once or twice."""
 
-    def __init__(self, dim: int, *, double: bool) -> None:
+    def __init__(self, dim: int, *, double: bool, bias: bool = True) -> None:
         super().__init__()
         self.branches = 2 if double else 1
-        self.lin = nn.Linear(dim, 3 * self.branches * dim)
+        self.lin = nn.Linear(dim, 3 * self.branches * dim, bias=bias)
 
     def forward(self, vec: Conditioning) -> list[ModulationOut]:
         parts = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.branches, dim=-1)
@@ -165,11 +165,11 @@ class SingleStreamBlock(nn.Module):
 class LastLayer(nn.Module):
     """Reads image tokens out as a velocity: adaptive norm, then one linear to the packed latent's channels."""
 
-    def __init__(self, dim: int, out_channels: int) -> None:
+    def __init__(self, dim: int, out_channels: int, *, bias: bool = True) -> None:
         super().__init__()
         self.norm_final = affine_free_norm(dim)
-        self.linear = nn.Linear(dim, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, out_channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=bias))
 
     def forward(self, img: ImgTokens, vec: Conditioning) -> Velocity:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
