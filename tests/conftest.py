@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.models.flux2.autoencoder import Flux2AutoEncoder, Flux2AutoEncoderParams
 from flux_ir.models.flux2.transformer import Flux2, Flux2Params
 
 # A shell's `&` has its children ignore Ctrl-C, and theirs: tests that press it would wait in vain.
@@ -176,6 +177,30 @@ def tiny_autoencoder() -> Callable[..., AutoEncoder]:
 
     def make(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoEncoder:
         return _randomised(AutoEncoder(params), seed).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def tiny_flux2_autoencoder() -> Callable[..., Flux2AutoEncoder]:
+    """Makes a random autoencoder of FLUX.2, as small as `tiny_autoencoder`, with statistics of its own per channel."""
+    params = Flux2AutoEncoderParams(
+        resolution=64,
+        in_channels=3,
+        ch=32,
+        out_ch=3,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=1,
+        z_channels=32,
+        norm_groups=8,
+    )
+
+    def make(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Flux2AutoEncoder:
+        network = _randomised(Flux2AutoEncoder(params), seed)
+        draw = torch.Generator().manual_seed(seed)
+        network.bn.running_mean.copy_(torch.randn(4 * params.z_channels, generator=draw))
+        network.bn.running_var.copy_(0.5 + torch.rand(4 * params.z_channels, generator=draw))
+        return network.to(dtype)
 
     return make
 

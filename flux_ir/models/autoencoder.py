@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +93,14 @@ def _residual_blocks(in_channels: int, out_channels: int, count: int, groups: in
 class AutoEncoder(nn.Module):
     """Pictures in [-1, 1] to latents and back; latents leave shifted and scaled to about unit variance."""
 
+    encoder_type: ClassVar[type[Encoder]] = Encoder
+    decoder_type: ClassVar[type[Decoder]] = Decoder
+
     def __init__(self, params: AutoEncoderParams) -> None:
         super().__init__()
         self.params = params
-        self.encoder = Encoder(params)
-        self.decoder = Decoder(params)
+        self.encoder = self.encoder_type(params)
+        self.decoder = self.decoder_type(params)
 
     def moments(self, x: Image) -> tuple[Latent, Latent]:
         """Mean and log-variance of the latent, in the encoder's own units (training needs both)."""
@@ -106,11 +110,19 @@ class AutoEncoder(nn.Module):
     def encode(self, x: Image) -> Latent:
         """The mean latent, shifted and scaled: no draw, so the same picture always gives the same latent."""
         mean, _ = self.moments(x)
-        return self.params.scale_factor * (mean - self.params.shift_factor)
+        return self.normalised(mean)
 
     def decode(self, z: Latent) -> Image:
         """The picture of a shifted and scaled latent, about [-1, 1] (not clamped)."""
-        return self.decoder(z / self.params.scale_factor + self.params.shift_factor)
+        return self.decoder(self.denormalised(z))
+
+    def normalised(self, mean: Latent) -> Latent:
+        """A latent in the encoder's own units, shifted and scaled to about unit variance."""
+        return self.params.scale_factor * (mean - self.params.shift_factor)
+
+    def denormalised(self, z: Latent) -> Latent:
+        """The reverse: a latent in the encoder's own units."""
+        return z / self.params.scale_factor + self.params.shift_factor
 
     def forward(self, x: Image) -> Image:
         return self.decode(self.encode(x))

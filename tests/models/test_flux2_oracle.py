@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 
 from flux_ir.models.checkpoints.keymap import diffusers_parts, from_diffusers, to_diffusers
+from flux_ir.models.flux2.autoencoder import Flux2AutoEncoder, Flux2AutoEncoderParams
 from flux_ir.models.flux2.transformer import Flux2, Flux2Params
+from flux_ir.sampling.latents import pack
 
 KLEIN_4B = Flux2Params(128, 7680, 3072, 24, 5, 20, guidance_embed=False)
 DEV = Flux2Params(128, 15360, 6144, 48, 8, 48, guidance_embed=True)
+AUTOENCODER = Flux2AutoEncoderParams(256, 3, 128, 3, (1, 2, 4, 4), 2, 32)
 
 
 def their_transformer(params):
@@ -114,6 +117,75 @@ def test_full_size_names_and_shapes_are_theirs(params):
     stored = {
         name: shape
         for our_name, parts in diffusers_parts(ours, params).items()
+        for name, shape in zip(parts.names, parts.shapes(ours[our_name]), strict=True)
+    }
+    assert stored == theirs
+
+
+def their_autoencoder(params):
+    levels = len(params.ch_mult)
+    return AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(params.ch * mult for mult in params.ch_mult),
+        layers_per_block=params.num_res_blocks,
+        latent_channels=params.z_channels,
+        norm_num_groups=params.norm_groups,
+    ).eval()
+
+
+@pytest.fixture
+def picture():
+    return torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def their_statistics(theirs):
+    """As the pipeline reads them: mean and standard deviation, [1, channels, 1, 1]."""
+    mean, variance = theirs.bn.running_mean, theirs.bn.running_var
+    return mean.view(1, -1, 1, 1), torch.sqrt(variance.view(1, -1, 1, 1) + theirs.config.batch_norm_eps)
+
+
+def assert_same_autoencoder(ours, theirs, picture):
+    """Also the order of a token's numbers: the pipeline normalises 2 x 2 patches, and packs them afterwards."""
+    mean, std = their_statistics(theirs)
+    patches = Flux2KleinPipeline._patchify_latents(theirs.encode(picture).latent_dist.mode())
+    z = ours.encode(picture)
+    expected = Flux2KleinPipeline._pack_latents((patches - mean) / std)
+    torch.testing.assert_close(pack(z), expected, rtol=0, atol=1e-5)
+    own_units = Flux2KleinPipeline._unpatchify_latents(Flux2KleinPipeline._patchify_latents(z) * std + mean)
+    torch.testing.assert_close(ours.decode(z), theirs.decode(own_units).sample, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_our_autoencoder_agrees_once_converted(tiny_flux2_autoencoder, picture):
+    ours = tiny_flux2_autoencoder()
+    theirs = their_autoencoder(ours.params)
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), ours.params), strict=True)
+    assert_same_autoencoder(ours, theirs, picture)
+
+
+@torch.no_grad()
+def test_their_autoencoder_agrees_once_converted(tiny_flux2_autoencoder, picture):
+    params = tiny_flux2_autoencoder().params
+    torch.manual_seed(0)
+    theirs = their_autoencoder(params)
+    theirs.bn.running_mean.normal_()
+    theirs.bn.running_var.uniform_(0.5, 1.5)
+    ours = Flux2AutoEncoder(params).eval()
+    state = from_diffusers(theirs.state_dict(), shapes(ours), params)
+    ours.load_state_dict(state, strict=True)
+    assert_same_autoencoder(ours, theirs, picture)
+    back = to_diffusers(state, params)
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_full_size_autoencoder_has_their_names_and_shapes():
+    with torch.device("meta"):
+        ours, theirs = shapes(Flux2AutoEncoder(AUTOENCODER)), shapes(their_autoencoder(AUTOENCODER))
+    stored = {
+        name: shape
+        for our_name, parts in diffusers_parts(ours, AUTOENCODER).items()
         for name, shape in zip(parts.names, parts.shapes(ours[our_name]), strict=True)
     }
     assert stored == theirs

@@ -109,6 +109,8 @@ _MIDDLE = {
     "attn_1.v": "attentions.0.to_v",
     "attn_1.proj_out": "attentions.0.to_out.0",
 }
+# FLUX.2's autoencoder has a 1x1 convolution on either side of the latent; the published file counts them in its halves.
+_QUANT_CONVS = ("encoder.quant_conv.", "decoder.post_quant_conv.")
 _AS_LINEAR = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")
 
 
@@ -197,6 +199,10 @@ def _rows(parts: int, params: FluxParams | Flux2Params) -> tuple[int, ...]:
 
 
 def _autoencoder_name(name: str, levels: int) -> str:
+    if name.startswith("bn."):
+        return name
+    if name.startswith(_QUANT_CONVS):
+        return name.split(".", 1)[1]
     half, module, rest = name.split(".", 2)
     if module == "mid":
         layer = next(ours for ours in _MIDDLE if rest.startswith(f"{ours}."))
