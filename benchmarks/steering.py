@@ -18,7 +18,7 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 from flux_ir.steering.apply import Steering, steered
 from flux_ir.steering.dose import Painter, Variant
 from flux_ir.steering.edits import Edit
@@ -37,7 +37,7 @@ class Doses:
         self.model: Suite = load_model("flux-tiny", device=device)
         side, steps = self.model.spec.default_side_px, self.model.spec.default_steps
         self.grid = Grid(side, side)
-        self.times = get_schedule(steps, self.grid.tokens, shift=self.model.spec.shifts_schedule)
+        self.times = schedule_of(self.model.spec, steps, self.grid.tokens)
         sae = make_sae(SAEConfig("topk", d_in=192, d_sae=1536, k=16, site=SITE, model="flux-tiny"))
         edit = Edit(sae=sae.requires_grad_(False).to(device), feature=12, unit="norm", gate=0.0)
         ready = Steering([edit], self.model.spec, grid=self.grid, num_steps=steps, device=device)

@@ -36,7 +36,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import get_spec
 from flux_ir.sampling.latents import image_ids
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 from flux_ir.sites import Site, as_site, nearest_names
 
 CLIP_IMAGE, CLIP_TEXT = "clip.image", "clip.text"
@@ -157,13 +157,13 @@ class ShardSource:
                 raise steered_runs(shard.path)
             width, height = shard.metadata["width"], shard.metadata["height"]
             img_tokens = image_ids(1, height, width).shape[1]
-            shift = get_spec(shard.metadata["model"]).shifts_schedule
+            spec = get_spec(shard.metadata["model"])
             return Sampling(
                 shard.metadata["prompts"][row],
                 shard.metadata["seeds"][row],
                 width,
                 height,
-                tuple(get_schedule(made["num_steps"], img_tokens, shift=shift)),
+                tuple(schedule_of(spec, made["num_steps"], img_tokens)),
                 float(made["guidance"]),
                 getattr(torch, made["dtype"]),
             )

@@ -34,7 +34,7 @@ from flux_ir.models.suite import Suite
 from flux_ir.recording.hooks import is_outside
 from flux_ir.sampling.generate import check_size
 from flux_ir.sampling.pictures import PictureGiven, RunPictures, settle_pictures
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 from flux_ir.sites import Site
 from flux_ir.steering.regions import Grid
 
@@ -240,7 +240,7 @@ class PictureSettings(ModelSettings):
         check_size(height, width)
         num_steps = spec.default_steps if self.num_steps is None else self.num_steps
         grid = Grid(width, height)
-        timesteps = get_schedule(num_steps, grid.tokens, shift=spec.shifts_schedule)
+        timesteps = schedule_of(spec, num_steps, grid.tokens)
         guidance = spec.default_guidance if self.guidance is None else self.guidance
         return SettledPicture(grid, timesteps, guidance, given)
 

@@ -17,7 +17,7 @@ from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import TextEncoders
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.sampling.latents import image_ids
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 from flux_ir.shapes import Pooled
 from flux_ir.sites import Site
 
@@ -78,7 +78,7 @@ class Recipe:
     @property
     def timesteps(self) -> list[float]:
         """The sampler's schedule."""
-        return get_schedule(self.num_steps, self.img_tokens, shift=self.spec.shifts_schedule)
+        return schedule_of(self.spec, self.num_steps, self.img_tokens)
 
     def plan(self, item: WorkItem | None = None) -> CapturePlan:
         """What is kept of one generation, and in which shapes. None: of any, where only the shapes are asked for."""

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
@@ -17,6 +18,10 @@ from flux_ir.sites import Site, all_sites, text_sites
 ASSETS = Path(__file__).with_name("assets")
 PARAMS_FILE = "params.json"
 PROVENANCE_FILE = "provenance.json"
+
+ScheduleShift = Literal["none", "linear", "empirical"]
+"""none: the times are even. linear: they move as the picture grows (FLUX.1). empirical: as it grows, and the more the
+fewer steps there are (FLUX.2)."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class ModelSpec:
     clip_tokens: int
     """Length every prompt is padded to for CLIP."""
     default_steps: int
-    shifts_schedule: bool
-    """Whether the times of the Euler steps move towards noise as the picture grows."""
+    schedule_shift: ScheduleShift
+    """How the times of the Euler steps move towards noise: see `ScheduleShift`."""
     default_guidance: float
     default_side_px: int
     licence: str
@@ -123,7 +128,7 @@ _DEV = ModelSpec(
     clip_layers=12,
     clip_tokens=77,
     default_steps=50,
-    shifts_schedule=True,
+    schedule_shift="linear",
     default_guidance=2.5,
     default_side_px=256,
     licence="FLUX.1 [dev] Non-Commercial License",
@@ -167,7 +172,7 @@ _SCHNELL = replace(
     transformer_env=("FLUX_SCHNELL", "FLUX_MODEL"),
     text_tokens=256,
     default_steps=4,
-    shifts_schedule=False,
+    schedule_shift="none",
     licence="Apache-2.0",
 )
 
@@ -220,7 +225,7 @@ def packaged_spec(name: str, folder: Path) -> ModelSpec:
         clip_layers=clip["num_hidden_layers"],
         clip_tokens=clip["max_position_embeddings"],
         default_steps=facts["default_steps"],
-        shifts_schedule=facts.get("shifts_schedule", False),
+        schedule_shift="linear" if facts.get("shifts_schedule") else "none",
         default_guidance=2.5,
         default_side_px=autoencoder.resolution,
         licence="Apache-2.0",

@@ -42,7 +42,7 @@ from flux_ir.recording.recorder import Recorder, StepContext
 from flux_ir.sampling.denoise import clean_estimate, per_sample
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.latents import TOKEN_PX
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 from flux_ir.shapes import Conditioning, PackedLatent
 from flux_ir.sites import Site, block_outputs
 from flux_ir.steering.apply import Steering, steered
@@ -140,7 +140,7 @@ class Studio:
             begun = time.perf_counter()
             text, notes = self._embedding(prompt)
             steering = self._steering(edits, num_steps)
-            timesteps = get_schedule(num_steps, self.grid.tokens, shift=self.suite.spec.shifts_schedule)
+            timesteps = schedule_of(self.suite.spec, num_steps, self.grid.tokens)
             latent, sink = self._sample(text, seed, timesteps, steering, progress)
             with phase(progress, "picture"):
                 (picture,) = self._decode(latent)

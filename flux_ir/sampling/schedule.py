@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.registry import ModelSpec
 
 SHIFT_TOKENS = (256, 4096)  # image tokens between which the shift is interpolated
 
@@ -33,6 +34,30 @@ def get_schedule(
         slope = (max_shift - base_shift) / (high - low)
         times = shift_times(times, slope * image_seq_len + (base_shift - slope * low))
     return times.tolist()
+
+
+def schedule_of(spec: ModelSpec, num_steps: int, img_tokens: int) -> list[float]:
+    """The `num_steps + 1` flow times, from 1 to 0, that this model is sampled at for pictures of so many tokens.
+
+    Raises FluxIRError if there is no step.
+    """
+    if spec.schedule_shift == "empirical":
+        even = get_schedule(num_steps, img_tokens, shift=False)
+        return shift_times(torch.tensor(even), empirical_mu(num_steps, img_tokens)).tolist()
+    return get_schedule(num_steps, img_tokens, shift=spec.schedule_shift == "linear")
+
+
+def empirical_mu(num_steps: int, img_tokens: int) -> float:
+    """FLUX.2's shift: a line in the image tokens for 10 steps, one for 200, and in between a line in the steps.
+
+    Both lines are fits of the published sampler. Above 4300 tokens the second one holds for any number of steps.
+    """
+    of_200 = 0.00016927 * img_tokens + 0.45666666
+    if img_tokens > 4300:
+        return of_200
+    of_10 = 8.73809524e-05 * img_tokens + 1.89833333
+    slope = (of_200 - of_10) / 190
+    return slope * num_steps + (of_200 - 200 * slope)
 
 
 def first_step(num_steps: int, strength: float, flag: str = "strength") -> int:

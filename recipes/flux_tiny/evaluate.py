@@ -29,7 +29,7 @@ from flux_ir.models.suite import Suite
 from flux_ir.models.text import encode
 from flux_ir.sampling.generate import decode, noise_for, prepare, sample
 from flux_ir.sampling.latents import image_ids
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 
 NOISE_SEED = 1_000_000  # far from the seeds people try first
 CAPTION_SEED = 5
@@ -57,7 +57,7 @@ BARS = (
 def draw_captions(suite: Suite, captions: list[str], num_steps: int) -> Iterator[np.ndarray]:
     """One picture, uint8 [side, side, 3], per caption, each from a noise of its own."""
     spec, side = suite.spec, suite.spec.default_side_px
-    timesteps = get_schedule(num_steps, image_ids(1, side, side).shape[1], shift=spec.shifts_schedule)
+    timesteps = schedule_of(spec, num_steps, image_ids(1, side, side).shape[1])
     with suite.text_encoders() as text, suite.transformer() as flux, suite.autoencoder() as autoencoder:
         for start in range(0, len(captions), BATCH):
             prompts = captions[start : start + BATCH]

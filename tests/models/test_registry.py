@@ -48,12 +48,12 @@ def test_default_model_comes_first_and_flux_tiny_is_among_the_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "shifts", "text_tokens"),
-    [("flux-schnell", 4, False, 256), ("flux-dev", 50, True, 512), ("flux-dev-kontext", 30, True, 512)],
+    ("name", "steps", "shift", "text_tokens"),
+    [("flux-schnell", 4, "none", 256), ("flux-dev", 50, "linear", 512), ("flux-dev-kontext", 30, "linear", 512)],
 )
-def test_sampling_facts_are_those_of_the_reference(name, steps, shifts, text_tokens):
+def test_sampling_facts_are_those_of_the_reference(name, steps, shift, text_tokens):
     spec = get_spec(name)
-    assert (spec.default_steps, spec.shifts_schedule, spec.text_tokens) == (steps, shifts, text_tokens)
+    assert (spec.default_steps, spec.schedule_shift, spec.text_tokens) == (steps, shift, text_tokens)
 
 
 def test_variables_of_one_model_come_before_the_general_ones():

@@ -7,7 +7,7 @@ from flux_ir import MemorySink, Recorder, TextRecorder, encode_prompt, load_mode
 from flux_ir.errors import FluxIRError
 from flux_ir.sae.architectures.config import SAEConfig
 from flux_ir.sae.architectures.make import make_sae
-from flux_ir.sampling.schedule import get_schedule
+from flux_ir.sampling.schedule import schedule_of
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.edits import Edit
 from flux_ir.steering.regions import Grid
@@ -29,7 +29,7 @@ def sae_of(site, d_in):
 def measured(model, edit):
     empty = Steering((), model.spec, grid=GRID, num_steps=STEPS)
     text = encode_prompt(model, "a small blue star at the top on a black background")
-    times = get_schedule(STEPS, GRID.tokens, shift=model.spec.shifts_schedule)
+    times = schedule_of(model.spec, STEPS, GRID.tokens)
     alone = empty.of([stand_in(edit, empty)])
     return settled(edit, alone, model, text, seed=3, timesteps=times, guidance=1.0), text
 
