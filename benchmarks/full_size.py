@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from flux_ir import read_capture
 from flux_ir.files import complete_file
+from flux_ir.models.architecture import block_names
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.inspect import inspect
 from flux_ir.models.checkpoints.load import Weights
 from flux_ir.models.flux1.attention import rotary_table
-from flux_ir.models.flux1.transformer import Flux, block_names
+from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.reader import Capture
 from flux_ir.sampling.denoise import per_sample

@@ -24,8 +24,8 @@ from flux_ir.api.recorded_run import Recorded, as_recorded, check_run, recorded_
 from flux_ir.api.steer import SteeringJob, SteerSettings, settle, text_of
 from flux_ir.errors import FluxIRError
 from flux_ir.lens.decode import ROUNDING_DRIFT
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -368,7 +368,7 @@ def identity_of(
 
 def find_states(
     job: SteeringJob,
-    model: Flux,
+    model: Transformer,
     text: TextEmbedding,
     recorded: Recorded | None,
     notes: Notes,
@@ -391,7 +391,7 @@ def find_states(
     return found.before
 
 
-def inputs_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> Inputs:
+def inputs_of(job: SteeringJob, model: Transformer, text: TextEmbedding) -> Inputs:
     """What the network is called with at the first step."""
     width, height = job.picture.grid
     noise = noise_for([job.settings.seed], height, width, model.img_in.weight.device, job.machine.compute.dtype)
@@ -400,7 +400,7 @@ def inputs_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> Inputs:
 
 def estimate(
     job: SteeringJob,
-    model: Flux,
+    model: Transformer,
     text: TextEmbedding,
     states: Sequence[Tensor],
     sources: Sequence[Source],

@@ -18,9 +18,9 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file, versions, write_json
 from flux_ir.lens.measures import json_number, psnr_db, relative_distance
+from flux_ir.models.architecture import TransformerParams, block_names, transformer_of
 from flux_ir.models.checkpoints.load import Weights
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import OffloadWord
 from flux_ir.models.quantisation import Method, codes_bytes, quantise, quantised_weights, widen
@@ -197,7 +197,7 @@ def weight_errors(suite: Suite, method: Method) -> Iterator[tuple[str, float]]:
     """The relative error of the quantised weights of each block, in depth order: quantised anew, in float32."""
     params, source = suite.spec.flux, suite.source
     with torch.device("meta"):
-        blank = Flux(params)
+        blank = transformer_of(params)
     read_into = Weights(blank, source.transformer, source.loras).read_into
     for block in block_names(params):
         lost = whole = 0.0
@@ -214,7 +214,7 @@ def weight_errors(suite: Suite, method: Method) -> Iterator[tuple[str, float]]:
 class BlockOutputs:
     """The relative errors of the outputs of blocks, as `PairedRuns` tells them."""
 
-    def __init__(self, params: FluxParams) -> None:
+    def __init__(self, params: TransformerParams) -> None:
         self.alone: Mapping[str, list[float]] = {name: [] for name in block_names(params)}
         """Of every block and step, given the exact run's input."""
         self.in_run: Mapping[str, list[float]] = {name: [] for name in block_names(params)}

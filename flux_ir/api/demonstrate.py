@@ -29,9 +29,9 @@ from flux_ir.features.effect import why_not_run
 from flux_ir.features.folder import FeatureFolder, open_features
 from flux_ir.features.scoring import Scoring
 from flux_ir.files import read_json, versions, write_json
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Stream
@@ -224,7 +224,7 @@ class _Demonstrating:
         lpips = self._lpips([one.grid for some in scenes.values() for one in some])
         about = f"{suite.spec.name}, {folder.settings.site}"
         with ExitStack() as stack:
-            networks: tuple[Flux, AutoEncoder] | None = None
+            networks: tuple[Transformer, AutoEncoder] | None = None
             texts: Mapping[str, TextEmbedding] = {}
             if self._missing([one for some in scenes.values() for one in some]):
                 texts = self._texts(suite, [one.sampling.prompt for some in scenes.values() for one in some])
@@ -354,7 +354,7 @@ class _Demonstrating:
         return [one for one in scenes if not all(map(one.folder.has, self._variants(one)))]
 
     def _make(
-        self, scene: _SceneJob, flux: Flux, autoencoder: AutoEncoder, text: TextEmbedding, dtype: torch.dtype
+        self, scene: _SceneJob, flux: Transformer, autoencoder: AutoEncoder, text: TextEmbedding, dtype: torch.dtype
     ) -> None:
         """Makes what is missing of one scene, and keeps each picture as soon as it is made."""
         sampling = scene.sampling

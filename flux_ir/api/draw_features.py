@@ -30,9 +30,9 @@ from flux_ir.features.labels import read_labels
 from flux_ir.features.scoring import Scoring, half_of
 from flux_ir.features.selection import Ranked, Selection, ranked, read_lists
 from flux_ir.files import complete_file
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sites import Site, Stream
 from flux_ir.visualize.feature_sheet import SheetPicture, draw_feature_sheet
@@ -248,7 +248,7 @@ class Drawing:
         return dict(zip(self.chosen.features, pictures[1:], strict=True))
 
     def _studio(
-        self, scoring: Scoring, model: Flux, autoencoder: AutoEncoder, canvas: Canvas, empty: TextEmbedding
+        self, scoring: Scoring, model: Transformer, autoencoder: AutoEncoder, canvas: Canvas, empty: TextEmbedding
     ) -> Studio:
         folder, table = self.folder, self.folder.table(self.stream)
         site = half_of(Site.parse(str(folder.settings.site)), self.stream)

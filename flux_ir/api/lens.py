@@ -18,13 +18,13 @@ from flux_ir.layout import Lens, RunFolder, find_run, is_run_name, newest_captur
 from flux_ir.lens.decode import ROUNDING_DRIFT, LensDecoder, lens_report, read_picture
 from flux_ir.lens.readout import readable_sites
 from flux_ir.lens.tuned import TunedLens, load_tuned_lens
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, stream_flux
 from flux_ir.models.checkpoints.locate import ModelSource, locate_autoencoder, locate_transformer
 from flux_ir.models.checkpoints.lora.read import read_loras
 from flux_ir.models.checkpoints.paths import CACHE, HUB, PACKAGE
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
@@ -194,7 +194,7 @@ def decode_run(
     progress: Watch,
     folder: RunFolder,
     capture: Capture,
-    model: Flux,
+    model: Transformer,
     autoencoder: AutoEncoder,
     lenses: Sequence[Lens],
     *,

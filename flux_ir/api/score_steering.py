@@ -25,7 +25,7 @@ from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.steering_captures import SteeringCaptures
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.files import versions, write_json
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.encoders import encode
@@ -340,7 +340,7 @@ class _Scoring:
         return self.model.suite(self.machine, self.progress)
 
     @cached_property
-    def _model(self) -> Flux:
+    def _model(self) -> Transformer:
         return self.stack.enter_context(self._suite.transformer())
 
     @cached_property

@@ -22,8 +22,8 @@ from flux_ir.api.capture import settle_text
 from flux_ir.api.model_settings import GivenPictureSettings, Machine, SettledPicture, identity_of_pictures
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -380,7 +380,7 @@ def texts_of(job: SteeringJob, plain: TextEmbedding) -> dict[float | None, TextE
     return texts
 
 
-def neurons_of(job: SteeringJob, model: Flux, text: TextEmbedding) -> dict[Site, tuple[int, Tensor]]:
+def neurons_of(job: SteeringJob, model: Transformer, text: TextEmbedding) -> dict[Site, tuple[int, Tensor]]:
     """The best aligned neuron of each site, under the conditioning at the middle of the schedule."""
     device, dtype = model.img_in.weight.device, job.machine.compute.dtype
     middle = job.picture.timesteps[job.picture.num_steps // 2]

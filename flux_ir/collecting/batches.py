@@ -20,7 +20,7 @@ from flux_ir.collecting.embeddings import EmbeddedPrompt
 from flux_ir.collecting.prompts import WorkItem
 from flux_ir.collecting.recipe import Recipe, recorded_bytes
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.sharded import ShardedFlux
 from flux_ir.models.split import SplitFlux
 from flux_ir.models.streamed_flux import StreamedFlux
@@ -79,7 +79,7 @@ class RecordedBatch(NamedTuple):
 
 @torch.no_grad()
 def record_batch(
-    model: Flux, recipe: Recipe, items: Sequence[WorkItem], embedded: Sequence[EmbeddedPrompt]
+    model: Transformer, recipe: Recipe, items: Sequence[WorkItem], embedded: Sequence[EmbeddedPrompt]
 ) -> RecordedBatch:
     """Sample a batch of generations as far as the recipe needs, and bring what it records to the CPU.
 
@@ -168,7 +168,7 @@ def cpu_batch(recipe: Recipe) -> int:
     return min(CPU_BATCH, _most_in_memory(recipe))
 
 
-def gpu_batch(model: Flux, recipe: Recipe) -> int:
+def gpu_batch(model: Transformer, recipe: Recipe) -> int:
     """The largest power of two that fits on the model's GPUs, found by trying with as many as will be under way."""
     count = batches_under_way(model)
     networks = replicas(model, count)
@@ -203,12 +203,12 @@ def _most_in_memory(recipe: Recipe) -> int:
     return max(1, MOST_BYTES // recorded_bytes(recipe))
 
 
-def run_along(model: Flux, recipe: Recipe) -> None:
+def run_along(model: Transformer, recipe: Recipe) -> None:
     """Calls the blocks that a batch calls, in its order, for ranks that have one; of a single picture, unedited."""
     _try(model, replace(recipe, edits=None), 1)
 
 
-def _try(model: Flux, recipe: Recipe, batch: int) -> None:
+def _try(model: Transformer, recipe: Recipe, batch: int) -> None:
     """Records a batch of this size from texts of zeros, and keeps nothing."""
     flux = recipe.spec.flux
     txt, y = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim), torch.zeros(1, flux.vec_in_dim)
@@ -220,7 +220,7 @@ def _try(model: Flux, recipe: Recipe, batch: int) -> None:
 # ---- A network for each thread that works beside others
 
 
-def batches_under_way(network: Flux) -> int:
+def batches_under_way(network: Transformer) -> int:
     """How many batches are computed at once: one per thread of a CPU, one on a GPU, and as many as there are devices
     where blocks are split over several: of a batch only one device has work at a time. Of a network that is sharded
     over ranks one: all of them call its blocks in the same order.
@@ -232,13 +232,13 @@ def batches_under_way(network: Flux) -> int:
     return torch.get_num_threads() if network.img_in.weight.device.type == "cpu" else 1
 
 
-def replicas(network: Flux, count: int) -> "SimpleQueue[Flux]":
+def replicas(network: Transformer, count: int) -> "SimpleQueue[Transformer]":
     """The network once per thread: all share its weights, and each has modules of its own to hook.
 
     Hooks belong to modules: two threads that record at one module would record each other's batches. A network whose
     weights are streamed is there once: threads wait for it, and while one computes the next weights are read.
     """
-    networks: SimpleQueue[Flux] = SimpleQueue()
+    networks: SimpleQueue[Transformer] = SimpleQueue()
     networks.put(network)
     if isinstance(network, StreamedFlux):
         return networks
@@ -249,7 +249,7 @@ def replicas(network: Flux, count: int) -> "SimpleQueue[Flux]":
 
 
 @contextmanager
-def borrowed(networks: "SimpleQueue[Flux]") -> Iterator[Flux]:
+def borrowed(networks: "SimpleQueue[Transformer]") -> Iterator[Transformer]:
     """One of the replicas, for as long as the `with` lasts."""
     network = networks.get()
     try:

@@ -70,8 +70,8 @@ from flux_ir.collecting.storage import Storage
 from flux_ir.distributed import Ranks, all_max, arrivals, first_rank_value
 from flux_ir.errors import FluxIRError
 from flux_ir.files import disk_error
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.sharded import ShardedFlux, current_device
 from flux_ir.models.split import SplitFlux
 from flux_ir.models.suite import Suite
@@ -232,7 +232,7 @@ class Collector:
         return all_max(own, self.ranks) - own
 
     @contextmanager
-    def _networks(self) -> Iterator[tuple[Flux, AutoEncoder | None]]:
+    def _networks(self) -> Iterator[tuple[Transformer, AutoEncoder | None]]:
         """The transformer, and the autoencoder where pictures are kept, on their devices."""
         with ExitStack() as loaded:
             model = loaded.enter_context(self.suite.transformer())
@@ -240,7 +240,7 @@ class Collector:
             yield model, loaded.enter_context(self.suite.autoencoder()) if decodes else None
 
     def _written(
-        self, model: Flux, autoencoder: AutoEncoder | None, shards: Iterable[ShardWork]
+        self, model: Transformer, autoencoder: AutoEncoder | None, shards: Iterable[ShardWork]
     ) -> "Generator[WrittenBatch, None, None]":
         """Every batch of these shards, in order, once it is in its shard's scratch file."""
         under_way = batches_under_way(model)
@@ -272,7 +272,7 @@ class Collector:
                 first += len(items)
 
     def _sample(
-        self, networks: "SimpleQueue[Flux]", autoencoder: AutoEncoder | None, batch: "_ShardBatch"
+        self, networks: "SimpleQueue[Transformer]", autoencoder: AutoEncoder | None, batch: "_ShardBatch"
     ) -> "_Sampled":
         """Samples and records a batch, and decodes its pictures where they are kept."""
         embedded = [self._embedded(item.prompt) for item in batch.items]

@@ -29,7 +29,7 @@ from flux_ir.collecting.embeddings import EmbeddedPrompt, embed_prompts
 from flux_ir.collecting.prompts import WorkItem, WorkList
 from flux_ir.collecting.recipe import Recipe, edited_text
 from flux_ir.distributed import Ranks
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite
 from flux_ir.recording.plan import ScaleOf, pieces_of_site, positions
 from flux_ir.threads import in_order
@@ -117,7 +117,7 @@ def _embedded(suite: Suite, recipe: Recipe, prompts: list[str]) -> dict[str, Emb
         return dict(zip(different, embed_prompts(encoders, different), strict=True))
 
 
-def _record(networks: "SimpleQueue[Flux]", recipe: Recipe, batch: _Batch) -> tuple[int, RecordedBatch]:
+def _record(networks: "SimpleQueue[Transformer]", recipe: Recipe, batch: _Batch) -> tuple[int, RecordedBatch]:
     with borrowed(networks) as network:
         recorded = record_batch(network, recipe, batch.items, batch.embedded)
     check_finite(recipe, recorded)

@@ -12,7 +12,7 @@ import torch
 
 from flux_ir.activations.shards import POSITIONS_KEY, ShardTensor, scale_key, site_key, state_key
 from flux_ir.collecting.prompts import WorkItem
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import TextEncoders
 from flux_ir.recording.plan import CapturePlan
@@ -26,7 +26,7 @@ from flux_ir.sites import Site
 class RunEdits(Protocol):
     """Edits that every generation is made with; `steering`, which stands above this room, makes them."""
 
-    def during(self, model: Flux) -> AbstractContextManager[None]:
+    def during(self, model: Transformer) -> AbstractContextManager[None]:
         """While it lasts, the transformer is edited."""
 
     def during_text(self, encoders: TextEncoders) -> AbstractContextManager[None]:

@@ -25,8 +25,8 @@ from torch.nn.functional import normalize
 
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.files import complete_file
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.intervention import Change, Intervention
 from flux_ir.sampling.denoise import per_sample
@@ -61,7 +61,7 @@ def reads_out(site: Site) -> bool:
 
 @torch.no_grad()
 def read_out(
-    model: Flux,
+    model: Transformer,
     autoencoder: AutoEncoder,
     directions: Float[Tensor, "features d"],
     mean: Float[Tensor, "d"],
@@ -84,7 +84,7 @@ def read_out(
 
 @torch.no_grad()
 def icons(
-    model: Flux,
+    model: Transformer,
     autoencoder: AutoEncoder,
     site: Site,
     amounts: Float[Tensor, "features d"] | None,
@@ -110,7 +110,7 @@ def icons(
 class Studio(NamedTuple):
     """All that it takes to draw the features of one site."""
 
-    model: Flux
+    model: Transformer
     autoencoder: AutoEncoder
     site: Site
     """A site of one stream."""

@@ -21,7 +21,7 @@ from flux_ir.activations.blocks import SampledSource
 from flux_ir.errors import FluxIRError
 from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.scoring import half_of
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.registry import model_names
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.intervention import Intervention
@@ -35,7 +35,7 @@ SIGN_VECTORS = 8
 
 
 def gradients(
-    model: Flux,
+    model: Transformer,
     site: Site,
     inputs: Inputs,
     t_curr: float,
@@ -136,7 +136,7 @@ def generations_for(folder: FeatureFolder, count: int) -> list[int]:
 
 def add_generation(
     meters: Mapping[Stream, EffectMeter],
-    model: Flux,
+    model: Transformer,
     folder: FeatureFolder,
     source: SampledSource,
     image: int,
@@ -170,6 +170,8 @@ def add_generation(
                 meter.add(gradient[0, rows], token, active.feature)
 
 
-def _sampled_to(model: Flux, inputs: Inputs, timesteps: tuple[float, ...], guidance: float, step: int) -> PackedLatent:
+def _sampled_to(
+    model: Transformer, inputs: Inputs, timesteps: tuple[float, ...], guidance: float, step: int
+) -> PackedLatent:
     """The state that a step begins with, from noise on."""
     return next(one.before for one in sample(model, inputs, list(timesteps), guidance) if one.number == step)

@@ -20,8 +20,8 @@ from flux_ir.files import complete_file
 from flux_ir.layout import Lens, RunFolder
 from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distance
 from flux_ir.lens.readout import Reading, TokenMap, read_step, readable_sites
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.recording.reader import Capture
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
@@ -92,7 +92,7 @@ class LensDecoder:
     def __init__(
         self,
         capture: Capture,
-        model: Flux,
+        model: Transformer,
         autoencoder: AutoEncoder,
         folder: RunFolder,
         lenses: Sequence[Lens],

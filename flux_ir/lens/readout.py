@@ -12,7 +12,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.layout import Lens
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.recording.reader import Capture
 from flux_ir.sampling.denoise import clean_estimate, euler_step, per_sample
 from flux_ir.shapes import Conditioning, ImgTokens, PackedLatent, Tokens, Velocity
@@ -49,7 +49,7 @@ class TokenMap(Protocol):
         """Tokens in the shape and dtype of those given; the very same where nothing is done."""
 
 
-def velocity_at(model: Flux, block_output: Tokens, vec: Conditioning, *, txt_tokens: int = 0) -> Velocity:
+def velocity_at(model: Transformer, block_output: Tokens, vec: Conditioning, *, txt_tokens: int = 0) -> Velocity:
     """The velocity [latent units per unit of flow time] the network would predict if it stopped at this block.
 
     A single-stream block carries text and image together: `txt_tokens` leading tokens are dropped (0 for the image half
@@ -95,7 +95,12 @@ def readable_sites(capture: Capture) -> list[Site]:
 
 @torch.no_grad()
 def read_step(
-    model: Flux, capture: Capture, step: int, sites: Sequence[Site] | None = None, *, tuned: TokenMap | None = None
+    model: Transformer,
+    capture: Capture,
+    step: int,
+    sites: Sequence[Site] | None = None,
+    *,
+    tuned: TokenMap | None = None,
 ) -> Iterator[Reading]:
     """Every readable block of one captured step, or these `sites`, in depth order, computed in the dtype of the model.
 

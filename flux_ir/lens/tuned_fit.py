@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_ir.activations.shard_source import ShardSource
 from flux_ir.errors import FluxIRError
 from flux_ir.lens.ridge import AffineMap, RidgeSums
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.sampling.denoise import per_sample
 from flux_ir.shapes import ImgTokens, Pooled, Velocity
 from flux_ir.sites import Site
@@ -57,7 +57,7 @@ class FitData:
     last: Site
 
     @torch.no_grad()
-    def rows(self, model: Flux, site: Site | None, step: int, *parts: Part) -> Iterator[Rows]:
+    def rows(self, model: Transformer, site: Site | None, step: int, *parts: Part) -> Iterator[Rows]:
         """The generations of these parts, some at a time; `site` None is the network's input."""
         device = model.img_in.weight.device
         for run in self.source.runs:
@@ -112,7 +112,7 @@ class Fitted(NamedTuple):
 
 
 @torch.no_grad()
-def fit_map(data: FitData, model: Flux, site: Site | None, step: int) -> Fitted:
+def fit_map(data: FitData, model: Transformer, site: Site | None, step: int) -> Fitted:
     """The map of one block (None: the network's input) at one step.
 
     Fitted on one part of the training prompts with every strength; the one whose velocity is best on the other part is
@@ -149,7 +149,7 @@ class SiteErrors(NamedTuple):
 
 @torch.no_grad()
 def judge_site(
-    data: FitData, model: Flux, site: Site | None, steps: Sequence[int], maps: Mapping[int, AffineMap | None]
+    data: FitData, model: Transformer, site: Site | None, steps: Sequence[int], maps: Mapping[int, AffineMap | None]
 ) -> SiteErrors:
     """One block (None: the network's input) at all steps, read as it is and through the map of every step."""
     plain: list[float] = []
@@ -168,7 +168,7 @@ def judge_site(
 
 
 @torch.no_grad()
-def judge_mean(data: FitData, model: Flux, steps: Sequence[int]) -> list[float]:
+def judge_mean(data: FitData, model: Transformer, steps: Sequence[int]) -> list[float]:
     """The error of the mean velocity of the training prompts (a number per channel), by step."""
     errors = []
     for step in steps:
@@ -202,7 +202,7 @@ class _Spread:
         return (self.squares - self.rows * self.mean.square()).sum().item()
 
 
-def _read(model: Flux, rows: Rows, added: AffineMap | None) -> Velocity:
+def _read(model: Transformer, rows: Rows, added: AffineMap | None) -> Velocity:
     return model.read_out(rows.block if added is None else added.applied_to(rows.block), rows.vec)
 
 

@@ -9,6 +9,7 @@ else is in the list: it is a choice among these, and no measure of how much of a
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.blocks import DoubleStreamBlock, modulate
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
+from flux_ir.models.flux1.blocks import ModulationOut, modulate
 from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.recording.hooks import NOT_CALLED, Listener, StepHooks, named
 from flux_ir.shapes import Conditioning, Context, Heads
@@ -50,7 +51,7 @@ class ConceptMapper(StepHooks):
 
     def __init__(
         self,
-        model: Flux,
+        model: Transformer,
         concepts: Context,
         take: Callable[[int, int, Scores], None],
         *,
@@ -104,23 +105,23 @@ class ConceptMapper(StepHooks):
         assert self._vec is not None
         img = slice(self._tokens.txt, self._tokens.txt + self._tokens.img)
         k, v = self._keys[:, :, img], args[2][:, :, img]
-        block = self.model.get_submodule(f"double_blocks.{site.block}")
-        assert isinstance(block, DoubleStreamBlock)
-        out, self._stream = _through(block, self._stream.to(k.device), self._vec.to(k.device), k, v)
+        block: Any = self.model.get_submodule(f"double_blocks.{site.block}")
+        mods = self.model.modulation(replace(site, stream="txt", part=None), self._vec.to(k.device))
+        out, self._stream = _through(block, mods, self._stream.to(k.device), k, v)
         self._keys = None
         if site.block in self.blocks:
             self.take(self._step, site.block, out.float() @ output[:, img].float().mT)
         self._to_come.discard(site)
 
 
-def _through(block: DoubleStreamBlock, x: Tensor, vec: Conditioning, k: Heads, v: Heads) -> tuple[Tensor, Tensor]:
+def _through(block: Any, mods: Sequence[ModulationOut], x: Tensor, k: Heads, v: Heads) -> tuple[Tensor, Tensor]:
     """What attention gives the concepts in this block, heads joined, and their stream behind the block.
 
     As the text's half of the block, but with keys and values of concepts and image. Modules are run by their `forward`,
     which calls no hooks: recorders and edits of the text's sites must not hear the concepts. Concepts stand at position
     0 as text does, so rotation leaves their queries and keys as they are.
     """
-    mod1, mod2 = block.txt_mod.forward(vec)
+    mod1, mod2 = mods
     normed = modulate(block.txt_norm1.forward(x), mod1.shift, mod1.scale)
     q, own_k, own_v = block.txt_attn.queries_keys_values(normed)
     attended = F.scaled_dot_product_attention(q, torch.cat([own_k, k], dim=2), torch.cat([own_v, v], dim=2))

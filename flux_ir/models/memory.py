@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError, in_units
+from flux_ir.models.architecture import block_names
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.blocks import Modulation
-from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.placement import OffloadWord, Placement
 from flux_ir.models.quantisation import Method, Waits, codes_bytes
 from flux_ir.models.streaming import SLOTS, unit_of

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from flux_ir.models.architecture import block_names
 from flux_ir.models.flux1.blocks import Modulation
-from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.streaming import unit_of
 
 Method = Literal["nf4", "int8", "fp8"]

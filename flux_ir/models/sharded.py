@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
+from flux_ir.models.architecture import block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 
 
 class ShardedFlux(Flux):

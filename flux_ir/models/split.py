@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
+from flux_ir.models.architecture import block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import Placement
 from flux_ir.shapes import Velocity

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from flux_ir.models.architecture import block_names
 from flux_ir.models.flux1.blocks import Modulation, ModulationOut
-from flux_ir.models.flux1.transformer import Flux, FluxParams, block_names
+from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.streaming import SLOTS, BlockStream, Fetch, Turns, Watch, fill_the_rest, unit_of
 from flux_ir.shapes import (
     CondIds,

@@ -34,7 +34,7 @@ from flux_ir.api.progress import Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.lens.readout import velocity_at
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding, encode
 from flux_ir.playing.dictionaries import ActiveFeature, Dictionary, open_dictionaries
@@ -339,7 +339,7 @@ class _Heard:
     """
 
     def __init__(
-        self, model: Flux, timesteps: Sequence[float], guidance: float, blocks: set[Site], read: set[Site]
+        self, model: Transformer, timesteps: Sequence[float], guidance: float, blocks: set[Site], read: set[Site]
     ) -> None:
         self.model, self.timesteps, self.guidance, self.blocks, self.read = model, timesteps, guidance, blocks, read
         self.believed: dict[int, dict[Site, PackedLatent]] = {}

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import TextEncoders
 from flux_ir.sites import Site, text_sites
 
@@ -77,7 +77,9 @@ class StepHooks(Hooked):
     number of the first forward: not 0 where a picture is begun with, and the steps before it are not run.
     """
 
-    def __init__(self, model: Flux, sites: Iterable[Site], steps: Collection[int] | None, first_step: int = 0) -> None:
+    def __init__(
+        self, model: Transformer, sites: Iterable[Site], steps: Collection[int] | None, first_step: int = 0
+    ) -> None:
         self.model, self.sites = model, tuple(sites)
         self.steps = None if steps is None else frozenset(steps)
         self.first_step = first_step
@@ -148,7 +150,7 @@ def named(sites: Iterable[Site]) -> str:
     return ", ".join(map(str, sorted(sites)))
 
 
-def check_not_compiled(model: Flux, sites: Iterable[Site]) -> None:
+def check_not_compiled(model: Transformer, sites: Iterable[Site]) -> None:
     """Raises FluxIRError if the model is compiled, or a module around one of the sites is."""
     for site in (None, *sites):
         names = module_of(site).split(".") if site else []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.recording.hooks import (
     NOT_CALLED,
@@ -64,7 +64,7 @@ class Intervention(StepHooks):
 
     def __init__(
         self,
-        model: Flux | Suite,
+        model: Transformer | Suite,
         edits: Mapping[str | Site, Change],
         *,
         steps: Collection[int] | None = None,

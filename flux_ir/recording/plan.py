@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import FluxParams
+from flux_ir.models.architecture import TransformerParams
 from flux_ir.recording.recorder import StepContext
 from flux_ir.recording.stored_dtype import FLOAT8, READ_AS, ROUNDED, rounded, scaled
 from flux_ir.sites import Site, check_sites
@@ -33,7 +33,7 @@ class CapturePlan:
     Raises FluxIRError for sites the model does not have and steps the schedule does not have.
     """
 
-    flux: FluxParams
+    flux: TransformerParams
     sites: Sequence[Site]
     timesteps: Sequence[float]
     """The sampler's whole schedule, from noise to image: one more than there are steps."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.recording.hooks import (
     NOT_CALLED,
@@ -157,7 +157,7 @@ class Recorder(StepHooks):
 
     def __init__(
         self,
-        model: Flux | Suite,
+        model: Transformer | Suite,
         sites: SiteNames,
         sink: Sink | None = None,
         *,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.sharded import ShardedFlux
 from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.shapes import Conditioning, CondLatent, Context, PackedLatent, PerSample, Pooled, PositionIds, Velocity
@@ -57,7 +57,7 @@ def per_sample(value: float, img: PackedLatent) -> PerSample:
 
 @torch.no_grad()
 def denoise(
-    model: Flux,
+    model: Transformer,
     img: PackedLatent,
     img_ids: PositionIds,
     txt: Context,
@@ -130,7 +130,7 @@ class _FirstNotFinite(Exception):  # noqa: N818 (a signal, not an error)
 
 
 def _not_finite(
-    model: Flux,
+    model: Transformer,
     step: Step,
     img_ids: PositionIds,
     txt: Context,
@@ -144,7 +144,7 @@ def _not_finite(
 
     In a network of its own that shares the weights, so that nobody who listens to `model` hears the step twice.
     """
-    own: Flux = getattr(model, "_orig_mod", model)  # a compiled model's own
+    own: Transformer = getattr(model, "_orig_mod", model)  # a compiled model's own
     sound = step.after.flatten(1).isfinite().all(dim=1).tolist()
     if isinstance(own, ShardedFlux):
         return StateNotFiniteError(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import choose_dtype
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.denoise import Step, denoise
 from flux_ir.sampling.latents import TOKEN_PX, get_noise, image_ids, pack, reference_ids, text_ids, unpack
@@ -103,7 +103,7 @@ def prepare(noise: Latent, text: TextEmbedding, height: int, width: int) -> Inpu
 
 
 def sample(
-    model: Flux, inputs: Inputs, timesteps: list[float], guidance: float, *, first_step: int = 0
+    model: Transformer, inputs: Inputs, timesteps: list[float], guidance: float, *, first_step: int = 0
 ) -> Iterator[Step]:
     """The steps from noise (or `first_step`) to picture. The last one's `after` is the finished packed latent."""
     img, img_ids, txt, txt_ids, y, cond, cond_ids = inputs

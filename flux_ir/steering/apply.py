@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import TextEncoders
 from flux_ir.recording.intervention import Change, Intervention, TextChange, TextIntervention
@@ -282,7 +282,7 @@ class Steering:
             sites[str(site)] = {"weight": weight, "tokens": tokens}
         return named | {"direction": ready.direction.digest(), "sites": sites}
 
-    def during(self, model: Flux) -> AbstractContextManager[None]:
+    def during(self, model: Transformer) -> AbstractContextManager[None]:
         """While it lasts, every picture that `model` makes is steered."""
         return steered(model, [self], first_step=self.first_step)
 
@@ -429,7 +429,7 @@ def edited_pooled(edit: Edit, y: Pooled) -> Pooled:
 
 
 @contextmanager
-def steered(model: Flux, rows: Sequence[PictureEdits | None], *, first_step: int = 0) -> Iterator[None]:
+def steered(model: Transformer, rows: Sequence[PictureEdits | None], *, first_step: int = 0) -> Iterator[None]:
     """While the `with` lasts, every picture of a batch is steered by its own entry of `rows`, or all by the only one.
 
     The first forward is step `first_step`. None leaves its picture alone. Where several edits of a picture are at one

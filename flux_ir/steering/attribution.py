@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flux_ir.collecting.batches import borrowed, replicas
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.recording.intervention import Change, Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -56,7 +56,7 @@ class States(NamedTuple):
 
 @torch.no_grad()
 def states_of(
-    model: Flux, inputs: Inputs, timesteps: Sequence[float], guidance: float, stored: Mapping[int, PackedLatent]
+    model: Transformer, inputs: Inputs, timesteps: Sequence[float], guidance: float, stored: Mapping[int, PackedLatent]
 ) -> States:
     """The states of a run: the stored ones, and those between them as they are sampled from the ones before.
 
@@ -75,7 +75,7 @@ def states_of(
     return States(tuple(before), state, drift)
 
 
-def _velocity(model: Flux, inputs: Inputs, t_curr: float, guidance: float) -> Tensor:
+def _velocity(model: Transformer, inputs: Inputs, t_curr: float, guidance: float) -> Tensor:
     img, img_ids, txt, txt_ids, y, cond, cond_ids = inputs
     at = per_sample(t_curr, img), y, per_sample(guidance, img)
     velocity: Tensor = model(img, img_ids, txt, txt_ids, *at, cond, cond_ids)
@@ -103,7 +103,7 @@ def signs(probes: int, inside: Inside, packed: int, seed: int) -> Draws:
 
 
 def walk_back(
-    model: Flux,
+    model: Transformer,
     inputs: Inputs,
     states: Sequence[PackedLatent],
     timesteps: Sequence[float],
@@ -137,7 +137,7 @@ def walk_back(
 
 
 def _with_graph(
-    model: Flux, inputs: Inputs, t_curr: float, guidance: float, sites: Sequence[Site]
+    model: Transformer, inputs: Inputs, t_curr: float, guidance: float, sites: Sequence[Site]
 ) -> tuple[Tensor, dict[Site, Tensor], dict[Site, Tensor]]:
     """The velocity, what each site put out, and the leaf at each site that the gradient is taken by."""
     leaves: dict[Site, Tensor] = {}
@@ -227,7 +227,7 @@ class Walk(NamedTuple):
     inside: Inside
 
 
-def estimate_in_parts(model: Flux, walk: Walk, draws: Draws) -> Iterator[list["PartOfDraws"]]:
+def estimate_in_parts(model: Transformer, walk: Walk, draws: Draws) -> Iterator[list["PartOfDraws"]]:
     """What some draws after the others say of each autoencoder; `joined` makes estimates of all of them.
 
     On a CPU every thread walks by itself with a replica of the network: each on one core, because threads that share so
@@ -236,7 +236,7 @@ def estimate_in_parts(model: Flux, walk: Walk, draws: Draws) -> Iterator[list["P
     parts = torch.split(draws, DRAWS_TOGETHER)
     sites = list(dict.fromkeys(source.site for source in walk.sources))
 
-    def along(network: Flux, some: Draws) -> list[PartOfDraws]:
+    def along(network: Transformer, some: Draws) -> list[PartOfDraws]:
         sums = [PartOfDraws(source, walk.inside, len(some), len(walk.states)) for source in walk.sources]
         steps = walk_back(network, walk.inputs, walk.states, walk.timesteps, walk.guidance, sites, some, walk.steps)
         for at in steps:

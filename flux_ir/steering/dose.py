@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flux_ir.collecting.batches import borrowed, replicas
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.intervention import Intervention
@@ -72,7 +72,7 @@ class Made(NamedTuple):
 class Painter(NamedTuple):
     """Everything it takes to make pictures, in one place."""
 
-    model: Flux
+    model: Transformer
     autoencoder: AutoEncoder
     grid: Grid
     timesteps: Sequence[float]
@@ -105,7 +105,7 @@ class Painter(NamedTuple):
             yield from made
 
     @torch.no_grad()
-    def _paint(self, network: Flux, variants: Sequence[Variant]) -> list[Made]:
+    def _paint(self, network: Transformer, variants: Sequence[Variant]) -> list[Made]:
         """Pictures made in one batch."""
         inputs = self._inputs(network, variants)
         meters = [Meter(self.meter) for _ in variants] if self.meter is not None else []
@@ -123,7 +123,7 @@ class Painter(NamedTuple):
         latents = last.after.float().cpu()
         return [Made(*parts) for parts in zip(variants, latents, pictures, activities, strict=True)]
 
-    def _inputs(self, network: Flux, variants: Sequence[Variant]) -> Inputs:
+    def _inputs(self, network: Transformer, variants: Sequence[Variant]) -> Inputs:
         device = network.img_in.weight.device
         noise = noise_for([v.seed for v in variants], self.grid.height, self.grid.width, device, self.dtype)
         text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(v.text for v in variants), strict=True)))
@@ -177,7 +177,7 @@ class Meter:
         return Activity(behind, carried, others)
 
 
-def measuring(network: Flux, meters: Sequence[Meter], when: str, *, first_step: int = 0) -> Intervention:
+def measuring(network: Transformer, meters: Sequence[Meter], when: str, *, first_step: int = 0) -> Intervention:
     """While its `with` lasts each meter reads its row of the batch. It gives every value back: no bit changes."""
 
     def read(site: Site, value: Tokens, step: int) -> Tokens:
@@ -280,7 +280,7 @@ def random_directions(steering: Steering, number: int) -> dict[Site, Float[Tenso
 
 @torch.no_grad()
 def aligned_neurons(
-    model: Flux, steering: Steering, vec: Float[Tensor, "1 d"]
+    model: Transformer, steering: Steering, vec: Float[Tensor, "1 d"]
 ) -> dict[Site, tuple[int, Float[Tensor, "d"]]]:
     """For each site the feed-forward neuron of its block whose output direction is nearest to the edit's, and that.
 
@@ -301,15 +301,14 @@ def aligned_neurons(
     return found
 
 
-def neuron_outputs(model: Flux, site: Site, vec: Float[Tensor, "1 d"]) -> Float[Tensor, "d neurons"]:
+def neuron_outputs(model: Transformer, site: Site, vec: Float[Tensor, "1 d"]) -> Float[Tensor, "d neurons"]:
     """What each neuron of the site's block adds to the stream, per unit of its activation, under `vec`."""
     block = model.get_submodule(f"{site.kind}_blocks.{site.block}")
     if site.kind == "double":
         weight: Tensor = block.get_parameter(f"{site.stream}_mlp.2.weight")
-        gate = block.get_submodule(f"{site.stream}_mod")(vec)[1].gate
     else:  # its second linear takes the attention branch and the neurons side by side
         weight = block.get_parameter("linear2.weight")[:, model.params.hidden_size :]
-        gate = block.get_submodule("modulation")(vec)[0].gate
+    gate = model.modulation(site, vec)[-1].gate  # that of the feed-forward branch is the last
     return weight.float() * gate[0, 0, :, None].float()
 
 

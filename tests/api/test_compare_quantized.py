@@ -8,7 +8,7 @@ from PIL import Image
 import flux_ir
 from flux_ir.api.compare_quantized import CompareSettings, run_comparison
 from flux_ir.commands.main import main
-from flux_ir.models.flux1.transformer import block_names
+from flux_ir.models.architecture import block_names
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,9 +6,9 @@ from torch.distributed.tensor import DTensor
 
 from flux_ir.distributed import joined, wait_for_all
 from flux_ir.errors import FluxIRError
+from flux_ir.models.architecture import block_names
 from flux_ir.models.checkpoints.load import load_flux, load_sharded_flux
 from flux_ir.models.checkpoints.locate import locate_model
-from flux_ir.models.flux1.transformer import block_names
 from flux_ir.models.registry import get_spec
 from flux_ir.recording.intervention import Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder, until_recorded

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import block_names
+from flux_ir.models.architecture import block_names
 from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.streaming import BlockStream, HostMemory, unit_of
 from flux_ir.recording.intervention import Intervention

@@ -13,6 +13,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
+from flux_ir.models.architecture import AnyTransformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints import variants
 from flux_ir.models.checkpoints.formats.refused import READABLE
@@ -101,7 +102,7 @@ def blank_network(spec: ModelSpec, part: Part) -> Flux | AutoEncoder:
         return Flux(spec.flux) if part == "transformer" else AutoEncoder(spec.autoencoder)
 
 
-def layout_parts(layout: Layout, network: Flux | AutoEncoder) -> dict[str, Parts]:
+def layout_parts(layout: Layout, network: AnyTransformer | AutoEncoder) -> dict[str, Parts]:
     """For each tensor of the network, the names it has in a file of this layout."""
     names = network.state_dict()
     return {name: Parts((name,)) for name in names} if layout == "bfl" else diffusers_parts(names, network.params)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.architecture import AnyTransformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
@@ -120,7 +121,7 @@ def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEnco
 class Weights:
     """The weights of one network, by their names in it, with LoRAs merged; each is read when it is asked for."""
 
-    def __init__(self, network: Flux | AutoEncoder, source: WeightSource, loras: Sequence[LoRA] = ()) -> None:
+    def __init__(self, network: AnyTransformer | AutoEncoder, source: WeightSource, loras: Sequence[LoRA] = ()) -> None:
         self._source, self._loras = source, loras
         self._layout = layout_parts(source.layout, network)
 

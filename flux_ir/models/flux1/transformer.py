@@ -16,6 +16,7 @@ from flux_ir.models.flux1.blocks import (
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
+    ModulationOut,
     SingleStreamBlock,
     timestep_embedding,
 )
@@ -32,6 +33,7 @@ from flux_ir.shapes import (
     TxtIds,
     Velocity,
 )
+from flux_ir.sites import Site
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,13 @@ class Flux(nn.Module):
         """The velocity [latent units per unit of flow time] that these image tokens stand for under `vec`."""
         return self.final_layer(img, vec)
 
+    def modulation(self, site: Site, vec: Conditioning) -> Sequence[ModulationOut]:
+        """What `vec` does to the branches of the site's block: to attention, then feed-forward, of one stream of a
+        double block; to both together of a single block.
+        """
+        layer = "modulation" if site.kind == "single" else "txt_mod" if site.stream == "txt" else "img_mod"
+        return self.get_submodule(f"{site.kind}_blocks.{site.block}.{layer}")(vec)
+
     def twin(self) -> "Flux":
         """Another network with the same weights in the same memory, and no hooks."""
         with torch.device("meta"):
@@ -156,9 +165,3 @@ class Flux(nn.Module):
         # Of the image tokens alone, as a lens reads them: more rows could round in another way.
         first = txt.shape[1]
         return self.read_out(x[:, first : first + img_tokens], vec)
-
-
-def block_names(params: FluxParams) -> list[str]:
-    """The names of the blocks in depth order."""
-    double = [f"double_blocks.{number}" for number in range(params.depth)]
-    return double + [f"single_blocks.{number}" for number in range(params.depth_single_blocks)]

@@ -12,7 +12,14 @@ from torch import nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.flux1.attention import rotary_table
-from flux_ir.models.flux1.blocks import TIME_CHANNELS, LastLayer, MLPEmbedder, Modulation, timestep_embedding
+from flux_ir.models.flux1.blocks import (
+    TIME_CHANNELS,
+    LastLayer,
+    MLPEmbedder,
+    Modulation,
+    ModulationOut,
+    timestep_embedding,
+)
 from flux_ir.models.flux2.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_ir.shapes import (
     CondIds,
@@ -27,6 +34,7 @@ from flux_ir.shapes import (
     TxtIds,
     Velocity,
 )
+from flux_ir.sites import Site
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,14 @@ class Flux2(nn.Module):
     def read_out(self, img: ImgTokens, vec: Conditioning) -> Velocity:
         """The velocity [latent units per unit of flow time] that these image tokens stand for under `vec`."""
         return self.final_layer(img, vec)
+
+    def modulation(self, site: Site, vec: Conditioning) -> Sequence[ModulationOut]:
+        """What `vec` does to the branches of the site's block: to attention, then feed-forward, of one stream of a
+        double block; to both together of a single block. It is the same in all blocks of a kind.
+        """
+        if site.kind == "single":
+            return self.single_stream_modulation(vec)
+        return (self.double_stream_modulation_txt if site.stream == "txt" else self.double_stream_modulation_img)(vec)
 
     def twin(self) -> "Flux2":
         """Another network with the same weights in the same memory, and no hooks."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.sae.data.held_out import EvaluationData
 from flux_ir.sae.evaluation.metrics import Evaluation, evaluate
 from flux_ir.sites import Site
@@ -181,7 +181,7 @@ class Neurons(Baseline):
         return neurons @ self.W_dec + self.bias
 
     @classmethod
-    def of(cls, model: Flux, site: Site, k: int, rest: Float[Tensor, " d_sae"] | None = None) -> "Neurons":
+    def of(cls, model: Transformer, site: Site, k: int, rest: Float[Tensor, " d_sae"] | None = None) -> "Neurons":
         """The neurons of a `.neurons` site, which rest at `rest` (None: at zero).
 
         In a single block they share their linear layer with attention, and have its last rows; its bias counts as
@@ -199,11 +199,13 @@ class Neurons(Baseline):
         return cls(config, weight, bias, rest.float())
 
 
-def _second_linear(model: Flux, site: Site) -> tuple[Tensor, Tensor]:
+def _second_linear(model: Transformer, site: Site) -> tuple[Tensor, Tensor]:
     """Weight [neurons, d] and bias [d] of the layer behind the neurons, in float32."""
     double, block = site.kind == "double", f"{site.kind}_blocks.{site.block}"
     linear = model.get_submodule(f"{block}.{site.stream}_mlp.2" if double else f"{block}.linear2")
-    weight, bias = (linear.get_parameter(name).detach().float() for name in ("weight", "bias"))
+    assert isinstance(linear, nn.Linear)
+    weight = linear.weight.detach().float()
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().float()
     if not double:
         weight = weight[:, model.params.hidden_size :]  # attention has the first columns
     return weight.T.contiguous(), bias
@@ -413,7 +415,7 @@ class BaselineFits:
 
 
 def evaluate_neurons(
-    model: Flux,
+    model: Transformer,
     data: EvaluationData,
     k: int,
     *,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite
 from flux_ir.recording.intervention import Intervention
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
@@ -30,7 +30,7 @@ CLEAN = "clean"
 
 
 def spliced(
-    model: Flux | Suite,
+    model: Transformer | Suite,
     site: str | Site,
     replace: Replace | SparseAutoencoder,
     *,
@@ -125,7 +125,7 @@ class SpliceMeter:
 
     def __init__(
         self,
-        model: Flux,
+        model: Transformer,
         site: Site,
         replacements: Mapping[str, Replace],
         *,
