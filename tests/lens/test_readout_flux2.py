@@ -45,6 +45,8 @@ def test_last_block_readout_equals_the_sampler_step(
         steps = list(sample(model, inputs, times, GUIDANCE))
     unwatched = list(sample(model, inputs, times, GUIDANCE))
     capture = load_capture(tmp_path / "capture.pt")
+    contents = torch.load(tmp_path / "capture.pt", mmap=True, weights_only=True)
+    assert contents["denoising_context"]["y"][0].shape == (2, 0)
     for step, same in zip(steps, unwatched, strict=True):
         assert torch.equal(step.after, same.after)
         readings = {reading.site: reading for reading in read_step(model, capture, step.number)}
