@@ -111,6 +111,8 @@ class ModelSettings:
         loaded model has settled.
         """
         check_words(ModelSettings, self.model_choices())
+        if self.model is not None:
+            check_runs(self.spec)
         if isinstance(self.model, Suite):
             if made := self.choices_made():
                 raise FluxIRError(
@@ -179,6 +181,15 @@ class ModelSettings:
             announce=announce,
             sharded_over=sharded_over,
             compiled=machine.compiled,
+        )
+
+
+def check_runs(spec: ModelSpec) -> None:
+    """Raises FluxIRError for a model that is known, and of which something cannot be run yet."""
+    if spec.lacks is not None:
+        raise FluxIRError(
+            f"{spec.name} cannot be run yet: {spec.lacks}",
+            hint="`flux-ir weights FILE` says what a file of it holds; flux_ir.models has its networks",
         )
 
 

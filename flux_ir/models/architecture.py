@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flux_ir.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux_ir.models.flux1.blocks import ModulationOut
 from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.models.flux2.autoencoder import Flux2AutoEncoder, Flux2AutoEncoderParams
 from flux_ir.models.flux2.transformer import Flux2, Flux2Params
 from flux_ir.shapes import (
     CondIds,
@@ -160,6 +162,11 @@ _NETWORKS: Mapping[type, type[AnyTransformer]] = {FluxParams: Flux, Flux2Params:
 def transformer_of(params: AnyParams) -> AnyTransformer:
     """A network of this shape, with weights that mean nothing yet."""
     return _NETWORKS[type(params)](params)  # type: ignore[arg-type]
+
+
+def autoencoder_of(params: AutoEncoderParams) -> AutoEncoder:
+    """The same for an autoencoder."""
+    return Flux2AutoEncoder(params) if isinstance(params, Flux2AutoEncoderParams) else AutoEncoder(params)
 
 
 def block_names(params: TransformerParams) -> list[str]:

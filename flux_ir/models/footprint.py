@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.architecture import autoencoder_of
 from flux_ir.models.checkpoints.encoder_configs import Encoder, config_of
 from flux_ir.models.checkpoints.pretrained import read_params
 from flux_ir.models.memory import (
@@ -116,7 +116,7 @@ def _elements_beside(spec: ModelSpec) -> _Beside:
     t5_params = read_params(T5Params, where, what="the text encoder", config=configs["t5"])
     clip = read_params(ClipTextParams, where, what="the CLIP model", config=configs["clip"], section="text_config")
     with torch.device("meta"):
-        autoencoder, t5 = AutoEncoder(spec.autoencoder), T5Encoder(t5_params)
+        autoencoder, t5 = autoencoder_of(spec.autoencoder), T5Encoder(t5_params)
         networks = ClipText(clip), autoencoder.encoder, autoencoder.decoder
     blocks = tuple(_count(block) for block in t5.encoder.block)
     return _Beside(T5Elements(_count(t5) - sum(blocks), blocks), *map(_count, networks))

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 
 from flux_ir.errors import FluxIRError, in_units
-from flux_ir.models.architecture import block_names
+from flux_ir.models.architecture import AnyParams, block_names, transformer_of
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.blocks import Modulation
-from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.placement import OffloadWord, Placement
 from flux_ir.models.quantisation import Method, Waits, codes_bytes
 from flux_ir.models.streaming import SLOTS, unit_of
@@ -54,10 +53,10 @@ class Elements(NamedTuple):
 
 
 @cache
-def elements(params: FluxParams) -> Elements:
+def elements(params: AnyParams) -> Elements:
     """The numbers in each part of a transformer."""
     with torch.device("meta"):
-        network = Flux(params)
+        network = transformer_of(params)
     blocks, modulations = [], []
     for name in block_names(params):
         own = sum(weight.blank.numel() for weight in unit_of(network, name).weights)
@@ -68,7 +67,7 @@ def elements(params: FluxParams) -> Elements:
     return Elements(total - sum(blocks), tuple(blocks), tuple(modulations))
 
 
-def activation_bytes(params: FluxParams, tokens: int, dtype: torch.dtype, *, batch: int = 1) -> int:
+def activation_bytes(params: AnyParams, tokens: int, dtype: torch.dtype, *, batch: int = 1) -> int:
     """Bytes of one forward pass over so many tokens, text and image together, at its largest moment."""
     return batch * tokens * params.hidden_size * LIVE_VALUES[dtype.itemsize] * dtype.itemsize
 
@@ -92,13 +91,13 @@ def encode_bytes(params: AutoEncoderParams, pixels: int) -> int:
     return 5 * params.ch * params.ch_mult[0] * pixels * torch.float32.itemsize
 
 
-def streamed_bytes(params: FluxParams, dtype: torch.dtype, *, slots: int = SLOTS) -> int:
+def streamed_bytes(params: AnyParams, dtype: torch.dtype, *, slots: int = SLOTS) -> int:
     """Bytes of a streamed transformer's weights on its device, with no block that stays."""
     counts = elements(params)
     return (counts.outside + slots * counts.slot) * dtype.itemsize
 
 
-def quantised_bytes(params: FluxParams, dtype: torch.dtype, method: Method) -> int:
+def quantised_bytes(params: AnyParams, dtype: torch.dtype, method: Method) -> int:
     """Bytes of a quantised transformer with all its codes on its device, what is not quantised, and the slots."""
     return (
         streamed_bytes(params, dtype) + codes_bytes(params, method) + sum(elements(params).modulations) * dtype.itemsize
@@ -114,7 +113,7 @@ class Limits(NamedTuple):
 
 def best_offload(
     placement: Placement,
-    params: FluxParams,
+    params: AnyParams,
     dtype: torch.dtype,
     limits: Limits,
     asked: OffloadWord,
@@ -188,9 +187,7 @@ def _number_in(path: str, pattern: str = r"^(\d+)") -> int | None:
     return int(found[1]) if found else None
 
 
-def weights_budget(
-    params: FluxParams, placement: Placement, dtype: torch.dtype, *, tokens: int, beside: int = 0
-) -> int:
+def weights_budget(params: AnyParams, placement: Placement, dtype: torch.dtype, *, tokens: int, beside: int = 0) -> int:
     """Bytes that the transformer's weights may take on its device, beside a forward pass over so many tokens.
 
     `beside`: bytes of what else runs there while they stay, at another time: the autoencoder and what it works on.
@@ -208,7 +205,7 @@ def weights_budget(
     return free - max(activation_bytes(params, tokens, dtype), beside)
 
 
-def waits_in_memory(params: FluxParams, placement: Placement, dtype: torch.dtype, resident: int) -> bool:
+def waits_in_memory(params: AnyParams, placement: Placement, dtype: torch.dtype, resident: int) -> bool:
     """Whether the blocks that a GPU has no room for wait in host memory: if that has room for them, else in the file.
 
     For a CPU they always wait in the file: what it reads again is in the page cache while there is room.
@@ -222,7 +219,7 @@ def waits_in_memory(params: FluxParams, placement: Placement, dtype: torch.dtype
 
 
 def where_codes_wait(
-    params: FluxParams, placement: Placement, dtype: torch.dtype, method: Method, *, tokens: int
+    params: AnyParams, placement: Placement, dtype: torch.dtype, method: Method, *, tokens: int
 ) -> Waits:
     """Where the codes of a quantised transformer wait: on its GPU, if nothing is offloaded and there is room; else in
     host memory, if that has room; else in their file. For a CPU always in the file, whose pages are in the page cache.
@@ -236,7 +233,7 @@ def where_codes_wait(
     return "pinned" if free is None or HOST_BASE_BYTES + needed <= free else "file"
 
 
-def resident_blocks(params: FluxParams, dtype: torch.dtype, free_bytes: int, *, slots: int = SLOTS) -> list[int]:
+def resident_blocks(params: AnyParams, dtype: torch.dtype, free_bytes: int, *, slots: int = SLOTS) -> list[int]:
     """The blocks that may stay on a device with so many bytes for weights, spread evenly over the depth.
 
     Spread, so that between any two of them others are on their way.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from flux_ir.errors import FluxIRError, nearest
-from flux_ir.models.flux1.transformer import FluxParams
+from flux_ir.models.architecture import AnyParams
 from flux_ir.models.memory import elements
 
 EFFICIENCY = 0.4
@@ -116,7 +116,7 @@ def _best_seconds(work: Callable[[], object], *, at_least: int = 3, budget: floa
     return max(min(seconds[1:]), 1e-9)
 
 
-def step_flops(params: FluxParams, txt_tokens: int, img_tokens: int) -> int:
+def step_flops(params: AnyParams, txt_tokens: int, img_tokens: int) -> int:
     """Operations of one forward pass for one picture: two per weight and token, four n^2 d per attention.
 
     A double block has weights of its own for each stream. What is computed once per step is left out.
@@ -136,7 +136,7 @@ class Pace(NamedTuple):
 
 
 def step_pace(
-    params: FluxParams,
+    params: AnyParams,
     rates: Rates,
     dtype: torch.dtype,
     *,

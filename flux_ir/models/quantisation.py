@@ -14,9 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.models.architecture import block_names
+from flux_ir.models.architecture import AnyParams, block_names, transformer_of
 from flux_ir.models.flux1.blocks import Modulation
-from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.streaming import unit_of
 
 Method = Literal["nf4", "int8", "fp8"]
@@ -81,14 +80,14 @@ def shapes_of_codes(method: Method, rows: int, columns: int) -> Shapes:
 
 
 @cache
-def quantised_weights(params: FluxParams) -> dict[str, tuple[int, int]]:
+def quantised_weights(params: AnyParams) -> dict[str, tuple[int, int]]:
     """The weights of a transformer that are quantised, by name, with their rows and columns: matrices of its blocks.
 
     Modulations, biases and norms keep the compute dtype, and so does every layer before and after the blocks: they
     decide about all tokens at once, and what is read out of a block would be blurred with them.
     """
     with torch.device("meta"):
-        network = Flux(params)
+        network = transformer_of(params)
     return {
         weight.name: (weight.blank.shape[0], weight.blank.shape[1])
         for block in block_names(params)
@@ -97,7 +96,7 @@ def quantised_weights(params: FluxParams) -> dict[str, tuple[int, int]]:
     }
 
 
-def codes_bytes(params: FluxParams, method: Method) -> int:
+def codes_bytes(params: AnyParams, method: Method) -> int:
     """Bytes of all codes of a transformer, with their scales."""
     return sum(
         dtype.itemsize * prod(shape)

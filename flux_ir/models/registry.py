@@ -11,8 +11,11 @@ from typing import Literal
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
+from flux_ir.models.architecture import AnyParams
 from flux_ir.models.autoencoder import AutoEncoderParams
 from flux_ir.models.flux1.transformer import FluxParams
+from flux_ir.models.flux2.autoencoder import Flux2AutoEncoderParams
+from flux_ir.models.flux2.transformer import Flux2Params
 from flux_ir.sites import Site, all_sites, text_sites
 
 ASSETS = Path(__file__).with_name("assets")
@@ -29,7 +32,7 @@ class ModelSpec:
     """One checkpoint: its shape, where its files come from, and how it is meant to be sampled."""
 
     name: str
-    flux: FluxParams
+    flux: AnyParams
     autoencoder: AutoEncoderParams
     repo_id: str | None
     """The hub's repository, which holds the single files and the diffusers layout; None: not on the hub."""
@@ -64,6 +67,8 @@ class ModelSpec:
     """Hex digest of each shipped file, by its path in `assets`."""
     reference_sizes: tuple[tuple[int, int], ...] = ()
     """Width and height [px] that reference pictures are fitted to; empty: the model takes no reference picture."""
+    lacks: str | None = None
+    """What this program lacks to run the whole model, as the end of a sentence; None: nothing."""
 
     @property
     def takes_reference(self) -> bool:
@@ -176,7 +181,112 @@ _SCHNELL = replace(
     licence="Apache-2.0",
 )
 
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (_SCHNELL, _DEV, _KREA, _KONTEXT)}
+_KLEIN_4B = ModelSpec(
+    name="flux2-klein-4b",
+    flux=Flux2Params(
+        in_channels=128,
+        context_in_dim=7680,
+        hidden_size=3072,
+        num_heads=24,
+        depth=5,
+        depth_single_blocks=20,
+        guidance_embed=False,
+    ),
+    autoencoder=Flux2AutoEncoderParams(
+        resolution=256,
+        in_channels=3,
+        ch=128,
+        out_ch=3,
+        ch_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        z_channels=32,
+    ),
+    repo_id="black-forest-labs/FLUX.2-klein-4B",
+    transformer_file="flux-2-klein-4b.safetensors",
+    autoencoder_file="vae/diffusion_pytorch_model.safetensors",  # the single file is in the gated repository of dev
+    transformer_env=("KLEIN_4B_MODEL_PATH", "FLUX_MODEL"),
+    autoencoder_env=("AE_MODEL_PATH",),
+    text_tokens=512,
+    t5_layers=0,
+    clip_layers=0,
+    clip_tokens=0,
+    default_steps=4,
+    schedule_shift="empirical",
+    default_guidance=1.0,
+    default_side_px=1024,
+    licence="Apache-2.0",
+    gated=False,
+    lacks="its text encoder, Qwen3-4B, is not read",
+)
+
+_KLEIN_4B_BASE = replace(
+    _KLEIN_4B,
+    name="flux2-klein-4b-base",
+    repo_id="black-forest-labs/FLUX.2-klein-base-4B",
+    transformer_file="flux-2-klein-base-4b.safetensors",
+    transformer_env=("KLEIN_4B_BASE_MODEL_PATH", "FLUX_MODEL"),
+    default_steps=50,
+    default_guidance=4.0,
+    lacks="its text encoder, Qwen3-4B, is not read, and its guidance needs two forward passes a step",
+)
+
+_KLEIN_9B = replace(
+    _KLEIN_4B,
+    name="flux2-klein-9b",
+    flux=Flux2Params(
+        in_channels=128,
+        context_in_dim=12288,
+        hidden_size=4096,
+        num_heads=32,
+        depth=8,
+        depth_single_blocks=24,
+        guidance_embed=False,
+    ),
+    repo_id="black-forest-labs/FLUX.2-klein-9B",
+    transformer_file="flux-2-klein-9b.safetensors",
+    transformer_env=("KLEIN_9B_MODEL_PATH", "FLUX_MODEL"),
+    licence="FLUX Non-Commercial License",
+    gated=True,
+    lacks="its text encoder, Qwen3-8B, is not read",
+)
+
+_KLEIN_9B_BASE = replace(
+    _KLEIN_9B,
+    name="flux2-klein-9b-base",
+    repo_id="black-forest-labs/FLUX.2-klein-base-9B",
+    transformer_file="flux-2-klein-base-9b.safetensors",
+    transformer_env=("KLEIN_9B_BASE_MODEL_PATH", "FLUX_MODEL"),
+    default_steps=50,
+    default_guidance=4.0,
+    lacks="its text encoder, Qwen3-8B, is not read, and its guidance needs two forward passes a step",
+)
+
+_DEV_2 = replace(
+    _KLEIN_4B,
+    name="flux2-dev",
+    flux=Flux2Params(
+        in_channels=128,
+        context_in_dim=15360,
+        hidden_size=6144,
+        num_heads=48,
+        depth=8,
+        depth_single_blocks=48,
+        guidance_embed=True,
+    ),
+    repo_id="black-forest-labs/FLUX.2-dev",
+    transformer_file="flux2-dev.safetensors",
+    autoencoder_file="ae.safetensors",
+    transformer_env=("FLUX2_MODEL_PATH", "FLUX_MODEL"),
+    default_steps=50,
+    default_guidance=4.0,
+    licence="FLUX Non-Commercial License",
+    gated=True,
+    lacks="its text encoder, Mistral Small 3.2, is not read",
+)
+
+_FLUX1 = (_SCHNELL, _DEV, _KREA, _KONTEXT)
+_FLUX2 = (_KLEIN_4B, _KLEIN_4B_BASE, _KLEIN_9B, _KLEIN_9B_BASE, _DEV_2)
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*_FLUX1, *_FLUX2)}
 """The published models. The facts of those in the package stand beside their weights and are read on demand."""
 PACKAGED_MODELS: dict[str, Path] = {"flux-tiny": ASSETS / "flux-tiny"}
 """Models that ship in the package, and their folders."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flux_ir.models.architecture import block_names
+from flux_ir.models.architecture import AnyParams, block_names, transformer_of
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import Placement
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     """Numbers in the weights that the device holds: the layers before and after the blocks count where they are."""
 
 
-def runs_of(params: FluxParams, devices: Sequence[str]) -> tuple[Run, ...]:
+def runs_of(params: AnyParams, devices: Sequence[str]) -> tuple[Run, ...]:
     """One run of blocks for each device, in depth order, with the largest share of the weights as small as can be.
 
     The first device also has the layers before the blocks, and the last one the final layer. With more devices than
@@ -46,10 +46,10 @@ def runs_of(params: FluxParams, devices: Sequence[str]) -> tuple[Run, ...]:
 
 
 @cache
-def _outside(params: FluxParams) -> tuple[int, int]:
+def _outside(params: AnyParams) -> tuple[int, int]:
     """Numbers in the layers before the blocks, and in the final layer."""
     with torch.device("meta"):
-        final_layer = Flux(params).final_layer
+        final_layer = transformer_of(params).final_layer
     after = sum(parameter.numel() for parameter in final_layer.parameters())
     return elements(params).outside - after, after
 
@@ -72,7 +72,7 @@ def _even_ends(loads: Sequence[int], count: int) -> list[int]:
     return best[len(loads)][1]
 
 
-def with_parts_beside(placement: Placement, params: FluxParams) -> Placement:
+def with_parts_beside(placement: Placement, params: AnyParams) -> Placement:
     """The placement with text encoders and autoencoder on the device that has the smallest share of the blocks."""
     if not placement.blocks:
         return placement

@@ -12,9 +12,16 @@ import torch
 from torch import nn
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.architecture import AnyTransformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.hub import Announce
-from flux_ir.models.checkpoints.load import load_autoencoder, load_flux, load_sharded_flux, stream_flux
+from flux_ir.models.checkpoints.load import (
+    flux1_params,
+    load_autoencoder,
+    load_flux,
+    load_sharded_flux,
+    stream_flux,
+)
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
 from flux_ir.models.checkpoints.quantised import stream_quantised
@@ -75,9 +82,11 @@ class Suite:
                 "--compile needs blocks whose weights are there as they are: these come one block after the other",
                 hint="leave out --compile; or leave out --offload, --quantize and --fsdp",
             )
+        if compiled:
+            flux1_params(spec, "--compile")
         self._t5: TextEncoder | None = None
         self._clip: TextEncoder | None = None
-        self._transformer: Flux | None = None
+        self._transformer: AnyTransformer | None = None
         self._autoencoder: AutoEncoder | None = None
 
     @property
@@ -125,7 +134,7 @@ class Suite:
                 self._load_autoencoder()
 
     @property
-    def flux(self) -> Flux:
+    def flux(self) -> AnyTransformer:
         """The transformer, wherever it is at the moment: what hooks are hung on. To run it, enter `transformer()`."""
         return self._load_transformer()
 
@@ -147,7 +156,7 @@ class Suite:
             torch.cuda.empty_cache()
 
     @contextmanager
-    def transformer(self) -> Iterator[Flux]:
+    def transformer(self) -> Iterator[AnyTransformer]:
         """The transformer, on its device."""
         model = self._load_transformer()
         with self._on(model, self.placement.transformer):
@@ -216,7 +225,7 @@ class Suite:
             )
         return self._clip
 
-    def _load_transformer(self) -> Flux:
+    def _load_transformer(self) -> AnyTransformer:
         if self._transformer is None:
             if self.placement.offload == "blocks" or self.source.quantize is not None:
                 self._transformer = self._streamed()
@@ -239,6 +248,7 @@ class Suite:
                     blocks_on=self.placement.blocks,
                 )
                 if self.compiled:
+                    assert isinstance(flux, Flux)  # no other is compiled: see `__init__`
                     from flux_ir.models.compiled import compile_blocks  # the compiler takes seconds to import
 
                     compile_blocks(flux)

@@ -7,6 +7,8 @@ import pytest
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.inspect import blank_network
+from flux_ir.models.flux2.autoencoder import Flux2AutoEncoder
+from flux_ir.models.flux2.transformer import Flux2Params
 from flux_ir.models.registry import (
     MODELS,
     PACKAGED_MODELS,
@@ -42,6 +44,24 @@ def test_autoencoder_has_the_size_of_the_published_one():
     assert len(blank_network(spec, "autoencoder").state_dict()) == 244
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "tensors"),
+    [
+        ("flux2-klein-4b", 3_875_544_576, 149),
+        ("flux2-klein-4b-base", 3_875_544_576, 149),
+        ("flux2-klein-9b", 9_078_581_248, 201),
+        ("flux2-klein-9b-base", 9_078_581_248, 201),
+        ("flux2-dev", 32_223_281_152, 299),
+    ],
+)
+def test_networks_of_flux2_have_the_size_of_the_published_ones(name, count, tensors):
+    spec = get_spec(name)
+    assert parameters(spec, "transformer") == count
+    assert len(blank_network(spec, "transformer").state_dict()) == tensors
+    assert isinstance(blank_network(spec, "autoencoder"), Flux2AutoEncoder)
+    assert len(blank_network(spec, "autoencoder").state_dict()) == 251
+
+
 def test_default_model_comes_first_and_flux_tiny_is_among_the_names():
     assert model_names()[0] == "flux-schnell"
     assert "flux-tiny" in model_names()
@@ -49,7 +69,14 @@ def test_default_model_comes_first_and_flux_tiny_is_among_the_names():
 
 @pytest.mark.parametrize(
     ("name", "steps", "shift", "text_tokens"),
-    [("flux-schnell", 4, "none", 256), ("flux-dev", 50, "linear", 512), ("flux-dev-kontext", 30, "linear", 512)],
+    [
+        ("flux-schnell", 4, "none", 256),
+        ("flux-dev", 50, "linear", 512),
+        ("flux-dev-kontext", 30, "linear", 512),
+        ("flux2-klein-4b", 4, "empirical", 512),
+        ("flux2-klein-4b-base", 50, "empirical", 512),
+        ("flux2-dev", 50, "empirical", 512),
+    ],
 )
 def test_sampling_facts_are_those_of_the_reference(name, steps, shift, text_tokens):
     spec = get_spec(name)
@@ -59,7 +86,8 @@ def test_sampling_facts_are_those_of_the_reference(name, steps, shift, text_toke
 def test_variables_of_one_model_come_before_the_general_ones():
     for spec in MODELS.values():
         assert spec.transformer_env.index("FLUX_MODEL") == len(spec.transformer_env) - 1
-        assert spec.autoencoder_env == ("FLUX_AE", "AE")
+        flux2 = isinstance(spec.flux, Flux2Params)
+        assert spec.autoencoder_env == (("AE_MODEL_PATH",) if flux2 else ("FLUX_AE", "AE"))
 
 
 def test_only_models_that_take_a_reference_have_sites_of_its_tokens(packaged_folder):

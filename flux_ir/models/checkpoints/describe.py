@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries, stored_as
 from flux_ir.models.checkpoints.headers import TensorEntry
-from flux_ir.models.checkpoints.inspect import inspect, layout_and_prefix, other_transformer
+from flux_ir.models.checkpoints.inspect import inspect, is_flux2, layout_and_prefix, other_transformer
 from flux_ir.models.checkpoints.lora import names as lora_names
 from flux_ir.models.checkpoints.lora.names import PART_NAMES
 from flux_ir.models.checkpoints.lora.read import LoRA, fitting_models, read_lora
@@ -36,6 +36,7 @@ class _Mark(NamedTuple):
 
 
 _MARKS = (
+    _Mark("double_stream_modulation_img.", "the transformer of FLUX.2"),
     _Mark("redux_up.", "Redux, which turns a picture into text tokens of FLUX.1 (not run here)"),
     _Mark("controlnet_", "a ControlNet"),
     _Mark("input_hint_block.", "a ControlNet"),
@@ -162,11 +163,12 @@ def _transformer_facts(entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
         "double": _count_blocks(entries, "double_blocks", "transformer_blocks"),
         "single": _count_blocks(entries, "single_blocks", "single_transformer_blocks"),
     }
-    guidance = any(name.startswith(("guidance_in.", "time_text_embed.guidance_embedder.")) for name in entries)
+    embedders = ("guidance_in.", "time_text_embed.guidance_embedder.", "time_guidance_embed.guidance_embedder.")
+    guidance = any(name.startswith(embedders) for name in entries)
     channels = into.shape[-1]
     return {
         "blocks": f"{blocks['double']} double, {blocks['single']} single, {into.shape[0]} wide",
-        "latent channels": _CHANNELS.get(channels, channels),
+        "latent channels": channels if is_flux2(entries) else _CHANNELS.get(channels, channels),
         "guidance": "distilled, as in the dev family" if guidance else "none, as in flux-schnell",
     }
 

@@ -26,6 +26,7 @@ PLAIN: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,  # counters, such as a batch norm's
 }
 """What files call the types that hold weights as they are. All others hold codes of some quantisation."""
 GGUF_START = b"GGUF"

@@ -13,7 +13,7 @@ import torch
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
-from flux_ir.models.architecture import AnyTransformer
+from flux_ir.models.architecture import AnyTransformer, autoencoder_of, transformer_of
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints import variants
 from flux_ir.models.checkpoints.formats.refused import READABLE
@@ -27,7 +27,7 @@ from flux_ir.models.checkpoints.formats.weights import (
 from flux_ir.models.checkpoints.headers import TensorEntry
 from flux_ir.models.checkpoints.keymap import Parts, diffusers_parts
 from flux_ir.models.checkpoints.paths import RECORDED
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.flux2.transformer import Flux2Params
 from flux_ir.models.registry import MODELS, ModelSpec
 
 Part = Literal["transformer", "autoencoder"]
@@ -42,8 +42,10 @@ _MARKS: dict[tuple[Part, Layout], str] = {
 }
 _GUIDANCE_MARKS: dict[Layout, str] = {
     "bfl": "guidance_in.in_layer.weight",
-    "diffusers": "time_text_embed.guidance_embedder.linear_1.weight",
+    # Behind "time_text_" in FLUX.1, behind "time_guidance_" in FLUX.2.
+    "diffusers": "embed.guidance_embedder.linear_1.weight",
 }
+_FLUX2_MARK = "double_stream_modulation_img."  # what FLUX.2's transformer has beside the marks of FLUX.1's
 # Files that hold several networks put a prefix before the names of each.
 _PREFIXES: dict[Part, tuple[str, ...]] = {
     "transformer": ("", "model.diffusion_model.", "diffusion_model."),
@@ -53,7 +55,6 @@ _ALL_PREFIXES = (*_PREFIXES["transformer"][1:], *_PREFIXES["autoencoder"][1:], "
 # Other transformers, by the start of a name that only they have (after any prefix). Some have all of FLUX's marks too.
 _OTHER_TRANSFORMERS = {
     "distilled_guidance_layer.": "Chroma, which was made of FLUX.1 and is built otherwise",
-    "double_stream_modulation_img.": "FLUX.2",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
     "joint_blocks.": "Stable Diffusion 3",
     "pos_embed.proj.": "Stable Diffusion 3 or a transformer like it",
@@ -96,10 +97,10 @@ class WeightSource:
         return stored_as(self.entries)
 
 
-def blank_network(spec: ModelSpec, part: Part) -> Flux | AutoEncoder:
+def blank_network(spec: ModelSpec, part: Part) -> AnyTransformer | AutoEncoder:
     """The network on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
-        return Flux(spec.flux) if part == "transformer" else AutoEncoder(spec.autoencoder)
+        return transformer_of(spec.flux) if part == "transformer" else autoencoder_of(spec.autoencoder)
 
 
 def layout_parts(layout: Layout, network: AnyTransformer | AutoEncoder) -> dict[str, Parts]:
@@ -146,7 +147,11 @@ def _check_other_transformer(spec: ModelSpec, part: Part, path: Path, origin: st
     The autoencoder of Stable Diffusion 3 has the names and shapes of FLUX's and other factors: only the transformer in
     the same file, or a config.json, tells them apart.
     """
-    if other := other_transformer(names):
+    other = other_transformer(names)
+    own = isinstance(spec.flux, Flux2Params)
+    if other is None and layout_and_prefix("transformer", names) and is_flux2(names) != own:
+        other = "FLUX.1" if own else "FLUX.2"
+    if other is not None:
         raise FluxIRError(
             f"{_named(path, origin)} must hold the {part} of {spec.name}: it holds that of {other}",
             hint=_remedy(spec, origin),
@@ -154,12 +159,19 @@ def _check_other_transformer(spec: ModelSpec, part: Part, path: Path, origin: st
 
 
 def other_transformer(names: Iterable[str]) -> str | None:
-    """The model that has a transformer with such names, if it is another one than FLUX.1."""
-    prefixes = _PREFIXES["transformer"]
-    for mark, other in _OTHER_TRANSFORMERS.items():
-        if any(name.startswith(tuple(prefix + mark for prefix in prefixes)) for name in names):
-            return other
-    return None
+    """The model that has a transformer with such names, if it is another one than FLUX.1 and FLUX.2."""
+    names = list(names)
+    return next((other for mark, other in _OTHER_TRANSFORMERS.items() if _any_begins(names, mark)), None)
+
+
+def is_flux2(names: Iterable[str]) -> bool:
+    """Whether such names are of FLUX.2's transformer."""
+    return _any_begins(names, _FLUX2_MARK)
+
+
+def _any_begins(names: Iterable[str], mark: str) -> bool:
+    starts = tuple(prefix + mark for prefix in _PREFIXES["transformer"])
+    return any(name.startswith(starts) for name in names)
 
 
 def layout_and_prefix(part: Part, names: Iterable[str]) -> tuple[Layout, str] | None:
@@ -182,7 +194,8 @@ class _Family(NamedTuple):
 
 def _family_in_file(source: WeightSource) -> _Family:
     shape = source.entries[_MARKS["transformer", source.layout]].shape
-    return _Family(_GUIDANCE_MARKS[source.layout] in source.entries, shape[-1], shape[0])
+    guidance = any(name.endswith(_GUIDANCE_MARKS[source.layout]) for name in source.entries)
+    return _Family(guidance, shape[-1], shape[0])
 
 
 def _family_of_spec(spec: ModelSpec) -> _Family:
@@ -193,7 +206,8 @@ def _check_family(spec: ModelSpec, source: WeightSource) -> None:
     found, wanted = _family_in_file(source), _family_of_spec(spec)
     if found == wanted:
         return
-    if (variant := variants.of_channels(found.img_channels)) is not None:
+    variant = variants.of_channels(found.img_channels) if found.img_channels != wanted.img_channels else None
+    if variant is not None:
         raise FluxIRError(
             f"{_named(source.path, source.origin)} is not {spec.name}: it is {variant.name} "
             f"({found.img_channels} latent channels, not {wanted.img_channels})",
@@ -283,7 +297,7 @@ def _wrong_part(spec: ModelSpec, part: Part, path: Path, origin: str, names: Ite
 def _description(names: list[str]) -> str:
     if adapters := [kind for mark, kind in _ADAPTERS.items() if any(mark in name for name in names)]:
         return f"{adapters[0]}, which is not a whole network"
-    if other := other_transformer(names):
+    if other := other_transformer(names) or ("FLUX.2" if is_flux2(names) else None):
         return f"the transformer of {other}"
     if beside := variants.beside_networks(names):
         return beside

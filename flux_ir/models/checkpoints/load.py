@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.architecture import AnyTransformer
@@ -16,14 +16,14 @@ from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import Part, WeightSource, blank_network, layout_parts
 from flux_ir.models.checkpoints.lora.read import LoRA, merged_into
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.flux1.transformer import FluxParams
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.sharded import ShardedFlux, current_device, own_part
 from flux_ir.models.split import SplitFlux
 from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.streaming import HostMemory
 
-Network = TypeVar("Network", Flux, AutoEncoder)
+Network = TypeVar("Network", bound=nn.Module)
 Advance = Callable[[int], None]
 
 
@@ -36,16 +36,16 @@ def load_flux(
     loras: Sequence[LoRA] = (),
     blocks_on: Sequence[str] = (),
     advance: Advance | None = None,
-) -> Flux:
+) -> AnyTransformer:
     """The transformer with its LoRAs merged, ready to run.
 
     `blocks_on` are devices that its blocks are split over in place of `device`. `advance` is told the bytes read after
     each tensor (`source.nbytes` in all).
     """
-    network = cast(Flux, _blank(spec, source, "transformer"))
+    network = cast(AnyTransformer, _blank(spec, source, "transformer"))
     weights = Weights(network, source, loras)
     if blocks_on:
-        parted = SplitFlux(spec.flux, blocks_on)
+        parted = SplitFlux(flux1_params(spec, "--multi_gpu blocks"), blocks_on)
         return _filled(parted, weights, parted.device_of, dtype, advance)
     return _filled(network, weights, lambda name: device, dtype, advance)
 
@@ -66,10 +66,11 @@ def stream_flux(
 
     `in_memory`: what is streamed is read once and waits in host memory, for a GPU in pinned pages.
     """
+    params = flux1_params(spec, "--offload blocks")
     fetch = Weights(_blank(spec, source, "transformer"), source, loras).read_into
     if in_memory:
         fetch = HostMemory(fetch, pinned=torch.device(device).type == "cuda").fetch
-    return StreamedFlux(spec.flux, fetch, device, dtype, resident=resident)
+    return StreamedFlux(params, fetch, device, dtype, resident=resident)
 
 
 def load_sharded_flux(
@@ -85,10 +86,10 @@ def load_sharded_flux(
 
     Every rank reads every weight, one after the other, and keeps its own part: none ever has the whole network.
     """
-    device = torch.device(device)
+    device, params = torch.device(device), flux1_params(spec, "--fsdp")
     weights = Weights(_blank(spec, source, "transformer"), source, loras)
     with current_device(device):
-        network = ShardedFlux(spec.flux, device, dtype, ranks)
+        network = ShardedFlux(params, device, dtype, ranks)
         state: dict[str, Tensor] = {}
         for name, blank in network.state_dict().items():
             weight = torch.empty(blank.shape, dtype=dtype)
@@ -112,7 +113,14 @@ def load_autoencoder(
     return _filled(network, Weights(network, source), lambda name: device, dtype, advance)
 
 
-def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> Flux | AutoEncoder:
+def flux1_params(spec: ModelSpec, flag: str) -> FluxParams:
+    """The shape of a transformer whose blocks can come and go. Raises FluxIRError for those of FLUX.2."""
+    if not isinstance(spec.flux, FluxParams):
+        raise FluxIRError(f"{flag} is for the blocks of FLUX.1, not for {spec.name}", hint=f"leave out {flag}")
+    return spec.flux
+
+
+def _blank(spec: ModelSpec, source: WeightSource, part: Part) -> AnyTransformer | AutoEncoder:
     if source.part != part:
         raise FluxIRError(f"a source of the {part} is needed: got the {source.part} in {source.path}")
     return blank_network(spec, part)
@@ -151,7 +159,8 @@ def _filled(
     """The network with its weights in place of the meta tensors it was built of."""
     state: dict[str, Tensor] = {}
     for name, blank in network.state_dict().items():
-        state[name] = torch.empty(blank.shape, device=device_of(name), dtype=dtype)
+        own = dtype if blank.is_floating_point() else blank.dtype  # a counter stays one
+        state[name] = torch.empty(blank.shape, device=device_of(name), dtype=own)
         weights.read_into(state[name], name)
         if advance is not None:
             advance(weights.nbytes(name))

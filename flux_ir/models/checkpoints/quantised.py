@@ -19,7 +19,7 @@ from flux_ir.errors import FluxIRError, in_units
 from flux_ir.files import complete_file
 from flux_ir.models.checkpoints.headers import TensorEntry, read_header
 from flux_ir.models.checkpoints.inspect import WeightSource, blank_network
-from flux_ir.models.checkpoints.load import Weights
+from flux_ir.models.checkpoints.load import Weights, flux1_params
 from flux_ir.models.checkpoints.lora.read import LoRA
 from flux_ir.models.quantisation import (
     CODES_VERSION,
@@ -58,10 +58,11 @@ def stream_quantised(
 
     Raises FluxIRError for weights that are not finite, and where no file can be written.
     """
+    params = flux1_params(spec, "--quantize")
     weights = Weights(blank_network(spec, "transformer"), source, loras)
     path = cache_folder() / "quantised" / f"{spec.name}-{method}-{_key(source, loras, method)}.safetensors"
     entries = _stored_codes(spec, source, method, weights.read_into, path, announce or (lambda _: None))
-    return StreamedFlux(spec.flux, Quantised(entries, method, weights.read_into, waits).fetch, device, dtype)
+    return StreamedFlux(params, Quantised(entries, method, weights.read_into, waits).fetch, device, dtype)
 
 
 class Quantised:

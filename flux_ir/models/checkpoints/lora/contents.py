@@ -15,13 +15,14 @@ from safetensors import safe_open
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
+from flux_ir.models.architecture import AnyTransformer
+from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.encoder_configs import Encoder, config_of, linear_layers
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.inspect import blank_network
 from flux_ir.models.checkpoints.lora import names
 from flux_ir.models.checkpoints.lora.changes import Layer, check_shapes, method_of, rank_of
 from flux_ir.models.checkpoints.lora.names import Part, Target
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.registry import ModelSpec
 
 ENCODERS: tuple[Encoder, ...] = ("t5", "clip")
@@ -30,10 +31,10 @@ _PEFT_CONFIG = "adapter_config.json"
 _COMPONENTS: dict[str, Part] = {"transformer": "transformer", "text_encoder_2": "t5", "text_encoder": "clip"}
 
 
-def blank_transformer(spec: ModelSpec) -> Flux:
+def blank_transformer(spec: ModelSpec) -> AnyTransformer:
     """The transformer of a model without its weights."""
     network = blank_network(spec, "transformer")
-    assert isinstance(network, Flux)
+    assert not isinstance(network, AutoEncoder)
     return network
 
 
@@ -59,7 +60,7 @@ class _Changeable(NamedTuple):
 def _changeable(spec: ModelSpec) -> _Changeable:
     network = blank_transformer(spec)
     found, shapes = names.targets(network), {name: tuple(one.shape) for name, one in network.state_dict().items()}
-    for encoder in ENCODERS:
+    for encoder in ENCODERS if spec.t5_layers else ():  # FLUX.2 has others, which are not read
         layers = linear_layers(encoder, config_of(spec, encoder))
         found |= names.text_targets(encoder, layers)
         shapes |= layers

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+from flux_ir.models.architecture import AnyTransformer
 from flux_ir.models.checkpoints.keymap import diffusers_parts
-from flux_ir.models.flux1.transformer import Flux
 
 Naming = Literal["BFL", "diffusers", "XLabs", "OneTrainer", "transformers"]
 Part = Literal["transformer", "t5", "clip"]
@@ -113,7 +113,7 @@ class TensorName(NamedTuple):
     leaf: str
 
 
-def targets(network: Flux) -> dict[str, Target]:
+def targets(network: AnyTransformer) -> dict[str, Target]:
     """Every linear layer of a transformer under all names that it has, without prefixes, with dots and underscores."""
     found: dict[str, Target] = {}
     state = network.state_dict()
