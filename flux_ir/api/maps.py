@@ -29,8 +29,8 @@ from flux_ir.layout import new_generation_id
 from flux_ir.maps.attention import AttentionMapper, MapTargets, attention_sites, block_names
 from flux_ir.maps.concepts import ConceptMapper, default_blocks
 from flux_ir.maps.words import PromptTokens, prompt_tokens
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -460,7 +460,7 @@ def walk(
 
 @contextmanager
 def mappers(
-    model: Flux,
+    model: Transformer,
     job: MapJob,
     embedded: Embedded,
     targets: MapTargets,

@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend
 
 from flux_ir.errors import FluxIRError
 from flux_ir.maps.words import Word
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.flux1.attention import Attention, Kernel
 from flux_ir.models.flux1.blocks import DoubleStreamBlock, SingleStreamBlock
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
 from flux_ir.recording.hooks import NOT_CALLED, StepHooks, TokenCounts, block_input, named
 from flux_ir.shapes import Heads
@@ -270,7 +270,7 @@ class AttentionMapper(StepHooks):
 
     def __init__(
         self,
-        model: Flux | Suite,
+        model: Transformer | Suite,
         blocks: Sequence[str],
         targets: MapTargets,
         take: Callable[[int, str, BlockMaps], None],
