@@ -35,8 +35,8 @@ from flux_ir.errors import FluxIRError
 from flux_ir.features.contents import digest_of
 from flux_ir.files import versions
 from flux_ir.lens.measures import json_number, psnr_db, relative_distance
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -308,7 +308,7 @@ class _Comparing:
         return texts
 
     def _measured(
-        self, todo: Sequence[Generated], texts: Mapping[str, TextEmbedding], networks: Sequence[Flux]
+        self, todo: Sequence[Generated], texts: Mapping[str, TextEmbedding], networks: Sequence[Transformer]
     ) -> Iterator[Mapping[str, Step]]:
         """Every step of every generation; each generation is kept when it is done."""
         for one in todo:
@@ -326,7 +326,7 @@ class _Comparing:
                     lens.finish(autoencoder, last, table)
             self.folder.keep(one, table, pictures)
 
-    def _lens(self, one: Generated, text: TextEmbedding, networks: Sequence[Flux]) -> ComparedRuns | None:
+    def _lens(self, one: Generated, text: TextEmbedding, networks: Sequence[Transformer]) -> ComparedRuns | None:
         """What decodes the blocks of both models, for the first generation."""
         follows = next((mode for mode in ("free", "forced") if mode in self.settings.modes), None)
         if not self.settings.lens_pictures or one != self.generations[0] or follows is None:
@@ -339,7 +339,7 @@ class _Comparing:
         self,
         one: Generated,
         text: TextEmbedding,
-        networks: Sequence[Flux],
+        networks: Sequence[Transformer],
         table: Table,
         lens: ComparedRuns | None,
     ) -> Iterator[Mapping[str, Step]]:

@@ -22,8 +22,8 @@ from flux_ir.files import complete_file, write_json
 from flux_ir.layout import RunFolder
 from flux_ir.lens.decode import batch_size, read_picture
 from flux_ir.lens.measures import cka_of, cosine, json_number, psnr_db, relative_distance
+from flux_ir.models.architecture import Transformer, block_names
 from flux_ir.models.autoencoder import AutoEncoder
-from flux_ir.models.flux1.transformer import Flux, block_names
 from flux_ir.models.text import TextEmbedding
 from flux_ir.sampling.denoise import Step, clean_estimate, per_sample
 from flux_ir.sampling.generate import decode
@@ -44,7 +44,7 @@ class ComparedRuns:
         folder: ComparisonFolder,
         one: Generated,
         follows: str,
-        networks: Sequence[Flux],
+        networks: Sequence[Transformer],
         described: Sequence[Mapping[str, Any]],
         guidances: Sequence[float],
         text: TextEmbedding,

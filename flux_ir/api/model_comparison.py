@@ -13,7 +13,7 @@ from flux_ir.errors import FluxIRError, counted
 from flux_ir.features.contents import digest_of
 from flux_ir.files import read_json, write_json
 from flux_ir.lens.measures import json_number
-from flux_ir.models.flux1.transformer import FluxParams
+from flux_ir.models.architecture import TransformerParams
 from flux_ir.sae.evaluation.plots import STREAM_NAMES, HeatPanel, heat_panels
 from flux_ir.studies.likeness import Measure, Table, summary
 
@@ -55,10 +55,10 @@ class ComparedModels:
         }
 
 
-def check_blocks(first: str, a: FluxParams, other: str, b: FluxParams) -> None:
+def check_blocks(first: str, a: TransformerParams, other: str, b: TransformerParams) -> None:
     """Raises FluxIRError for two models whose blocks do not match."""
 
-    def shape(params: FluxParams) -> str:
+    def shape(params: TransformerParams) -> str:
         blocks = f"{params.depth} double and {params.depth_single_blocks} single blocks"
         return f"{blocks} of width {params.hidden_size}, for {params.in_channels} channels"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flux_ir.models.flux1.transformer import Flux, block_names
+from flux_ir.models.architecture import Transformer, block_names
 from flux_ir.sampling.denoise import Step
 from flux_ir.sampling.generate import Inputs, sample
 from flux_ir.shapes import Tokens
@@ -27,7 +27,7 @@ class PairedRun(NamedTuple):
     """A run beside the reference."""
 
     name: str
-    network: Flux
+    network: Transformer
     inputs: Inputs
     guidance: float
     forced: bool = False
@@ -43,14 +43,14 @@ class PairedRuns:
 
     def __init__(
         self,
-        reference: Flux,
+        reference: Transformer,
         inputs: Inputs,
         timesteps: Sequence[float],
         guidance: float,
         runs: Sequence[PairedRun],
         told: Told,
         *,
-        alone: Flux | None = None,
+        alone: Transformer | None = None,
     ) -> None:
         self._reference, self._timesteps, self._runs = reference, list(timesteps), runs
         self._told, self._alone = told, alone
@@ -103,7 +103,7 @@ class PairedRuns:
 
 
 @contextmanager
-def _watched(network: Flux, told: Callable[[str, tuple[Any, ...], Tokens], None]) -> Iterator[None]:
+def _watched(network: Transformer, told: Callable[[str, tuple[Any, ...], Tokens], None]) -> Iterator[None]:
     """Every block's arguments and output, text and image together, are told inside the `with`."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

@@ -11,7 +11,7 @@ from flux_ir.api.model_comparison import check_blocks
 from flux_ir.commands.main import main
 from flux_ir.errors import FluxIRError
 from flux_ir.explorer.data import decoded_runs, read_run, run_entry
-from flux_ir.models.flux1.transformer import block_names
+from flux_ir.models.architecture import block_names
 from flux_ir.models.registry import get_spec
 from tests.models.checkpoints.lora.layouts import Factors, draw_factors, kohya
 

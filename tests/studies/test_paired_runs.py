@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from flux_ir.models.flux1.transformer import block_names
+from flux_ir.models.architecture import block_names
 from flux_ir.recording.recorder import Recorder
 from flux_ir.sampling.generate import Inputs, sample
 from flux_ir.studies.paired_runs import ALONE, REFERENCE, PairedRun, PairedRuns
