@@ -32,8 +32,8 @@ from flux_ir.distributed import Ranks, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.files import versions, write_json
 from flux_ir.maps.attention import block_names
+from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -326,11 +326,11 @@ class Workshop:
             (plain,) = in_order(partial(self._unedited, networks), some[:1], 1, torch_threads=threads)
             yield from in_order(partial(self._do, networks, plain), some, count, torch_threads=threads)
 
-    def _unedited(self, networks: "SimpleQueue[Flux]", unit: Unit) -> Run:
+    def _unedited(self, networks: "SimpleQueue[Transformer]", unit: Unit) -> Run:
         with borrowed(networks) as network:
             return self.bench.unedited(network, self._batch(unit))
 
-    def _do(self, networks: "SimpleQueue[Flux]", plain: Run, unit: Unit) -> Unit:
+    def _do(self, networks: "SimpleQueue[Transformer]", plain: Run, unit: Unit) -> Unit:
         """What of a unit is missing: made, measured, and kept edit by edit."""
         job, batch = self.job, self._batch(unit)
         wanted = job.folder.missing(unit, job.ablations)
@@ -341,7 +341,7 @@ class Workshop:
         return unit
 
     def _runs(
-        self, network: Flux, unit: Unit, batch: Batch, plain: Run, wanted: Sequence[str]
+        self, network: Transformer, unit: Unit, batch: Batch, plain: Run, wanted: Sequence[str]
     ) -> Iterator[tuple[str, Run]]:
         """The runs of these names, one after the other."""
         if unit.block is None:

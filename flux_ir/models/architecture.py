@@ -79,6 +79,10 @@ class TransformerParams(Protocol):
         """Rotary channels of each axis of a position."""
 
     @property
+    def theta(self) -> int:
+        """The base of the rotary angles."""
+
+    @property
     def guidance_embed(self) -> bool:
         """Whether the network takes a guidance strength."""
 

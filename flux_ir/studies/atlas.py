@@ -23,9 +23,9 @@ from torch.nn.functional import normalize
 from flux_ir.demo.judge import Sight, look
 from flux_ir.demo.scenes import Scene, parse_caption
 from flux_ir.lens.measures import psnr_db, relative_distance
+from flux_ir.models.architecture import Transformer, TransformerParams
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.flux1.attention import rotary_table, rotate
-from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.intervention import Change, Intervention
 from flux_ir.recording.recorder import MemorySink, Recorder
@@ -114,12 +114,12 @@ class Bench(NamedTuple):
         return {"all": range(num_steps), **windows(num_steps)}
 
     @torch.no_grad()
-    def unedited(self, network: Flux, batch: Batch) -> Run:
+    def unedited(self, network: Transformer, batch: Batch) -> Run:
         """The run of the batch's own prompts."""
         return self._run(network, self._inputs(network, batch, batch.text))
 
     @torch.no_grad()
-    def other(self, network: Flux, batch: Batch, sites: Sequence[Site] = ()) -> tuple[Run, MemorySink]:
+    def other(self, network: Transformer, batch: Batch, sites: Sequence[Site] = ()) -> tuple[Run, MemorySink]:
         """The run of the other prompts from the same noise, and what these sites put out in it at every step."""
         assert batch.other_text is not None
         sink, inputs = MemorySink(), self._inputs(network, batch, batch.other_text)
@@ -129,7 +129,7 @@ class Bench(NamedTuple):
     @torch.no_grad()
     def edited(
         self,
-        network: Flux,
+        network: Transformer,
         batch: Batch,
         plain: Run,
         block: str,
@@ -148,12 +148,12 @@ class Bench(NamedTuple):
         with Intervention(network, changes, steps=steps, first_step=steps.start):
             return self._run(network, inputs, first_step=steps.start)
 
-    def _inputs(self, network: Flux, batch: Batch, text: TextEmbedding) -> Inputs:
+    def _inputs(self, network: Transformer, batch: Batch, text: TextEmbedding) -> Inputs:
         device = network.img_in.weight.device
         noise = noise_for(list(batch.seeds), self.grid.height, self.grid.width, device, self.dtype)
         return prepare(noise, text, self.grid.height, self.grid.width)
 
-    def _run(self, network: Flux, inputs: Inputs, *, first_step: int = 0) -> Run:
+    def _run(self, network: Transformer, inputs: Inputs, *, first_step: int = 0) -> Run:
         steps = sample(network, inputs, list(self.timesteps), self.guidance, first_step=first_step)
         states = [inputs.img, *(step.after for step in steps)]
         return Run(states, decode(self.autoencoder, states[-1], self.grid.height, self.grid.width, self.dtype))
@@ -186,7 +186,7 @@ def sites_of(kind: AblationKind, block: str) -> list[Site]:
 
 
 def changes_of(
-    kind: AblationKind, block: str, params: FluxParams, shift: int, other: MemorySink | None
+    kind: AblationKind, block: str, params: TransformerParams, shift: int, other: MemorySink | None
 ) -> dict[str | Site, Change]:
     """What an `Intervention` does at each site of a block."""
     sites = sites_of(kind, block)
@@ -206,7 +206,7 @@ def _patched(other: MemorySink, site: Site, value: Tokens, step: int) -> Tokens:
     return other.read(site, step).to(value.device)
 
 
-def _shifted(params: FluxParams, shift: int, value: Tokens, step: int) -> Tokens:
+def _shifted(params: TransformerParams, shift: int, value: Tokens, step: int) -> Tokens:
     """Rotated keys with their positions so many patches down and to the right: rotations add up."""
     if shift == 0:
         return value
