@@ -1,10 +1,13 @@
 """What attention maps cost: time beside the same run without, and memory as image tokens grow."""
 
 import argparse
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
 
 import torch
-from measure import Target, arguments, interleaved, keep_freed_memory, machine, parse, print_report
+from measure import Target, arguments, keep_freed_memory, machine, parse, print_report, seconds_of
 from networks import TXT_TOKENS, WIDE, random_flux, random_inputs
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,12 +31,13 @@ USED = 20
 def main() -> None:
     """Print both tables."""
     parser = arguments(__doc__ or "")
+    parser.add_argument("--quarter", action="store_true", help="a quarter of the network's blocks: 1 + 2")
     options = parse(parser)
     keep_freed_memory()
     about = machine(options.device)
     print_report(
         f"Maps of {WORDS} words in all blocks: seconds of a step",
-        ["network", "tokens", "plain [s]", "with maps [s]", "ratio", "target"],
+        ["network", "tokens", "plain [s]", "with maps [s]", "CPU ratio", "ratio", "target"],
         [seconds_row(options)],
         about,
     )
@@ -55,29 +59,41 @@ def targets() -> MapTargets:
 
 
 def seconds_row(options: argparse.Namespace) -> list[str]:
-    """One step of the network of width 1,024, with and without, in turns."""
-    model = random_flux(WIDE, options.device, torch.float32)
-    inputs = random_inputs(WIDE, SIDE_PX, TXT_TOKENS, options.device, torch.float32)
-    blocks = block_names(None, WIDE.depth, WIDE.depth_single_blocks)
+    """One step of the network of width 1,024, with and without, in pairs: A B, B A, ..."""
+    blocks = (1, 2) if options.quarter else (WIDE.depth, WIDE.depth_single_blocks)
+    params = replace(WIDE, depth=blocks[0], depth_single_blocks=blocks[1])
+    model = random_flux(params, options.device, torch.float32)
+    inputs = random_inputs(params, SIDE_PX, TXT_TOKENS, options.device, torch.float32)
 
     def plain() -> None:
         list(sample(model, inputs, [1.0, 0.0], 3.5))
 
     def mapped() -> None:
-        with AttentionMapper(model, blocks, targets(), lambda *_: None):
+        with AttentionMapper(model, block_names(None, *blocks), targets(), lambda *_: None):
             plain()
 
-    ways = {"plain": plain, "mapped": mapped}
-    seconds = interleaved(ways, options.repetitions, device=options.device)
-    ratio = seconds["mapped"] / seconds["plain"]
+    pairs = []
+    for number in range(options.repetitions + 1):
+        order = (plain, mapped) if number % 2 else (mapped, plain)
+        seconds = {way: wall_and_cpu(way, options.device) for way in order}
+        pairs.append((seconds[plain], seconds[mapped]))
+    counted = pairs[1:]  # the first warms up
+    wall, cpu = (median(mapped[kind] / plain[kind] for plain, mapped in counted) for kind in (0, 1))
     return [
-        f"width {WIDE.hidden_size}, {WIDE.depth} + {WIDE.depth_single_blocks} blocks",
+        f"width {params.hidden_size}, {blocks[0]} + {blocks[1]} blocks",
         f"{inputs.img.shape[1]:,} of the image, {TXT_TOKENS} of the text",
-        f"{seconds['plain']:.3f}",
-        f"{seconds['mapped']:.3f}",
-        f"{ratio:.3f}",
-        SECONDS_RATIO.verdict(ratio),
+        f"{median(plain[0] for plain, _ in counted):.2f}",
+        f"{median(mapped[0] for _, mapped in counted):.2f}",
+        f"{cpu:.3f}",
+        f"{wall:.3f}",
+        SECONDS_RATIO.verdict(wall),
     ]
+
+
+def wall_and_cpu(way: Callable[[], None], device: str) -> tuple[float, float]:
+    """Seconds of wall clock, and of this process's threads: on a busy machine the second is the steadier one."""
+    before = time.process_time()
+    return seconds_of(way, device), time.process_time() - before
 
 
 def memory_rows() -> list[list[str]]:
