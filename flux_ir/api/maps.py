@@ -343,11 +343,6 @@ def settle(settings: MapSettings) -> MapJob:
                 f"concepts are mapped in double blocks, of which this model has {depth}: got {block}",
                 hint=f"pass numbers from 0 to {depth - 1}",
             )
-    if concepts and machine.placement.offload == "blocks":
-        raise FluxIRError(
-            "concepts need the text's modulation under a vector of their own, which streamed blocks do not keep",
-            hint="run without --offload blocks",
-        )
     return MapJob(
         settings=settings,
         prompt=(DEFAULT_PROMPT if image is None else "") if settings.prompt is None else settings.prompt,

@@ -44,7 +44,7 @@ class ConceptMapper(StepHooks):
 
     `concepts` are their embeddings, one token each. `take(step, block, scores)` is called for each of `blocks` (None:
     the last fifth) at each of `steps` (None: all). Weights are used as they are in the block, and no hook of others is
-    called. Raises FluxIRError for a model whose blocks are streamed or compiled.
+    called. Raises FluxIRError for a model that is compiled.
     """
 
     name = "concept mapper"
@@ -59,11 +59,6 @@ class ConceptMapper(StepHooks):
         steps: Collection[int] | None = None,
         first_step: int = 0,
     ) -> None:
-        if isinstance(model, StreamedFlux):
-            raise FluxIRError(
-                "concepts need the text's modulation under a vector of their own, which streamed blocks do not keep",
-                hint="run without --offload blocks",
-            )
         self.blocks = default_blocks(model.params.depth) if blocks is None else sorted(set(blocks))
         super().__init__(model, [Site("double", n, None, "k") for n in range(self.blocks[-1] + 1)], steps, first_step)
         self.concepts, self.take = concepts, take
@@ -89,7 +84,10 @@ class ConceptMapper(StepHooks):
     def _begin_step(self, given: dict[str, Any]) -> None:
         # The pooled text of the concepts is zero: of `vector_in` its bias stays.
         y = torch.zeros_like(given["y"])
-        self._vec = self.model.conditioning(given["timesteps"], y, given.get("guidance"))
+        if isinstance(self.model, StreamedFlux):  # modulations come before their blocks, and go again
+            self._vec = self.model.modulate_ahead([given["timesteps"]], y, given.get("guidance"))[0]
+        else:
+            self._vec = self.model.conditioning(given["timesteps"], y, given.get("guidance"))
         concepts = self.concepts.to(given["txt"]).expand(given["txt"].shape[0], -1, -1)
         self._stream = self.model.txt_in(concepts)
 

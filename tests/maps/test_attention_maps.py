@@ -19,6 +19,7 @@ from flux_ir.maps.attention import (
     probabilities,
 )
 from flux_ir.maps.words import Word
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.hooks import TokenCounts
 from flux_ir.recording.recorder import MemorySink, Recorder
@@ -236,6 +237,17 @@ def test_a_hook_hangs_inside_of_mapped_blocks_so_that_compiled_ones_run_as_writt
         assert model.double_blocks[0].attention._forward_hooks
         assert not model.single_blocks[1].attention._forward_hooks
         walk(model, start(model))
+
+
+def test_streamed_blocks_have_the_same_maps(tiny_flux):
+    model = tiny_flux()
+    weights = model.state_dict()
+    streamed = StreamedFlux(model.params, lambda target, name: target.copy_(weights[name]), "cpu", torch.float32)
+    states, found = mapped(model, start(model))
+    again, of_streamed = mapped(streamed, start(model))
+    assert all(torch.equal(one, two) for one, two in zip(states, again, strict=True))
+    for key, maps in found.items():
+        assert all(torch.equal(one, two) for one, two in zip(maps, of_streamed[key], strict=True))
 
 
 def test_a_second_mapper_inside_the_first_is_told(tiny_flux):

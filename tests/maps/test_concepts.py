@@ -1,7 +1,7 @@
 """Concept maps against those of the published code, in all its runs."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from flux_ir.errors import FluxIRError
 from flux_ir.maps.concepts import ConceptMapper, concept_maps, default_blocks
 from flux_ir.models.flux1.transformer import Flux, FluxParams
+from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sampling.denoise import euler_step
 
@@ -83,6 +84,19 @@ def test_chosen_blocks_and_steps_have_the_scores_they_have_among_all(concept_gol
         walk(model, tensors)
     assert found.keys() == {(1, 2)}
     torch.testing.assert_close(found[1, 2], tensors["scores"][1, 2], rtol=0, atol=1e-4)
+
+
+def test_streamed_blocks_give_the_same_scores(concept_golden):
+    model, tensors = run_of(concept_golden, "rect")
+    weights = model.state_dict()
+    streamed = StreamedFlux(model.params, lambda target, name: target.copy_(weights[name]), "cpu", torch.float32)
+    found = {}
+    for network, key in ((model, "resident"), (streamed, "streamed")):
+        keep = lambda step, block, scores, key=key: found.setdefault((key, step, block), scores)  # noqa: E731
+        with ConceptMapper(network, tensors["concepts"], keep, blocks=range(4)):
+            walk(network, tensors)
+    for step, block in product(range(2), range(4)):
+        assert torch.equal(found["resident", step, block], found["streamed", step, block])
 
 
 def test_a_model_that_is_not_run_is_told(concept_golden):
