@@ -1,6 +1,7 @@
 """Attention maps of flux-tiny's pictures, from the prompt to the sheet."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import flux_ir
+from flux_ir.api.map_files import Means
 from flux_ir.demo.drawing import draw
 from flux_ir.demo.scenes import scene_at
 from flux_ir.errors import FluxIRError
+from flux_ir.maps.attention import BlockMaps
 from flux_ir.sampling.image import jpeg_bytes
+from flux_ir.steering.regions import Grid
 
 PROMPT = "a red circle left of a red square on a white background"
 SIZE = {"width": 176, "height": 112}  # 7 x 11 image tokens
@@ -207,3 +211,18 @@ def test_concepts_need_not_be_in_the_prompt(model, tmp_path):
 def test_concepts_that_cannot_be_mapped_are_refused(model, tmp_path, wrong, says):
     with pytest.raises(FluxIRError, match=says):
         flux_ir.attention_maps(PROMPT, model=model, output_dir=tmp_path, **wrong)
+
+
+def test_what_is_held_in_memory_does_not_grow_with_the_steps(tmp_path):
+    maps = BlockMaps(*(torch.rand(2, 6) for _ in range(5)), torch.zeros(6))
+
+    def held_after(steps):
+        means = Means(tmp_path / str(steps), Grid(48, 32), range(steps), heads=False, concept_blocks=1)
+        for step in range(steps):
+            means.take(step, "double.0", maps)
+            means.take_concepts(step, 0, torch.rand(1, 3, 6))
+            means.write_step(step)
+        torch.testing.assert_close(means.by_block()["double.0"]["to_words"].flatten(1), maps.to_words)
+        return sum(len(pickle.dumps(value)) for name, value in vars(means).items() if name != "files")
+
+    assert held_after(9) == held_after(3)
