@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flux_ir.explorer import feature_pages, map_page, page
+from flux_ir.explorer import atlas_page, feature_pages, map_page, page
 from flux_ir.explorer.document import joined
 
 BIOME = Path(__file__).with_name("biome")
-PAGES = {"runs": page.SCRIPTS, "features": feature_pages.SCRIPTS, "maps": map_page.SCRIPTS}
+PAGES = {"runs": page.SCRIPTS, "features": feature_pages.SCRIPTS, "maps": map_page.SCRIPTS, "atlas": atlas_page.SCRIPTS}
 RULES = {
     "preset": "none",
     "correctness": {"noUndeclaredVariables": "error", "noUnusedVariables": "error"},

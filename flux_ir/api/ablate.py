@@ -30,6 +30,7 @@ from flux_ir.collecting.storage import LocalStorage, one_job_at
 from flux_ir.demo.captions import captions
 from flux_ir.distributed import Ranks, arrivals, joined
 from flux_ir.errors import FluxIRError
+from flux_ir.explorer.atlas_page import PAGE, write_atlas_page
 from flux_ir.files import versions, write_json
 from flux_ir.maps.attention import block_names
 from flux_ir.models.architecture import Transformer
@@ -62,7 +63,7 @@ from flux_ir.threads import in_order
 CAPTIONS, CAPTION_SEED = 16, 5
 """Prompts, where none are given: captions of flux-tiny's world, of the part that is for reports alone."""
 KindWord = Literal[AblationKind, "none"]
-RESULT, TABLE, DRAWN, PAGE = "atlas.json", "atlas.csv", "atlas.png", "atlas.html"
+RESULT, TABLE, DRAWN = "atlas.json", "atlas.csv", "atlas.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,4 +419,5 @@ def write(job: AblationJob, atlas: Atlas) -> None:
     write_rows(atlas.table, as_table(atlas.rows))
     subtitle = f"{len(items)} pictures of {len(set(job.prompts))} prompts, {job.picture.num_steps} steps"
     draw_atlas(atlas.picture, job.blocks, atlas.rows, f"What is each block of {spec.name} for?", subtitle)
-    write_json(atlas.folder / RESULT, result)
+    write_atlas_page(atlas.folder, result)
+    write_json(atlas.folder / RESULT, result)  # last: where it is, all else is

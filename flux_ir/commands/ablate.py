@@ -94,7 +94,12 @@ def run(options: AblateOptions) -> None:
     for line in aligned(lines_of(atlas)):
         report.results.print(line, markup=False, soft_wrap=True)
     report.results.print()
-    written = {"table": atlas.table, "picture": atlas.picture, "numbers": atlas.folder / "atlas.json"}
+    written = {
+        "table": atlas.table,
+        "picture": atlas.picture,
+        "page": atlas.page,
+        "numbers": atlas.folder / "atlas.json",
+    }
     report.table("atlas", written, peak_memory())
 
 

@@ -81,10 +81,17 @@ def row_of(
         latent=latent,
         psnr_db=mean(lambda now, _: now["psnr_db"]),
         lpips=mean(lambda now, _: now["lpips"]) if has_lpips else None,
-        lost=mean(_lost) if judged else None,
+        lost=_as_share(mean(_lost)) if judged else None,
         lost_of=_lost_by_aspect(runs, plain, prompts) if judged else {},
-        taken=mean(_taken) if takes else None,
+        taken=_as_share(mean(_taken)) if takes else None,
     )
+
+
+def _as_share(value: Estimate | None) -> Estimate | None:
+    """The interval of a mean of shares: what is beyond 0 and 1 is left out."""
+    if value is None or value.low is None or value.high is None:
+        return value
+    return Estimate(value.mean, max(0.0, value.low), min(1.0, value.high))
 
 
 def _lost(now: Numbers, before: Numbers) -> float | None:
