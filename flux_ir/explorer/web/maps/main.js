@@ -37,6 +37,7 @@ function choose(change) {
     (found) => {
       if (entryNow()?.files[wayNow()] !== name) return; // another was chosen meanwhile
       maps = found;
+      largest = Math.max(...maps.flat().map((map) => map?.most ?? 0));
       showAll();
     },
     (error) => {
@@ -57,8 +58,11 @@ function showWays() {
   element("way").textContent = wayNow() ? `${data.ways[wayNow()][1]}.` : "";
 }
 
+const drawn = { maps: null, shared: false };
+
 const showAll = oncePerFrame(() => {
-  drawGrid();
+  if (drawn.maps !== maps || drawn.shared !== state.shared) drawGrid(); // not when a cell is chosen: there may be 1,600
+  Object.assign(drawn, { maps, shared: state.shared });
   showHere();
   showPicture();
   say(`${nameOf(entryNow())}, ${element("where").textContent}`);

@@ -6,6 +6,7 @@ const STEPS = ["mean", ...data.steps.map(String)];
 const KINDS = { word: "Words", concept: "Concepts", group: "Groups of tokens", patch: "Patches" };
 const state = { entry: 0, way: "to_words", block: 0, step: 0, shared: false, shown: true };
 let maps = null; // of the entry and the way: [block][step] of {values, least, most}
+let largest = 0; // of all of them
 
 const entryNow = () => data.entries[state.entry];
 const waysNow = () => Object.keys(entryNow()?.files ?? {});
@@ -15,8 +16,7 @@ const spoken = (block) => block.replace(".", " ");
 
 /** What the weakest and the strongest colour stand for. */
 function scaleOf(map) {
-  if (!state.shared || !maps) return [map.least, map.most];
-  return [0, Math.max(...maps.flat().map((one) => one?.most ?? 0))];
+  return state.shared ? [0, largest] : [map.least, map.most];
 }
 
 /** A value as a byte on a scale. */
