@@ -210,7 +210,8 @@ def _shifted(params: TransformerParams, shift: int, value: Tokens, step: int) ->
     """Rotated keys with their positions so many patches down and to the right: rotations add up."""
     if shift == 0:
         return value
-    place = torch.tensor([0.0, shift, shift], device=value.device).expand(*value.shape[:2], 3)  # index, row, column
+    place = torch.zeros(*value.shape[:2], len(params.axes_dim), device=value.device)
+    place[..., 1:3] = shift  # row and column
     heads = rearrange(value, "b n (heads d) -> b heads n d", heads=params.num_heads)
     turned = rotate(heads, rotary_table(place, params.axes_dim, params.theta))
     return rearrange(turned, "b heads n d -> b n (heads d)")

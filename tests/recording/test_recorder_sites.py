@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.transformer import Flux
+from flux_ir.models.architecture import transformer_of
 from flux_ir.models.registry import get_spec, model_names
 from flux_ir.recording.recorder import MemorySink, Recorder
 from flux_ir.sites import Site
@@ -139,7 +139,7 @@ def test_every_site_has_its_module_in_every_model_of_the_registry(name):
     """On the meta device: the published networks without their weights."""
     params = get_spec(name).flux
     with torch.device("meta"):
-        model = Flux(params)
+        model = transformer_of(params)
     sites = every_site(model)
     assert len(sites) == 16 * params.depth + 21 * params.depth_single_blocks
     recorder = Recorder(model, sites, MemorySink())
