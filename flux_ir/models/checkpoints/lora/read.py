@@ -19,7 +19,7 @@ from flux_ir.models.checkpoints.formats.weights import join_weights, read_entrie
 from flux_ir.models.checkpoints.headers import TensorEntry, read_tensor
 from flux_ir.models.checkpoints.hub import Announce
 from flux_ir.models.checkpoints.lora import names
-from flux_ir.models.checkpoints.lora.changes import Layer, change
+from flux_ir.models.checkpoints.lora.changes import Layer, add_product, change
 from flux_ir.models.checkpoints.lora.contents import Contents, read_contents
 from flux_ir.models.checkpoints.lora.names import PART_NAMES, Part
 from flux_ir.models.registry import ModelSpec, get_spec, model_names
@@ -104,15 +104,15 @@ class LoRA:
 
 def merge(weight: Tensor, name: str, loras: Sequence[LoRA]) -> None:
     """Add the changes that LoRAs make to one weight of a network, float32 on the CPU, in their order."""
-    changes = [
-        (layer.target.rows, change(layer, weight[layer.target.rows]), lora.strength)
-        for lora in loras
-        if lora.strength
-        for layer in lora.layers.get(name, ())
-    ]
-    for rows, delta, strength in changes:  # only now: each is computed from the weight as it was
-        # In two steps: in one, whether a product is rounded before it is added depends on where it lies in memory.
-        weight[rows] += delta if strength == 1 else delta.mul_(strength)
+    changing = [(lora, layer) for lora in loras if lora.strength for layer in lora.layers.get(name, ())]
+    # Before anything is added: norms of a DoRA are those of the weight as it was.
+    wholes = [None if layer.is_plain else change(layer, weight[layer.target.rows]) for _, layer in changing]
+    for (lora, layer), whole in zip(changing, wholes, strict=True):
+        rows = weight[layer.target.rows]
+        if whole is None:
+            add_product(layer, rows, lora.strength)
+        else:
+            rows += whole if lora.strength == 1 else whole.mul_(lora.strength)
 
 
 def changes_of(name: str, loras: Sequence[LoRA]) -> bool:
@@ -128,10 +128,13 @@ def merged_into(target: Tensor, name: str, loras: Sequence[LoRA], fill: Callable
     if not changes_of(name, loras):
         fill(target)
         return
-    merged = torch.empty(target.shape, dtype=torch.float32)
+    merged = target
+    if target.dtype != torch.float32 or target.device.type != "cpu":
+        merged = torch.empty(target.shape, dtype=torch.float32)
     fill(merged)
     merge(merged, name, loras)
-    target.copy_(merged)  # the only rounding
+    if merged is not target:
+        target.copy_(merged)  # the only rounding
 
 
 def read_loras(
