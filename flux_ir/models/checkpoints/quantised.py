@@ -1,12 +1,14 @@
 """A transformer whose blocks are kept as codes: made once from its weights, and kept in a file that is found again.
 
-The file lies in the user's cache folder, below `quantised`; its name says the method and stands for the weights that
-the codes were made of. It may be deleted at any time. What is not quantised is read from the weights' own files.
+The file lies in the user's cache folder, below `quantised`; its name says the method and stands for the content of the
+files that the codes were made of. It may be deleted at any time. What is not quantised is read from the weights' own
+files.
 """
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -37,7 +39,8 @@ from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.streaming import Fetch
 
 CACHE_VARIABLE = "FLUX_IR_CACHE"
-_SAMPLED_BYTES = 4096  # of every tensor
+_LONG_TO_READ = 1 << 30  # bytes of a file whose reading is told
+_SETTLED_NS = 2_000_000_000
 _STORED = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
 
 
@@ -60,8 +63,9 @@ def stream_quantised(
     """
     params = flux1_params(spec, "--quantize")
     weights = Weights(blank_network(spec, "transformer"), source, loras)
-    path = cache_folder() / "quantised" / f"{spec.name}-{method}-{_key(source, loras, method)}.safetensors"
-    entries = _stored_codes(spec, source, method, weights.read_into, path, announce or (lambda _: None))
+    told = announce or (lambda _: None)
+    path = cache_folder() / "quantised" / f"{spec.name}-{method}-{_key(source, loras, method, told)}.safetensors"
+    entries = _stored_codes(spec, source, method, weights.read_into, path, told)
     return StreamedFlux(params, Quantised(entries, method, weights.read_into, waits).fetch, device, dtype)
 
 
@@ -119,27 +123,43 @@ def cache_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "flux_ir"
 
 
-def _key(source: WeightSource, loras: Sequence[LoRA], method: Method) -> str:
-    """16 hex digits that stand for weights and method. They cost a page of every tensor, not the reading of 24 GB.
+def _key(source: WeightSource, loras: Sequence[LoRA], method: Method, announce: Callable[[str], None]) -> str:
+    """16 hex digits that stand for the content of the weights' files, wherever they lie, the LoRAs, and the method."""
+    files = {entry.file for entry in source.entries.values()}
+    contents = sorted(_content(file, announce) for file in files)
+    changes = [(lora.sha256, lora.strength) for lora in loras if lora.strength]
+    return hashlib.sha256(repr((CODES_VERSION, method, contents, changes)).encode()).hexdigest()[:16]
 
-    A change inside a tensor would not show there; so the time of the file counts, too.
+
+def _content(file: Path, announce: Callable[[str], None]) -> str:
+    """The sha256 of a whole file. What was found is remembered: 24 GB take half a minute or more.
+
+    It holds as long as the system says that the file is the same and was not written to. The time of a change of a file
+    (ctime) is the system's own: a program that gives a file its old time back changes that one.
     """
-    digest = hashlib.sha256(repr((CODES_VERSION, method)).encode())
-    for lora in loras:
-        if lora.strength:
-            digest.update(repr((lora.sha256, lora.strength)).encode())
-    files = sorted({entry.file for entry in source.entries.values()})
-    for file in files:
-        stat = file.stat()
-        digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
-    for file in files:
-        with file.open("rb") as opened:
-            for name, entry in sorted(source.entries.items()):
-                if entry.file == file:
-                    opened.seek(entry.offset)
-                    digest.update(repr((name, entry.dtype, entry.shape)).encode())
-                    digest.update(opened.read(min(entry.nbytes, _SAMPLED_BYTES)))
-    return digest.hexdigest()[:16]
+    stat, path = file.stat(), str(file.absolute())
+    identity = [path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    named = hashlib.sha256(path.encode()).hexdigest()[:16]
+    remembered = cache_folder() / "quantised" / "digests" / f"{named}.json"
+    try:
+        known = json.loads(remembered.read_bytes())
+        if known["identity"] == identity:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # never read, or no longer readable
+        pass
+    if stat.st_size >= _LONG_TO_READ:
+        announce(f"transformer: reading {file.name} once ({in_units(stat.st_size)}), to know it by its content")
+    begun = time.time_ns()
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    # A file that was written to just now may be again within one tick of the system's clock, and have the same times.
+    if begun - stat.st_ctime_ns > _SETTLED_NS:
+        try:
+            with complete_file(remembered) as beside:
+                beside.write_text(json.dumps({"identity": identity, "sha256": digest}))
+        except FluxIRError as error:  # codes in a folder that others may only read are taken none the less
+            announce(f"note: {error.message}: {file.name} is read again the next time")
+    return digest
 
 
 # ---- the file: a safetensors file with the parts of every weight, such as `single_blocks.0.linear1.weight.codes`

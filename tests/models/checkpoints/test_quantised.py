@@ -1,5 +1,6 @@
 """A quantised transformer: made once, the same from its file, and a `Flux` like any other to whoever looks into it."""
 
+import hashlib
 import os
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints import quantised
 from flux_ir.models.checkpoints.headers import read_header
 from flux_ir.models.checkpoints.load import load_flux
 from flux_ir.models.checkpoints.locate import ModelSource, locate_transformer
@@ -95,21 +97,57 @@ def test_a_broken_file_is_made_again_and_said(spec, source, cache):
 
 def test_other_weights_loras_and_methods_have_files_of_their_own(spec, source, save, tmp_path, cache):
     def count():
-        return len(list(cache.iterdir()))
+        return len(list(cache.glob("*.safetensors")))
 
     stream_quantised(spec, source, "nf4", "cpu", torch.float32)
     stream_quantised(spec, source, "int8", "cpu", torch.float32)
     assert count() == 2
     stat = source.path.stat()
     content = bytearray(source.path.read_bytes())
-    content[source.entries["single_blocks.1.linear2.weight"].offset + 64] ^= 1
+    for inside in (64, source.entries["single_blocks.1.linear2.weight"].nbytes - 3):
+        content[source.entries["single_blocks.1.linear2.weight"].offset + inside] ^= 1
+        source.path.write_bytes(content)
+        os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        before = count()
+        stream_quantised(spec, source, "nf4", "cpu", torch.float32)
+        assert count() == before + 1
+
+
+def test_a_copy_of_the_weights_has_the_same_file(spec, source, tmp_path, cache):
+    stream_quantised(spec, source, "nf4", "cpu", torch.float32)
+    (file,) = cache.glob("*.safetensors")
+    copy = tmp_path / "elsewhere" / "renamed.safetensors"
+    copy.parent.mkdir()
+    copy.write_bytes(source.path.read_bytes())
+    notes: list[str] = []
+    stream_quantised(spec, locate_transformer(spec, copy), "nf4", "cpu", torch.float32, announce=notes.append)
+    assert (list(cache.glob("*.safetensors")), notes) == ([file], [])
+
+
+def test_a_digest_is_remembered_until_the_file_is_written_to(spec, source, cache, monkeypatch):
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    monkeypatch.setattr(quantised, "_SETTLED_NS", -(10**12))
+    for _ in range(2):
+        stream_quantised(spec, source, "nf4", "cpu", torch.float32)
+    assert len(read) == 1
+    stat, content = source.path.stat(), bytearray(source.path.read_bytes())
+    content[-1] ^= 1
     source.path.write_bytes(content)
-    os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # its own time given back
     stream_quantised(spec, source, "nf4", "cpu", torch.float32)
-    assert count() == 3
-    os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # a change further inside shows by its time
+    assert len(read) == 2
+    assert len(list(cache.glob("*.safetensors"))) == 2
+    for remembered in (cache / "digests").iterdir():
+        remembered.write_text("no JSON")
     stream_quantised(spec, source, "nf4", "cpu", torch.float32)
-    assert count() == 4
+    assert len(read) == 3
+
+
+def test_a_file_that_was_just_written_is_read_again(spec, source, cache):
+    stream_quantised(spec, source, "nf4", "cpu", torch.float32)
+    assert not (cache / "digests").exists()
 
 
 def test_loras_are_merged_before_weights_are_quantised(spec, source, save, tmp_path, tiny_inputs, cache):
