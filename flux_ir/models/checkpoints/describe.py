@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ir.errors import FluxIRError
+from flux_ir.models.checkpoints import variants
 from flux_ir.models.checkpoints.formats.weights import join_weights, read_entries, stored_as
 from flux_ir.models.checkpoints.headers import TensorEntry
 from flux_ir.models.checkpoints.inspect import inspect, is_flux2, layout_and_prefix, other_transformer
@@ -37,7 +38,7 @@ class _Mark(NamedTuple):
 
 _MARKS = (
     _Mark("double_stream_modulation_img.", "the transformer of FLUX.2"),
-    _Mark("redux_up.", "Redux, which turns a picture into text tokens of FLUX.1 (not run here)"),
+    _Mark("redux_up.", variants.REDUX.name),
     _Mark("controlnet_", "a ControlNet"),
     _Mark("input_hint_block.", "a ControlNet"),
     _Mark("image_proj", "an IP-Adapter"),
@@ -53,10 +54,6 @@ _MARKS = (
     _Mark("encoder.down.", "an autoencoder"),
     _Mark("encoder.down_blocks.", "an autoencoder"),
 )
-_CHANNELS = {
-    128: "128, as the Canny and Depth variants",
-    384: "384, as the Fill variant",
-}
 _LATENTS = {4: "as that of Stable Diffusion and SDXL", 16: "as that of FLUX.1", 32: "as that of FLUX.2"}
 
 
@@ -115,7 +112,7 @@ def _network(path: Path, prefix: str, stored: Mapping[str, TensorEntry]) -> Netw
         kind = f"the autoencoder of {' or '.join(models)}" if models else "an autoencoder of no model known here"
     else:
         kind = _kind_of(entries)
-        facts = _width(entries)
+        facts = {"not run here": f"use {variants.REDUX.instead}"} if kind == variants.REDUX.name else _width(entries)
     return Network(
         kind=kind,
         models=models,
@@ -166,9 +163,11 @@ def _transformer_facts(entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
     embedders = ("guidance_in.", "time_text_embed.guidance_embedder.", "time_guidance_embed.guidance_embedder.")
     guidance = any(name.startswith(embedders) for name in entries)
     channels = into.shape[-1]
+    variant = None if is_flux2(entries) else variants.of_channels(channels)
     return {
         "blocks": f"{blocks['double']} double, {blocks['single']} single, {into.shape[0]} wide",
-        "latent channels": channels if is_flux2(entries) else _CHANNELS.get(channels, channels),
+        "latent channels": channels if variant is None else f"{channels}, as those of {variant.name}",
+        **({} if variant is None else {"not run here": f"use {variant.instead}"}),
         "guidance": "distilled, as in the dev family" if guidance else "none, as in flux-schnell",
     }
 

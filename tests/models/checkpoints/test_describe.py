@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_ir.errors import FluxIRError
 from flux_ir.models.autoencoder import AutoEncoder
+from flux_ir.models.checkpoints import variants
 from flux_ir.models.checkpoints.describe import describe_file
 from flux_ir.models.checkpoints.keymap import to_diffusers
 from flux_ir.models.flux1.transformer import Flux
@@ -39,6 +40,15 @@ def test_a_flux_that_is_no_known_model_is_told_with_its_sizes(tmp_path, tiny_flu
     assert told.facts["guidance"] == "distilled, as in the dev family"
 
 
+@pytest.mark.parametrize(("channels", "variant"), [(128, variants.CONTROL), (384, variants.FILL)])
+def test_variants_are_told_by_the_name_they_are_refused_with(tmp_path, tiny_flux, save, channels, variant):
+    state = dict(tiny_flux().state_dict())
+    state["img_in.weight"] = torch.zeros(64, channels)
+    (told,) = describe_file(save(state, tmp_path / "flux.safetensors"))
+    assert told.facts["latent channels"] == f"{channels}, as those of {variant.name}"
+    assert told.facts["not run here"] == f"use {variant.instead}"
+
+
 def test_the_networks_of_a_file_with_several_are_told_one_by_one(tmp_path, tiny_flux, tiny_autoencoder, text_folders):
     parts = {
         "model.diffusion_model.": tiny_flux().state_dict(),
@@ -63,7 +73,7 @@ def test_the_networks_of_a_file_with_several_are_told_one_by_one(tmp_path, tiny_
     [
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "the transformer of Stable Diffusion 3"),
         ("double_stream_modulation_img.lin.weight", r"the transformer of FLUX.2"),
-        ("redux_up.weight", "Redux, which turns a picture into text tokens of FLUX.1 (not run here)"),
+        ("redux_up.weight", variants.REDUX.name),
         ("controlnet_blocks.0.weight", "a ControlNet"),
         ("vision_model.encoder.layers.0.self_attn.q_proj.weight", "the picture encoder of CLIP or SigLIP"),
         ("model.layers.0.self_attn.q_proj.weight", "a language model"),
