@@ -132,6 +132,8 @@ def read_lens(
         weights = lens_weights(ModelSource(transformer_source, None, None, tuple(loras), quantize))
         tuned.check_weights(spec.name, weights)
         tuned.check(capture, has_guidance=spec.flux.guidance_embed)
+    if (codes := capture.metadata.get("quantize")) is not None:
+        announce(f"quantised: {codes}, the blocks of the run; what a lens reads them with is not quantised")
     machine = settings.settle_machine(recorded=capture.dtype)
     placement, compute = machine.placement, machine.compute
     for note in (f"{spec.name} on {machine}", *machine.notes()):

@@ -94,7 +94,7 @@ def read_run(output_dir: Path, generation_id: str) -> PageRun:
     cells = {cell for found in pictures.values() for cell in found}
     return PageRun(
         folder=folder,
-        facts={name: metadata.get(name) for name in FACTS},
+        facts={name: metadata.get(name) for name in FACTS} | {"weights": weights_of(metadata)},
         prompt=str(metadata.get("prompt", "")),
         timesteps=[float(t) for t in metadata.get("timesteps") or []],
         blocks=sorted({block for block, _ in cells}),
@@ -103,6 +103,24 @@ def read_run(output_dir: Path, generation_id: str) -> PageRun:
         numbers=_with_differences(_numbers(folder.lens_json), folder.difference_json),
         other=_other(folder.difference_json),
     )
+
+
+def weights_of(metadata: Mapping[str, Any]) -> str | None:
+    """What a run says of its transformer's weights: quantised or not, and with which LoRAs; None: it says nothing."""
+    file = _object(_object(metadata.get("files")).get("transformer"))
+    if not file:
+        return None
+    kinds = [str(metadata["quantize"])] if metadata.get("quantize") else []
+    kinds += [f"a file of {name}" for name in _object(file.get("stored_as"))]
+    named = metadata.get("loras")
+    loras = [_object(lora) for lora in named] if isinstance(named, list) else []
+    told = [f"LoRA {Path(str(lora.get('path', ''))).name} at {lora.get('strength')}" for lora in loras]
+    return ", ".join([f"quantised: {', '.join(kinds)}" if kinds else "not quantised", *told])
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """A JSON object; of a file that somebody has changed, an empty one in place of something else."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def run_entry(run: PageRun) -> dict[str, Any]:

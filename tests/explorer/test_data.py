@@ -4,7 +4,16 @@ import shutil
 import pytest
 
 from flux_ir.errors import FluxIRError
-from flux_ir.explorer.data import NUMBERS, OTHER_NUMBERS, TUNED_NUMBERS, Block, decoded_runs, read_run, run_entry
+from flux_ir.explorer.data import (
+    NUMBERS,
+    OTHER_NUMBERS,
+    TUNED_NUMBERS,
+    Block,
+    decoded_runs,
+    read_run,
+    run_entry,
+    weights_of,
+)
 
 
 def test_blocks_come_in_depth_order_and_steps_in_numeric_order(make_run, output_dir):
@@ -135,3 +144,23 @@ def test_broken_metadata_is_named(make_run, output_dir):
     make_run().find_metadata().write_bytes(b"\xff\xfe")
     with pytest.raises(FluxIRError, match=r"metadata_\S+\.json must be JSON"):
         read_run(output_dir, "1a2b3c4d")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({}, None),
+        ({"files": "hostile", "loras": 3}, None),
+        ({"files": {"transformer": {"path": "a"}}, "loras": 3}, "not quantised"),
+        ({"files": {"transformer": {"path": "a"}}, "quantize": "nf4"}, "quantised: nf4"),
+        (
+            {
+                "files": {"transformer": {"path": "a", "stored_as": {"GGUF Q4_K": 3}}},
+                "loras": [{"path": "/some/where/style.safetensors", "strength": 0.8}],
+            },
+            "quantised: a file of GGUF Q4_K, LoRA style.safetensors at 0.8",
+        ),
+    ],
+)
+def test_a_run_says_what_its_weights_were(metadata, told):
+    assert weights_of(metadata) == told

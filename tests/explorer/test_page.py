@@ -86,7 +86,7 @@ def test_the_data_has_the_documented_keys(make_run, write):
     _, data = write()
     assert set(data) == {"schema", "flux_ir", "runs"}
     assert data["schema"] == 1
-    facts = {"model", "seed", "width", "height", "guidance", "num_steps", "timestamp"}
+    facts = {"model", "seed", "width", "height", "guidance", "num_steps", "timestamp", "weights"}
     place = {"id", "prompt", "picture", "blocks", "steps", "times", "numbers", "lenses", "tiles"}
     assert set(data["runs"][0]) == facts | place
     assert set(data["runs"][0]["lenses"]["x0"]) == {"pictures", "missing", "bands"}

@@ -5,6 +5,7 @@ function factsOf(run) {
   const day = /^(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)/.exec(run.timestamp ?? "");
   return [
     run.model,
+    run.weights,
     run.seed === null ? null : `seed ${run.seed}`,
     run.num_steps === null ? null : `${run.num_steps} steps`,
     run.guidance === null ? null : `guidance ${run.guidance}`,
