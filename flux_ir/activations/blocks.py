@@ -5,7 +5,7 @@ is how training reads. Neither is a block of the transformer or the run folder o
 a source.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -178,6 +178,40 @@ def loras_of(source: object) -> list[dict[str, Any]]:
 def quantize_of(source: object) -> Method | None:
     """How the blocks of the model of a source were quantised, as its files say; None: they were not, or not known."""
     return getattr(source, "quantize", None)
+
+
+def changes_of(source: object) -> dict[str, Any]:
+    """What was changed of the weights of a source's model, as its files say: `changed_by` of them."""
+    return changed_by(loras_of(source), quantize_of(source))
+
+
+def changed_by(loras: Sequence[Mapping[str, Any]], quantize: Method | None) -> dict[str, Any]:
+    """The same by what it was loaded with: `loras`, each by its name, content and strength, and `quantize`.
+
+    Empty: its weights are those of its files. Two models with the same files and equal changes are the same.
+    """
+    named = [
+        {"name": Path(lora["path"]).name, "sha256": lora["sha256"], "strength": lora["strength"]}
+        for lora in loras
+        if lora["strength"]
+    ]
+    return ({"loras": named} if named else {}) | ({} if quantize is None else {"quantize": quantize})
+
+
+def other_model(trained: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Both models in words, if they are not the same: what they are changed by (`changed_by`); None: they are."""
+
+    def content(changes: Mapping[str, Any]) -> object:
+        return [(lora["sha256"], lora["strength"]) for lora in changes.get("loras", ())], changes.get("quantize")
+
+    return None if content(trained) == content(now) else (_told(trained), _told(now))
+
+
+def _told(changes: Mapping[str, Any]) -> str:
+    loras = [f"{lora['name']} at {lora['strength']:g}" for lora in changes.get("loras", ())]
+    told = [f"with the LoRA{'s' if len(loras) > 1 else ''} {' and '.join(loras)}"] if loras else []
+    told += [f"quantised to {changes['quantize']}"] if changes.get("quantize") else []
+    return f"the model {', '.join(told) or 'without LoRAs, not quantised'}"
 
 
 class Drawn(NamedTuple):

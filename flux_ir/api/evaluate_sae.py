@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flux_ir.activations.blocks import changes_of
 from flux_ir.activations.source import TokenSource, open_source
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.model_settings import ModelSettings, as_captured
+from flux_ir.api.model_settings import ModelSettings, as_captured, note_other_model
 from flux_ir.api.progress import Note, Watch, follow, unwatched
 from flux_ir.api.splicing import Splicer, recorded_dtype
 from flux_ir.errors import FluxIRError
@@ -305,10 +306,11 @@ def find_saes(paths: Sequence[Path]) -> list[Path]:
 def load_for(folder: Path, source: TokenSource, site: str | None, progress: Watch = unwatched) -> SparseAutoencoder:
     """The autoencoder of a folder, whichever program saved it, of the `site` that is asked for.
 
-    Another site than the one it says it was trained on is noted.
+    Another site than the one it says it was trained on is noted, and so is a model with other LoRAs or quantisation.
     Raises FluxIRError if neither the autoencoder nor `site`, which is --site, names a site of the captures.
     """
     sae = load_any(folder)
+    note_other_model(str(folder), sae, changes_of(source), "these captures are of", progress)
     if not source.sites:
         if site is not None:
             raise FluxIRError(f"these activations have no sites: got --site {site}", hint="leave --site out")

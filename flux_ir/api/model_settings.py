@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from flux_ir.activations.blocks import loras_of, quantize_of
+from flux_ir.activations.blocks import changed_by, loras_of, other_model, quantize_of
 from flux_ir.api.arguments import check_words
 from flux_ir.api.progress import Note, Watch
 from flux_ir.collecting.collection import weights_digest
@@ -32,6 +32,7 @@ from flux_ir.models.registry import ModelSpec, get_spec
 from flux_ir.models.split import with_parts_beside
 from flux_ir.models.suite import Suite
 from flux_ir.recording.hooks import is_outside
+from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sampling.generate import check_size
 from flux_ir.sampling.pictures import PictureGiven, RunPictures, settle_pictures
 from flux_ir.sampling.schedule import schedule_of
@@ -329,6 +330,23 @@ def as_captured(settings: Settings, source: object) -> Settings:
     if settings.quantize is not None or isinstance(settings.model, Suite):
         return settings
     return replace(settings, quantize=quantize_of(source))
+
+
+def note_other_model(name: str, sae: SparseAutoencoder, now: Mapping[str, Any], here: str, progress: Watch) -> None:
+    """Notes an autoencoder that was trained on its model with other LoRAs, or quantised otherwise, than `now`.
+
+    It can be used: but what it says is of another model. `now` is what `changed_by` gives; `here` leads to it.
+    """
+    data = sae.metadata.get("data")
+    if isinstance(data, Mapping) and (told := other_model(data, now)) is not None:
+        progress(Note(f"note: {name} was trained on {told[0]}, and {here} {told[1]}"))
+
+
+def note_trained_on_others(saes: Mapping[str, SparseAutoencoder], suite: Suite, progress: Watch) -> None:
+    """The same for autoencoders, by their names, that are used in this model."""
+    now = changed_by([lora.to_json() for lora in suite.source.loras], suite.source.quantize)
+    for name, sae in saes.items():
+        note_other_model(name, sae, now, "it is used in", progress)
 
 
 def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:

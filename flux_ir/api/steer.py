@@ -19,7 +19,13 @@ from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
 from flux_ir.api.capture import settle_text
-from flux_ir.api.model_settings import GivenPictureSettings, Machine, SettledPicture, identity_of_pictures
+from flux_ir.api.model_settings import (
+    GivenPictureSettings,
+    Machine,
+    SettledPicture,
+    identity_of_pictures,
+    note_trained_on_others,
+)
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
 from flux_ir.models.architecture import Transformer
@@ -283,6 +289,9 @@ def settle(settings: SteerSettings, progress: Watch) -> SteeringJob:
     steering = empty.of([stand_in(edit, empty) for edit in edits])
     steering.check_encodes(encodes=text is None)
     suite = settings.suite(machine, progress, text=text is None)
+    named = {edit.sae if isinstance(edit.sae, str | Path) else "": edit for edit in edits if edit.sae is not None}
+    read = {f"the autoencoder {name}".rstrip(): steering.sae_of(edit) for name, edit in named.items()}
+    note_trained_on_others(read, suite, progress)
     given = picture.given.notes(picture.timesteps)
     for note in (f"{spec.name} on {machine}", *machine.notes(steering.sites), *given):
         progress(Note(note))

@@ -75,6 +75,9 @@ def train_sae(
     model: str | None = None,
     prompts: str | Path | Sequence[str] | None = None,
     repeats: int | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
+    lora_strength: Sequence[float] | float | None = None,
+    quantize: Literal["nf4", "int8", "fp8"] | None = None,
     name: str | None = None,
     output_dir: str | Path = "saes",
     checkpoint_minutes: float = 10.0,
@@ -87,7 +90,8 @@ def train_sae(
     """Train sparse autoencoders; yields a row whenever curves get one, the last of each run with what it has trained.
 
     Data: `captures`, activations on disk as `open_source` takes them, or `model` with `prompts` (a list or a file) and
-    `repeats`, which makes activations on the way and stores none. Of these `site` (names or patterns), `steps`,
+    `repeats`, which makes activations on the way and stores none (`lora`, `lora_strength` and `quantize` as for
+    `load_model`). Of these `site` (names or patterns), `steps`,
     `stream`, `padding` and `outliers` choose tokens; the share `held_out` of the prompts is measured on at the end;
     `max_tokens` or `epochs` say how long it goes.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flux_ir.activations.blocks import TokenBlock, TokenSource, run_of
+from flux_ir.activations.blocks import TokenBlock, TokenSource, changed_by, changes_of, run_of
 from flux_ir.activations.source import open_source
 from flux_ir.api.model_settings import PictureSettings
 from flux_ir.api.progress import unwatched
@@ -253,6 +253,7 @@ def _stored(settings: TrainSAESettings, path: Path) -> TrainingData:
         "content": source.identity,
         "generations": len(source.generations),
         "tokens_each": {str(site): source.tokens(site) for site in sites},
+        **changes_of(source),
     }
     return TrainingData(
         name=name,
@@ -315,7 +316,13 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
     prompts = read_prompts(given) if isinstance(given, Path) else list(given)
     sites = match_sites(settings.site, all_sites(spec.flux.depth, spec.flux.depth_single_blocks))
     sites = [site for site in _of_stream(list(sites), settings) if site is not None]
-    model = PictureSettings(model=settings.model, device=settings.device)
+    model = PictureSettings(
+        model=settings.model,
+        device=settings.device,
+        lora=settings.lora,
+        lora_strength=settings.lora_strength,
+        quantize=settings.quantize,
+    )
     machine, picture = model.settle_machine(ranks=ranks), model.settle_picture()
     recipe = Recipe(
         spec=spec,
@@ -364,6 +371,7 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
             "prompts": len(prompts),
             "prompts_sha256": prompts_digest(prompts),
             "repeats": settings.repeats,
+            **changed_by([lora.to_json() for lora in suite.source.loras], suite.source.quantize),
         },
     )
 

@@ -42,7 +42,10 @@ AGREE_STEPS = 10  # steps from one all-reduce of what processes want to the next
 SHORT_BATCHES = 3  # in a row that are not full: the data have no full one
 
 # A resumed run may have other values of these: some are compared by their content, the others change no weight.
-BY_CONTENT = ("captures", "whiten", "prompts", "site", "steps", "max_tokens", "epochs", "dtype")
+BY_CONTENT = (
+    *("captures", "whiten", "prompts", "site", "steps", "max_tokens", "epochs", "dtype"),
+    *("lora", "lora_strength", "quantize"),
+)
 NO_WEIGHT = ("name", "output_dir", "device", "log", "checkpoint_minutes", "checkpoint_tokens", "shard_optimiser")
 
 

@@ -14,7 +14,7 @@ from flux_ir.sae.architectures.config import HAS_K
 from flux_ir.sites import site_names
 
 # These may be given as one element.
-LISTS = ("k", "prefixes", "expansion", "seed", "l1_coefficient", "target_l0", "steps")
+LISTS = ("k", "prefixes", "expansion", "seed", "l1_coefficient", "target_l0", "steps", "lora_strength")
 PATHS = ("captures", "whiten", "output_dir")
 
 
@@ -58,6 +58,9 @@ class TrainSAESettings:
     model: str | None = None
     prompts: Path | tuple[str, ...] | None = None
     repeats: int | None = None
+    lora: tuple[Path, ...] | None = None
+    lora_strength: tuple[float, ...] | None = None
+    quantize: Literal["nf4", "int8", "fp8"] | None = None
     name: str | None = None
     output_dir: Path = Path("saes")
     checkpoint_minutes: float = 10.0
@@ -77,6 +80,9 @@ class TrainSAESettings:
         given["site"] = None if given["site"] is None else site_names(given["site"])
         if isinstance(given["prompts"], str):
             given["prompts"] = Path(given["prompts"])
+        if given["lora"] is not None:
+            several = not isinstance(given["lora"], str | Path)
+            given["lora"] = tuple(map(Path, given["lora"] if several else (given["lora"],)))
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -106,6 +112,12 @@ class TrainSAESettings:
             )
         if self.captures is not None and self.repeats is not None:
             raise FluxIRError("--repeats is for live data: got --captures", hint="leave it out, or raise --epochs")
+        for name in ("lora", "lora_strength", "quantize"):
+            if not live and getattr(self, name) is not None:
+                raise FluxIRError(
+                    f"--{name} is for live data, whose model is loaded here: got --captures",
+                    hint="leave it out: captures are of the model that they were made with",
+                )
         if live and self.epochs is not None:
             raise FluxIRError("live data come once: got --epochs", hint="pass --repeats or --max_tokens instead")
         if self.max_tokens is not None and self.epochs is not None:
@@ -143,5 +155,6 @@ class TrainSAESettings:
     def to_json(self) -> dict[str, Any]:
         """The settings by name, as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["lora"] = None if self.lora is None else tuple(map(str, self.lora))
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

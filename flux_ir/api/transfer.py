@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture, identity_of_pictures
+from flux_ir.api.model_settings import (
+    Machine,
+    PictureSettings,
+    SettledPicture,
+    identity_of_pictures,
+    note_trained_on_others,
+)
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
@@ -237,6 +243,7 @@ def settle(settings: TransferSettings, progress: Watch) -> TransferJob:
             hint="leave out the region, or use autoencoders of image tokens",
         )
     suite = settings.suite(machine, progress)
+    note_trained_on_others({f"the autoencoder of {site}": sae for site, sae in saes.items()}, suite, progress)
     for note in (f"{spec.name} on {machine}", *machine.notes(saes)):
         progress(Note(note))
     return TransferJob(settings, suite, machine, picture, steps, saes, pairs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import INTERRUPTED, launch
-from flux_ir.commands.cli.shared import DeviceOptions
+from flux_ir.commands.cli.shared import DeviceOptions, LoRAOptions, QuantizeOptions
 from flux_ir.errors import counted
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ DATA, WHAT, HOW, LIVE, WHERE = "the data", "the autoencoder", "the training", "l
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSAEOptions(DeviceOptions):
+class TrainSAEOptions(DeviceOptions, LoRAOptions, QuantizeOptions):
     """Train sparse autoencoders on captured activations, or on activations that are made on the way and never stored.
 
     Lists (--k 16,32 --expansion 4,8 --seed 0,1, several sites) train every combination side by side on the same

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.model_settings import PictureSettings
+from flux_ir.api.model_settings import PictureSettings, note_trained_on_others
 from flux_ir.api.models import load_model
 from flux_ir.api.progress import Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError
@@ -377,6 +377,7 @@ def open_studio(settings: PlaySettings, progress: Watch = unwatched) -> Studio:
         suite = settings.model
     else:
         suite = load_model(spec.name, **settings.model_choices(), progress=progress)
+    note_trained_on_others({f"the autoencoder {one.folder}": one.sae for one in dictionaries}, suite, progress)
     return Studio(suite, dictionaries, settings)
 
 

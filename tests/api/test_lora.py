@@ -1,6 +1,7 @@
 """A LoRA from the flag to the picture, and back: what is made with one says so, and is read with it again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ import torch
 import flux_ir
 from flux_ir.activations.blocks import loras_of
 from flux_ir.activations.source import open_source
+from flux_ir.api.evaluate_sae import load_for
+from flux_ir.api.model_settings import note_trained_on_others
 from flux_ir.api.recorded_run import as_recorded, check_run, recorded_run
 from flux_ir.api.steer import SteerSettings
+from flux_ir.api.training_data import open_data
+from flux_ir.api.training_settings import TrainSAESettings
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.commands.main import main
+from flux_ir.distributed import joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.checkpoints.lora.contents import blank_transformer
 from flux_ir.models.registry import get_spec
@@ -121,6 +127,54 @@ def test_a_collection_says_its_loras_and_goes_on_wherever_their_files_are(lora, 
         collected(["a red circle", "a blue square"], lora=lora, lora_strength=0.25)
     with pytest.raises(FluxIRError, match=r"loras .* there, None now"):
         collected(["a red circle", "a blue square"])
+
+
+def test_an_autoencoder_of_a_lora_s_activations_says_so_where_it_is_used_without(lora, tmp_path):
+    where = {"model": "flux-tiny", "num_steps": 1, "batch_size": 2}
+    for name, choices in (("with", {"lora": lora, "lora_strength": 0.5}), ("plain", {})):
+        flux_ir.collect(["a red circle", "a blue square"], ["single.7.img"], tmp_path / name, **where, **choices)
+    words = {"batch_tokens": 32, "k": 4, "expansion": 1, "held_out": 0.0, "output_dir": tmp_path / "saes"}
+    trained = {
+        name: list(flux_ir.train_sae(tmp_path / name, **words))[-1].finished[0].folder for name in ("with", "plain")
+    }
+    (said,) = flux_ir.load_sae(trained["with"]).metadata["data"]["loras"]
+    assert (said["name"], said["strength"]) == (lora.name, 0.5)
+    assert "loras" not in flux_ir.load_sae(trained["plain"]).metadata["data"]
+    told = {}
+    for sae, captures in ((a, b) for a in trained for b in trained):
+        notes = []
+        load_for(trained[sae], open_source(tmp_path / captures), None, notes.append)
+        told[sae, captures] = [note.text for note in notes]
+    assert told["with", "with"] == told["plain", "plain"] == []
+    model, plain = f"the model with the LoRA {lora.name} at 0.5", "the model without LoRAs, not quantised"
+    assert told["with", "plain"] == [
+        f"note: {trained['with']} was trained on {model}, and these captures are of {plain}"
+    ]
+    assert told["plain", "with"] == [
+        f"note: {trained['plain']} was trained on {plain}, and these captures are of {model}"
+    ]
+    notes = []
+    note_trained_on_others(
+        {"it": flux_ir.load_sae(trained["with"])}, flux_ir.load_model("flux-tiny", parts=[]), notes.append
+    )
+    assert [note.text for note in notes] == [f"note: it was trained on {model}, and it is used in {plain}"]
+
+
+def test_live_data_are_of_the_model_with_its_lora(lora):
+    live = TrainSAESettings(
+        model="flux-tiny", prompts=("a red circle",), site=("single.7.img",), held_out=0.0,
+        lora=(lora,), lora_strength=(0.5,), quantize="nf4",
+    )  # fmt: skip
+    with joined() as ranks:
+        described = open_data(live, ranks).described
+        plain = open_data(replace(live, lora=None, lora_strength=None, quantize=None), ranks).described
+    assert [one["name"] for one in described["loras"]] == [lora.name]
+    assert described["quantize"] == "nf4"
+    assert described["weights"] != plain["weights"]
+    assert not plain.keys() & {"loras", "quantize"}
+    assert json.dumps(live.to_json())
+    with pytest.raises(FluxIRError, match=r"--quantize is for live data, whose model is loaded here: got --captures"):
+        TrainSAESettings(captures=lora, quantize="nf4")
 
 
 def test_the_command_takes_a_lora(lora, tmp_path, capsys):
