@@ -17,14 +17,13 @@ from measure import Target, arguments, machine, print_report
 from networks import random_flux
 from safetensors.torch import save_file
 
+from flux_ir.api.capacity import capture_work
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.compute_dtype import choose_dtype
-from flux_ir.models.footprint import Work, footprint
+from flux_ir.models.footprint import base_here, footprint
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import MODELS, ModelSpec, get_spec
 from flux_ir.recording.plan import CapturePlan, capture_bytes
-from flux_ir.recording.writer import QUEUE_BYTES
-from flux_ir.sampling.generate import threads_per_picture
 from flux_ir.sites import block_outputs
 
 SIDES = (128, 256, 512)
@@ -46,10 +45,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def predicted(spec: ModelSpec, side: int, offload: str, *, encodes: bool) -> int:
-    """Bytes of host memory that the capture should take at its highest."""
+BASE_BYTES = base_here()
+"""Of a process like this one, before any work."""
+
+
+def predicted(spec: ModelSpec, side: int, offload: str, *, whole: bool) -> int:
+    """Bytes of host memory that the capture should take at its highest. `whole`: with its prompt and the lens."""
     dtype = choose_dtype("auto", ["cpu"]).dtype
-    img, threads = (side // 16) ** 2, torch.get_num_threads()
+    img = (side // 16) ** 2
     file = CapturePlan(
         spec.flux,
         block_outputs(spec.flux.depth, spec.flux.depth_single_blocks),
@@ -60,11 +63,10 @@ def predicted(spec: ModelSpec, side: int, offload: str, *, encodes: bool) -> int
         metadata={},
         dtype=dtype,
     )
-    together = threads // threads_per_picture(side**2, threads)
-    waiting = min(QUEUE_BYTES, capture_bytes(file))
-    work = Work(side**2, spec.text_tokens + img, encodes, waiting, together)
+    tokens, size = spec.text_tokens + img, capture_bytes(file)
+    work = capture_work(side**2, tokens, on_gpu=False, encodes=whole, capture_bytes=size, lens=whole)
     placement = plan(0, offload="blocks" if offload == "blocks" else False)
-    return footprint(spec, placement, dtype, work).host
+    return footprint(spec, placement, dtype, work, base_bytes=BASE_BYTES).host
 
 
 def measured(words: Sequence[str], *, middle: bool) -> float:
@@ -96,7 +98,7 @@ def row(spec: ModelSpec, side: int, offload: str, words: Sequence[str], output_d
     size += ["--offload", offload] if offload == "blocks" else []
     lens = ["--should_decode_intermediates", "False"] if middle else []
     peak = measured(["--model", spec.name, *size, *lens, *words], middle=middle)
-    guess = predicted(spec, side, offload, encodes=not middle)
+    guess = predicted(spec, side, offload, whole=not middle)
     ratio = guess / peak
     verdict = Target("most", OFF).verdict(abs(ratio - 1))
     name = "1.3 B weights" if middle else spec.name

@@ -1,21 +1,37 @@
-"""Whether it fits: the disk and the memory that are free, the memory that a model's weights take, and both checks."""
+"""Whether it fits: the disk and the memory that are free, what work takes, and the checks.
+
+`estimate` is the one source of what is said of memory and time before anything is loaded: `plan` asks it about every
+way of keeping the weights, `capture --plan` and `collect --plan` about the one that is settled.
+"""
 
 import shutil
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from flux_ir.collecting.batches import cpu_batch
+from flux_ir.collecting.collection import CollectSettings
+from flux_ir.collecting.recipe import recorded_bytes
 from flux_ir.errors import FluxIRError, in_units
-from flux_ir.models.checkpoints.inspect import Part, blank_network
-from flux_ir.models.checkpoints.locate_text import EncoderSource
-from flux_ir.models.memory import elements, free_memory, streamed_bytes
+from flux_ir.lens.decode import WRITER_THREADS
+from flux_ir.models.footprint import Footprint, Work, autoencoder_bytes, footprint
+from flux_ir.models.memory import (
+    elements,
+    free_memory,
+    resident_blocks,
+    resident_memory,
+    waits_in_memory,
+    weights_budget,
+)
+from flux_ir.models.pace import Pace, Rates, WeightsFrom, cpu_rates, gpu_rates, known_gpu, step_pace
 from flux_ir.models.placement import Placement
-from flux_ir.models.suite import Suite
-
-# Parts of a text encoder's checkpoint that are never loaded: T5's decoder, CLIP's picture tower.
-_LEFT_OUT = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+from flux_ir.models.quantisation import Method, codes_bytes
+from flux_ir.models.registry import ModelSpec
+from flux_ir.models.suite import TOKEN_PX
+from flux_ir.recording.writer import QUEUE_BYTES
+from flux_ir.sampling.generate import threads_per_picture
 
 
 class DiskSpace(NamedTuple):
@@ -45,58 +61,140 @@ def check_disk(needed_bytes: int, disk: DiskSpace, *, flags: str) -> None:
         )
 
 
-def weights_bytes(suite: Suite) -> dict[str, int]:
-    """Bytes of memory that the weights of a model take, by the names of the parts in `Placement`.
+# ---- What work takes
 
-    Of a transformer that is sharded over ranks that is one rank's part, and the largest block, gathered. The whole
-    autoencoder is counted under ae_decoder. Text encoders in a format older than safetensors count as
-    nothing, since their sizes stand in no header.
+
+def capture_work(pixels: int, tokens: int, *, on_gpu: bool, encodes: bool, capture_bytes: int, lens: bool) -> Work:
+    """What a capture computes; `lens`: what blocks would have drawn is decoded as well."""
+    threads = torch.get_num_threads()
+    return Work(
+        pixels=pixels,
+        tokens=tokens,
+        encodes=encodes,
+        waiting_bytes=min(QUEUE_BYTES, capture_bytes),
+        decoded_together=1 if on_gpu else threads // threads_per_picture(pixels, threads),
+        written_together=WRITER_THREADS if lens else 0,
+    )
+
+
+class Way(NamedTuple):
+    """How weights are kept: a placement, and the blocks that stay where others are streamed, or how all are codes."""
+
+    placement: Placement
+    resident: Sequence[int] = ()
+    quantize: Method | None = None
+    processes: int = 1
+    """Processes of a job, each with a GPU and pictures of its own."""
+    sharded_over: int = 1
+    """Processes that share the weights of the blocks as well (FSDP2)."""
+
+
+class Estimate(NamedTuple):
+    """Peak memory and seconds of one way."""
+
+    takes: Footprint
+    pace: Pace
+
+
+def estimate(
+    spec: ModelSpec,
+    way: Way,
+    dtype: torch.dtype,
+    rates: Rates,
+    work: Work,
+    *,
+    txt_tokens: int,
+    memory_bytes: int | None,
+    base_bytes: int,
+) -> Estimate:
+    """What `work` takes. `memory_bytes` of the host decide where blocks wait; see `PlannedMachine`."""
+    placement, counts, on_cpu = way.placement, elements(spec.flux), way.placement.transformer == "cpu"
+    in_memory, streamed = False, 0
+    weights_from: WeightsFrom = "device"
+    codes = 0 if way.quantize is None else codes_bytes(spec.flux, way.quantize)
+    if way.quantize is not None:
+        if placement.offload == "blocks":
+            streamed, weights_from = codes, "host"
+    elif placement.offload == "blocks":
+        in_memory = waits_in_memory(spec.flux, placement, dtype, len(way.resident))
+        own = [all_ - mods for all_, mods in zip(counts.blocks, counts.modulations, strict=True)]
+        streamed = (sum(own) - sum(own[number] for number in way.resident)) * dtype.itemsize
+        weights_from = "host" if in_memory else "disk"
+    takes = footprint(
+        spec,
+        placement,
+        dtype,
+        work,
+        resident=way.resident,
+        waits_in_memory=in_memory,
+        quantize=way.quantize,
+        processes=way.processes,
+        sharded_over=way.sharded_over,
+        base_bytes=base_bytes,
+    )
+    if weights_from == "disk" and on_cpu and memory_bytes is not None:
+        # What is left of memory is the page cache: a file that fits into it is read from the drive once.
+        cached = memory_bytes - takes.host >= counts.total * torch.bfloat16.itemsize
+        weights_from = "host" if cached else "disk"
+    pace = step_pace(
+        spec.flux,
+        rates,
+        dtype,
+        txt_tokens=txt_tokens,
+        img_tokens=work.tokens - txt_tokens,
+        streamed=streamed,
+        weights_from=weights_from,
+        on_cpu=on_cpu,
+        codes=codes,
+        split_over=len(placement.blocks) or 1,
+        processes=way.processes,
+        sharded_over=way.sharded_over,
+    )
+    return Estimate(takes, pace)
+
+
+def blocks_that_stay(spec: ModelSpec, placement: Placement, dtype: torch.dtype, *, tokens: int) -> list[int]:
+    """The blocks that stay on the device of a streamed transformer, as `models.suite` settles it."""
+    beside = autoencoder_bytes(spec, tokens * TOKEN_PX**2, dtype)
+    free = weights_budget(spec.flux, placement, dtype, tokens=tokens, beside=beside)
+    return resident_blocks(spec.flux, dtype, free)
+
+
+def collection_work(settings: CollectSettings, *, on_gpu: bool) -> Work:
+    """What a process that collects computes at once. A GPU is counted with one picture, unless a batch size is set."""
+    recipe, threads = settings.recipe, torch.get_num_threads()
+    # A CPU's threads have a batch each.
+    batch = (settings.batch_size or (1 if on_gpu else cpu_batch(recipe))) * (1 if on_gpu else threads)
+    return Work(
+        pixels=recipe.width * recipe.height,
+        tokens=recipe.spec.text_tokens + recipe.img_tokens + recipe.given.cond_tokens,
+        waiting_bytes=batch * recorded_bytes(recipe),
+        decoded_together=0 if not settings.save_images else 1 if on_gpu else threads,
+        batch=batch,
+        encoders_go=True,
+    )
+
+
+def rates_here(spec: ModelSpec, device: str, dtype: torch.dtype, *, tokens: int) -> Rates:
+    """The rates of a device of this machine: a CPU's are measured now, a GPU's are those of its kind."""
+    if device == "cpu":
+        return cpu_rates(spec.flux.hidden_size, tokens, dtype)
+    return gpu_rates(known_gpu(device), dtype)
+
+
+def check_fits(takes: Footprint, what: str) -> None:
+    """Raises FluxIRError if this machine has not room for it: less host memory, or less on one of its devices.
+
+    What this process has taken already is part of it.
     """
-    parts = {"transformer": _elements(suite, "transformer") * suite.dtype.itemsize}
-    if suite.placement.offload == "blocks" or suite.source.quantize is not None:
-        parts["transformer"] = streamed_bytes(suite.spec.flux, suite.dtype)
-    if suite.sharded_over > 1:
-        counts = elements(suite.spec.flux)
-        own = -(-sum(counts.blocks) // suite.sharded_over)
-        parts["transformer"] = (counts.outside + own + max(counts.blocks)) * suite.dtype.itemsize
-    if suite.source.text is not None:
-        parts["t5"] = _encoder_elements(suite.source.text.t5) * suite.dtype.itemsize
-        parts["clip"] = _encoder_elements(suite.source.text.clip) * suite.dtype.itemsize
-    if suite.source.autoencoder is not None:
-        parts["ae_decoder"] = _elements(suite, "autoencoder") * torch.float32.itemsize
-    return parts
-
-
-def check_memory(parts: dict[str, int], placement: Placement, *, encoders_go_first: bool = False) -> None:
-    """Raises FluxIRError if the weights alone are more than a device has. `encoders_go_first`: freed after use."""
-    waits = placement.offload != "none"
-    for device in dict.fromkeys(["cpu", *placement.devices] if waits else placement.devices):
-        on_device = {part: size for part, size in parts.items() if _is_on(part, device, placement)}
-        if "transformer" in on_device and placement.blocks:  # the devices' shares differ by less than a block
-            on_device["transformer"] //= len(placement.blocks)
-        text = on_device.get("t5", 0) + on_device.get("clip", 0)
-        needed = sum(on_device.values())
-        if placement.offload == "blocks" or (waits and device != "cpu"):  # one part after the other
-            needed = max(on_device.values(), default=0)
-        elif encoders_go_first:
-            needed = max(text, needed - text)
-        free = free_memory(device)
-        if free is not None and needed > free:
+    free = free_memory("cpu")
+    here = None if free is None else free + (resident_memory() or 0)
+    for device, needed, room in [
+        ("the host", takes.host, here),
+        *((device, needed, free_memory(device)) for device, needed in takes.devices.items()),
+    ]:
+        if room is not None and needed > room:
             raise FluxIRError(
-                f"it does not fit: the weights take {in_units(needed)} on {device}, and {in_units(free)} are free",
-                hint="try --offload, another --device, or a machine with more memory",
+                f"it does not fit: the {what} takes about {in_units(needed)} on {device}, where {in_units(room)} are",
+                hint="flux-ir plan compares settings; try --offload, another --device, or a machine with more memory",
             )
-
-
-def _is_on(part: str, device: str, placement: Placement) -> bool:
-    if part == "transformer" and device in placement.blocks:
-        return True
-    return (placement.offload != "none" and device == "cpu") or getattr(placement, part) == device
-
-
-def _elements(suite: Suite, part: Part) -> int:
-    return sum(parameter.numel() for parameter in blank_network(suite.spec, part).parameters())
-
-
-def _encoder_elements(source: EncoderSource) -> int:
-    return sum(prod(entry.shape) for name, entry in source.entries.items() if not name.startswith(_LEFT_OUT))

@@ -1,7 +1,8 @@
 """What a run would take on a machine, for every way of keeping the weights: memory, disk, seconds, and the best way.
 
 Arithmetic alone (`models.footprint`, `models.pace`): no weight is read, nothing is fetched or written. Only the CPU's
-own rates are measured, in a fraction of a second.
+own rates are measured, in a fraction of a second. `capture --plan` and `collect --plan` ask `estimate` as `plan` does,
+about the one way that is settled.
 """
 
 import shlex
@@ -13,26 +14,20 @@ from typing import NamedTuple
 import torch
 
 from flux_ir.api.arguments import check_least, check_words
+from flux_ir.api.capacity import Way, blocks_that_stay, capture_work, estimate
 from flux_ir.api.model_settings import PictureSettings, SettledPicture
 from flux_ir.api.models import read_prompt_embeds
 from flux_ir.errors import FluxIRError, in_units
 from flux_ir.models.compute_dtype import DtypeWord, choose_dtype
-from flux_ir.models.footprint import LARGEST_USUAL_TOKENS, Footprint, Work, autoencoder_bytes, footprint
-from flux_ir.models.memory import (
-    elements,
-    free_memory,
-    resident_blocks,
-    waits_in_memory,
-    weights_budget,
-)
-from flux_ir.models.pace import GPUS, Limiter, Pace, Rates, WeightsFrom, cpu_rates, gpu_rates, step_pace, usual_gpu
-from flux_ir.models.placement import Placement
+from flux_ir.models.footprint import LARGEST_USUAL_TOKENS, Footprint, Work, base_here
+from flux_ir.models.memory import HOST_BASE_BYTES, elements, free_memory, resident_memory
+from flux_ir.models.pace import GPUS, Limiter, Rates, cpu_rates, gpu_rates, known_gpu, usual_gpu
 from flux_ir.models.placement import plan as place
-from flux_ir.models.quantisation import Method, codes_bytes
+from flux_ir.models.quantisation import Method
+from flux_ir.models.split import with_parts_beside
 from flux_ir.models.suite import TOKEN_PX
 from flux_ir.recording.plan import CapturePlan, capture_bytes
-from flux_ir.recording.writer import QUEUE_BYTES
-from flux_ir.sampling.generate import check_steps, threads_per_picture
+from flux_ir.sampling.generate import check_steps
 from flux_ir.sites import SiteNames, block_outputs, sites_among
 
 GB = 10**9
@@ -48,9 +43,11 @@ class PlannedMachine(NamedTuple):
     vram_bytes: int | None
     """What each GPU may be filled with; None: there is none."""
     memory_bytes: int | None
-    """What the process may take of host memory; None: it is not known."""
+    """What processes may take of host memory; None: it is not known."""
     dtype: torch.dtype
     rates: Rates
+    base_bytes: int = HOST_BASE_BYTES
+    """What a process takes of host memory without any weight."""
 
 
 class PlannedSetting(NamedTuple):
@@ -62,12 +59,15 @@ class PlannedSetting(NamedTuple):
     host_bytes: int
     """Peak memory of the process on the host."""
     seconds_per_step: float
+    """Of one picture."""
+    seconds_of_many: float
+    """Per step and picture, where there are pictures enough for all GPUs that are used to have work."""
     limiter: Limiter
     """What these seconds hang on."""
     misfit: str
     """Why it does not fit; empty: it does."""
     best: bool
-    """Whether it is the fastest that fits and is exact, or that fits; of equally fast ones the first."""
+    """Whether it makes many pictures fastest of those that fit and are exact, or that fit; of equal ones the first."""
     exact: bool
     """Whether it gives the bits of the resident model; quantised blocks do not."""
     command: str
@@ -140,7 +140,9 @@ def plan(
     gpu: str | None = None,
     presets: bool = False,
 ) -> list[MachinePlan]:
-    """What `capture` with these arguments would take, for every setting of --offload and --multi_gpu.
+    """What `capture` with these arguments would take, for every setting of --offload, --quantize and --multi_gpu.
+
+    With several GPUs also what `collect` would take by a process on each, alone or with the weights sharded (--fsdp).
 
     One plan for this machine; or for one with `gpus` GPUs of `vram_gb` GB each, of the kind `gpu`, and `memory_gb` GB
     of host memory, each of which is this machine's where it is None; or, with `presets`, one for each of `PRESETS`. The
@@ -182,7 +184,13 @@ def _machine(settings: PlanSettings) -> PlannedMachine:
     here = torch.cuda.device_count()
     asked = settings.vram_gb is not None or settings.gpu is not None
     gpus = settings.gpus if settings.gpus is not None else max(1, here) if asked else here
-    memory = free_memory("cpu") if settings.memory_gb is None else int(settings.memory_gb * GB)
+    base = HOST_BASE_BYTES
+    if settings.memory_gb is None:
+        # What this process has is taken already, and is part of what a capture here takes.
+        base, free = base_here(), free_memory("cpu")
+        memory = None if free is None else free + (resident_memory() or 0)
+    else:
+        memory = int(settings.memory_gb * GB)
     memory_told = "unknown host memory" if memory is None else f"{in_units(memory)} host memory"
     if gpus == 0:
         if asked:
@@ -191,10 +199,10 @@ def _machine(settings: PlanSettings) -> PlannedMachine:
             )
         dtype = choose_dtype(settings.dtype, ["cpu"]).dtype
         rates = cpu_rates(settings.spec.flux.hidden_size, _tokens(settings), dtype)
-        return PlannedMachine(f"no GPU, {memory_told}", 0, None, memory, dtype, rates)
+        return PlannedMachine(f"no GPU, {memory_told}", 0, None, memory, dtype, rates, base)
     own = gpus <= here and settings.gpu is None
     if own:
-        kind = torch.cuda.get_device_name(0)
+        kind = known_gpu("cuda:0")
     elif settings.gpu is None and settings.vram_gb is None:
         raise FluxIRError(
             f"--gpus must be at most {here}, what this machine has, unless others are described: got {gpus}",
@@ -206,8 +214,6 @@ def _machine(settings: PlanSettings) -> PlannedMachine:
     dtype = choose_dtype(settings.dtype, ["cuda:0"]).dtype if own else torch.bfloat16
     if not own and settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
-    if own and not any(known.lower() in kind.lower() for known in GPUS):
-        kind = usual_gpu(torch.cuda.get_device_properties(0).total_memory / GB)
     rates = gpu_rates(kind, dtype)
     if settings.vram_gb is not None:
         vram = int(settings.vram_gb * GB)
@@ -218,7 +224,7 @@ def _machine(settings: PlanSettings) -> PlannedMachine:
             else next(gpu.vram_gb * GB for name, gpu in GPUS.items() if name.lower() in kind.lower())
         )
     name = f"{gpus} x {in_units(vram)} ({kind}), {memory_told}"
-    return PlannedMachine(name, gpus, vram, memory, dtype, rates)
+    return PlannedMachine(name, gpus, vram, memory, dtype, rates, base)
 
 
 def _tokens(settings: PlanSettings) -> int:
@@ -244,107 +250,93 @@ def _plan_of(settings: PlanSettings, machine: PlannedMachine) -> MachinePlan:
         text_sites={site: spec.text_shape(site) for site in sites if site.per_prompt},
     )
     size = capture_bytes(file)
-    pixels = picture.grid.tokens * TOKEN_PX**2
-    threads = torch.get_num_threads()
-    work = Work(
-        pixels=pixels,
-        tokens=txt_tokens + picture.grid.tokens,
+    work = capture_work(
+        picture.grid.tokens * TOKEN_PX**2,
+        txt_tokens + picture.grid.tokens,
+        on_gpu=machine.gpus > 0,
         encodes=embeds is None,
-        waiting_bytes=min(QUEUE_BYTES, size),
-        decoded_together=1 if machine.gpus else threads // threads_per_picture(pixels, threads),
+        capture_bytes=size,
+        lens=True,
     )
     planned = [_setting(settings, machine, work, txt_tokens, way) for way in _ways(settings, machine)]
     # Quantised blocks give other numbers: they are the best only where nothing else fits.
     fitting = [setting for setting in planned if setting.fits and setting.exact]
     fitting = fitting or [setting for setting in planned if setting.fits]
-    best = min(fitting, key=lambda setting: round(setting.seconds_per_step, 6), default=None)
+    best = min(fitting, key=lambda setting: round(setting.seconds_of_many, 6), default=None)
     marked = [setting._replace(best=setting is best) for setting in planned]
     return MachinePlan(spec.name, machine, picture, size, marked)
 
 
-class _Way(NamedTuple):
-    """A placement, and the blocks that stay where others are streamed, or how all are quantised."""
+class _Named(NamedTuple):
+    """A way that is compared with others, and the command for it."""
 
     name: str
-    placement: Placement
-    resident: list[int]
+    way: Way
     flags: str
-    quantize: Method | None = None
+    launcher: str = ""
+    """What starts the processes of a job; empty: one process captures."""
 
 
-def _ways(settings: PlanSettings, machine: PlannedMachine) -> Iterator[_Way]:
+def _ways(settings: PlanSettings, machine: PlannedMachine) -> Iterator[_Named]:
     """The settings to compare, the simplest first."""
-    flux, dtype = settings.spec.flux, machine.dtype
+    flux, gpus = settings.spec.flux, machine.gpus
     vram = "" if settings.presets or settings.vram_gb is None else f" --vram_gb {settings.vram_gb:g}"
-    yield _Way("resident", place(machine.gpus), [], "")
-    if machine.gpus > 1:
-        yield _Way("parts over GPUs", place(machine.gpus, multi_gpu=True), [], " --multi_gpu True")
-    if machine.gpus:
-        yield _Way("offload parts", place(machine.gpus, offload="parts"), [], " --offload parts")
-    streamed = replace(
-        place(machine.gpus, offload="blocks"), vram_bytes=machine.vram_bytes, memory_bytes=machine.memory_bytes
-    )
+    yield _Named("resident", Way(place(gpus)), "")
+    if gpus > 1:
+        yield _Named("parts over GPUs", Way(place(gpus, multi_gpu=True)), " --multi_gpu True")
+        split = with_parts_beside(place(gpus, multi_gpu="blocks"), flux)
+        yield _Named("blocks over GPUs", Way(split), " --multi_gpu blocks")
+    if gpus > 1 and settings.prompt_embeds is None:  # collections encode their prompts
+        launcher = f"torchrun --nproc_per_node {gpus} -m"
+        yield _Named("a process per GPU", Way(place(gpus), processes=gpus), "", launcher)
+        sharded = Way(place(gpus), sharded_over=gpus)
+        yield _Named("sharded over processes", sharded, " --fsdp --batch_size 1", launcher)
+    if gpus:
+        yield _Named("offload parts", Way(place(gpus, offload="parts")), " --offload parts")
+    streamed = replace(place(gpus, offload="blocks"), vram_bytes=machine.vram_bytes, memory_bytes=machine.memory_bytes)
     depth = len(elements(flux).blocks)
-    beside = autoencoder_bytes(settings.spec, LARGEST_USUAL_TOKENS * TOKEN_PX**2, dtype)
-    free = 0
+    stay = []
     if machine.vram_bytes is not None or machine.memory_bytes is not None:
-        free = weights_budget(flux, streamed, dtype, tokens=LARGEST_USUAL_TOKENS, beside=beside)
-    stay = resident_blocks(flux, dtype, free)
-    if not machine.gpus or not stay:
-        yield _Way(f"offload blocks, 0 of {depth} stay", streamed, [], f" --offload blocks{vram}")
+        stay = blocks_that_stay(settings.spec, streamed, machine.dtype, tokens=LARGEST_USUAL_TOKENS)
+    if not gpus or not stay:
+        yield _Named(f"offload blocks, 0 of {depth} stay", Way(streamed), f" --offload blocks{vram}")
     if stay:
-        memory = "" if machine.gpus or machine.memory_bytes is None else f" --memory_gb {machine.memory_bytes / GB:.4g}"
+        memory = "" if gpus or machine.memory_bytes is None else f" --memory_gb {machine.memory_bytes / GB:.4g}"
         name = f"offload blocks, {len(stay)} of {depth} stay"
-        yield _Way(name, streamed, stay, f" --offload blocks{vram}{memory}")
+        yield _Named(name, Way(streamed, stay), f" --offload blocks{vram}{memory}")
     for method in QUANTISED:
-        yield _Way(method, place(machine.gpus), [], f" --quantize {method}", method)
-        if machine.gpus:
+        yield _Named(method, Way(place(gpus), quantize=method), f" --quantize {method}")
+        if gpus:
             flags = f" --quantize {method} --offload blocks{vram}"
-            yield _Way(f"{method}, offload blocks", streamed, [], flags, method)
+            yield _Named(f"{method}, offload blocks", Way(streamed, quantize=method), flags)
 
 
-def _setting(settings: PlanSettings, machine: PlannedMachine, work: Work, txt_tokens: int, way: _Way) -> PlannedSetting:
-    spec, dtype = settings.spec, machine.dtype
-    in_memory, streamed = False, 0
-    weights_from: WeightsFrom = "device"
-    counts = elements(spec.flux)
-    codes = 0 if way.quantize is None else codes_bytes(spec.flux, way.quantize)
-    if way.quantize is not None:
-        if way.placement.offload == "blocks":
-            streamed, weights_from = codes, "host"
-    elif way.placement.offload == "blocks":
-        in_memory = waits_in_memory(spec.flux, way.placement, dtype, len(way.resident))
-        own = [all_ - mods for all_, mods in zip(counts.blocks, counts.modulations, strict=True)]
-        streamed = (sum(own) - sum(own[number] for number in way.resident)) * dtype.itemsize
-        weights_from = "host" if in_memory else "disk"
-    takes = footprint(
-        spec, way.placement, dtype, work, resident=way.resident, waits_in_memory=in_memory, quantize=way.quantize
-    )
-    if weights_from == "disk" and not machine.gpus and machine.memory_bytes is not None:
-        # What is left of memory is the page cache: a file that fits into it is read from the drive once.
-        cached = machine.memory_bytes - takes.host >= counts.total * torch.bfloat16.itemsize
-        weights_from = "host" if cached else "disk"
-    pace: Pace = step_pace(
-        spec.flux,
+def _setting(
+    settings: PlanSettings, machine: PlannedMachine, work: Work, txt_tokens: int, named: _Named
+) -> PlannedSetting:
+    if named.launcher:  # a collection
+        work = work._replace(encoders_go=True, written_together=0)
+    takes, pace = estimate(
+        settings.spec,
+        named.way,
+        machine.dtype,
         machine.rates,
-        dtype,
+        work,
         txt_tokens=txt_tokens,
-        img_tokens=work.tokens - txt_tokens,
-        streamed=streamed,
-        weights_from=weights_from,
-        on_cpu=not machine.gpus,
-        codes=codes,
+        memory_bytes=machine.memory_bytes,
+        base_bytes=machine.base_bytes,
     )
     return PlannedSetting(
-        way.name,
+        named.name,
         takes.fullest,
         takes.host,
         pace.seconds,
+        pace.seconds_of_many,
         pace.limiter,
         _misfit(takes, machine),
         best=False,
-        exact=way.quantize is None,
-        command=_command(settings, way.flags),
+        exact=named.way.quantize is None,
+        command=_command(settings, named),
     )
 
 
@@ -357,9 +349,15 @@ def _misfit(takes: Footprint, machine: PlannedMachine) -> str:
     return " and ".join(reasons)
 
 
-def _command(settings: PlanSettings, flags: str) -> str:
-    """What is typed to capture with a setting."""
-    words = ["flux-ir", "capture", "--model", settings.spec.name]
+EVERY_BLOCK = "double.*.img,double.*.txt,single.?,single.??"
+
+
+def _command(settings: PlanSettings, named: _Named) -> str:
+    """What is typed to capture with a setting, or to collect where it takes several processes."""
+    words = ["flux-ir", "capture"]
+    if named.launcher:
+        words = [*named.launcher.split(), "flux_ir", "collect"]
+    words += ["--model", settings.spec.name]
     for name in ("width", "height", "num_steps", "guidance", "prompt_embeds"):
         if (value := getattr(settings, name)) is not None:
             words += [f"--{name}", str(value)]
@@ -367,6 +365,10 @@ def _command(settings: PlanSettings, flags: str) -> str:
         if (several := getattr(settings, name)) is not None:
             listed = [several] if isinstance(several, str) else several
             words += [f"--{name}", ",".join(map(str, listed))]
+        elif named.launcher and name == "sites":
+            words += ["--sites", EVERY_BLOCK]
     if settings.dtype != "auto":
         words += ["--dtype", settings.dtype]
-    return shlex.join(words) + flags
+    if named.launcher:
+        words += ["--prompts", "prompts.txt", "--output_dir", "captures/NAME"]
+    return shlex.join(words) + named.flags

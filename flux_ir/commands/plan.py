@@ -82,12 +82,17 @@ def _print_settings(plan: "MachinePlan") -> None:
     from flux_ir.errors import in_units
 
     print(f"machine: {plan.machine.name}")
-    rows: list[tuple[str, ...]] = [("setting", "GPU", "host", "s/step", "limited by", "fits")]
+    rows: list[tuple[str, ...]] = [("setting", "GPU", "host", "s/step", "of many", "limited by", "fits")]
     for one in plan.settings:
         fits = "best" if one.best else "yes" if one.fits else "no"
         gpu = in_units(one.device_bytes) if plan.machine.gpus else "-"
-        rows.append((one.name, gpu, in_units(one.host_bytes), f"{one.seconds_per_step:.3g}", one.limiter, fits))
+        seconds = f"{one.seconds_per_step:.3g}", f"{one.seconds_of_many:.3g}"
+        rows.append((one.name, gpu, in_units(one.host_bytes), *seconds, one.limiter, fits))
+    if plan.machine.gpus < 2:  # one device makes many pictures as fast as one
+        rows = [row[:4] + row[5:] for row in rows]
     print(*aligned(rows), sep="\n")
+    if plan.machine.gpus > 1:
+        print("of many: s/step and picture, where there are pictures enough for every GPU that is used")
     for one in plan.settings:
         if one.misfit:
             print(f"{one.name} does not fit: {one.misfit}")
@@ -101,16 +106,17 @@ def _print_presets(plans: "Sequence[MachinePlan]") -> None:
     from flux_ir.commands.report import aligned
     from flux_ir.errors import in_units
 
-    rows: list[tuple[str, ...]] = [("machine", "best setting", "GPU", "host", "s/step", "limited by")]
+    rows: list[tuple[str, ...]] = [("machine", "best setting", "GPU", "host", "s/step", "of many", "limited by")]
     for plan in plans:
         best = plan.best
         if best is None:
-            rows.append((plan.machine.name, "nothing fits", *["-"] * 4))
+            rows.append((plan.machine.name, "nothing fits", *["-"] * 5))
             continue
         gpu = in_units(best.device_bytes) if plan.machine.gpus else "-"
-        seconds = f"{best.seconds_per_step:.3g}"
-        rows.append((plan.machine.name, best.name, gpu, in_units(best.host_bytes), seconds, best.limiter))
+        seconds = f"{best.seconds_per_step:.3g}", f"{best.seconds_of_many:.3g}"
+        rows.append((plan.machine.name, best.name, gpu, in_units(best.host_bytes), *seconds, best.limiter))
     print(*aligned(rows), sep="\n")
+    print("of many: s/step and picture, where there are pictures enough for every GPU that is used")
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -1,8 +1,9 @@
 """`--plan`: what a capture or a collection would take, as far as arithmetic goes.
 
-Tokens and bytes follow from the settings and the prompts, to the byte; the weights from the headers of their files.
-What only a run can tell - time, peak memory, the size of JPEGs - is said to be unknown, with the command of a small run
-whose report tells it. No weight is read, nothing is computed and nothing is written.
+Tokens and bytes follow from the settings and the prompts, to the byte; peak memory and seconds per step from the
+arithmetic of `flux-ir plan`, about. What only a run can tell - all of the time, the size of JPEGs - is said to be
+unknown, with the command of a small run whose report tells it, and memory exactly. No weight is read and nothing is
+written; of a CPU the speed is measured, in a fraction of a second.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,18 @@ import torch
 from rich.text import Text
 
 from flux_ir.activations.shards import site_key
-from flux_ir.api.capacity import DiskSpace, check_disk, check_memory, disk_space_at, weights_bytes
+from flux_ir.api.capacity import (
+    DiskSpace,
+    Way,
+    blocks_that_stay,
+    capture_work,
+    check_disk,
+    check_fits,
+    collection_work,
+    disk_space_at,
+    estimate,
+    rates_here,
+)
 from flux_ir.api.capture import CaptureSettings, describe, planned_file, settle
 from flux_ir.api.collect import CollectArguments, CollectionJob, settle_collection
 from flux_ir.collecting.collection import Collection
@@ -31,7 +43,9 @@ from flux_ir.distributed import Ranks, joined
 from flux_ir.errors import counted, in_units
 from flux_ir.layout import RunFolder
 from flux_ir.lens.readout import image_outputs
-from flux_ir.models.suite import Suite
+from flux_ir.models.footprint import Work, base_here
+from flux_ir.models.memory import free_memory
+from flux_ir.models.suite import TOKEN_PX, Suite
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.tokenizer import load_tokenizer
 from flux_ir.recording.plan import CapturePlan
@@ -69,14 +83,22 @@ def plan_capture(settings: CaptureSettings, options: Options) -> None:
     disk = disk_space_at(str(settings.output_dir))
     _print(report, [("pictures", f"{1 + pictures}", "JPEG: what they take depends on them"), *_disk_rows(disk)])
     check_disk(total, disk, flags="--sites or --steps")
-    _check_weights(settings.suite(job.machine, report.watch, text=job.text is None), report)
+    suite = settings.suite(job.machine, report.watch, text=job.text is None)
+    work = capture_work(
+        job.picture.grid.tokens * TOKEN_PX**2,
+        job.txt_tokens + job.picture.grid.tokens + job.picture.given.cond_tokens,
+        on_gpu=suite.placement.transformer != "cpu",
+        encodes=job.text is None,
+        capture_bytes=total,
+        lens=settings.should_decode_intermediates,
+    )
+    _estimate(suite, work, report, txt_tokens=job.txt_tokens, what="capture")
     few = min(PACE_STEPS, steps)
     small = command_line(options, plan=False, num_steps=few, steps=None, should_decode_intermediates=False)
     _unknown(
         report,
         {
             "time": f"the seconds of load and text, and {steps}/{few} of those of sample; pictures come on top",
-            "peak memory": "about that of flux-ir plan, which compares settings; exactly, that of the small run",
         },
         f"flux-ir capture {small}",
     )
@@ -117,7 +139,8 @@ def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report, options: 
     _print(report, [*_disk_rows(disk), *([("already there", in_units(there), job.output_dir)] if there else [])])
     needed = sizes.shards + sizes.notes + embedded + latents - there
     check_disk(needed, disk, flags="--sites, --steps, --tokens_per_image or --store_dtype")
-    _check_weights(suite, report, encoders_go_first=True)
+    at_once = collection_work(settings, on_gpu=suite.placement.transformer != "cpu")
+    _estimate(suite, at_once, report, txt_tokens=recipe.spec.text_tokens, what="collection", ranks=ranks)
     few = min(PACE_PROMPTS, len(settings.prompts))
     small = command_line(
         options, plan=False, max_prompts=few, repeats=1, output_dir=f"{job.output_dir.rstrip('/')}_pace"
@@ -125,17 +148,36 @@ def _plan_collection(job: CollectionJob, ranks: Ranks, report: Report, options: 
     processes = f" and by the {ranks.world_size} processes" if ranks.world_size > 1 else ""
     unknown = {
         "time": f"divide the tokens by the small run's tokens/s{processes}; encoding the prompts comes on top",
-        "peak memory": "more than the weights; it is that of the small run",
     }
     if settings.save_images:
         unknown["pictures"] = f"{len(work)} JPEGs: their bytes count among those of the small run"
     _unknown(report, unknown, f"flux-ir collect {small}")
 
 
-def _check_weights(suite: Suite, report: Report, *, encoders_go_first: bool = False) -> None:
-    weights = weights_bytes(suite)
-    _print(report, [("weights", in_units(sum(weights.values())), "of all parts of the model")])
-    check_memory(weights, suite.placement, encoders_go_first=encoders_go_first)
+def _estimate(
+    suite: Suite, work: Work, report: Report, *, txt_tokens: int, what: str, ranks: Ranks | None = None
+) -> None:
+    """Print what it takes by the arithmetic of `flux-ir plan`. Raises FluxIRError where there is not so much."""
+    spec, placement, dtype = suite.spec, suite.placement, suite.dtype
+    resident = []
+    if placement.offload == "blocks" and suite.source.quantize is None:
+        resident = blocks_that_stay(spec, placement, dtype, tokens=suite.tokens)
+    processes = 1 if ranks is None else ranks.world_size
+    takes, pace = estimate(
+        spec,
+        Way(placement, resident, suite.source.quantize, processes, suite.sharded_over),
+        dtype,
+        rates_here(spec, placement.transformer, dtype, tokens=work.tokens),
+        work,
+        txt_tokens=txt_tokens,
+        memory_bytes=placement.memory_bytes or free_memory("cpu"),
+        base_bytes=base_here(),
+    )
+    rows = [("peak memory, host", in_units(takes.host), "about" if processes == 1 else "about, of all processes")]
+    rows += [(f"peak memory, {device}", in_units(size), "about") for device, size in takes.devices.items()]
+    rows += [("s/step", f"{pace.seconds:.3g}", f"about, of one picture; limited by {pace.limiter}")]
+    _print(report, rows)
+    check_fits(takes, what)
 
 
 def _unknown(report: Report, rows: Mapping[str, str], command: str) -> None:

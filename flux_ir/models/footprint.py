@@ -22,11 +22,13 @@ from flux_ir.models.memory import (
     decode_bytes,
     elements,
     quantised_bytes,
+    resident_memory,
     streamed_bytes,
 )
 from flux_ir.models.placement import Placement
 from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec
+from flux_ir.models.split import runs_of
 from flux_ir.models.streaming import SLOTS
 from flux_ir.models.text.clip import ClipText, ClipTextParams
 from flux_ir.models.text.t5 import T5Encoder, T5Params
@@ -35,6 +37,23 @@ LARGEST_USUAL_TOKENS = 4096 + 512
 """A picture of 1024 px and the longest text: what memory is kept free for where nobody says how large pictures are."""
 CUDA_HOST_BYTES = 1_500_000_000
 """What a process takes of the host once it uses a GPU, beyond `HOST_BASE_BYTES`. Not measured here: an estimate."""
+
+
+WRITING_BYTES_PER_PIXEL = 64
+"""Of a decoded picture that is written and compared with the final one: a float64 difference and its square, the JPEG
+encoder's own rows, and the picture as bytes before and after. Measured: 18 MB for 512 x 512 px."""
+LATE_BYTES = 100_000_000
+"""What a process takes beyond its imports, without any weight: libraries that come later, kernels, and what malloc
+keeps. Measured with flux-tiny on two CPUs: 95 and 100 MB."""
+
+
+def base_here() -> int:
+    """Bytes of a process without any weight, on this machine: of this one, as it is now, and what comes later.
+
+    `HOST_BASE_BYTES` where the system does not tell.
+    """
+    own = resident_memory()
+    return HOST_BASE_BYTES if own is None else own + LATE_BYTES
 
 
 class Work(NamedTuple):
@@ -48,7 +67,13 @@ class Work(NamedTuple):
     waiting_bytes: int = 0
     """What waits in host memory to be written at most."""
     decoded_together: int = 1
-    """Pictures that are decoded side by side."""
+    """Pictures that are decoded side by side; 0: none is, and there is no autoencoder."""
+    written_together: int = 0
+    """Decoded pictures that are encoded and compared side by side, while others are decoded."""
+    batch: int = 1
+    """Pictures that go through the transformer at once, in all threads of a device."""
+    encoders_go: bool = False
+    """Whether the text encoders are let go when the prompts are encoded, before the transformer is loaded."""
 
 
 class Parts(NamedTuple):
@@ -141,15 +166,22 @@ def footprint(
     resident: Sequence[int] = (),
     waits_in_memory: bool = False,
     quantize: Method | None = None,
+    processes: int = 1,
+    sharded_over: int = 1,
+    base_bytes: int = HOST_BASE_BYTES,
 ) -> Footprint:
     """Peak memory of a run under a placement. `resident`: the blocks that stay where others are streamed.
 
     `waits_in_memory`: blocks that are streamed to a GPU wait in host memory, else in their file. `quantize`: all blocks
-    are codes, which are on the device if nothing is offloaded, and on a CPU pages of their file.
+    are codes, which are on the device if nothing is offloaded, and on a CPU pages of their file. `processes` do the
+    same side by side, each on its GPU: the host has them all. `sharded_over`: as many that share the blocks' weights.
+    `base_bytes`: of a process without any weight, see `base_here`.
     """
     parts = parts_of(spec, dtype)
     if not work.encodes:
         parts = parts._replace(t5=0, clip=0)
+    if not work.decoded_together:
+        parts = parts._replace(ae_encoder=0, ae_decoder=0)
     counts, size = elements(spec.flux), dtype.itemsize
     staying = sum(counts.blocks[number] for number in resident) * size
     if placement.offload == "blocks":
@@ -157,6 +189,9 @@ def footprint(
         parts = parts._replace(transformer=streamed_bytes(spec.flux, dtype) + staying)
         if work.encodes:
             parts = parts._replace(t5=(t5.outside + SLOTS * max(t5.blocks)) * size)
+    if sharded_over > 1:  # one rank's part, and two gathered blocks: one that computes, one that comes
+        own = -(-sum(counts.blocks) // sharded_over)
+        parts = parts._replace(transformer=(counts.outside + own + SLOTS * max(counts.blocks)) * size)
     codes = 0  # with the modulations, which stay as they are
     if quantize is not None:
         codes = quantised_bytes(spec.flux, dtype, quantize) - streamed_bytes(spec.flux, dtype)
@@ -165,40 +200,63 @@ def footprint(
     # What each part works on, while it does.
     t5_tokens = spec.text_tokens * spec.flux.context_in_dim * size
     active = {
-        "transformer": activation_bytes(spec.flux, work.tokens, dtype),
+        "transformer": activation_bytes(spec.flux, work.tokens, dtype, batch=work.batch),
         "t5": 16 * t5_tokens if work.encodes else 0,  # gated feed-forwards of 2.5 widths, four of them at once
         "clip": 0,
         "ae_encoder": 0,
         "ae_decoder": decode_bytes(spec.autoencoder, work.pixels, dtype) * work.decoded_together,
     }
+    writing = work.written_together * WRITING_BYTES_PER_PIXEL * work.pixels
     gpus = [device for device in placement.devices if device != "cpu"]
     held = counts.outside * size + staying  # of the transformer, while the text is encoded
-    devices = {device: DEVICE_BASE_BYTES + _peak(parts, active, placement, device, held) for device in gpus}
-    host = HOST_BASE_BYTES
+    runs = runs_of(spec.flux, placement.blocks) if placement.blocks else ()
+    shares = {run.device: run.elements * size for run in runs}
+    devices = {
+        device: DEVICE_BASE_BYTES + _peak(parts, active, placement, device, held, shares=shares, work=work)
+        for device in gpus
+    }
     if not gpus:
-        return Footprint(host + _peak(parts, active, placement, "cpu", held, work.waiting_bytes), devices)
-    host += CUDA_HOST_BYTES + work.waiting_bytes
+        active["ae_decoder"] += writing
+        peak = _peak(parts, active, placement, "cpu", held, shares=shares, work=work, waiting_bytes=work.waiting_bytes)
+        return Footprint(base_bytes + peak, devices)
+    host = base_bytes + CUDA_HOST_BYTES + max(work.waiting_bytes, writing)
     if placement.offload == "parts":
         host += sum(parts)
     elif placement.offload == "blocks":
         waiting = codes or (sum(counts.blocks) * size - staying if waits_in_memory else 0)
         # T5 goes from its file to the GPU block by block; CLIP and, behind the transformer, the autoencoder wait here.
         host += max(parts.clip, waiting + parts.ae_encoder + parts.ae_decoder)
-    return Footprint(host, devices)
+    return Footprint(host * max(processes, sharded_over), devices)
 
 
 def _peak(
-    parts: Parts, active: Mapping[str, int], placement: Placement, device: str, held: int, waiting_bytes: int = 0
+    parts: Parts,
+    active: Mapping[str, int],
+    placement: Placement,
+    device: str,
+    held: int,
+    *,
+    shares: Mapping[str, int],
+    work: Work,
+    waiting_bytes: int = 0,
 ) -> int:
-    """Bytes on one device at the fullest moment of a run. `held`: see `footprint`."""
+    """Bytes on one device at the fullest moment of a run. `held`: see `footprint`.
+
+    `shares`: of the transformer's weights, where its blocks are split over devices: all of these compute with them.
+    """
     on_device = {name for name in Placement.PARTS if getattr(placement, name) == device}
+    on_device |= {"transformer"} if device in shares else set()
     weights = {name: value if name in on_device else 0 for name, value in parts._asdict().items()}
+    if shares:
+        weights["transformer"] = shares.get(device, 0)
     works = {name: value if name in on_device else 0 for name, value in active.items()}
     text = weights["t5"] + weights["clip"]
     autoencoder = weights["ae_encoder"] + weights["ae_decoder"]
     sampling = works["transformer"] + waiting_bytes
     if device == "cpu":  # malloc keeps what was freed of tensors up to 32 MB, and decoding comes on top
         works["ae_decoder"] += works["transformer"]
+    if placement.offload == "none" and work.encoders_go:
+        return max(text + works["t5"], sum(weights.values()) - text + max(sampling, works["ae_decoder"]))
     if placement.offload == "none":
         return sum(weights.values()) + max(works["t5"], sampling, works["ae_decoder"])
     if placement.offload == "parts":  # one at a time

@@ -178,6 +178,12 @@ def free_memory(device: str) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def resident_memory() -> int | None:
+    """Bytes of host memory that this process has now, mapped pages of files counted; None where that is not known."""
+    kilobytes = _number_in("/proc/self/status", r"^VmRSS:\s+(\d+) kB")
+    return None if kilobytes is None else kilobytes * 1024
+
+
 def _number_in(path: str, pattern: str = r"^(\d+)") -> int | None:
     """The first number that matches in a small file; None if it is not there."""
     try:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from flux_ir.errors import FluxIRError, nearest
 from flux_ir.models.architecture import AnyParams
 from flux_ir.models.memory import elements
+from flux_ir.models.split import runs_of
 
 EFFICIENCY = 0.4
 """How much of a GPU's published peak a forward pass is taken to reach: 400 TFLOP/s of an H100's 989. An assumption."""
@@ -87,6 +88,14 @@ def gpu_rates(name: str, dtype: torch.dtype) -> Rates:
     return Rates(flops, gpu.memory_gb_s * 0.8e9, gpu.bus, DISK_BYTES, told)
 
 
+def known_gpu(device: str) -> str:
+    """The kind of a GPU of this machine; one that is not in the table is taken for a usual one with its memory."""
+    kind = torch.cuda.get_device_name(device)
+    if any(known.lower() in kind.lower() for known in GPUS):
+        return kind
+    return usual_gpu(torch.cuda.get_device_properties(device).total_memory / 1e9)
+
+
 def usual_gpu(vram_gb: float) -> str:
     """The GPU that stands for all with so much memory: the first of those with the nearest size."""
     return min(GPUS, key=lambda name: abs(GPUS[name].vram_gb - vram_gb))
@@ -117,22 +126,30 @@ def _best_seconds(work: Callable[[], object], *, at_least: int = 3, budget: floa
 
 
 def step_flops(params: AnyParams, txt_tokens: int, img_tokens: int) -> int:
-    """Operations of one forward pass for one picture: two per weight and token, four n^2 d per attention.
+    """Operations of one forward pass for one picture: two per weight and token, four n^2 d per attention."""
+    return sum(block_flops(params, txt_tokens + img_tokens))
 
-    A double block has weights of its own for each stream. What is computed once per step is left out.
+
+def block_flops(params: AnyParams, tokens: int) -> list[int]:
+    """The same for each block, in depth order. A double block has weights of its own for each stream.
+
+    What is computed once per step is left out.
     """
-    counts, tokens = elements(params), txt_tokens + img_tokens
+    counts = elements(params)
     own = [all_ - mods for all_, mods in zip(counts.blocks, counts.modulations, strict=True)]
-    double, single = sum(own[: params.depth]) // 2, sum(own[params.depth :])
-    attention = 4 * tokens**2 * params.hidden_size * len(own)
-    return 2 * (double + single) * tokens + attention
+    attention = 4 * tokens**2 * params.hidden_size
+    met = [weights // 2 if number < params.depth else weights for number, weights in enumerate(own)]
+    return [2 * weights * tokens + attention for weights in met]
 
 
 class Pace(NamedTuple):
     """Seconds of one step, and which rate they hang on."""
 
     seconds: float
+    """Of one picture."""
     limiter: Limiter
+    seconds_of_many: float
+    """Per step and picture where there are pictures enough for all devices to have work."""
 
 
 def step_pace(
@@ -146,12 +163,18 @@ def step_pace(
     weights_from: WeightsFrom = "device",
     on_cpu: bool = False,
     codes: int = 0,
+    split_over: int = 1,
+    processes: int = 1,
+    sharded_over: int = 1,
 ) -> Pace:
     """Seconds of a step in which `streamed` bytes of weights come from somewhere and all are read where they are.
 
     `codes`: bytes of quantised blocks, which are widened at every step: read, and written in the compute dtype.
+    `split_over`: devices that have a run of the blocks each; one works on a picture at a time. `processes`: that work
+    side by side, each with a device and pictures of its own; `sharded_over`: that also share the blocks' weights, which
+    all gather over the bus at every step.
     """
-    counts = elements(params)
+    counts, tokens = elements(params), txt_tokens + img_tokens
     weights = (sum(counts.blocks) - sum(counts.modulations)) * dtype.itemsize
     seconds: dict[Limiter, float] = {
         "compute": step_flops(params, txt_tokens, img_tokens) / rates.flops,
@@ -165,5 +188,13 @@ def step_pace(
         seconds["memory copy" if on_cpu else "bus"] = streamed / rates.bus
     elif weights_from == "disk":
         seconds["disk"] = streamed / rates.disk
+    if sharded_over > 1:  # what a process lacks of every block
+        lacking = sum(counts.blocks) * (sharded_over - 1) // sharded_over
+        seconds["bus"] = lacking * dtype.itemsize / rates.bus
     limiter = max(seconds, key=lambda name: seconds[name])
-    return Pace(seconds[limiter], limiter)
+    of_many = seconds[limiter] / max(processes, sharded_over)
+    if split_over > 1:  # the run that takes longest is never idle
+        flops = block_flops(params, tokens)
+        runs = [run.blocks for run in runs_of(params, [str(number) for number in range(split_over)])]
+        of_many *= max(sum(flops[number] for number in run) for run in runs) / sum(flops)
+    return Pace(seconds[limiter], limiter, of_many)

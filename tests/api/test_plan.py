@@ -42,7 +42,39 @@ def test_every_preset_is_answered_and_what_fits_is_within_it():
             within = setting.host_bytes <= preset.memory_gb * 10**9
             within &= not preset.gpus or setting.device_bytes <= preset.vram_gb * 10**9
             assert setting.fits == within, (preset, setting)
-    assert [planned.best.name for planned in plans if planned.machine.vram_bytes == 80 * 10**9] == ["resident"] * 2
+    several = {planned.machine.gpus: planned.best.name for planned in plans if planned.machine.gpus > 1}
+    assert several == {2: "blocks over GPUs", 8: "a process per GPU"}
+    assert next(planned.best.name for planned in plans if planned.machine.vram_bytes == 80 * 10**9) == "resident"
+
+
+def test_several_gpus_split_or_shard_the_blocks_or_have_a_process_each():
+    (planned,) = flux_ir.plan(gpu="H100", gpus=8, memory_gb=1024)
+    settings = {setting.name: setting for setting in planned.settings}
+    alone, split, each, sharded = (
+        settings[name] for name in ("resident", "blocks over GPUs", "a process per GPU", "sharded over processes")
+    )
+    assert each.seconds_per_step == alone.seconds_per_step == split.seconds_per_step < sharded.seconds_per_step
+    assert each.seconds_of_many == pytest.approx(alone.seconds_of_many / 8)
+    assert each.seconds_of_many < split.seconds_of_many < alone.seconds_of_many
+    assert each.host_bytes == 8 * alone.host_bytes
+    assert sharded.device_bytes < each.device_bytes < alone.device_bytes  # text encoders go when prompts are encoded
+    assert split.device_bytes < 15e9  # a seventh of the blocks, and both text encoders beside them
+    assert split.command == "flux-ir capture --model flux-schnell --multi_gpu blocks"
+    assert sharded.command == (
+        "torchrun --nproc_per_node 8 -m flux_ir collect --model flux-schnell --sites "
+        "'double.*.img,double.*.txt,single.?,single.??' --prompts prompts.txt --output_dir captures/NAME "
+        "--fsdp --batch_size 1"
+    )
+    assert not any("torchrun" in one.command for one in flux_ir.plan(gpu="H100", gpus=1, memory_gb=64)[0].settings)
+
+
+def test_the_patterns_of_a_collection_are_those_of_every_block():
+    from flux_ir.api.plan import EVERY_BLOCK
+    from flux_ir.sites import block_outputs, sites_among
+
+    spec = MODELS["flux-schnell"]
+    depth = spec.flux.depth, spec.flux.depth_single_blocks
+    assert sites_among(EVERY_BLOCK.split(","), spec.sites) == block_outputs(*depth)
 
 
 @pytest.mark.parametrize("gpu", ["RTX 4060", "H100"])
@@ -51,7 +83,7 @@ def test_more_memory_is_never_slower(gpu):
     assert by_vram == sorted(by_vram, reverse=True)
     by_memory = [best(gpu=gpu, vram_gb=8, memory_gb=memory).seconds_per_step for memory in (6, 8, 16, 32, 64, 128)]
     assert by_memory == sorted(by_memory, reverse=True)
-    without = [best(gpus=0, memory_gb=memory).seconds_per_step for memory in (3, 4, 8, 16, 32, 64)]
+    without = [best(gpus=0, memory_gb=memory).seconds_per_step for memory in (4, 8, 16, 32, 64)]
     assert without == sorted(without, reverse=True)
 
 

@@ -8,15 +8,17 @@ import fsspec
 import pytest
 import torch
 
+import flux_ir.api.plan as plan_api
 from flux_ir.activations import shards
 from flux_ir.api import capacity
-from flux_ir.api.capacity import check_disk, check_memory, disk_space_at
+from flux_ir.api.capacity import check_disk, check_fits, disk_space_at
 from flux_ir.collecting.recipe import Recipe
+from flux_ir.commands import planning
 from flux_ir.commands.capture import main as capture
 from flux_ir.commands.collect import main as collect
 from flux_ir.commands.planning import site_sizes
 from flux_ir.errors import FluxIRError
-from flux_ir.models.placement import Placement
+from flux_ir.models.footprint import Footprint
 from flux_ir.models.registry import get_spec
 from flux_ir.sites import Site
 
@@ -61,7 +63,8 @@ def test_the_capture_has_the_planned_bytes(plan, tmp_path, capsys, words):
     assert amount(rows, "in all") == written.stat().st_size
     sites = [name for name in rows if name.startswith(("double.", "single.", "t5.", "clip."))]
     assert sum(amount(rows, name) for name in [*sites, "state and layout"]) == written.stat().st_size
-    assert (rows["time"][0], rows["peak memory"][0]) == ("unknown", "unknown")
+    assert rows["time"][0] == "unknown"
+    assert rows["s/step"][1].startswith("about, of one picture; limited by ")
     assert rows["pictures"][0] == "1"
 
 
@@ -116,17 +119,27 @@ def test_a_full_disk_is_said_before_the_model_is_loaded(command, tmp_path, capsy
     assert "unknown" not in told.out
 
 
-def test_weights_that_are_larger_than_the_memory_are_refused(monkeypatch):
+def test_what_takes_more_than_a_device_or_the_host_has_is_refused(monkeypatch):
     monkeypatch.setattr(capacity, "free_memory", lambda device: {"cpu": 50, "cuda:0": 20}[device])
-    on_gpu = Placement(*["cuda:0"] * 5, offload="none", reason="")
-    parts = {"t5": 10, "clip": 2, "transformer": 15, "ae_decoder": 1}
-    with pytest.raises(FluxIRError, match="the weights take 28 B on cuda:0, and 20 B are free") as raised:
-        check_memory(parts, on_gpu)
+    monkeypatch.setattr(capacity, "resident_memory", lambda: 5)
+    check_fits(Footprint(55, {"cuda:0": 20}), "capture")  # 5 of 55 are taken already
+    with pytest.raises(FluxIRError, match="the capture takes about 21 B on cuda:0, where 20 B are") as raised:
+        check_fits(Footprint(10, {"cuda:0": 21}), "capture")
     assert "--offload" in raised.value.hint
-    check_memory(parts, on_gpu, encoders_go_first=True)  # 12, then 16
-    check_memory(parts, Placement(*["cuda:0"] * 5, offload="parts", reason=""))  # one at a time
-    with pytest.raises(FluxIRError, match="on cpu"):
-        check_memory(parts | {"t5": 40}, Placement(*["cpu"] * 5, offload="none", reason=""))
+    with pytest.raises(FluxIRError, match="the collection takes about 56 B on the host, where 55 B are"):
+        check_fits(Footprint(56, {}), "collection")
+
+
+def test_plans_of_work_and_of_machines_are_one_arithmetic(plan, capsys, tmp_path, monkeypatch):
+    from flux_ir.commands.plan import main as plan_machines
+
+    for module in (planning, plan_api):
+        monkeypatch.setattr(module, "base_here", lambda: 10**9)
+    words = ["--model", "flux-tiny", "--dtype", "float32", "--num_steps", "2"]
+    assert plan_machines(words) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("resident ")]
+    rows = plan(capture, *words, "--output_dir", str(tmp_path), "--device", "cpu")
+    assert rows["peak memory, host"] == (" ".join(row[2:4]), "about")
 
 
 def test_the_room_is_that_of_the_nearest_folder(tmp_path):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from flux_ir.models.footprint import CUDA_HOST_BYTES, Work, autoencoder_bytes, footprint, parts_of
-from flux_ir.models.memory import DEVICE_BASE_BYTES, HOST_BASE_BYTES
+from flux_ir.models.memory import DEVICE_BASE_BYTES, HOST_BASE_BYTES, activation_bytes, elements
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import MODELS, get_spec
+from flux_ir.models.split import runs_of, with_parts_beside
 from flux_ir.models.suite import Suite
 
 SCHNELL = MODELS["flux-schnell"]
@@ -62,6 +63,41 @@ def test_spread_over_gpus_the_transformer_is_alone():
     assert len(spread.devices) == 4
     parts = parts_of(SCHNELL, torch.bfloat16)
     assert parts.transformer < spread.fullest < parts.transformer + 1.5e9
+
+
+def test_split_blocks_take_the_share_of_their_device_and_all_compute():
+    placement = with_parts_beside(plan(4, multi_gpu="blocks"), SCHNELL.flux)
+    takes = footprint(SCHNELL, placement, torch.bfloat16, SMALL)
+    parts, runs = parts_of(SCHNELL, torch.bfloat16), runs_of(SCHNELL.flux, placement.blocks)
+    working = activation_bytes(SCHNELL.flux, SMALL.tokens, torch.bfloat16)
+    for run in runs:
+        beside = sum(parts) - parts.transformer if run.device == placement.t5 else 0
+        least = DEVICE_BASE_BYTES + 2 * run.elements + beside
+        assert least < takes.devices[run.device] <= least + max(working, 10**9)
+    assert sum(run.elements for run in runs) * 2 == parts.transformer
+
+
+def test_sharded_processes_have_a_part_of_the_blocks_and_two_gathered_ones():
+    whole, sharded = (
+        footprint(SCHNELL, plan(1), torch.bfloat16, SMALL._replace(encoders_go=True), sharded_over=ranks)
+        for ranks in (1, 8)
+    )
+    counts = elements(SCHNELL.flux)
+    held = (counts.outside + -(-sum(counts.blocks) // 8) + 2 * max(counts.blocks)) * 2
+    text = parts_of(SCHNELL, torch.bfloat16)
+    assert whole.fullest - sharded.fullest > parts_of(SCHNELL, torch.bfloat16).transformer - held - text.t5 - text.clip
+    assert sharded.fullest > held
+    assert sharded.host == 8 * whole.host
+
+
+def test_encoders_that_go_leave_their_room_to_the_transformer():
+    stay, go = (
+        footprint(SCHNELL, plan(0), torch.bfloat16, SMALL._replace(encoders_go=goes)).host for goes in (False, True)
+    )
+    parts = parts_of(SCHNELL, torch.bfloat16)
+    assert stay - go == parts.t5 + parts.clip
+    more = footprint(SCHNELL, plan(0), torch.bfloat16, SMALL._replace(batch=8, encoders_go=True)).host
+    assert more - go > 6 * activation_bytes(SCHNELL.flux, SMALL.tokens, torch.bfloat16)
 
 
 def test_larger_pictures_and_blocks_that_stay_take_more():

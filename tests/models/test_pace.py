@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.pace import GPUS, PCIE4, Rates, cpu_rates, gpu_rates, step_flops, step_pace, usual_gpu
+from flux_ir.models.memory import elements
+from flux_ir.models.pace import GPUS, PCIE4, Rates, block_flops, cpu_rates, gpu_rates, step_flops, step_pace, usual_gpu
 from flux_ir.models.registry import MODELS
 
 FLUX = MODELS["flux-schnell"].flux
@@ -22,11 +23,28 @@ def test_what_takes_longest_limits():
         return step_pace(FLUX, rates, torch.bfloat16, txt_tokens=256, img_tokens=256, **how)
 
     assert pace().limiter == "compute"
-    assert pace(streamed=25 * 10**9, weights_from="host") == (1.0, "bus")
-    assert pace(streamed=25 * 10**9, weights_from="host", on_cpu=True) == (1.0, "memory copy")
-    assert pace(streamed=25 * 10**9, weights_from="disk") == (25.0, "disk")
+    assert pace(streamed=25 * 10**9, weights_from="host")[:2] == (1.0, "bus")
+    assert pace(streamed=25 * 10**9, weights_from="host", on_cpu=True)[:2] == (1.0, "memory copy")
+    assert pace(streamed=25 * 10**9, weights_from="disk")[:2] == (25.0, "disk")
+    assert pace(sharded_over=2)[:2] == (pytest.approx(2 * sum(elements(FLUX).blocks) / 2 / 25e9), "bus")
     slow = rates._replace(memory=1e10)
     assert step_pace(FLUX, slow, torch.bfloat16, txt_tokens=256, img_tokens=256).limiter == "memory bandwidth"
+
+
+def test_many_pictures_keep_all_devices_at_work():
+    rates = Rates(flops=400e12, memory=3e12, bus=25e9, disk=1e9, source="")
+
+    def pace(**how):
+        return step_pace(FLUX, rates, torch.bfloat16, txt_tokens=256, img_tokens=256, **how)
+
+    alone = pace()
+    assert alone.seconds_of_many == alone.seconds
+    assert pace(processes=8).seconds_of_many == pytest.approx(alone.seconds / 8)
+    for devices in (2, 4):
+        split = pace(split_over=devices)
+        assert split.seconds == alone.seconds  # of one picture one device has work at a time
+        assert alone.seconds / devices < split.seconds_of_many < 1.6 * alone.seconds / devices
+    assert sum(block_flops(FLUX, 512)) == step_flops(FLUX, 256, 256)
 
 
 def test_a_gpu_is_known_by_a_part_of_the_drivers_name_and_said_to_be_unmeasured():
