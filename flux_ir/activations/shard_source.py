@@ -20,6 +20,7 @@ from flux_ir.activations.blocks import (
     TokenRun,
     leading_txt,
     not_said,
+    pictured_runs,
     steered_runs,
     token_positions,
 )
@@ -155,6 +156,8 @@ class ShardSource:
             made: dict[str, Any] = json.loads(self._settings)["settings"]
             if "edits" in made:
                 raise steered_runs(shard.path)
+            if made.keys() & {"init_image", "reference_image"}:
+                raise pictured_runs(shard.path)
             width, height = shard.metadata["width"], shard.metadata["height"]
             img_tokens = image_ids(1, height, width).shape[1]
             spec = get_spec(shard.metadata["model"])
@@ -228,8 +231,8 @@ class ShardSource:
     def _positions(self, number: int, path: Path, site: Site | None, images: range) -> Tensor:
         """The positions of a site's tokens: int32 [images, tokens]."""
         count = len(self._stored_as(site, self.steps[0])[1])
-        of_text = site is None or site.per_prompt or site.stream == "txt"
-        if of_text or POSITIONS_KEY not in self._shards[number].tensors:
+        whole = site is None or site.per_prompt or site.stream in ("txt", "cond")
+        if whole or POSITIONS_KEY not in self._shards[number].tensors:
             return self._plain_positions(site, count).expand(len(images), count)
         img = self._img_positions(number, path)[images.start : images.stop]
         leading = torch.arange(count - img.shape[1], dtype=torch.int32).expand(len(images), -1)

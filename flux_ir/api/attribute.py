@@ -26,6 +26,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.lens.decode import ROUNDING_DRIFT
 from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -134,6 +135,7 @@ def attribute(
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     compile: bool = False,
+    attention: AttentionWord = "auto",
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -185,6 +187,7 @@ def attribute(
         multi_gpu=multi_gpu,
         offload=offload,
         compile=compile,
+        attention=attention,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,

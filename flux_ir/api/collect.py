@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.model_settings import Machine, PictureSettings, SettledPicture
+from flux_ir.api.model_settings import BegunPictureSettings, Machine, SettledPicture
 from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.collecting.collection import Collection, CollectSettings, read_index
 from flux_ir.collecting.collector import Collector
@@ -25,10 +25,13 @@ from flux_ir.collecting.storage import one_job_at, open_storage
 from flux_ir.distributed import Ranks, all_sum, arrivals, joined
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import Suite
+from flux_ir.sampling.generate import check_steps
+from flux_ir.sampling.pictures import PictureGiven
 from flux_ir.sites import SiteNames, sites_among
 from flux_ir.steering.apply import Steering
 from flux_ir.steering.edits import Edit, as_edits
@@ -52,7 +55,7 @@ class Collected(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectArguments(PictureSettings):
+class CollectArguments(BegunPictureSettings):
     """The arguments of `collect`, which says what they mean."""
 
     prompts: str | Path | Sequence[str]
@@ -94,6 +97,10 @@ def collect(
     height: int | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    init_image: PictureGiven | None = None,
+    strength: float | None = None,
+    reference_image: PictureGiven | None = None,
+    keep_reference_size: bool = False,
     edit: str | Path | Edit | Sequence[Edit] | None = None,
     steps: Iterable[int] | None = None,
     tokens_per_image: int | None = None,
@@ -108,6 +115,7 @@ def collect(
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     compile: bool = False,
+    attention: AttentionWord = "auto",
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     checkpoint: Path | None = None,
@@ -122,7 +130,8 @@ def collect(
     `prompts` is a list, or a .txt, .jsonl or .csv file, of which the first `max_prompts` are taken (None: all); each is
     sampled `repeats` times, from noise that follows from `seed`, the prompt and the repeat. `sites` are names or
     patterns, `steps` the steps to keep (None: all); no step runs after the last of them unless pictures or latents are
-    kept. With `edit`, an `Edit`, several or their file, every run is steered. `output_dir` is a folder or a URL.
+    kept. With `edit`, an `Edit`, several or their file, every run is steered. `init_image` and `reference_image` are
+    one picture for all runs, as in `capture`. `output_dir` is a folder or a URL.
     `model` is the name of one, or a loaded `Suite`, which brings its own device and dtype. What the network computes in
     `dtype` is kept in `store_dtype`. Under torchrun all processes call this alike and share the work;
     with `fsdp` they also share the transformer's weights, of which each has a part.
@@ -141,6 +150,10 @@ def collect(
         height=height,
         num_steps=num_steps,
         guidance=guidance,
+        init_image=init_image,
+        strength=strength,
+        reference_image=reference_image,
+        keep_reference_size=keep_reference_size,
         edit=edit,
         steps=steps,
         tokens_per_image=tokens_per_image,
@@ -155,6 +168,7 @@ def collect(
         multi_gpu=multi_gpu,
         offload=offload,
         compile=compile,
+        attention=attention,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         checkpoint=checkpoint,
@@ -172,10 +186,12 @@ def run_collection(arguments: CollectArguments, progress: Watch = unwatched) -> 
         job = settle_collection(arguments, ranks, progress)
         watch = progress if ranks.is_first else unwatched
         watch(Note(_opening(job, ranks)))
-        edits = job.settings.recipe.edits
+        recipe = job.settings.recipe
+        edits = recipe.edits
         of_edits = edits if isinstance(edits, Steering) else None
-        sites = [*job.settings.recipe.sites, *(of_edits.sites if of_edits else [])]
-        for note in job.machine.notes(sites) + (of_edits.notes() if of_edits else []):
+        sites = [*recipe.sites, *(of_edits.sites if of_edits else [])]
+        given = recipe.given.notes(recipe.timesteps)
+        for note in given + job.machine.notes(sites) + (of_edits.notes() if of_edits else []):
             watch(Note(note))
         storage = open_storage(job.output_dir, rank=ranks.rank)
         with one_job_at(storage, ranks):
@@ -226,7 +242,9 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
     machine = asked.settle_machine(ranks=ranks)
     sites, to_the_end = tuple(site for site in chosen if not site.per_prompt), asked.save_images or asked.save_latents
     # Layers of the text encoders alone need no forward of the transformer: none is made before the first step recorded.
-    steps = range(picture.num_steps if sites or to_the_end else 1) if asked.steps is None else asked.steps
+    first = picture.first_step
+    last = picture.num_steps if sites or to_the_end else first + 1
+    steps = range(first, last) if asked.steps is None else asked.steps
     recipe = Recipe(
         spec=spec,
         width=picture.grid.width,
@@ -241,10 +259,13 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
         tokens_per_image=asked.tokens_per_image,
         to_the_end=to_the_end,
         edits=_edits(asked, spec, picture, machine),
+        given=picture.given,
         compiled=machine.compiled,
+        attention=machine.attention,
     )
     _check_tokens(recipe)
     recipe.plan()  # it raises for steps that the schedule does not have
+    check_steps(recipe.steps, recipe.num_steps, recipe.first_step)
     settings = CollectSettings(
         recipe=recipe,
         prompts=_prompts(asked.prompts)[: asked.max_prompts],
@@ -258,7 +279,7 @@ def settle_collection(asked: CollectArguments, ranks: Ranks, progress: Watch = u
     suite = asked.suite(
         machine,
         progress if ranks.is_first else unwatched,
-        autoencoder=asked.save_images,
+        autoencoder=asked.save_images or bool(picture.given.given()),
         sharded_over=ranks.world_size if asked.fsdp else 1,
     )
     return CollectionJob(settings, suite, machine, str(asked.output_dir))
@@ -268,7 +289,14 @@ def _edits(asked: CollectArguments, spec: ModelSpec, picture: SettledPicture, ma
     if asked.edit is None:
         return None
     edits, device = as_edits(asked.edit), machine.placement.transformer
-    return Steering(edits, spec, grid=picture.grid, num_steps=picture.num_steps, device=device)
+    return Steering(
+        edits,
+        spec,
+        grid=picture.grid,
+        num_steps=picture.num_steps,
+        first_step=picture.first_step,
+        device=device,
+    )
 
 
 def _check_fsdp(asked: CollectArguments, ranks: Ranks) -> None:

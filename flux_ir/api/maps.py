@@ -31,6 +31,7 @@ from flux_ir.maps.concepts import ConceptMapper, default_blocks
 from flux_ir.maps.words import PromptTokens, prompt_tokens
 from flux_ir.models.architecture import Transformer
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -162,6 +163,7 @@ def attention_maps(
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     compile: bool = False,
+    attention: AttentionWord = "auto",
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -220,6 +222,7 @@ def attention_maps(
         multi_gpu=multi_gpu,
         offload=offload,
         compile=compile,
+        attention=attention,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,

@@ -18,13 +18,14 @@ from flux_ir.api.progress import Note, Watch
 from flux_ir.collecting.collection import weights_digest
 from flux_ir.distributed import Ranks
 from flux_ir.errors import FluxIRError
+from flux_ir.models.architecture import AnyParams
 from flux_ir.models.checkpoints.inspect import WeightSource
 from flux_ir.models.checkpoints.locate import locate_model
 from flux_ir.models.checkpoints.locate_text import EncoderSource
 from flux_ir.models.checkpoints.lora.names import PART_NAMES
 from flux_ir.models.checkpoints.lora.read import check_recorded
 from flux_ir.models.compute_dtype import ComputeDtype, DtypeWord, choose_dtype
-from flux_ir.models.flux1.attention import attention_backend
+from flux_ir.models.flux1.attention import AttentionWord, attention_backend, attention_kernels
 from flux_ir.models.memory import Limits, best_offload
 from flux_ir.models.placement import MultiGpuWord, OffloadWord, Placement, plan
 from flux_ir.models.quantisation import Method
@@ -41,15 +42,17 @@ from flux_ir.steering.regions import Grid
 
 
 class Machine(NamedTuple):
-    """Where a model computes, in which dtype, and whether its blocks are compiled."""
+    """Where a model computes, in which dtype, whether its blocks are compiled, and by which kernel they attend."""
 
     placement: Placement
     compute: ComputeDtype
     compiled: bool = False
+    attention: AttentionWord = "auto"
 
     def __str__(self) -> str:
         compiled = ", blocks compiled" if self.compiled else ""
-        return f"{', '.join(self.placement.devices)} ({self.placement.reason}), {self.compute}{compiled}"
+        attention = "" if self.attention == "auto" else f", {self.attention} attention"
+        return f"{', '.join(self.placement.devices)} ({self.placement.reason}), {self.compute}{compiled}{attention}"
 
     def notes(self, sites: Iterable[Site] = ()) -> list[str]:
         """What a user must know of this choice, where these sites are recorded or changed."""
@@ -72,6 +75,8 @@ class ModelSettings:
     offload: OffloadWord = False
     compile: bool = False
     """Whether the transformer's blocks are compiled, each by itself: see `models.compiled`."""
+    attention: AttentionWord = "auto"
+    """The kernel that computes the transformer's attention; auto: what PyTorch chooses."""
     vram_gb: float | None = None
     """What the GPU may be filled with, and `memory_gb` the host memory of this process; None: see `memory`."""
     memory_gb: float | None = None
@@ -121,7 +126,7 @@ class ModelSettings:
                     hint="pass them to load_model, or pass the model by its name",
                 )
             compute = ComputeDtype(self.model.dtype, "as the model was loaded")
-            return Machine(self.model.placement, compute, self.model.compiled)
+            return Machine(self.model.placement, compute, self.model.compiled, self.model.attention)
         if ranks is not None and ranks.world_size > 1 and self.multi_gpu:
             raise FluxIRError(
                 f"--multi_gpu is for one process that has several GPUs: got {ranks.world_size} processes",
@@ -138,7 +143,9 @@ class ModelSettings:
             placement = best_offload(placement, flux, compute.dtype, limits, self.offload, quantize=self.quantize)
         if self.compile:
             check_can_compile(placement)
-        return Machine(placement, compute, self.compile)
+        if flux is not None:
+            check_attends(self.attention, flux, placement, compute.dtype)
+        return Machine(placement, compute, self.compile, self.attention)
 
     def suite(
         self,
@@ -182,6 +189,7 @@ class ModelSettings:
             announce=announce,
             sharded_over=sharded_over,
             compiled=machine.compiled,
+            attention=machine.attention,
         )
 
 
@@ -192,6 +200,19 @@ def check_runs(spec: ModelSpec) -> None:
             f"{spec.name} cannot be run yet: {spec.lacks}",
             hint="`flux-ir weights FILE` says what a file of it holds; flux_ir.models has its networks",
         )
+
+
+def check_attends(kernel: AttentionWord, flux: AnyParams, placement: Placement, dtype: torch.dtype) -> None:
+    """Raises FluxIRError for a kernel of attention that a device of the transformer lacks."""
+    for device in dict.fromkeys([placement.transformer, *placement.blocks]) if kernel != "auto" else ():
+        there = attention_kernels(flux.num_heads, flux.head_dim, device, dtype)
+        if kernel not in there:
+            name = str(dtype).removeprefix("torch.")
+            raise FluxIRError(
+                f"--attention {kernel} is not there on {device} for heads of {flux.head_dim} channels in {name}: "
+                f"{' and '.join(there)} are",
+                hint="leave --attention out, and PyTorch chooses",
+            )
 
 
 def check_can_compile(placement: Placement) -> None:
@@ -364,7 +385,10 @@ def provenance_of(suite: Suite, machine: Machine) -> dict[str, Any]:
         "devices": {name: getattr(machine.placement, name) for name in Placement.PARTS} | blocks,
         "offload": machine.placement.offload,
         "compiled": suite.compiled,
-        "sdpa": attention_backend(flux.num_heads, flux.head_dim, machine.placement.transformer, machine.compute.dtype),
+        "attention": suite.attention,
+        "sdpa": attention_backend(
+            flux.num_heads, flux.head_dim, machine.placement.transformer, machine.compute.dtype, suite.attention
+        ),
         "files": {part: _described(file) for part, file in weights.items() if file},
     }
 
@@ -377,7 +401,10 @@ def _described(file: WeightSource | EncoderSource) -> dict[str, Any]:
 
 def identity_of_pictures(suite: Suite, picture: SettledPicture) -> dict[str, Any]:
     """What the bits of every picture depend on, whatever it shows: the name of a folder of pictures follows from it."""
-    return {
+    others: dict[str, Any] = {"compiled": True} if suite.compiled else {}
+    if suite.attention != "auto":
+        others["attention"] = suite.attention
+    return others | {
         "model": suite.spec.name,
         "weights": weights_digest(suite.source, autoencoder=True),
         "size": list(picture.grid),
@@ -386,4 +413,4 @@ def identity_of_pictures(suite: Suite, picture: SettledPicture) -> dict[str, Any
         **picture.given.identity(),
         "dtype": str(suite.dtype),
         "device": torch.device(suite.placement.transformer).type,
-    } | ({"compiled": True} if suite.compiled else {})
+    }

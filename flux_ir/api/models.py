@@ -25,6 +25,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.models import text as text_models
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.registry import ModelSpec, get_spec
@@ -49,6 +50,7 @@ def load_model(
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     compile: bool = False,
+    attention: AttentionWord = "auto",
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -76,6 +78,7 @@ def load_model(
         multi_gpu=multi_gpu,
         offload=offload,
         compile=compile,
+        attention=attention,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,

@@ -26,6 +26,7 @@ from flux_ir.demo.scenes import Scene, parse_caption
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import versions, write_json
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -162,6 +163,7 @@ def text_lens(
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     compile: bool = False,
+    attention: AttentionWord = "auto",
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -217,6 +219,7 @@ def text_lens(
         multi_gpu=multi_gpu,
         offload=offload,
         compile=compile,
+        attention=attention,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,

@@ -335,6 +335,7 @@ def _live(settings: TrainSAESettings, ranks: Ranks) -> TrainingData:
         stored_dtype=torch.bfloat16,
         network_dtype=machine.compute.dtype,
         compiled=machine.compiled,
+        attention=machine.attention,
     )
     split = split_prompts(prompts, settings.held_out)
     training = [prompt for prompt in prompts if split.has("training", "", prompt)]

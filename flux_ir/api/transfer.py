@@ -27,6 +27,7 @@ from flux_ir.api.progress import Note, Watch, follow, phase, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import write_json
 from flux_ir.models.compute_dtype import DtypeWord
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
@@ -129,6 +130,7 @@ def transfer(
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
     compile: bool = False,
+    attention: AttentionWord = "auto",
     vram_gb: float | None = None,
     memory_gb: float | None = None,
     dtype: DtypeWord = "auto",
@@ -178,6 +180,7 @@ def transfer(
         multi_gpu=multi_gpu,
         offload=offload,
         compile=compile,
+        attention=attention,
         vram_gb=vram_gb,
         memory_gb=memory_gb,
         dtype=dtype,

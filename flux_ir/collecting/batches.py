@@ -28,6 +28,7 @@ from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.recorder import MemorySink, Recorder, StepContext, until_recorded
 from flux_ir.sampling.denoise import StateNotFiniteError
 from flux_ir.sampling.generate import noise_for, prepare, sample
+from flux_ir.sampling.pictures import EncodedPictures
 from flux_ir.shapes import PackedLatent
 from flux_ir.sites import Site
 from flux_ir.threads import in_order
@@ -77,11 +78,20 @@ class RecordedBatch(NamedTuple):
         )
 
 
+NO_PICTURES = EncodedPictures()
+
+
 @torch.no_grad()
 def record_batch(
-    model: Transformer, recipe: Recipe, items: Sequence[WorkItem], embedded: Sequence[EmbeddedPrompt]
+    model: Transformer,
+    recipe: Recipe,
+    items: Sequence[WorkItem],
+    embedded: Sequence[EmbeddedPrompt],
+    pictures: EncodedPictures = NO_PICTURES,
 ) -> RecordedBatch:
     """Sample a batch of generations as far as the recipe needs, and bring what it records to the CPU.
+
+    `pictures` are those that the recipe is given, encoded.
 
     Raises FluxIRError for a state of the sampler that is not finite, naming step, block and prompt.
     """
@@ -90,12 +100,14 @@ def record_batch(
     text = TextEmbedding(*(torch.cat(parts) for parts in zip(*(one.text for one in embedded), strict=True)))
     if recipe.edits is not None:
         text = text._replace(y=recipe.edits.edit_pooled(text.y))
-    inputs = prepare(noise, text, recipe.height, recipe.width)
+    inputs = pictures.put_into(prepare(noise, text, recipe.height, recipe.width))
+    first = recipe.first_step
     sink, latent = MemorySink(), None
     edited = nullcontext() if recipe.edits is None else recipe.edits.during(model)
     try:
-        with edited, Recorder(model, recipe.sites, sink, steps=recipe.steps, stop_early=not recipe.to_the_end):
-            for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance)):
+        early = not recipe.to_the_end
+        with edited, Recorder(model, recipe.sites, sink, steps=recipe.steps, first_step=first, stop_early=early):
+            for step in until_recorded(sample(model, inputs, recipe.timesteps, recipe.guidance, first_step=first)):
                 latent = step.after
     except StateNotFiniteError as error:
         item = items[error.row]
@@ -168,14 +180,14 @@ def cpu_batch(recipe: Recipe) -> int:
     return min(CPU_BATCH, _most_in_memory(recipe))
 
 
-def gpu_batch(model: Transformer, recipe: Recipe) -> int:
+def gpu_batch(model: Transformer, recipe: Recipe, pictures: EncodedPictures = NO_PICTURES) -> int:
     """The largest power of two that fits on the model's GPUs, found by trying with as many as will be under way."""
     count = batches_under_way(model)
     networks = replicas(model, count)
 
     def attempt(_: int, batch: int) -> None:
         with borrowed(networks) as network:
-            _try(network, recipe, batch)
+            _try(network, recipe, batch, pictures)
 
     def attempt_all(batch: int) -> None:
         for _ in in_order(partial(attempt, batch=batch), range(count), count, torch_threads=1):
@@ -203,18 +215,19 @@ def _most_in_memory(recipe: Recipe) -> int:
     return max(1, MOST_BYTES // recorded_bytes(recipe))
 
 
-def run_along(model: Transformer, recipe: Recipe) -> None:
+def run_along(model: Transformer, recipe: Recipe, pictures: EncodedPictures = NO_PICTURES) -> None:
     """Calls the blocks that a batch calls, in its order, for ranks that have one; of a single picture, unedited."""
-    _try(model, replace(recipe, edits=None), 1)
+    _try(model, replace(recipe, edits=None), 1, pictures)
 
 
-def _try(model: Transformer, recipe: Recipe, batch: int) -> None:
+def _try(model: Transformer, recipe: Recipe, batch: int, pictures: EncodedPictures) -> None:
     """Records a batch of this size from texts of zeros, and keeps nothing."""
     flux = recipe.spec.flux
     txt, y = torch.zeros(1, recipe.spec.text_tokens, flux.context_in_dim), torch.zeros(1, flux.vec_in_dim)
     layers = {site: torch.zeros(1, *recipe.spec.text_shape(site)) for site in recipe.text_sites}
     text = EmbeddedPrompt(TextEmbedding(txt, y), 0, layers)
-    record_batch(model, recipe, [WorkItem("", "", number, number) for number in range(batch)], [text] * batch)
+    items = [WorkItem("", "", number, number) for number in range(batch)]
+    record_batch(model, recipe, items, [text] * batch, pictures)
 
 
 # ---- A network for each thread that works beside others

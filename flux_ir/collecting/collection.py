@@ -97,10 +97,13 @@ class CollectSettings:
         """
         recipe, edits = self.recipe, self.recipe.edits
         more: dict[str, Any] = {} if edits is None else {"edits": edits.described(with_strength=True)}
+        more |= recipe.given.identity()
         if loras:
             more["loras"] = [lora.to_json() for lora in loras]
         if recipe.compiled:
             more["compile"] = True
+        if recipe.attention != "auto":
+            more["attention"] = recipe.attention
         if quantize is not None:
             more["quantize"] = quantize
         return {

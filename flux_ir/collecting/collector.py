@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flux_ir.activations.shards import POSITIONS_KEY, ShardWriter, scale_key, site_key, state_key
 from flux_ir.collecting.batches import (
+    NO_PICTURES,
     RecordedBatch,
     RecordedGeneration,
     batches_under_way,
@@ -80,6 +81,7 @@ from flux_ir.recording.statistics import SiteStatistics
 from flux_ir.sampling.generate import decode
 from flux_ir.sampling.image import jpeg_bytes
 from flux_ir.sampling.latents import unpack
+from flux_ir.sampling.pictures import EncodedPictures
 from flux_ir.shapes import PackedLatent, Pixels
 from flux_ir.threads import in_order
 
@@ -100,7 +102,9 @@ class Collector:
         self.device = torch.device(suite.placement.transformer)
         self.on_gpu = self.device.type != "cpu"
         self.workers = GPU_WRITERS if self.on_gpu else torch.get_num_threads()
-        weights = weights_digest(suite.source, autoencoder=settings.save_images)
+        # Given pictures are encoded by the autoencoder, so what is recorded depends on it as well.
+        given = bool(self.recipe.given.given())
+        weights = weights_digest(suite.source, autoencoder=settings.save_images or given)
         self._settings_as_kept = settings.described(
             device=self.device.type, weights=weights, loras=suite.source.loras, quantize=suite.source.quantize
         )
@@ -122,6 +126,7 @@ class Collector:
         self._to_encode: dict[str, None] = {}
         self.missing = 0
         """Generations of this rank that have to be made. Known after `verify`."""
+        self._pictures: EncodedPictures | None = None
         self._needs_network = False  # of the work, or because another rank does and all run it together
 
     def _begin(self, batch_size: int | None) -> None:
@@ -193,13 +198,23 @@ class Collector:
             self.suite.load_part("transformer")
         if self.missing and self.settings.save_images:
             self.suite.load_part("autoencoder")
+        if self._needs_network and self._pictures is None:
+            self._pictures = self._encoded_pictures()
         if not self._description_is_there:
             # Rank 0 tries for all, whatever its share is: batches, and so bits, must not depend on the rank.
             tried = None
             if self.ranks.is_first:
                 with self._networks() as networks:  # with the autoencoder: both are on the GPU while recording
-                    tried = gpu_batch(networks[0], self.recipe)
+                    tried = gpu_batch(networks[0], self.recipe, self._pictures or NO_PICTURES)
             self._begin(first_rank_value(tried, self.ranks))
+
+    def _encoded_pictures(self) -> EncodedPictures:
+        """The latents of the pictures that every generation is given."""
+        given = self.recipe.given
+        if not given.given():
+            return NO_PICTURES
+        with self.suite.autoencoder() as autoencoder:
+            return given.encoded(autoencoder, self.recipe.timesteps)
 
     def record(self) -> Iterator[WorkItem]:
         """Makes the shards that are missing; yields every generation as it is recorded, in the order of the work.
@@ -220,7 +235,7 @@ class Collector:
                 yield from written.items
             for _ in range(along):
                 with current_device(self.device):
-                    run_along(networks[0], self.recipe)
+                    run_along(networks[0], self.recipe, self._pictures or NO_PICTURES)
 
     def _batches_of_others(self, shards: Sequence[ShardWork]) -> int:
         """How many batches this rank runs along with others where a sharded network is in step: until the rank that has
@@ -277,7 +292,7 @@ class Collector:
         """Samples and records a batch, and decodes its pictures where they are kept."""
         embedded = [self._embedded(item.prompt) for item in batch.items]
         with borrowed(networks) as network, current_device(self.device):
-            recorded = record_batch(network, self.recipe, batch.items, embedded)
+            recorded = record_batch(network, self.recipe, batch.items, embedded, self._pictures or NO_PICTURES)
         pixels = None
         if autoencoder is not None and recorded.latent is not None:
             height, width, dtype = self.recipe.height, self.recipe.width, self.recipe.network_dtype

@@ -4,7 +4,7 @@ Next: `batches`, which records by it; `collection`, the folder of shards, and `c
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +13,12 @@ import torch
 from flux_ir.activations.shards import POSITIONS_KEY, ShardTensor, scale_key, site_key, state_key
 from flux_ir.collecting.prompts import WorkItem
 from flux_ir.models.architecture import Transformer
+from flux_ir.models.flux1.attention import AttentionWord
 from flux_ir.models.registry import ModelSpec
 from flux_ir.models.suite import TextEncoders
 from flux_ir.recording.plan import CapturePlan
 from flux_ir.sampling.latents import image_ids
+from flux_ir.sampling.pictures import RunPictures
 from flux_ir.sampling.schedule import schedule_of
 from flux_ir.shapes import Pooled
 from flux_ir.sites import Site
@@ -61,8 +63,12 @@ class Recipe:
     """Whether all steps run, because the picture or its latent is kept. If not, the forward of the last recorded step
     ends behind its deepest site."""
     edits: RunEdits | None = None
+    given: RunPictures = field(default_factory=RunPictures)
+    """The pictures that every generation begins with, or refers to."""
     compiled: bool = False
     """Whether the network's blocks are compiled, which gives other bits."""
+    attention: AttentionWord = "auto"
+    """The kernel that its attention is computed by, likewise."""
 
     def __post_init__(self) -> None:
         # frozen, so not by plain assignment; sorted, so that a setting has one spelling
@@ -80,6 +86,11 @@ class Recipe:
         """The sampler's schedule."""
         return schedule_of(self.spec, self.num_steps, self.img_tokens)
 
+    @property
+    def first_step(self) -> int:
+        """The first step that is run: not 0 where generations begin with a picture."""
+        return self.given.first_step(self.num_steps)
+
     def plan(self, item: WorkItem | None = None) -> CapturePlan:
         """What is kept of one generation, and in which shapes. None: of any, where only the shapes are asked for."""
         return CapturePlan(
@@ -96,6 +107,7 @@ class Recipe:
             img_positions=self.positions(item or WorkItem("", "", 0, 0)),
             rounds=True,
             text_sites={site: self.spec.text_shape(site) for site in self.text_sites},
+            cond_tokens=self.given.cond_tokens,
         )
 
     @property

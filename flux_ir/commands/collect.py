@@ -12,9 +12,9 @@ from flux_ir.commands.cli.shared import (
     KEEP,
     LARGEST_SEED,
     MACHINE,
+    BegunPictureOptions,
     EditOptions,
     ModelOptions,
-    PictureOptions,
     PlanOptions,
     StepOptions,
 )
@@ -28,7 +28,7 @@ PROMPTS = "the prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectOptions(PictureOptions, EditOptions, StepOptions, ModelOptions, PlanOptions):
+class CollectOptions(BegunPictureOptions, EditOptions, StepOptions, ModelOptions, PlanOptions):
     """Collect what some sites put out over many prompts, in shards of up to 64 generations, with an index.
 
     No step after the last of --steps is computed, unless pictures or latents are kept. The same command goes on where

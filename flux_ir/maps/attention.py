@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend
 from flux_ir.errors import FluxIRError
 from flux_ir.maps.words import Word
 from flux_ir.models.architecture import Transformer
-from flux_ir.models.flux1.attention import Attention, Kernel
+from flux_ir.models.flux1.attention import Attention, AttentionWord, Kernel, attend
 from flux_ir.models.flux1.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_ir.models.suite import Suite
 from flux_ir.recording.hooks import NOT_CALLED, StepHooks, TokenCounts, block_input, named
@@ -51,23 +51,24 @@ REGISTER_RATIO = 3.0
 # ---- Exact probabilities
 
 
-def attention_and_lse(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Lse]:
-    """What `Kernel` computes, to the bit, and log sum_j exp(q_i k_j / sqrt(head width)) of every query in float32.
+def attention_and_lse(q: Heads, k: Heads, v: Heads, kernel: AttentionWord = "auto") -> tuple[Heads, Lse]:
+    """What `Kernel` of this name computes, to the bit, and log sum_j exp(q_i k_j / sqrt(head width)) of every query.
 
-    One call of the flash kernel, where that is PyTorch's choice (on CPUs, and on CUDA in 16 bits with heads of 8 to 256
-    channels). Elsewhere its choice makes the output, and logits are summed up chunk by chunk in float32: as exact, and
-    slower.
+    One call of the flash kernel, where that is named or PyTorch's choice (on CPUs, and on CUDA in 16 bits with heads of
+    8 to 256 channels). Elsewhere another makes the output, and logits are summed up chunk by chunk: as exact, and
+    slower. The sums are float32.
     """
     ops = torch.ops.aten
     # Heads of at most 256 channels in multiples of 8: others are padded on CUDA before the kernel.
-    if torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value:
+    by_choice = kernel == "auto" and torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value
+    if by_choice or kernel == "flash":
         if q.device.type == "cpu":
             out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             return out, lse.float()
         if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
             out, lse = ops._scaled_dot_product_flash_attention(q, k, v)[:2]
             return out, lse[..., : q.shape[2]].float()
-    return Kernel().forward(q, k, v), log_sum_exp_in_chunks(q, k)
+    return attend(q, k, v, kernel), log_sum_exp_in_chunks(q, k)
 
 
 def log_sum_exp_in_chunks(q: Heads, k: Keys, logits_at_once: int = _LOGITS_AT_ONCE) -> Lse:
@@ -292,7 +293,7 @@ class AttentionMapper(StepHooks):
             assert isinstance(attention, Attention)
             hooks.callback(block.register_forward_pre_hook(_Entry(self, site), with_kwargs=True).remove)
             hooks.callback(setattr, attention, "kernel", attention.kernel)
-            attention.kernel = _WatchedKernel(self, site)
+            attention.kernel = _WatchedKernel(self, site, attention.kernel.name)
             # It does nothing: a block that has been compiled runs as it is written while a hook hangs inside of it.
             hooks.callback(attention.register_forward_hook(lambda *_: None).remove)
 
@@ -317,11 +318,11 @@ class AttentionMapper(StepHooks):
             first = self._tokens.txt if site.kind == "single" else 0
             self._registers = high_norm(entering[0, first : first + self._tokens.img])
 
-    def map_block(self, site: Site, q: Heads, k: Heads, v: Heads) -> Heads:
+    def map_block(self, site: Site, q: Heads, k: Heads, v: Heads, kernel: AttentionWord = "auto") -> Heads:
         """Called in the kernel's place: the attention, and on the way its maps."""
         if not self._active:
-            return Kernel().forward(q, k, v)
-        out, lse = attention_and_lse(q, k, v)
+            return attend(q, k, v, kernel)
+        out, lse = attention_and_lse(q, k, v, kernel)
         block = self.model.get_submodule(f"{site.kind}_blocks.{site.block}")
         output = output_weight(block, heads=q.shape[1])
         maps = block_maps(
@@ -369,10 +370,10 @@ class _Entry:
 class _WatchedKernel(Kernel):
     """Stands where a block's kernel does. It holds its mapper in a cell, so that no network becomes a part of it."""
 
-    def __init__(self, mapper: AttentionMapper, site: Site) -> None:
-        super().__init__()
+    def __init__(self, mapper: AttentionMapper, site: Site, name: AttentionWord) -> None:
+        super().__init__(name)
         self._watcher = (mapper, site)
 
     def forward(self, q: Heads, k: Heads, v: Heads) -> Heads:
         mapper, site = self._watcher
-        return mapper.map_block(site, q, k, v)
+        return mapper.map_block(site, q, k, v, self.name)

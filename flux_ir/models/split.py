@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from flux_ir.models.architecture import AnyParams, block_names, transformer_of
+from flux_ir.models.flux1.attention import kernel_of, use_kernel
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.memory import elements
 from flux_ir.models.placement import Placement
@@ -113,7 +114,7 @@ class SplitFlux(Flux):
         """Another network with the same weights in the same memory, and no hooks of others."""
         twin = SplitFlux(self.params, self.devices)
         twin.load_state_dict(self.state_dict(), assign=True)
-        return twin
+        return use_kernel(twin, kernel_of(self))
 
 
 def split(flux: Flux, devices: Sequence[str]) -> SplitFlux:
@@ -122,7 +123,7 @@ def split(flux: Flux, devices: Sequence[str]) -> SplitFlux:
     state = {name: weight.detach().to(network.device_of(name)) for name, weight in flux.state_dict().items()}
     network.load_state_dict(state, assign=True)
     network.requires_grad_(requires_grad=False)
-    return network
+    return use_kernel(network, kernel_of(flux))
 
 
 class _Copies:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from flux_ir.models.architecture import block_names
+from flux_ir.models.flux1.attention import kernel_of, use_kernel
 from flux_ir.models.flux1.blocks import Modulation, ModulationOut
 from flux_ir.models.flux1.transformer import Flux, FluxParams
 from flux_ir.models.streaming import SLOTS, BlockStream, Fetch, Turns, Watch, fill_the_rest, unit_of
@@ -114,7 +115,7 @@ class StreamedFlux(Flux):
 
     def twin(self) -> "StreamedFlux":
         """Another network with the same weights, slots of its own, and no hooks of others."""
-        return self._again()
+        return use_kernel(self._again(), kernel_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError("a streamed network cannot be copied: its weights come and go")

@@ -25,6 +25,7 @@ from flux_ir.models.checkpoints.load import (
 from flux_ir.models.checkpoints.locate import ModelSource
 from flux_ir.models.checkpoints.locate_text import TextSource
 from flux_ir.models.checkpoints.quantised import stream_quantised
+from flux_ir.models.flux1.attention import AttentionWord, use_kernel
 from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.footprint import LARGEST_USUAL_TOKENS, autoencoder_bytes
 from flux_ir.models.memory import resident_blocks, waits_in_memory, weights_budget, where_codes_wait
@@ -53,7 +54,7 @@ class Suite:
     `announce` is told of what takes long and happens once. With `sharded_over` more than one, all ranks of a job load
     and run the transformer together: see `sharded`.
     With `compiled` the blocks of the transformer are compiled when they are first called: blocks that are there as they
-    are, neither streamed nor sharded nor kept as codes.
+    are, neither streamed nor sharded nor kept as codes. `attention` is the kernel of the transformer's attention.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Suite:
         announce: Announce | None = None,
         sharded_over: int = 1,
         compiled: bool = False,
+        attention: AttentionWord = "auto",
     ) -> None:
         other = "--multi_gpu blocks" if placement.blocks else "--fsdp" if sharded_over > 1 else None
         if source.quantize is not None and other is not None:
@@ -76,7 +78,7 @@ class Suite:
             )
         self.spec, self.source, self.placement, self.dtype = spec, source, placement, dtype
         self.tokens, self._announce, self.sharded_over = tokens, announce, sharded_over
-        self.compiled = compiled
+        self.compiled, self.attention = compiled, attention
         if compiled and (placement.offload == "blocks" or source.quantize is not None or sharded_over > 1):
             raise FluxIRError(
                 "--compile needs blocks whose weights are there as they are: these come one block after the other",
@@ -253,6 +255,7 @@ class Suite:
 
                     compile_blocks(flux)
                 self._transformer = flux
+            use_kernel(self._transformer, self.attention)
         return self._transformer
 
     def _streamed(self) -> StreamedFlux:

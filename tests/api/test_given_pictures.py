@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import flux_ir
+from flux_ir.activations.shards import read_shard
 from flux_ir.activations.source import open_source
 from flux_ir.commands.capture import main
 from flux_ir.demo.drawing import draw
@@ -339,6 +340,58 @@ def test_edits_at_a_reference_are_left_to_interventions(kontext, picture):
     with flux_ir.Intervention(kontext, {"double.*.cond.update": lambda value, step: 0 * value}):
         *_, changed = flux_ir.sample(kontext, PROMPT, **asked)
     assert not torch.equal(plain.after, changed.after)
+
+
+# ---- Collections
+
+
+def seed_of_first(collection):
+    return read_shard(collection / "shards/000000.safetensors").metadata["seeds"][0]
+
+
+def test_a_collection_of_a_picture_that_runs_begin_with(kontext, picture, tmp_path):
+    given = Image.open(picture).resize((64, 48))
+    asked = {"model": kontext, "num_steps": 4, "init_image": given, "strength": 0.5, "store_dtype": "float32"}
+    notes = []
+    done = flux_ir.collect([PROMPT], ["double.1.img", "single.7"], tmp_path / "a", progress=notes.append, **asked)
+    assert any(isinstance(note, flux_ir.Note) and "steps 2 to 3 of 4" in note.text for note in notes)
+    source = open_source(tmp_path / "a")
+    assert list(source.steps) == [2, 3]
+    assert done.tokens == 2 * (12 + 12 + kontext.spec.text_tokens)
+    sink, seed = flux_ir.MemorySink(), seed_of_first(tmp_path / "a")
+    sampled = flux_ir.sample(kontext, PROMPT, seed=seed, num_steps=4, init_image=given, strength=0.5)
+    with flux_ir.Recorder(kontext, ["double.1.img", "single.7"], sink, first_step=2):
+        states = {step.number: step.before for step in sampled}
+    for (step, site), value in sink.values.items():
+        assert torch.equal(source.read(0, site, step).values, value[0])
+    assert torch.equal(source.state(0, 2), states[2][0])
+    with pytest.raises(FluxIRError, match="was made with --init_image or --reference_image"):
+        source.sampling(0)
+    with pytest.raises(FluxIRError, match="strength"):
+        flux_ir.collect([PROMPT], ["double.1.img", "single.7"], tmp_path / "a", **asked | {"strength": 0.75})
+    with pytest.raises(FluxIRError, match="the run has the steps from 2 to 3: got 0"):
+        flux_ir.collect([PROMPT], "single.7", tmp_path / "b", steps=[0], **asked)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_collection_of_a_picture_that_runs_refer_to(kontext, picture, tmp_path):
+    sites = ["double.1.img", "double.1.cond", "single.7"]
+    asked = {"num_steps": 1, "width": 64, "height": 48, "reference_image": picture}
+    kept = {"tokens_per_image": 5, "store_dtype": "float32", "batch_size": 1}
+    flux_ir.collect([PROMPT, "a red square"], sites, tmp_path / "a", model=kontext, **asked, **kept)
+    source = open_source(tmp_path / "a")
+    sink, seed = flux_ir.MemorySink(), seed_of_first(tmp_path / "a")
+    with flux_ir.Recorder(kontext, sites, sink):
+        list(flux_ir.sample(kontext, PROMPT, seed=seed, **asked))
+    of_picture = source.read(0, "double.1.cond", 0)
+    assert torch.equal(of_picture.values, sink.values[0, flux_ir.Site.parse("double.1.cond")][0])
+    assert (of_picture.positions.tolist(), of_picture.txt_tokens) == (list(range(8)), 0)
+    of_image = source.read(0, "double.1.img", 0)
+    places = of_image.positions.long()
+    assert torch.equal(of_image.values, sink.values[0, flux_ir.Site.parse("double.1.img")][0][places])
+    assert len(source.read(0, "single.7", 0).positions) == kontext.spec.text_tokens + 5
+    with pytest.raises(FluxIRError, match="flux-tiny takes no reference picture"):
+        flux_ir.collect([PROMPT], "single.7", tmp_path / "b", model="flux-tiny", reference_image=picture)
 
 
 # ---- Encoding

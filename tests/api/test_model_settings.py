@@ -5,10 +5,17 @@ import torch
 
 import flux_ir
 from flux_ir.api.capture import CaptureSettings
-from flux_ir.api.model_settings import Machine, ModelSettings, PictureSettings, identity_of_pictures
+from flux_ir.api.model_settings import (
+    Machine,
+    ModelSettings,
+    PictureSettings,
+    identity_of_pictures,
+    provenance_of,
+)
 from flux_ir.api.steer import SteerSettings
 from flux_ir.errors import FluxIRError
 from flux_ir.models.compute_dtype import ComputeDtype
+from flux_ir.models.flux1.attention import kernel_of
 from flux_ir.models.placement import plan
 from flux_ir.models.suite import Suite
 from flux_ir.sites import Site
@@ -62,6 +69,28 @@ def test_compiled_blocks_give_other_pictures():
     assert ModelSettings(model=compiled).settle_machine().compiled
     with pytest.raises(FluxIRError, match="a loaded model is used as it is: got compile as well"):
         ModelSettings(model=loaded, compile=True).settle_machine()
+
+
+def test_the_kernel_of_attention_is_chosen_and_makes_other_pictures():
+    loaded = flux_ir.load_model("flux-tiny", parts=[], dtype="float32", device="cpu")
+    chosen = flux_ir.load_model("flux-tiny", parts=[], dtype="float32", device="cpu", attention="math")
+    plain, other = (identity_of_pictures(s, PictureSettings(model=s).settle_picture()) for s in (loaded, chosen))
+    assert other == plain | {"attention": "math"}
+    machine = ModelSettings(model=chosen).settle_machine()
+    assert (machine.attention, kernel_of(chosen.flux)) == ("math", "math")
+    assert str(machine).endswith("float32 (as the model was loaded), math attention")
+    told = [provenance_of(suite, ModelSettings(model=suite).settle_machine()) for suite in (loaded, chosen)]
+    assert [(one["attention"], one["sdpa"]) for one in told] == [("auto", "flash_attention"), ("math", "math")]
+
+
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
+def test_a_kernel_that_the_device_lacks_is_refused_with_those_it_has(kernel):
+    settings = ModelSettings(model="flux-tiny", device="cpu", dtype="float32", attention=kernel)
+    with pytest.raises(FluxIRError) as raised:
+        settings.settle_machine()
+    assert raised.value.message == (
+        f"--attention {kernel} is not there on cpu for heads of 32 channels in float32: flash and math are"
+    )
 
 
 def test_streamed_blocks_cannot_be_compiled():

@@ -39,6 +39,7 @@ def refused(capsys, *words):
         ("--multi_gpu layers", "--multi_gpu must be .*: got 'layers'", ""),
         ("--device cuda:99", "--device cuda:99 must be a GPU of this machine", "try --device cpu"),
         ("--device tpu", "--device must be cpu, cuda or cuda:N: got 'tpu'", "try --device cpu"),
+        ("--attention cudnn --device cpu", "--attention cudnn is not there on cpu .*: flash and math are", "chooses"),
         ("--guidance nan", "--guidance must be a finite number", ""),
         ("--prompt=\udcff", r"--prompt must be UTF-8 text: got '\\udcff'", "check the encoding"),
         (f"--prompt={'x' * 60_001}", "at most 60000 bytes: got 60001", "--add_sampling_metadata False"),

@@ -19,6 +19,7 @@ from flux_ir.maps.attention import (
     probabilities,
 )
 from flux_ir.maps.words import Word
+from flux_ir.models.flux1.attention import use_kernel
 from flux_ir.models.streamed_flux import StreamedFlux
 from flux_ir.models.text import TextEmbedding
 from flux_ir.recording.hooks import TokenCounts
@@ -203,9 +204,10 @@ def test_on_a_gpu_both_are_the_same_too(dtype):
     torch.testing.assert_close(lse, log_sum_exp_in_chunks(q, k), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_picture_keeps_its_bits_and_the_model_its_kernels(tiny_flux, dtype):
-    model = tiny_flux(dtype=dtype)
+def test_the_picture_keeps_its_bits_and_the_model_its_kernels(tiny_flux, dtype, kernel):
+    model = use_kernel(tiny_flux(dtype=dtype), kernel)
     inputs = start(model)
     plain, kernels = walk(model, inputs), [block.attention.kernel for block in model.double_blocks]
     watched, _ = mapped(model, inputs)

@@ -185,6 +185,10 @@ def on_fake_gpus(tiny_flux, tiny_inputs):
     """A network split over three GPUs that are not there, and inputs on the first."""
     params, inputs = tiny_flux(guidance=True).params, tiny_inputs(guidance=2.0, batch=2)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        try:
+            torch.empty(1, device="cuda:0")[None]
+        except RuntimeError:  # PyTorch 2.8 asks the driver, which is not there
+            pytest.skip("this PyTorch indexes fake tensors of a GPU with a GPU alone")
         network = SplitFlux(params, GPUS[:3])
         state = {
             name: torch.empty(weight.shape, device=network.device_of(name))

@@ -63,7 +63,19 @@ class GivenPictureOptions(PictureOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnePictureOptions(GivenPictureOptions):
+class BegunPictureOptions(GivenPictureOptions):
+    """The same with how much of the schedule is run, where `strength` means nothing else."""
+
+    strength: float | None = option(
+        None,
+        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
+        group=PICTURE,
+        default_text="0.6",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePictureOptions(BegunPictureOptions):
     """One picture, from one noise."""
 
     seed: int | None = option(
@@ -72,12 +84,6 @@ class OnePictureOptions(GivenPictureOptions):
         group=PICTURE,
         maximum=LARGEST_SEED,
         default_text="drawn at random and recorded",
-    )
-    strength: float | None = option(
-        None,
-        help="with --init_image: the share of the steps that is run, above 0 to 1; at 1 nothing of it is left",
-        group=PICTURE,
-        default_text="0.6",
     )
 
 
@@ -276,6 +282,18 @@ class CompileOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionOptions(Options):
+    """Which kernel computes attention."""
+
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = option(
+        "auto",
+        help="PyTorch's kernel for the transformer's attention; auto: the one it chooses; bits depend on it",
+        group=MACHINE,
+        elsewhere=("attn_implementation", "sdpa_backend", "attention_backend"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchOptions(Options):
     """How pictures are made."""
 
@@ -331,7 +349,15 @@ class QuantizeOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ComputeOptions, CompileOptions, OffloadOptions, CheckpointOptions, LoRAOptions, QuantizeOptions):
+class ModelOptions(
+    ComputeOptions,
+    CompileOptions,
+    AttentionOptions,
+    OffloadOptions,
+    CheckpointOptions,
+    LoRAOptions,
+    QuantizeOptions,
+):
     """How a model is loaded by one process: the fields of `api.model_settings.ModelSettings`."""
 
     multi_gpu: bool | Literal["blocks"] = option(

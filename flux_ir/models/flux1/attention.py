@@ -1,6 +1,7 @@
 """Attention with rotary positions: how text and image tokens look at each other. Next: `blocks`."""
 
 from collections.abc import Sequence
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from flux_ir.shapes import Heads, PositionIds, Rotation, Tokens
+
+AttentionWord = Literal["auto", "flash", "efficient", "cudnn", "math"]
+"""Which of PyTorch's kernels computes attention; auto: the one that PyTorch chooses by device, dtype and shape."""
 
 
 def rotary_table(ids: PositionIds, axes_dim: Sequence[int], theta: float) -> Rotation:
@@ -52,13 +56,17 @@ class Rotate(nn.Module):
 
 
 class Kernel(nn.Module):
-    """softmax(q k / sqrt(head width)) v, by the kernel that PyTorch chooses.
+    """softmax(q k / sqrt(head width)) v, by the kernel of this name; auto: the one that PyTorch chooses.
 
     A module of its own so that one that also gives the softmax's log-sum-exp can stand in its place for a while.
     """
 
+    def __init__(self, name: AttentionWord = "auto") -> None:
+        super().__init__()
+        self.name: AttentionWord = name
+
     def forward(self, q: Heads, k: Heads, v: Heads) -> Heads:
-        return F.scaled_dot_product_attention(q, k, v)
+        return attend(q, k, v, self.name)
 
 
 class Attention(nn.Module):
@@ -76,13 +84,75 @@ class Attention(nn.Module):
         return rearrange(out, "b heads n d -> b n (heads d)")
 
 
-def attention_backend(heads: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The kernel that PyTorch chooses for `Attention`: flash_attention, efficient_attention, cudnn_attention or math.
+# ---- The kernels
 
-    Which one it is depends on the device, the dtype, the head's width and PyTorch's version, and the bits depend on it.
+
+def attend(q: Heads, k: Heads, v: Heads, kernel: AttentionWord) -> Heads:
+    """Attention by one kernel, with the bits that `torch.nn.functional.scaled_dot_product_attention` has with it.
+
+    The operators are called by name: PyTorch's own switch (`sdpa_kernel`) is one for the whole process, and threads
+    that compute side by side would turn it for each other.
     """
+    ops = torch.ops.aten
+    match kernel:
+        case "auto":
+            return F.scaled_dot_product_attention(q, k, v)
+        case "flash" if q.device.type == "cpu":
+            results = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        case "flash":
+            results = ops._scaled_dot_product_flash_attention(q, k, v)
+        case "efficient" | "cudnn":
+            # A backward pass needs the logarithms of the sums.
+            needs_sums = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+            results = getattr(ops, f"_scaled_dot_product_{kernel}_attention")(q, k, v, None, needs_sums)
+        case "math":
+            results = ops._scaled_dot_product_attention_math(q, k, v)
+    out: Tensor = results[0]
+    return out
+
+
+def attention_kernels(heads: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> list[AttentionWord]:
+    """The kernels that compute on a device with heads of this width, beside auto: each is tried on a few tokens."""
+    q = torch.zeros(1, heads, 64, head_dim, device=device, dtype=dtype)
+    return [word for word in get_args(AttentionWord) if word != "auto" and _computes(q, word)]
+
+
+def _computes(q: Heads, kernel: AttentionWord) -> bool:
+    try:
+        attend(q, q, q, kernel)
+    except RuntimeError:  # what PyTorch raises for a device, a dtype or a width that a kernel does not have
+        return False
+    return True
+
+
+def attention_backend(
+    heads: int, head_dim: int, device: torch.device | str, dtype: torch.dtype, kernel: AttentionWord = "auto"
+) -> str:
+    """The kernel that `Attention` computes with: flash_attention, efficient_attention, cudnn_attention or math.
+
+    Which one auto is depends on the device, the dtype, the head's width and PyTorch's version, and the bits depend on
+    it.
+    """
+    if kernel != "auto":
+        return kernel if kernel == "math" else f"{kernel}_attention"
     q = torch.empty(1, heads, 512, head_dim, device=device, dtype=dtype)
     return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def use_kernel(network: Network, kernel: AttentionWord) -> Network:
+    """Have all `Attention` of a network computed by this kernel; returns the network."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.kernel.name = kernel
+    return network
+
+
+def kernel_of(network: nn.Module) -> AttentionWord:
+    """The kernel that a network's `Attention` is computed by."""
+    return next((module.kernel.name for module in network.modules() if isinstance(module, Attention)), "auto")
 
 
 class RMSNorm(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flux_ir.errors import FluxIRError
-from flux_ir.models.flux1.attention import rotary_table
+from flux_ir.models.flux1.attention import kernel_of, rotary_table, use_kernel
 from flux_ir.models.flux1.blocks import (
     TIME_CHANNELS,
     LastLayer,
@@ -142,7 +142,7 @@ class Flux2(nn.Module):
         with torch.device("meta"):
             twin = Flux2(self.params)
         twin.load_state_dict(self.state_dict(), assign=True)
-        return twin
+        return use_kernel(twin, kernel_of(self))
 
     def forward(
         self,
