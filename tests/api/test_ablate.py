@@ -91,6 +91,7 @@ def test_other_edits_are_added_to_those_that_are_there(atlas, model, tmp_path):
     assert [set(one["cells"]) for one in changed] == [{"mlp_all"} | {r.ablation.name for r in atlas.rows}]
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(atlas, tmp_path):
     words = [f"--{name}={value}" for name, value in SMALL.items()]
     words += ["--pictures=1", "--blocks=double.0,single.7", "--kinds=skip,txt_update,patch_txt", "--control_kinds=skip"]
