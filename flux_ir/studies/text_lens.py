@@ -285,7 +285,7 @@ class AspectScore(NamedTuple):
     prompts: int
     pictures: int
     chance: float | None
-    """The share that is right of other captions of the list that ask for it; None: there are none."""
+    """The share that is right of captions of the list that nothing comes from and that ask for it; None: none do."""
     other: float | None
     """The share that is right of the other prompt's caption; None: nothing comes from one that asks for it."""
 
@@ -314,7 +314,7 @@ def score(
     groups: dict[tuple[str, str], list[JudgedPicture]] = {}
     for picture in pictures:
         groups.setdefault((picture.tokens, picture.layer), []).append(picture)
-    shifted = [_shifted(scenes, number) for number in range(len(scenes))]
+    shifted = [_shifted(scenes, number, others[number]) for number in range(len(scenes))]
     found = []
     for (tokens, layer), group in groups.items():
         own = [(picture.prompt, answers(picture.sight, scenes[picture.prompt])) for picture in group]
@@ -371,11 +371,11 @@ def wilson(share: float, cases: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _shifted(scenes: Sequence[Scene], number: int) -> list[Scene]:
-    """Up to `SHIFTS` scenes that follow this one in the list, in a circle, with other captions."""
+def _shifted(scenes: Sequence[Scene], number: int, other: Scene | None) -> list[Scene]:
+    """Up to `SHIFTS` scenes that follow this one in the list, in a circle, that nothing of the picture comes from."""
+    told = [scene.caption for scene in (scenes[number], other) if scene is not None]
     following = (scenes[(number + shift) % len(scenes)] for shift in range(1, len(scenes)))
-    differing = [scene for scene in following if scene.caption != scenes[number].caption]
-    return differing[:SHIFTS]
+    return [scene for scene in following if scene.caption not in told][:SHIFTS]
 
 
 def _share(given: Sequence[Mapping[str, bool]], aspect: str) -> float | None:

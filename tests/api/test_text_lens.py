@@ -89,7 +89,7 @@ def test_captions_are_judged_and_written_as_a_table(model, tmp_path):
         "place",
         "everything",
     ]
-    assert all(one.chance is not None and one.other is not None for one in done.scores)
+    assert all(one.chance is None and one.other is not None for one in done.scores)  # no third caption
     assert done.table.read_text().splitlines()[0].startswith("tokens,layer,aspect,right,low,high")
     assert done.chart.is_file()
     assert [path.name for path in done.sheets] == ["sheet_0.png", "sheet_1.png"]

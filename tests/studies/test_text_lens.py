@@ -199,6 +199,17 @@ def test_scores_are_shares_beside_chance_and_the_other_caption():
     assert found["t5.0", "place"].pictures == found["t5.0", "relation"].pictures == 1
 
 
+def test_the_caption_that_something_comes_from_is_no_chance():
+    scenes = [parse_caption(caption) for caption in (ONE, BLUE, TWO)]
+    pictures = [judged(0, BLUE, "t5.0")]
+    without, beside = (
+        next(one for one in score(pictures, scenes, [other, None, None]) if one.aspect == "colour")
+        for other in (None, scenes[1])
+    )
+    assert (without.chance, without.other) == (0.5, None)
+    assert (beside.chance, beside.other) == (0.0, 1.0)
+
+
 def test_an_aspect_settles_at_the_layer_from_which_on_it_stays_right():
     scenes = [parse_caption(ONE)]
     runs = {0: (BLUE, ONE, ONE), 1: (ONE, BLUE, ONE), 2: (ONE, ONE, BLUE), 3: (ONE, ONE, ONE)}
