@@ -9,6 +9,7 @@ optimiser steps later.
 """
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch import nn
 import flux_ir
 from flux_ir.demo.scenes import held_out_scenes, scenes
 from flux_ir.files import complete_file
-from flux_ir.models.flux1.transformer import Flux
 from flux_ir.models.suite import Suite
 from flux_ir.sampling.latents import image_ids, pack, text_ids
 from recipes.flux_tiny.autoencoder import picture_batches
@@ -32,7 +32,8 @@ STATES, BATCH, RATE = (20, 100), 16, 1e-4
 
 def random_lora(model: Suite, path: Path) -> None:
     """A LoRA of rank 4 on the linear layers of one block, a tenth as large as their weights."""
-    draw, tensors = torch.Generator().manual_seed(0), {}
+    draw = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
     for name, module in model.flux.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(f"{LORA_BLOCK}.linear"):
             rows, columns = module.weight.shape
@@ -45,9 +46,7 @@ def random_lora(model: Suite, path: Path) -> None:
 
 def train_on(model: Suite, folder: Path) -> None:
     """The shipped transformer trained on: the flow loss of the recipe on fresh scenes, AdamW, one state per file."""
-    flux = Flux(model.spec.flux)
-    flux.load_state_dict(model.flux.state_dict())
-    flux.float().train()
+    flux = deepcopy(model.flux).float().train().requires_grad_(requires_grad=True)
     count = BATCH * STATES[-1]
     captions = [scene.caption for scene, _ in zip(scenes(CAPTION_SEED, "train"), range(count), strict=False)]
     with model.autoencoder() as autoencoder:
