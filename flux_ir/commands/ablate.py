@@ -16,6 +16,7 @@ from flux_ir.commands.cli.shared import (
     MEASURED,
     BatchOptions,
     ModelOptions,
+    NameOptions,
     PictureOptions,
 )
 
@@ -30,7 +31,7 @@ EVERY: tuple[Kind, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateOptions(PictureOptions, BatchOptions, ModelOptions):
+class AblateOptions(PictureOptions, BatchOptions, ModelOptions, NameOptions):
     """Say what each block is for: edit one block at a time, and measure what becomes of many pictures.
 
     Skip it, leave one stream or one branch out, shift the rotary positions of its image keys, take what it put out from
@@ -41,12 +42,12 @@ class AblateOptions(PictureOptions, BatchOptions, ModelOptions):
 
     prompts: Path | None = option(
         None,
-        help='a .txt file with a prompt per line, a .jsonl with rows that have "prompt", or a .csv with such a column',
+        help="whose pictures are edited: a file of prompts, as for flux-ir collect",
         group=KNOWN,
         default_text="16 captions of flux-tiny's world",
     )
     max_prompts: int | None = option(
-        None, help="take only the first so many prompts", group=KNOWN, default_text="all of them"
+        None, help="edit pictures of the first so many prompts alone", group=KNOWN, default_text="all of them"
     )
     repeats: int = option(1, help="pictures per prompt, each from its own noise", group=KNOWN)
     seed: int = option(
@@ -57,7 +58,10 @@ class AblateOptions(PictureOptions, BatchOptions, ModelOptions):
     )
 
     blocks: tuple[str, ...] | None = option(
-        None, help="which blocks, as shell patterns such as double.* or single.3", group=MEASURED, default_text="all"
+        None,
+        help="which blocks are edited, as shell patterns such as double.* or single.3",
+        group=MEASURED,
+        default_text="all",
     )
     kinds: tuple[Word, ...] = option(EVERY, help="what is done to a block, at all steps", group=MEASURED)
     window_kinds: tuple[Word, ...] = option(
@@ -78,7 +82,6 @@ class AblateOptions(PictureOptions, BatchOptions, ModelOptions):
     pictures: int = option(
         3, help="of how many pictures, the first ones, all edited ones are kept", group=MACHINE, minimum=0
     )
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("atlas"), help="where the folders of atlases are", group=MACHINE)
 
 

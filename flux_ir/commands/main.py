@@ -39,7 +39,7 @@ VERBS = {
     "score-steering": "how often an edit changes one known thing of a scene, and nothing else",
     "maps": "exact attention maps of the prompt's words in every block, and maps of any concept",
     "text-lens": "what is drawn from earlier layers of the text encoders, or from some tokens alone",
-    "ablate": "what each block is for: skipped, cut, shifted, patched, and what becomes of the pictures",
+    "ablate": "what each block is for: skipped, cut, shifted, patched, and what is lost",
     "lens": "decode an existing capture again, without sampling",
     "visualize": "make a film or a contact sheet of what each block would have drawn",
     "compare-models": "how far apart two models are in every block at every step, from the same noise",

@@ -15,6 +15,7 @@ from flux_ir.commands.cli.shared import (
     PICTURE,
     BatchOptions,
     ModelOptions,
+    NameOptions,
     PictureOptions,
     PromptOptions,
 )
@@ -26,7 +27,7 @@ TOLD = "what the transformer is told"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextLensOptions(PromptOptions, PictureOptions, ModelOptions, BatchOptions):
+class TextLensOptions(PromptOptions, PictureOptions, ModelOptions, BatchOptions, NameOptions):
     """Draw a prompt from earlier layers of the text encoders, each read through the norm behind the last one.
 
     Or from the words, the end mark or the padding alone, from single words, or with words of another prompt. Gives a
@@ -73,7 +74,6 @@ class TextLensOptions(PromptOptions, PictureOptions, ModelOptions, BatchOptions)
     )
     seed: int = option(0, help="seed of the first noise", group=COMPARED, maximum=LARGEST_SEED)
     seeds: int = option(4, help="noises, side by side", group=COMPARED)
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
     output_dir: Path = option(Path("text_lens"), help="where the folders are", group=MACHINE)
 
 

@@ -126,14 +126,20 @@ class RegionOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditedRunsOptions(Options):
+class NameOptions(Options):
+    """What the folder of results is called."""
+
+    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedRunsOptions(NameOptions):
     """Which runs are made with an edit, and where what is found goes."""
 
     steps: tuple[int, ...] | None = option(
         None, help="at which steps, counted from 0", group=WHERE, default_text="every step"
     )
     seed: int = option(0, help="seed of the first noise", group=COMPARED)
-    name: str | None = option(None, help="name of the folder", group=MACHINE, default_text="follows from the settings")
 
 
 @dataclass(frozen=True, kw_only=True)
