@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from flux_ir.errors import FluxIRError
 from flux_ir.files import disk_error
 
-Lens = Literal["euler", "x0", "tuned"]
+Lens = Literal["euler", "x0", "tuned", "jacobian", "jacobian_summed"]
 Kind = Literal["double", "single"]
 
 LATEST = "latest"

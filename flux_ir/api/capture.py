@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ir.api.arguments import check_least, check_words
-from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run, lens_weights, tuned_lens_of
+from flux_ir.api.lens import LENSES, CaptureResult, LensWord, decode_run, fitted_lens_of, lens_weights
 from flux_ir.api.model_settings import BegunPictureSettings, Machine, SettledPicture, provenance_of
 from flux_ir.api.models import read_prompt_embeds
 from flux_ir.api.progress import Begun, Note, Watch, follow, phase, unwatched
@@ -67,7 +67,7 @@ class CaptureSettings(BegunPictureSettings):
     steps: Iterable[int] | None = None
     should_decode_intermediates: bool = True
     lens: LensWord = "both"
-    tuned_lens: str | Path | None = None
+    fitted_lens: str | Path | None = None
     output_dir: str | Path = "output"
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def capture(
     steps: Iterable[int] | None = None,
     should_decode_intermediates: bool = True,
     lens: LensWord = "both",
-    tuned_lens: str | Path | None = None,
+    fitted_lens: str | Path | None = None,
     device: str | None = None,
     multi_gpu: MultiGpuWord = False,
     offload: OffloadWord = False,
@@ -149,7 +149,7 @@ def capture(
     own, None for `seed` draws one. `sites` None records every block's output, `steps` None every step; layers of the
     text encoders (`t5.*`) are recorded once, and read without a step. With `edit`, an `Edit`, several or their file,
     the run is steered, and what is recorded is what the edits made of it. `lens` says what is decoded
-    (`should_decode_intermediates` False: nothing); "tuned" reads through `tuned_lens`, which `train_lens` made.
+    (`should_decode_intermediates` False: nothing); the fitted ones read through `fitted_lens`, of `train_lens`.
 
     `init_image` is a picture to begin with: its file, a picture of Pillow, or pixels as `decode` gives them. Only the
     last `strength` of the steps are run (None: 0.6), and keep their numbers and times; at 1 nothing of it is left. It
@@ -184,7 +184,7 @@ def capture(
         steps=steps,
         should_decode_intermediates=should_decode_intermediates,
         lens=lens,
-        tuned_lens=tuned_lens,
+        fitted_lens=fitted_lens,
         device=device,
         multi_gpu=multi_gpu,
         offload=offload,
@@ -210,7 +210,7 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
     when that is complete.
     """
     job = settle(settings)
-    tuned = tuned_lens_of(settings.lens, settings.tuned_lens)
+    fitted = fitted_lens_of(settings.lens, settings.fitted_lens)
     folder, timestamp = RunFolder(Path(settings.output_dir), new_generation_id()), time.strftime("%Y%m%d_%H%M%S")
     result = CaptureResult(
         generation_id=folder.generation_id,
@@ -222,8 +222,8 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
     )
     with folder.made():
         suite = settings.suite(job.machine, progress, text=job.text is None)
-        if tuned is not None:
-            tuned.check_weights(job.spec.name, lens_weights(suite.source))
+        if fitted is not None:
+            fitted.check_weights(job.spec.name, lens_weights(suite.source), job.spec.flux.hidden_size)
         metadata = describe(job, folder, timestamp, suite.source)
         announce(job, folder, progress)
         # The writer takes its disk space on entering: a disk that is too small is known before a weight is read.
@@ -241,9 +241,10 @@ def run_capture(settings: CaptureSettings, progress: Watch = unwatched) -> Captu
             return result
         with suite.transformer() as model, suite.autoencoder() as autoencoder:
             recorded, lenses = load_capture(result.capture), LENSES[settings.lens]
-            if tuned is not None:
-                tuned.check(recorded, has_guidance=job.spec.flux.guidance_embed)
-            return result._replace(lens=decode_run(progress, folder, recorded, model, autoencoder, lenses, tuned=tuned))
+            if fitted is not None:
+                fitted.check(recorded, has_guidance=job.spec.flux.guidance_embed)
+            decoded = decode_run(progress, folder, recorded, model, autoencoder, lenses, fitted=fitted)
+            return result._replace(lens=decoded)
 
 
 def settle(settings: CaptureSettings) -> Job:

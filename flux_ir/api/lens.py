@@ -4,7 +4,8 @@ What `capture` returns stands here too, because `read_capture` and `read_lens` t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +17,10 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json, write_json
 from flux_ir.layout import Lens, RunFolder, find_run, is_run_name, newest_capture, run_of
 from flux_ir.lens.decode import ROUNDING_DRIFT, LensDecoder, lens_report, read_picture
+from flux_ir.lens.fitted import FittedLens
+from flux_ir.lens.jacobian import load_jacobian_lens
 from flux_ir.lens.readout import readable_sites
-from flux_ir.lens.tuned import TunedLens, load_tuned_lens
+from flux_ir.lens.tuned import load_tuned_lens
 from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.models.checkpoints.load import load_autoencoder, stream_flux
@@ -30,17 +33,27 @@ from flux_ir.recording.reader import Capture, load_capture
 from flux_ir.shapes import Pixels
 from flux_ir.visualize.sheet import MOST_COLUMNS, SheetColumn, SheetRow, draw_sheet
 
-LensWord = Literal["euler", "x0", "both", "tuned"]
+LensWord = Literal["euler", "x0", "both", "tuned", "jacobian", "jacobian_summed"]
 LENSES: dict[LensWord, tuple[Lens, ...]] = {
     "euler": ("euler",),
     "x0": ("x0",),
     "both": ("euler", "x0"),
     "tuned": ("tuned",),
+    "jacobian": ("jacobian",),
+    "jacobian_summed": ("jacobian_summed",),
 }
+FITTED: dict[LensWord, Callable[[str | Path], FittedLens]] = {
+    "tuned": load_tuned_lens,
+    "jacobian": load_jacobian_lens,
+    "jacobian_summed": partial(load_jacobian_lens, version="summed"),
+}
+"""The lenses that are read from a file."""
 READINGS: dict[Lens, str] = {
     "euler": "the state each block would go to",
     "x0": "the image each block believes in",
     "tuned": "the image each block believes in, through a tuned lens",
+    "jacobian": "the image each block points at, by the mean Jacobian of its own tokens",
+    "jacobian_summed": "the image each block points at, by the mean Jacobian summed over tokens",
 }
 
 
@@ -85,7 +98,7 @@ def read_lens(
     generation_id: str | Path | CaptureResult = "latest",
     *,
     lens: LensWord = "both",
-    tuned_lens: str | Path | None = None,
+    fitted_lens: str | Path | None = None,
     output_dir: str | Path = "output",
     decode_batch: int | None = None,
     device: str | None = None,
@@ -98,7 +111,8 @@ def read_lens(
 
     The run is named as for `read_capture`; its pictures, lens.json and contact sheets are written anew. The
     weights are those the capture was made with, unless `checkpoint` and `ae_checkpoint` name others; its LoRAs are
-    merged again. `lens` "tuned" reads the clean image through `tuned_lens`, which `train_lens` made of these weights.
+    merged again. `lens` "tuned", "jacobian" and "jacobian_summed" read the clean image through `fitted_lens`, a folder
+    that `train_lens` made of these weights.
 
     Raises FluxIRError for a run that is not there or has nothing to decode, before anything heavy where possible.
     """
@@ -107,7 +121,7 @@ def read_lens(
         progress(Note(text))
 
     check_words(read_lens, {"lens": lens, "dtype": dtype})
-    tuned = tuned_lens_of(lens, tuned_lens)
+    fitted = fitted_lens_of(lens, fitted_lens)
     file = capture_file(generation_id, Path(output_dir))
     folder = run_of(file)
     capture = load_capture(file)
@@ -127,11 +141,11 @@ def read_lens(
         announce=announce,
     )
     loras = read_loras(spec, settings.lora, settings.lora_strength, announce)
-    if tuned is not None:
+    if fitted is not None:
         quantize = capture.metadata.get("quantize")
         weights = lens_weights(ModelSource(transformer_source, None, None, tuple(loras), quantize))
-        tuned.check_weights(spec.name, weights)
-        tuned.check(capture, has_guidance=spec.flux.guidance_embed)
+        fitted.check_weights(spec.name, weights, spec.flux.hidden_size)
+        fitted.check(capture, has_guidance=spec.flux.guidance_embed)
     if (codes := capture.metadata.get("quantize")) is not None:
         announce(f"quantised: {codes}, the blocks of the run; what a lens reads them with is not quantised")
     machine = settings.settle_machine(recorded=capture.dtype)
@@ -155,23 +169,24 @@ def read_lens(
         earlier=earlier,
         batch=decode_batch,
         other_weights=checkpoint is not None,
-        tuned=tuned,
+        fitted=fitted,
     )
 
 
-def tuned_lens_of(lens: LensWord, path: str | Path | None) -> TunedLens | None:
-    """The tuned lens that is asked for. Raises FluxIRError where the lens lacks its file, or a file its lens."""
-    if (lens == "tuned") != (path is not None):
-        got = "--tuned_lens is missing" if path is None else f"got --lens {lens}"
+def fitted_lens_of(lens: LensWord, path: str | Path | None) -> FittedLens | None:
+    """The fitted lens that is asked for. Raises FluxIRError where the lens lacks its file, or a file its lens."""
+    if (lens in FITTED) != (path is not None):
+        words = " or ".join(f"--lens {word}" for word in FITTED)
+        got = f"--lens {lens} without it" if path is None else f"--fitted_lens with --lens {lens}"
         raise FluxIRError(
-            f"--lens tuned and --tuned_lens go together: {got}",
-            hint="make one: flux-ir train-lens" if path is None else "pass --lens tuned, or leave --tuned_lens out",
+            f"--fitted_lens goes with {words}: got {got}",
+            hint="make one: flux-ir train-lens" if path is None else "choose one of these, or leave --fitted_lens out",
         )
-    return None if path is None else load_tuned_lens(path)
+    return None if path is None else FITTED[lens](path)
 
 
 def lens_weights(source: ModelSource) -> str:
-    """The digest a tuned lens is bound to: of the transformer alone, with its LoRAs and how it is quantised."""
+    """The digest a fitted lens is bound to: of the transformer alone, with its LoRAs and how it is quantised."""
     return weights_digest(source._replace(autoencoder=None, text=None), autoencoder=False)
 
 
@@ -203,7 +218,7 @@ def decode_run(
     earlier: dict[str, Any] | None = None,
     batch: int | None = None,
     other_weights: bool = False,
-    tuned: TunedLens | None = None,
+    fitted: FittedLens | None = None,
 ) -> LensResult:
     """Every picture of these lenses, `lens.json`, and one contact sheet per lens.
 
@@ -219,7 +234,7 @@ def decode_run(
         final_picture=final_picture(folder),
         batch=batch,
         other_weights=other_weights,
-        tuned=tuned,
+        fitted=fitted,
     )
     pictures = list(follow(progress, "decode", decoder.pictures(), total=len(decoder)))
     if decoder.drift > ROUNDING_DRIFT:

@@ -34,6 +34,8 @@ READINGS: dict[Lens, str] = {
     "euler": "the state each block would go to (euler)",
     "x0": "the image each block believes in (x0)",
     "tuned": "the image each block believes in, through a tuned lens (tuned)",
+    "jacobian": "the image each block points at, by the mean Jacobian of its own tokens (jacobian)",
+    "jacobian_summed": "the image each block points at, by the mean Jacobian summed over tokens (jacobian_summed)",
 }
 
 

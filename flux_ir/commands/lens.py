@@ -36,7 +36,7 @@ def run(options: LensOptions) -> None:
         done = read_lens(
             options.generation_id,
             lens=options.lens,
-            tuned_lens=options.tuned_lens,
+            fitted_lens=options.fitted_lens,
             output_dir=options.output_dir,
             decode_batch=options.decode_batch,
             device=options.device,

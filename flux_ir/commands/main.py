@@ -16,7 +16,7 @@ VERBS = {
     "collect-clip": "collect CLIP's activations of a folder of pictures as training data",
     "convert-collection": "make a collection of shards of an old one",
     "export": "write captured activations as plain arrays: safetensors or npy",
-    "train-lens": "fit a tuned lens: an affine map per block and step, judged on held-out prompts",
+    "train-lens": "fit a tuned or a Jacobian lens, judged on held-out prompts",
     "train-sae": "train sparse autoencoders on captured activations, or on live ones",
     "evaluate-sae": "measure autoencoders on images not trained on, and splice them into the model",
     "export-sae": "write an autoencoder as another program reads it, or put it on the hub",

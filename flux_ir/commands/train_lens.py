@@ -1,8 +1,9 @@
-"""`flux-ir train-lens`: a tuned lens from a collection."""
+"""`flux-ir train-lens`: a tuned or a Jacobian lens from a collection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from flux_ir.commands.cli.option import option
 from flux_ir.commands.cli.parse import launch
@@ -11,12 +12,24 @@ from flux_ir.commands.cli.shared import MACHINE, MEASURED, ActivationsOptions, D
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLensOptions(ActivationsOptions, DeviceOptions):
-    """Fit a tuned lens to a collection of all blocks' image tokens: an affine map per block and step.
+    """Fit a lens to a collection of all blocks' image tokens, and judge it on held-out prompts.
 
-    flux-ir lens --lens tuned --tuned_lens lenses/NAME reads a run by it. Prints the error of the velocity on held-out
-    prompts of every block, plain and tuned, beside a map from the network's input and the mean velocity.
+    flux-ir lens --lens tuned (or jacobian) --fitted_lens lenses/NAME reads a run by it. Prints the error of the
+    velocity at every block, plain and through the lens, beside a map from the network's input and the mean velocity.
     """
 
+    kind: Literal["tuned", "jacobian"] = option(
+        "tuned", help="an affine map per block and step, or the network's mean derivative by each block", group=MEASURED
+    )
+    gradients: int = option(
+        16, help="with --kind jacobian: generations whose derivatives are averaged", group=MEASURED, minimum=1
+    )
+    patch: tuple[int, ...] | None = option(
+        None,
+        help="with --kind jacobian: row,column of the image token whose receptive fields are drawn",
+        group=MEASURED,
+        default_text="the middle",
+    )
     held_out: float = option(
         0.2, help="share of the prompts that is only judged on", group=MEASURED, minimum=0.01, maximum=0.99
     )
@@ -44,15 +57,15 @@ def run(options: TrainLensOptions) -> None:
     steps = trained.result["steps"]
     table = [("error of the velocity", *(f"step {step}" for step in steps))]
     table += [(name, *(f"{value:.3f}" for value in values)) for name, values in rows_of(trained.result)]
-    if len(steps) > 1 and len(trained.result["transfer"]) > 1:
+    if (transfer := transfer_of(trained.result)) is not None:
         table.append(("fitted at, judged at", *(f"step {step}" for step in steps)))
-        median = zip(steps, transfer_of(trained.result), strict=True)
-        table += [(f"step {step}", *(f"{value:.3f}" for value in row)) for step, row in median]
+        rows = zip(steps, transfer, strict=True)
+        table += [(f"step {step}", *(f"{value:.3f}" for value in row)) for step, row in rows]
     for line in aligned(table):
         report.results.print(line, markup=False)
     report.results.print()
     written = {"lens": trained.lens, "numbers": trained.folder / "evaluation.json"}
-    report.table("trained lens", written, peak_memory())
+    report.table("fitted lens", written, peak_memory())
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -32,9 +32,9 @@ class VisualizeOptions(RunOptions):
     compare: str | None = option(
         None, help="a second run, shown beside the first", group=WHAT, default_text="one run alone"
     )
-    lens: Literal["euler", "x0", "tuned"] = option(
+    lens: Literal["euler", "x0", "tuned", "jacobian", "jacobian_summed"] = option(
         "euler",
-        help="euler: the state the sampler would go to; x0: the clean image the block believes in; tuned: x0, mapped",
+        help="euler: the state the sampler would go to; x0: the clean image it believes in; the others: x0, fitted",
         group=WHAT,
     )
     block_type: Literal["double", "single"] | None = option(

@@ -9,17 +9,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from flux_ir.errors import FluxIRError
 from flux_ir.files import read_json
 from flux_ir.layout import Kind, Lens, RunFolder, find_runs
 
-LENSES: tuple[Lens, ...] = ("euler", "x0", "tuned")
-TUNED_NUMBERS = ("tuned_relative_distance", "tuned_cosine", "psnr_tuned_db")
+LENSES: tuple[Lens, ...] = get_args(Lens)
+FITTED: tuple[Lens, ...] = tuple(lens for lens in LENSES if lens not in ("euler", "x0"))
+"""Those that read a velocity of their own from a block."""
 OTHER_NUMBERS = {"distance": "other_distance", "cka": "other_cka"}
 """What `difference.json` says of a block and the same one of another run: by its name there, and on the page."""
-NUMBERS = ("relative_distance", "cosine", "psnr_euler_db", "psnr_x0_db", *TUNED_NUMBERS, *OTHER_NUMBERS.values())
+NUMBERS = (
+    *("relative_distance", "cosine"),
+    *(f"{lens}_{number}" for lens in FITTED for number in ("relative_distance", "cosine")),
+    *(f"psnr_{lens}_db" for lens in LENSES),
+    *OTHER_NUMBERS.values(),
+)
 FACTS = ("model", "seed", "width", "height", "guidance", "num_steps", "timestamp")  # shown as they are
 
 _MAKE_AGAIN = "make the run again, or leave it out by naming the others with --generation_id"

@@ -19,7 +19,7 @@ from flux_ir.errors import FluxIRError
 from flux_ir.files import complete_file
 from flux_ir.layout import Lens, RunFolder
 from flux_ir.lens.measures import cosine, json_number, psnr_db, relative_distance
-from flux_ir.lens.readout import Reading, TokenMap, read_step, readable_sites
+from flux_ir.lens.readout import Reading, VelocityReader, read_step, readable_sites
 from flux_ir.models.architecture import Transformer
 from flux_ir.models.autoencoder import AutoEncoder
 from flux_ir.recording.reader import Capture
@@ -76,13 +76,18 @@ def read_picture(file: Path | BytesIO) -> Pixels:
         return torch.from_numpy(np.array(picture.convert("RGB")))[None]
 
 
-def compare_step(readings: Sequence[Reading], last_site: Site) -> list[StepNumbers]:
-    """Distances of the readings of one step from the one at `last_site` (or its image half), if it is among them."""
+def compare_step(readings: Sequence[Reading], last_site: Site, *, fitted: bool = False) -> list[StepNumbers]:
+    """Distances of the readings of one step from the sampler's: the plain one at `last_site` (or its image half), if it
+    is among them. `fitted`: those of the velocities that were read through a fitted lens.
+    """
     final = next((r.velocity for r in readings if r.site.whole == last_site), None)
+    read = [(r, r.fitted_velocity if fitted else r.velocity) for r in readings]
     if final is None:
         return [StepNumbers(r.step, r.site, None, None) for r in readings]
     return [
-        StepNumbers(r.step, r.site, cosine(r.velocity, final), relative_distance(r.velocity, final)) for r in readings
+        StepNumbers(r.step, r.site, cosine(velocity, final), relative_distance(velocity, final))
+        for r, velocity in read
+        if velocity is not None
     ]
 
 
@@ -100,11 +105,11 @@ class LensDecoder:
         final_picture: Pixels | None = None,
         batch: int | None = None,
         other_weights: bool = False,
-        tuned: TokenMap | None = None,
+        fitted: VelocityReader | None = None,
     ) -> None:
         """`other_weights`: the model may be another than the capture was made with, as the user wishes.
 
-        `tuned` is what the lens of that name reads through.
+        `fitted` is what a lens that is neither euler nor x0 reads through.
         """
         self.capture, self.model, self.autoencoder, self.folder = capture, model, autoencoder, folder
         self.lenses = tuple(lenses)
@@ -113,9 +118,9 @@ class LensDecoder:
         device = autoencoder.decoder.conv_in.weight.device
         self.batch = batch or batch_size(self.height, self.width, device)
         self.last_site = Site.parse(f"single.{model.params.depth_single_blocks - 1}")
-        self.tuned = tuned if "tuned" in lenses else None
+        self.fitted = fitted
         self.numbers: list[StepNumbers] = []
-        self.tuned_numbers: list[StepNumbers] = []
+        self.fitted_numbers: list[StepNumbers] = []
 
     @cached_property
     def drift(self) -> float:
@@ -168,11 +173,10 @@ class LensDecoder:
 
     def _latents(self) -> Iterator[tuple[PictureKey, PackedLatent]]:
         for step in self.capture.steps:
-            readings = list(read_step(self.model, self.capture, step, tuned=self.tuned))
+            readings = list(read_step(self.model, self.capture, step, fitted=self.fitted))
             self.numbers += compare_step(readings, self.last_site)
-            # The last block has no map, so both are compared with the same velocity.
-            through = [r._replace(velocity=r.tuned_velocity) for r in readings if r.tuned_velocity is not None]
-            self.tuned_numbers += compare_step(through, self.last_site)
+            if self.fitted is not None:
+                self.fitted_numbers += compare_step(readings, self.last_site, fitted=True)
             for reading in readings:
                 for lens in self.lenses:
                     yield PictureKey(lens, step, reading.site), reading.latent(lens)
@@ -203,12 +207,13 @@ def lens_report(
     for number in decoder.numbers:
         row = sites.setdefault(str(number.site), {}).setdefault(number.step, {"step": number.step})
         row |= {"cosine": json_number(number.cosine), "relative_distance": json_number(number.relative_distance)}
-    for number in decoder.tuned_numbers:
+    for number in decoder.fitted_numbers:
         row = sites[str(number.site)][number.step]
-        row |= {
-            "tuned_cosine": json_number(number.cosine),
-            "tuned_relative_distance": json_number(number.relative_distance),
-        }
+        for lens in decoder.lenses:
+            row |= {
+                f"{lens}_cosine": json_number(number.cosine),
+                f"{lens}_relative_distance": json_number(number.relative_distance),
+            }
     for picture in pictures:
         row = sites[str(picture.key.site)][picture.key.step]
         row[f"psnr_{picture.key.lens}_db"] = json_number(picture.psnr_db)

@@ -22,7 +22,7 @@ from flux_ir.sites import Site
 class Reading(NamedTuple):
     """One block read at one step, batch included. `euler`: the state it leads to; `x0`: the image it believes in.
 
-    `tuned` is the image it believes in, read through a tuned lens; None where there is none.
+    `fitted` is the image it believes in, read through a fitted lens; None where there is none.
     """
 
     step: int
@@ -30,23 +30,23 @@ class Reading(NamedTuple):
     velocity: Velocity
     euler: PackedLatent
     x0: PackedLatent
-    tuned_velocity: Velocity | None = None
-    tuned: PackedLatent | None = None
+    fitted_velocity: Velocity | None = None
+    fitted: PackedLatent | None = None
 
     def latent(self, lens: Lens) -> PackedLatent:
-        """The packed latent of one lens. The tuned one must have been read."""
-        if lens == "tuned":
-            assert self.tuned is not None, "read_step was given no tuned lens"
-            return self.tuned
-        return self.euler if lens == "euler" else self.x0
+        """The packed latent of one lens. That of a fitted one must have been read."""
+        if lens in ("euler", "x0"):
+            return self.euler if lens == "euler" else self.x0
+        assert self.fitted is not None, "read_step was given no fitted lens"
+        return self.fitted
 
 
 @runtime_checkable
-class TokenMap(Protocol):
-    """What a tuned lens does to the image tokens of a block before they are read."""
+class VelocityReader(Protocol):
+    """A fitted lens, as far as reading goes."""
 
-    def mapped(self, site: Site, step: int, img: ImgTokens) -> ImgTokens:
-        """Tokens in the shape and dtype of those given; the very same where nothing is done."""
+    def velocity(self, model: Transformer, site: Site, step: int, img: ImgTokens, vec: Conditioning) -> Velocity:
+        """The velocity that it reads from the image tokens of a block; `vec` is what the last layer is modulated by."""
 
 
 def velocity_at(model: Transformer, block_output: Tokens, vec: Conditioning, *, txt_tokens: int = 0) -> Velocity:
@@ -100,7 +100,7 @@ def read_step(
     step: int,
     sites: Sequence[Site] | None = None,
     *,
-    tuned: TokenMap | None = None,
+    fitted: VelocityReader | None = None,
 ) -> Iterator[Reading]:
     """Every readable block of one captured step, or these `sites`, in depth order, computed in the dtype of the model.
 
@@ -115,7 +115,7 @@ def read_step(
         txt_tokens = context.txt_tokens if site.kind == "single" and site.stream is None else 0
         tokens = capture.read(site, step).to(device, dtype)
         velocity = velocity_at(model, tokens, vec, txt_tokens=txt_tokens)
-        through = None if tuned is None else velocity_at(model, tuned.mapped(site, step, tokens[:, txt_tokens:]), vec)
+        through = None if fitted is None else fitted.velocity(model, site, step, tokens[:, txt_tokens:], vec)
         if not velocity.isfinite().all() or (through is not None and not through.isfinite().all()):
             raise FluxIRError(
                 f"{site} at step {step} of {capture.path} cannot be read: what it stands for is not finite",
@@ -127,6 +127,6 @@ def read_step(
             velocity,
             euler=euler_step(img, velocity, context.t_curr, context.t_prev),
             x0=clean_estimate(img, velocity, context.t_curr),
-            tuned_velocity=through,
-            tuned=None if through is None else clean_estimate(img, through, context.t_curr),
+            fitted_velocity=through,
+            fitted=None if through is None else clean_estimate(img, through, context.t_curr),
         )

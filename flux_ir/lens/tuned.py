@@ -3,132 +3,124 @@
 A plain lens reads a middle block by the last layer, which was trained for what the last block puts out. The tuned lens
 first adds to the image tokens h_l an affine function of themselves, fitted to h_L - h_l, L the last block. It is fitted
 by ridge regression in closed form and judged by the velocity that is read from it. At the last block there is no map.
-Next: `tuned_fit`, which fits one.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import numpy as np
+import torch
+from torch import Tensor
 
-from flux_ir.errors import FluxIRError
-from flux_ir.files import complete_file
-from flux_ir.lens.readout import readable_sites
-from flux_ir.lens.ridge import AffineMap
-from flux_ir.recording.reader import Capture
-from flux_ir.shapes import ImgTokens
-from flux_ir.sites import Site, nearest_names
+from flux_ir.lens.fitted import FittedLens, Place, image_half, read_lens_file
+from flux_ir.lens.judge import LensData, Part, Read, squared_errors
+from flux_ir.lens.ridge import AffineMap, RidgeSums
+from flux_ir.models.architecture import Transformer
+from flux_ir.shapes import Conditioning, ImgTokens, Velocity
+from flux_ir.sites import Site
 
-LENS_FILE = "lens.safetensors"
-FORMAT = "flux_ir tuned lens 1"
-TIME_TOLERANCE = 1e-4
-"""Flow times that differ by less are the same: schedules of two versions may differ in the last bits."""
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+"""Ridge strengths that are tried, in units of the variance of all rows in an average channel (`RidgeSums.solve`)."""
 
 
 @dataclass(frozen=True)
-class TunedLens:
+class TunedLens(FittedLens):
     """The maps of a lens, and what they were fitted for."""
 
-    maps: Mapping[tuple[Site, int], AffineMap | None]
+    kind: ClassVar[str] = "tuned"
+    file_name: ClassVar[str] = "tuned.safetensors"
+    format: ClassVar[str] = "flux_ir tuned lens 1"
+
+    maps: Mapping[Place, AffineMap | None]
     """By site (image tokens) and step; None where the block is best read as it is: at the last one always."""
-    settings: Mapping[str, Any]
-    """model, weights (a digest), timesteps, guidance, the collection and how it was split, ridge strengths."""
+
+    @property
+    def places(self) -> Collection[Place]:
+        return self.maps.keys()
+
+    @property
+    def width(self) -> int | None:
+        return next((found.bias.shape[0] for found in self.maps.values() if found is not None), None)
 
     def mapped(self, site: Site, step: int, img: ImgTokens) -> ImgTokens:
         """The image tokens of a block as the last layer should read them; the very same where there is no map."""
-        found = self.maps[_img(site), step]
+        found = self.maps[image_half(site), step]
         if found is None:
             return img
         return AffineMap(*(part.to(img.device) for part in found)).applied_to(img)
 
-    def check_weights(self, model: str, weights: str) -> None:
-        """Raises FluxIRError for a model or weights that it was not fitted to."""
-        made = self.settings
-        if (model, weights) != (made["model"], made["weights"]):
-            other = "other weights of it" if model == made["model"] else model
-            raise FluxIRError(
-                f"the tuned lens was fitted to {made['model']} (weights {made['weights']}): these are "
-                f"{other} ({weights})",
-                hint="fit one to these weights: flux-ir train-lens",
-            )
+    def velocity(self, model: Transformer, site: Site, step: int, img: ImgTokens, vec: Conditioning) -> Velocity:
+        """What the last layer reads from the mapped tokens."""
+        return model.read_out(self.mapped(site, step, img), vec)
 
-    def check(self, capture: Capture, *, has_guidance: bool) -> None:
-        """Raises FluxIRError for a capture with a site, step, time or guidance that it was not fitted at."""
-        made = self.settings
-        sites = {site for site, _ in self.maps}
-        steps = {step for _, step in self.maps}
-        for site in readable_sites(capture):
-            if _img(site) not in sites:
-                raise FluxIRError(
-                    f"the tuned lens was not fitted at {_img(site)}",
-                    hint=f"collect that site too: it has {nearest_names(str(_img(site)), map(str, sites))} and such",
-                )
-        for step in capture.steps:
-            time = capture.context(step).t_curr
-            there = made["timesteps"][step] if step in steps else None
-            if there is None or abs(there - time) > TIME_TOLERANCE:
-                at = "not fitted at this step" if there is None else f"fitted there at t {there:.4f}"
-                raise FluxIRError(
-                    f"step {step} of the run is at t {time:.4f}, and the tuned lens was {at}",
-                    hint=f"it reads runs of {len(made['timesteps']) - 1} steps with the size of its collection",
-                )
-            strength = capture.context(step).guidance
-            if has_guidance and strength != made["guidance"]:
-                raise FluxIRError(
-                    f"the run has guidance {strength:g}, and the tuned lens was fitted at {made['guidance']:g}",
-                    hint="capture with that guidance, or collect with this one",
-                )
-
-    def save(self, path: Path) -> None:
-        """Writes the lens: float32, complete or not at all."""
-        tensors, without = {}, []
+    def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weight and bias of every map; where there is none."""
+        tensors: dict[str, Tensor] = {}
+        without: list[list[Any]] = []
         for (site, step), found in self.maps.items():
             if found is None:
                 without.append([str(site), step])
             else:
-                tensors[f"{site}/step_{step}/weight"] = found.weight.float().cpu().contiguous()
-                tensors[f"{site}/step_{step}/bias"] = found.bias.float().cpu().contiguous()
-        described = json.dumps({**self.settings, "without_map": without})
-        with complete_file(path) as beside:
-            save_file(tensors, beside, metadata={"format": FORMAT, "settings": described})
+                tensors |= {f"{site}/step_{step}/{part}": tensor for part, tensor in found._asdict().items()}
+        return tensors, {"without_map": without}
 
 
 def load_tuned_lens(path: str | Path) -> TunedLens:
     """The lens in a file or a folder of `flux-ir train-lens`. Raises FluxIRError for what is none."""
-    file = Path(path)
-    file = file / LENS_FILE if file.is_dir() else file
-    if not file.is_file():
-        raise FluxIRError(f"there is no tuned lens at {file}", hint="make one: flux-ir train-lens")
-    maps: dict[tuple[Site, int], AffineMap | None] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise KeyError("format")
-            settings = json.loads(metadata["settings"])
-            for site, step in settings.pop("without_map"):
-                maps[Site.parse(site), step] = None
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                name, step_word, part = key.split("/")
-                if part == "weight":
-                    step = int(step_word.removeprefix("step_"))
-                    bias = opened.get_tensor(f"{name}/{step_word}/bias")
-                    maps[Site.parse(name), step] = AffineMap(opened.get_tensor(key), bias)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise FluxIRError(f"{file} is no tuned lens: {error!r}", hint="make one: flux-ir train-lens") from error
-    order = sorted(maps, key=lambda at: at)
-    return TunedLens({at: maps[at] for at in order}, settings)
+    settings, parts = read_lens_file(path, TunedLens, AffineMap._fields)
+    maps: dict[Place, AffineMap | None] = {place: AffineMap(**tensors) for place, tensors in parts.items()}
+    for site, step in settings.pop("without_map", []):
+        maps[Site.parse(site), step] = None
+    return TunedLens(settings, {place: maps[place] for place in sorted(maps)})
 
 
-def _img(site: Site) -> Site:
-    """The image half of a single block; the site itself otherwise."""
-    return site if site.stream is not None else Site(site.kind, site.block, "img")
+# ---- How it is fitted
 
 
-def image_sites(sites: Sequence[Site]) -> list[Site]:
-    """The same sites, single blocks by their image halves."""
-    return [_img(site) for site in sites]
+class FittedMap(NamedTuple):
+    """The map of one block and step, and the strength it was fitted with; both None where no map did better."""
+
+    added: AffineMap | None
+    strength: float | None
+
+    def through(self, model: Transformer) -> Read:
+        """Reads by the last layer what the map makes of a block."""
+        added = self.added
+        return lambda rows: model.read_out(rows.block if added is None else added.applied_to(rows.block), rows.vec)
+
+    def on_cpu(self) -> "FittedMap":
+        """The same in host memory."""
+        added = None if self.added is None else AffineMap(*(part.cpu() for part in self.added))
+        return FittedMap(added, self.strength)
+
+
+@torch.no_grad()
+def fit_map(data: LensData, model: Transformer, site: Site | None, step: int) -> FittedMap:
+    """The map of one block (None: the network's input) at one step.
+
+    Fitted on one part of the training prompts with every strength; the one whose velocity is best on the other part is
+    fitted again on both. No map at all is one of the choices, and the only one at the last block. One block and step
+    is fitted at a time, so memory is flat in prompts: what grows with blocks is the lens itself.
+    """
+    if site == data.last:
+        return FittedMap(None, None)
+    training: tuple[Part, Part] = ("fit", "choose")
+    sums = {part: RidgeSums(model.params.hidden_size, model.img_in.weight.device) for part in training}
+    for part, of_part in sums.items():
+        for rows in data.rows(model, site, step, part):
+            x = rows.block.flatten(0, 1).double()
+            of_part.add(x, rows.last.flatten(0, 1).double() - x)
+    candidates = [FittedMap(None, None)]
+    candidates += [FittedMap(_float32(sums["fit"].solve(strength)), strength) for strength in STRENGTHS]
+    errors, _ = squared_errors(data.rows(model, site, step, "choose"), [one.through(model) for one in candidates])
+    best = candidates[int(np.argmin(errors))]
+    if best.strength is None:
+        return best
+    sums["fit"].add_sums(sums["choose"])
+    return FittedMap(_float32(sums["fit"].solve(best.strength)), best.strength)
+
+
+def _float32(added: AffineMap) -> AffineMap:
+    return AffineMap(*(part.float() for part in added))

@@ -144,8 +144,8 @@ def _kind(text: str) -> Kind:
 def _nothing_decoded(folder: RunFolder, lens: Lens) -> FluxIRError:
     other: Lens = "x0" if lens == "euler" else "euler"
     command = f"flux-ir lens --generation_id {folder.generation_id} --lens {lens}"
-    if lens == "tuned":
-        command += " --tuned_lens lenses/NAME"
+    if lens not in ("euler", "x0"):
+        command += " --fitted_lens lenses/NAME"
     if folder.output_dir != Path("output"):
         command += f" --output_dir {shlex.quote(str(folder.output_dir))}"
     hint = f"make them: {command}"

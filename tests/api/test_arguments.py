@@ -15,9 +15,9 @@ from flux_ir.errors import FluxIRError
 CALLS = {
     "load_model('flux-tiny', dtype='float16')": "--dtype must be one of auto, bfloat16, float32: got 'float16'",
     "load_model('flux-tiny', parts=['vae'])": "--parts must be one of text, transformer, autoencoder: got 'vae'",
-    "capture('x', model='flux-tiny', lens='eular')": "--lens must be one of euler, x0, both, tuned: got 'eular'",
+    "capture('x', model='flux-tiny', lens='eular')": "--lens must be one of euler, x0, both, tuned, jac",
     "capture('x', model='flux-tiny', width=0)": "width and height must be positive multiples of 16 px: got 0 x 128",
-    "read_lens('01234567', lens='x1')": "--lens must be one of euler, x0, both, tuned: got 'x1'",
+    "read_lens('01234567', lens='x1')": "--lens must be one of euler, x0, both, tuned, jac",
     "collect(['a'], 'single.6', 'c', model='flux-tiny', verify='no')": "--verify must be one of checksums, sizes",
     "collect(['a'], 'single.6', 'c', model='flux-tiny', store_dtype='int8')": "--store_dtype must be one of bfloat16",
     "collect(['a'], 'single.6', 'c', model='flux-tiny', dtype='float16')": "--dtype must be one of auto",

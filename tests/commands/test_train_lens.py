@@ -1,4 +1,4 @@
-"""`flux-ir train-lens` and `flux-ir lens --lens tuned` on flux-tiny: what a tuned lens gives, and what it refuses."""
+"""`flux-ir train-lens` and `flux-ir lens` through fitted lenses on flux-tiny: what they give, and what they refuse."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from flux_ir.lens.ridge import AffineMap
 from flux_ir.lens.tuned import load_tuned_lens
 from flux_ir.sites import Site
 
-QUICK = ("--model", "flux-tiny", "--num_steps", "2")
+QUICK = ("--model", "flux-tiny", "--num_steps", "2", "--width", "64", "--height", "64")
 LAST = Site.parse("single.7.img")
 
 
@@ -37,6 +37,15 @@ def lens_folder(collection):
     words = ["--captures", str(collection), "--held_out", "0.3"]
     assert train_lens([*words, "--output_dir", str(collection.parent / "lenses")]) == 0
     return collection.parent / "lenses" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def both_folder(collection, lens_folder):
+    """A folder with that lens, and the Jacobian lens of the same collection; few gradients."""
+    folder = shutil.copytree(lens_folder, collection.parent / "lenses" / "both")
+    words = ["--captures", str(collection), "--held_out", "0.3", "--kind", "jacobian", "--gradients", "1"]
+    assert train_lens([*words, "--patch", "1,2", "--name", "both", "--output_dir", str(folder.parent)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +97,7 @@ def test_the_last_block_is_handed_through_and_the_others_are_mapped(lens_folder)
 
 
 def test_a_run_is_read_through_it_and_ends_at_the_plain_lens_s_picture(lens_folder, run):
-    assert read(run, "--lens", "tuned", "--tuned_lens", str(lens_folder)) == 0
+    assert read(run, "--lens", "tuned", "--fitted_lens", str(lens_folder)) == 0
     made = run / "intermediates"
     names = sorted(path.relative_to(made / "decoded_x0") for path in (made / "decoded_x0").rglob("*.jpg"))
     assert names == sorted(path.relative_to(made / "decoded_tuned") for path in (made / "decoded_tuned").rglob("*.jpg"))
@@ -103,16 +112,64 @@ def test_a_run_is_read_through_it_and_ends_at_the_plain_lens_s_picture(lens_fold
 
 
 def test_capture_reads_through_it_too(lens_folder, tmp_path):
-    words = ["--seed", "1", "--prompt", "a blue square", "--lens", "tuned", "--tuned_lens", str(lens_folder)]
+    words = ["--seed", "1", "--prompt", "a blue square", "--lens", "tuned", "--fitted_lens", str(lens_folder)]
     assert capture([*QUICK, *words, "--output_dir", str(tmp_path)]) == 0
     (made,) = tmp_path.iterdir()
     assert (made / "contact_sheet_tuned.jpg").exists()
 
 
+def test_a_jacobian_lens_is_judged_beside_the_tuned_one_of_its_folder(lens_folder, both_folder):
+    alone, both = (json.loads((folder / "evaluation.json").read_text()) for folder in (lens_folder, both_folder))
+    assert {key: value for key, value in both.items() if key in alone} == alone
+    assert both["gradients"] == 1
+    for name in ("jacobian", "jacobian_summed"):
+        assert both[name].keys() == alone["plain"].keys()
+    # At the last block no token sees another one: both versions are the same, and not the last layer itself.
+    assert both["jacobian"][str(LAST)] == pytest.approx(both["jacobian_summed"][str(LAST)], rel=1e-3)
+    assert all(0 < error < 1 for error in both["jacobian"][str(LAST)])
+    assert both["jacobian_standard_error"]["same"][str(LAST)] == [None, None]  # of one generation
+    for chart in ("errors.png", "curves.png", "receptive_fields.png"):
+        assert (both_folder / chart).exists()
+    with safe_open(both_folder / "receptive_fields.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"row": "1", "column": "2"}
+        field = opened.get_tensor(f"{LAST}/step_0")
+        assert field.shape == (4, 4)
+        assert field.nonzero().tolist() == [[1, 2]]
+        assert opened.get_tensor("double.0.img/step_1").all()
+
+
+@pytest.mark.parametrize("name", ["jacobian", "jacobian_summed"])
+def test_a_run_is_read_through_a_jacobian_lens(both_folder, run, name):
+    assert read(run, "--lens", name, "--fitted_lens", str(both_folder)) == 0
+    rows = json.loads((run / "intermediates" / "lens.json").read_text())["sites"]
+    for site in ("double.0.img", "single.7"):
+        assert 0 < rows[site][0][f"{name}_relative_distance"] < 1.5
+        assert rows[site][0][f"psnr_{name}_db"] > 0
+    assert (run / f"contact_sheet_{name}.jpg").exists()
+    assert len(list((run / "intermediates" / f"decoded_{name}").rglob("*.jpg"))) == 24
+
+
+def test_lenses_of_two_collections_do_not_share_a_folder(collection, lens_folder, capsys):
+    words = ["--captures", str(collection), "--held_out", "0.2", "--kind", "jacobian", "--name", "tiny"]
+    capsys.readouterr()
+    assert "holds a tuned lens of another held_out: 0.3, here 0.2" in refused(
+        capsys, train_lens([*words, "--output_dir", str(lens_folder.parent)])
+    )
+
+
+def test_what_a_jacobian_lens_cannot_be_made_of_is_refused(collection, tmp_path, capsys):
+    words = ["--captures", str(collection), "--kind", "jacobian", "--output_dir", str(tmp_path)]
+    capsys.readouterr()
+    error = refused(capsys, train_lens([*words, "--patch", "4,0"]))
+    assert error == "--patch must be a row below 4 and a column below 4: got 4,0"
+    assert "--patch is a row and a column: got (1, 2, 3)" in refused(capsys, train_lens([*words, "--patch", "1,2,3"]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_with_other_steps_is_refused(lens_folder, captured_run, tmp_path, capsys):
     folder = shutil.copytree(captured_run.folder, tmp_path / captured_run.folder.name)
     capsys.readouterr()
-    error = refused(capsys, read(folder, "--lens", "tuned", "--tuned_lens", str(lens_folder)))
+    error = refused(capsys, read(folder, "--lens", "tuned", "--fitted_lens", str(lens_folder)))
     assert "of the run is at t" in error
     assert not (folder / "intermediates" / "decoded_tuned").exists()
 
@@ -122,33 +179,51 @@ def test_a_lens_of_other_weights_or_without_a_site_is_refused(lens_folder, run, 
         ("weights", "was fitted to flux-tiny (weights 0000"),
         ("site", "was not fitted at double.1.img"),
     ):
-        file = changed(lens_folder / "lens.safetensors", tmp_path / f"{change}.safetensors", change)
+        file = changed(lens_folder / "tuned.safetensors", tmp_path / f"{change}.safetensors", change)
         capsys.readouterr()
-        assert word in refused(capsys, read(run, "--lens", "tuned", "--tuned_lens", str(file)))
+        assert word in refused(capsys, read(run, "--lens", "tuned", "--fitted_lens", str(file)))
+
+
+@pytest.mark.parametrize("change", ["weights", "site", "width", "part"])
+def test_a_jacobian_lens_that_does_not_fit_is_refused(both_folder, run, tmp_path, capsys, change):
+    file = changed(both_folder / "jacobian.safetensors", tmp_path / "jacobian.safetensors", change)
+    capsys.readouterr()
+    assert {
+        "weights": "the Jacobian lens was fitted to flux-tiny (weights 0000",
+        "site": "the Jacobian lens was not fitted at double.1.img",
+        "width": "the Jacobian lens reads tokens of 191 channels: those of flux-tiny have 192",
+        "part": f"{file} is no jacobian lens: KeyError('double.0.img/step_0')",
+    }[change] in refused(capsys, read(run, "--lens", "jacobian", "--fitted_lens", str(file)))
 
 
 def changed(file, to, change):
-    """A lens file with a digest of other weights, or without the maps of a block."""
+    """A lens file with a digest of other weights, without the maps of a block, narrower, or with a part missing."""
     tensors = load_file(file)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     if change == "weights":
         metadata["settings"] = json.dumps({**json.loads(metadata["settings"]), "weights": "0000"})
-    else:
+    elif change == "site":
         tensors = {key: value for key, value in tensors.items() if not key.startswith("double.1.img")}
+    elif change == "width":
+        tensors = {key: value[..., :191].clone() if value.shape[-1] == 192 else value for key, value in tensors.items()}
+    else:
+        del tensors["double.0.img/step_0/summed"]
     save_file(tensors, to, metadata=metadata)
     return to
 
 
 def test_words_and_files_that_do_not_go_together_are_refused(lens_folder, run, tmp_path, capsys):
     capsys.readouterr()
-    assert "--tuned_lens is missing" in refused(capsys, read(run, "--lens", "tuned"))
-    assert "got --lens x0" in refused(capsys, read(run, "--lens", "x0", "--tuned_lens", str(lens_folder)))
+    assert "got --lens tuned without it" in refused(capsys, read(run, "--lens", "tuned"))
+    assert "got --fitted_lens with --lens x0" in refused(
+        capsys, read(run, "--lens", "x0", "--fitted_lens", str(lens_folder))
+    )
     missing = str(tmp_path / "nothing")
-    assert "there is no tuned lens at" in refused(capsys, read(run, "--lens", "tuned", "--tuned_lens", missing))
+    assert "there is no tuned lens at" in refused(capsys, read(run, "--lens", "tuned", "--fitted_lens", missing))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     other = str(tmp_path / "other.safetensors")
-    assert "is no tuned lens" in refused(capsys, read(run, "--lens", "tuned", "--tuned_lens", other))
+    assert "is no tuned lens" in refused(capsys, read(run, "--lens", "tuned", "--fitted_lens", other))
 
 
 def test_a_lens_is_fitted_only_to_a_collection_with_the_last_block_of_these_weights(collection, run, tmp_path, capsys):

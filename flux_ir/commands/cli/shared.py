@@ -393,13 +393,17 @@ class RunOptions(RunsOptions):
 class ReadingOptions(Options):
     """How block outputs are read."""
 
-    lens: Literal["euler", "x0", "both", "tuned"] = option(
+    lens: Literal["euler", "x0", "both", "tuned", "jacobian", "jacobian_summed"] = option(
         "both",
-        help="euler: the state the sampler would go to; x0: the clean image the block believes in; tuned: x0 by a map",
+        help="euler: the state the sampler would go to; x0: the clean image the block believes in; the others: x0, "
+        "through --fitted_lens",
         group=READ,
     )
-    tuned_lens: Path | None = option(
-        None, help="what --lens tuned reads through: a folder of flux-ir train-lens", group=READ, default_text="none"
+    fitted_lens: Path | None = option(
+        None,
+        help="what --lens tuned, jacobian and jacobian_summed read through: a folder of flux-ir train-lens",
+        group=READ,
+        default_text="none",
     )
 
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -102,6 +103,13 @@ class GridPanel(NamedTuple):
     values: Sequence[Sequence[float | None]]
     low: float
     high: float
+
+
+class BlockCurve(NamedTuple):
+    """One reading of all blocks: [blocks][panels]."""
+
+    name: str
+    values: Sequence[Sequence[float]]
 
 
 # ---- The figures
@@ -395,6 +403,92 @@ def _two_digits(value: float) -> str:
         digits, exponent = f"{value:.0e}".split("e")
         return f"{digits}e{int(exponent)}"
     return f"{float(f'{value:.2g}'):g}".removeprefix("0")
+
+
+def curves_by_block(
+    path: Path,
+    blocks: Sequence[str],
+    panels: Sequence[str],
+    curves: Sequence[BlockCurve],
+    title: str,
+    *,
+    subtitle: str = "",
+    levels: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Errors over blocks, a panel for each step, on a logarithmic axis, where 0 has no place: a line ends before it.
+
+    `levels` are errors by panel that do not depend on the block, drawn as dashed lines.
+    """
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    positive = [value for curve in curves for row in curve.values for value in row if isfinite(value) and value > 0]
+    positive += [value for values in (levels or {}).values() for value in values if value > 0]
+    low, high = 0.7 * min(positive, default=0.1), 1.4 * max(positive, default=1.0)
+    singles = next((number for number, block in enumerate(blocks) if block.startswith("single")), 0)
+    with _figure(path, 2.3 * columns + 2.1, 1.95 * lines + 0.8, title, subtitle) as figure:
+        for index, panel in enumerate(panels):
+            axes = figure.add_subplot(lines, columns, index + 1)
+            axes.set_yscale("log")
+            axes.set_ylim(low, high)
+            axes.set_xlim(-0.5, len(blocks) - 0.5)
+            axes.grid(axis="y")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.set_title(panel, fontsize=9, color=SOFT, pad=4)
+            if singles:
+                axes.axvline(singles - 0.5, color=FAINT, linewidth=0.9, zorder=0)
+            for number, (name, values) in enumerate((levels or {}).items()):
+                style = ((0, (5, 2)), (0, (1, 1.5)))[number % 2]
+                axes.axhline(values[index], color=SOFT, linewidth=1.0, linestyle=style, label=name)
+            for number, curve in enumerate(curves):
+                heights = [row[index] if row[index] > 0 else nan for row in curve.values]
+                colour = COLOURS[number % len(COLOURS)]
+                axes.plot(heights, color=colour, marker="o", markersize=2.5, linewidth=1.3, label=curve.name)
+            every = max(1, len(blocks) // 12)
+            shown = range(0, len(blocks), every)
+            axes.set_xticks(shown, [blocks[number].split(".")[1] for number in shown], fontsize=7)
+            if index % columns:
+                axes.tick_params(labelleft=False)
+            if index >= len(panels) - columns:
+                axes.set_xlabel("block: double, then single" if singles else "block")
+            if index == columns - 1:
+                axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
+
+
+def map_grid(
+    path: Path,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    maps: Sequence[Sequence[NDArray[np.floating[Any]]]],
+    title: str,
+    *,
+    subtitle: str = "",
+    marked: tuple[int, int],
+) -> None:
+    """Small maps in a grid, [rows][columns], each by its own largest value; below each the share of the squares that
+    lies in the cell at `marked`, which has a frame.
+    """
+    height, width = maps[0][0].shape
+    side = 0.62  # inches
+    wide = max(1.3 + side * len(columns) * width / max(height, width), 5.6)
+    with _figure(path, wide, 0.9 + (side + 0.17) * len(rows), title, subtitle) as figure:
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for y, of_row in enumerate(maps):
+            for x, values in enumerate(of_row):
+                axes = grid[y][x]
+                axes.imshow(values, cmap="magma", vmin=0, vmax=max(float(values.max()), 1e-30))
+                row, column = marked
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=SKY, linewidth=0.8))
+                squares = np.square(values, dtype=np.float64)
+                share = float(squares[row, column] / max(float(squares.sum()), 1e-300))
+                axes.set_xlabel(f"{100 * share:.0f}%", fontsize=6.5, labelpad=1)
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+                if y == 0:
+                    axes.set_title(columns[x], fontsize=7.5, color=SOFT, loc="center", pad=3)
+                if x == 0:
+                    axes.set_ylabel(rows[y], fontsize=7.5, rotation=0, ha="right", va="center", labelpad=4)
 
 
 # ---- How they are drawn

@@ -40,7 +40,7 @@ function showTools() {
   for (const button of element("modes").children) {
     const there = modesOf(state.run).includes(button.dataset.mode);
     button.disabled = !there;
-    button.hidden = button.dataset.mode === "tuned" && !there; // it takes a lens that few runs have
+    button.hidden = "fitted" in button.dataset && !there; // it takes a lens that few runs have
     button.title = there
       ? ""
       : `not decoded: flux-ir lens --generation_id ${state.run.id} --lens ${button.dataset.mode}`;

@@ -91,6 +91,8 @@ function describe(shot, layers) {
     euler: "the state the sampler would go to",
     x0: "the clean image it believes in",
     tuned: "the clean image it believes in, through a tuned lens",
+    jacobian: "the clean image it points at, by the mean Jacobian of each patch’s own token",
+    jacobian_summed: "the clean image it points at, by the mean Jacobian summed over patches",
   }[shot.mode];
   return `${placeOf(shot)}: ${what ?? `what it changed (${modeOf(shot)})`}`;
 }

@@ -12,6 +12,8 @@ const NOTES = {
   euler: "The state the sampler would go to, had this block been the last.",
   x0: "The clean image each block believes in.",
   tuned: "The clean image each block believes in, read through a map that was fitted to this block and step.",
+  jacobian: "The clean image each block points at, by the mean derivative of the velocity by a patch’s own token.",
+  jacobian_summed: "The clean image each block points at, by the mean derivative of all velocities by one token.",
   difference: "What each block changed: its picture minus that of the block before, four times brighter",
 };
 const NUMBERS = [
@@ -64,8 +66,9 @@ const looked = () => shotAt(hovered ?? state);
 const number = (shot, name) => shot.run.numbers[name]?.[shot.block][shot.step] ?? undefined;
 /** What the curves show of a run: how far it is from its final answer, or from the run it was compared with. */
 const curveOf = (run) => CURVES[run.numbers.other_distance ? state.curve : "final"];
-/** A tuned lens reads another velocity from the block than the others, which share theirs. */
-const velocityNumber = (shot, name) => (shot.lens === "tuned" ? `tuned_${name}` : name);
+/** A fitted lens reads a velocity of its own from the block; euler and x0 share theirs. */
+const FITTED = { tuned: "tuned", jacobian: "Jacobian", jacobian_summed: "Jacobian, summed" };
+const velocityNumber = (shot, name) => (shot.lens in FITTED ? `${shot.lens}_${name}` : name);
 const placeOf = (shot) => `${spoken(shot.run.blocks[shot.block])}, step ${shot.run.steps[shot.step]}`;
 const modeOf = (shot) => (shot.mode === "difference" ? `difference, ${shot.lens}` : shot.mode);
 const sameShot = (a, b) => nameOf(a) === nameOf(b);

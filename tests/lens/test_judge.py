@@ -3,7 +3,7 @@
 import pytest
 
 from flux_ir.errors import FluxIRError
-from flux_ir.lens.tuned_fit import split_prompts
+from flux_ir.lens.judge import split_prompts
 
 
 def test_all_generations_of_a_prompt_are_in_one_part_and_no_part_is_empty():
