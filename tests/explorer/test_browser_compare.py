@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from flux_ir.files import write_json
+from flux_ir.files import read_json, write_json
 from tests.explorer.browsing import cell, here, large_picture, needs_chromium, pixel, press
 
 pytestmark = needs_chromium
@@ -58,6 +58,34 @@ def test_curves_have_one_line_per_step_and_mark_what_is_looked_at(make_run, open
     box = page.locator("#curves").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 14, box["y"] + 120)
     expect(page.locator("#place")).to_have_text("single 2")
+
+
+def test_curves_of_all_lenses_that_a_run_has_at_the_step_that_is_looked_at(make_run, open_page):
+    folder = make_run(double=2, single=3, steps=(0, 1), lenses=("x0", "tuned", "jacobian"))
+    report = read_json(folder.lens_json)
+    for depth, rows in enumerate(report["sites"].values()):
+        for row in rows:
+            row |= {
+                "tuned_relative_distance": 0.1 * (4 - depth),
+                "jacobian_relative_distance": 0.5 + 0.25 * row["step"],
+            }
+    write_json(folder.lens_json, report)
+    page = open_page()
+    page.get_by_role("button", name="of all lenses").click()
+    assert page.locator("#curves path.line").count() == 3
+    assert page.locator("#lens-legend span").all_inner_texts() == ["plain", "tuned", "Jacobian"]
+    page.wait_for_url("**&curves=lenses")
+    cell(page, "single.1", 1).hover()
+    expect(page.locator("#curves .say")).to_have_text("plain: 0.250")
+    assert "single 1, step 1: plain 0.250, tuned 0.100, Jacobian 0.750" in page.locator("#curves").get_attribute(
+        "aria-label"
+    )
+    page.locator('[data-mode="tuned"]').click()
+    cell(page, "single.0", 0).hover()
+    expect(page.locator("#curves .say")).to_have_text("tuned: 0.200")
+    press(page, "c")
+    expect(page.locator("#curve-note")).to_contain_text("Through the tuned lens.")
+    assert page.locator("#curves path.line").count() == 2
 
 
 def test_a_run_without_numbers_says_so_in_place_of_the_curves(make_run, open_page):

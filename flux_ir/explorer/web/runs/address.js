@@ -23,6 +23,7 @@ function addressText() {
   if (mode === "difference") words.push(`lens=${state.lens}`);
   words.push(`generation=${run.id}`);
   if (state.wall) words.push("view=gallery");
+  if (state.curve === "lenses") words.push("curves=lenses");
   if (state.pins.length) words.push(`pins=${state.pins.map(nameOf).join(",")}`);
   return `#${words.join("&")}`;
 }
@@ -37,6 +38,7 @@ function readAddress() {
   if (!modesOf(state.run).includes(state.mode)) defaultMode();
   if (words.has("lens")) setMode(words.get("lens"));
   if (words.has("mode")) setMode(words.get("mode"));
+  if (words.has("curves")) state.curve = words.get("curves");
   state.wall = runs.length > 1 && words.get("view") === "gallery";
   state.pins = (words.get("pins") ?? "").split(",").map(shotNamed).filter(Boolean).slice(0, 2);
 }

@@ -109,6 +109,7 @@ const KEYS = {
   Enter: () => act(() => togglePin(looked())),
   Escape: () => act(() => (state.pins = [])),
   m: nextMode,
+  c: nextCurve,
   n: () => nextRun(1),
   p: () => nextRun(-1),
   g: toggleWall,

@@ -39,9 +39,9 @@ const OTHER_NUMBERS = [
   ],
   ["CKA with the other run", "1: alike but for rotation and scale", (shot) => number(shot, "other_cka")?.toFixed(4)],
 ];
-const CURVES = { final: "relative_distance", other: "other_distance" };
 const CURVE_NOTES = {
   final: "Relative distance to the step’s final answer, by depth. One line per step.",
+  lenses: "Relative distance to the step’s final answer, by depth. One line per lens.",
   other: "Relative distance of each block’s output to that of the other run, by depth. One line per step.",
 };
 
@@ -64,8 +64,6 @@ function shotAt({ block, step }, run = state.run) {
 
 const looked = () => shotAt(hovered ?? state);
 const number = (shot, name) => shot.run.numbers[name]?.[shot.block][shot.step] ?? undefined;
-/** What the curves show of a run: how far it is from its final answer, or from the run it was compared with. */
-const curveOf = (run) => CURVES[run.numbers.other_distance ? state.curve : "final"];
 /** A fitted lens reads a velocity of its own from the block; euler and x0 share theirs. */
 const FITTED = { tuned: "tuned", jacobian: "Jacobian", jacobian_summed: "Jacobian, summed" };
 const velocityNumber = (shot, name) => (shot.lens in FITTED ? `${shot.lens}_${name}` : name);
