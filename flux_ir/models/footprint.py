@@ -44,7 +44,7 @@ WRITING_BYTES_PER_PIXEL = 64
 encoder's own rows, and the picture as bytes before and after. Measured: 18 MB for 512 x 512 px."""
 LATE_BYTES = 100_000_000
 """What a process takes beyond its imports, without any weight: libraries that come later, kernels, and what malloc
-keeps. Measured with flux-tiny on two CPUs: 95 and 100 MB."""
+keeps. Reckoned from peaks of flux-tiny on one CPU less what else was known to be held: 95 MB, rounded."""
 
 
 def base_here() -> int:
