@@ -21,7 +21,7 @@ from flux_ir.features.folder import FeatureFolder
 from flux_ir.features.matching import Pairs, Tested
 from flux_ir.files import complete_file
 from flux_ir.lens.measures import json_number
-from flux_ir.sae.evaluation.plots import ScatterGroup, scatter
+from flux_ir.plots.charts import ScatterGroup, scatter
 from flux_ir.sites import Stream
 
 CompareBy = Literal["auto", "activations", "decoder"]

@@ -14,7 +14,8 @@ from flux_ir.features.contents import digest_of
 from flux_ir.files import read_json, write_json
 from flux_ir.lens.measures import json_number
 from flux_ir.models.architecture import TransformerParams
-from flux_ir.sae.evaluation.plots import STREAM_NAMES, HeatPanel, heat_panels
+from flux_ir.plots.figure import STREAM_NAMES
+from flux_ir.plots.grids import HeatPanel, heat_panels
 from flux_ir.studies.likeness import Measure, Table, summary
 
 FORMAT = 1

@@ -14,8 +14,8 @@ from flux_ir.api.known_labels import JUDGED, MAX_TOKENS, kept_result, labels_of
 from flux_ir.api.progress import Watch, follow, unwatched
 from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import versions, write_json
+from flux_ir.plots.grids import number_grid
 from flux_ir.sae.data.filters import choose_sites
-from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sites import Site, SiteNames, site_names
 from flux_ir.studies.concepts import LEAST_POSITIVES, answers_as_json, askable
 from flux_ir.studies.label_files import LabelFile, read_label_file

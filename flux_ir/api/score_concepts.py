@@ -25,9 +25,9 @@ from flux_ir.errors import FluxIRError, counted
 from flux_ir.files import versions, write_json
 from flux_ir.models.placement import plan
 from flux_ir.models.registry import get_spec
+from flux_ir.plots.grids import number_grid
 from flux_ir.sae.architectures.sparse_autoencoder import SparseAutoencoder
 from flux_ir.sae.data.held_out import evaluation_data_of, filters_of
-from flux_ir.sae.evaluation.plots import number_grid
 from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 from flux_ir.studies.concepts import (

@@ -29,7 +29,7 @@ from flux_ir.models.architecture import Transformer
 from flux_ir.models.suite import Suite, TextEncoders
 from flux_ir.models.text import TextEmbedding
 from flux_ir.models.text.encoders import encode
-from flux_ir.sae.evaluation.plots import number_grid
+from flux_ir.plots.grids import number_grid
 from flux_ir.sae.files.formats import weights_file
 from flux_ir.sites import Site
 from flux_ir.steering.apply import Steering

@@ -31,7 +31,7 @@ from flux_ir.models.placement import MultiGpuWord, OffloadWord
 from flux_ir.models.quantisation import Method
 from flux_ir.models.suite import Suite
 from flux_ir.models.text import TextEmbedding
-from flux_ir.sae.evaluation.plots import number_grid
+from flux_ir.plots.grids import number_grid
 from flux_ir.steering.dose import Painter, Variant
 from flux_ir.steering.folder import claim, keep_picture
 from flux_ir.studies.text_lens import (

@@ -30,7 +30,8 @@ from flux_ir.lens.tuned import FittedMap, TunedLens, fit_map
 from flux_ir.models.architecture import Transformer
 from flux_ir.models.checkpoints.load import stream_flux
 from flux_ir.models.suite import Suite
-from flux_ir.sae.evaluation.plots import BlockCurve, curves_by_block, map_grid, number_grid
+from flux_ir.plots.charts import BlockCurve, curves_by_block
+from flux_ir.plots.grids import map_grid, number_grid
 from flux_ir.sampling.generate import Inputs
 from flux_ir.sampling.latents import TOKEN_PX, image_ids, text_ids
 from flux_ir.sites import Site

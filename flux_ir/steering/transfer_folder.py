@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_ir.files import complete_file, read_json, versions, write_json
-from flux_ir.sae.evaluation.plots import TradeoffPoint, tradeoff
+from flux_ir.plots.charts import TradeoffPoint, tradeoff
 from flux_ir.steering.dose import Made
 from flux_ir.steering.folder import claim
 from flux_ir.steering.pairs import Case

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from flux_ir.sae.evaluation.plots import GridPanel, number_grids
+from flux_ir.plots.grids import GridPanel, number_grids
 from flux_ir.steering.table import CONFIDENCE, Estimate, estimate
 from flux_ir.studies.atlas import ASPECTS, KINDS, PATCHES, WINDOW_NAMES, Ablation
 

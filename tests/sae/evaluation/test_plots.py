@@ -11,11 +11,8 @@ from flux_ir.sae.evaluation.metrics import density_of
 from flux_ir.sae.evaluation.plots import (
     CurvePanel,
     ParetoPoint,
-    _percent,
-    _short,
     density_histogram,
     fvu_per_step,
-    number_grid,
     pareto,
     pareto_front,
     training_curves,
@@ -47,15 +44,6 @@ FIGURES = {
     "curves": lambda path: training_curves(path, ROWS, PANELS, "Training", subtitle="a run"),
     "density": lambda path: density_histogram(path, DENSITY, "Density", subtitle="a run"),
     "fvu": lambda path: fvu_per_step(path, PER_STREAM, "FVU", anchors={"PCA": {0: 0.5, 3: 0.5, 7: 0.4}}),
-    "grid": lambda path: number_grid(
-        path,
-        ["red", "blue", "green", "pink", "cyan", "star"],
-        ["one", "two", "three"],
-        [[0.5, None, 1], [math.nan, 0.75, 2], [0.6, None, None], [None, None, 1], [None, 0.5, None], [0, 0.9, 1]],
-        "Grid",
-        low=0.5,
-        high=1.0,
-    ),
     "pareto": lambda path: pareto(
         path, RUNS, "Front", anchors=[ParetoPoint("PCA", 8, 0.5), ParetoPoint("PCA", 16, 0.4)]
     ),
@@ -103,16 +91,3 @@ def test_the_front_has_the_runs_that_no_other_beats():
         [c, ParetoPoint("g", 9, 0.31), b, ParetoPoint("g", 16, 0.25), a, ParetoPoint("g", 40, 0.1)]
     ) == [a, b, c]
     assert pareto_front([]) == []
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (15, "15"), (22_000, "22,000"), (0.15, "0.15"), (2e-4, "2\N{MIDDLE DOT}10⁻⁴"), (3e7, "30,000,000")],
-)
-def test_numbers_are_written_for_people(value, text):
-    assert _short(value) == text
-
-
-@pytest.mark.parametrize(("share", "text"), [(0, "0%"), (1, "100%"), (0.015, "1.5%"), (1e-4, "0.01%")])
-def test_shares_are_written_as_percent(share, text):
-    assert _percent(share) == text
