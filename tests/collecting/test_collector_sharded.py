@@ -42,12 +42,15 @@ def of_one_process(tmp_path, small_shards):
     return run
 
 
-@pytest.mark.parametrize(("case", "shares"), [("inside a block", (3, 2)), ("to the end", (2, 1))])
+@pytest.mark.parametrize(
+    ("case", "shares"), [("inside a block", (3, 2)), pytest.param("to the end", (2, 1), marks=pytest.mark.slow)]
+)
 def test_files_are_those_of_one_process(of_one_process, tmp_path, case, shares):
     assert run_sharded(tmp_path / "two", case) == shares
     assert files_of(tmp_path / "two") == of_one_process(case)
 
 
+@pytest.mark.slow
 def test_going_on_where_one_rank_has_nothing_to_do_and_again_where_none_has(of_one_process, tmp_path):
     folder, whole = tmp_path / "two", of_one_process("uneven")
     assert run_sharded(folder, "uneven") == (3, 2)
