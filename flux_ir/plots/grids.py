@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import isfinite, nan
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,9 @@ def number_grids(
         every = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
         for place, (axes, panel) in enumerate(zip(every, panels, strict=True)):
             _draw_grid(axes, rows if place == 0 else [""] * len(rows), panel)
-            axes.set_xlabel(panel.title, loc="left", fontsize=8)
+            axes.set_xlabel(
+                fill(panel.title, max(10, 8 * len(panel.columns)), break_long_words=False), loc="left", fontsize=8
+            )
 
 
 def _draw_grid(axes: Axes, rows: Sequence[str], panel: GridPanel) -> None:
